@@ -1,0 +1,1 @@
+"""Data sets: each family turns what a user names into a `Task`."""

@@ -1,0 +1,61 @@
+"""Flat algebra on named tensors: the one data type that deltas, updates and models share.
+
+`Tensors` is any mapping name -> tensor: a dict, or a lazy checkpoint that also answers `block(name, start, stop)`
+without reading the whole tensor. Blocks of a fixed length, in a fixed order, are part of every definition here, so
+that streaming, in-memory and federated results are the same bits.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Protocol, TypeAlias, runtime_checkable
+
+import torch
+from torch import Tensor
+
+Tensors: TypeAlias = Mapping[str, Tensor]
+
+BLOCK = 1 << 16
+"""Elements in one block: four float32 rows of it fit a core's second-level cache."""
+
+
+@runtime_checkable
+class Blocked(Protocol):
+    """A lazy mapping that reads a part of a tensor. `block` returns the flat elements [start, stop) of `name`."""
+
+    def block(self, name: str, start: int, stop: int) -> Tensor: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+
+def block_of(tensors: Tensors, name: str, start: int, stop: int) -> Tensor:
+    """Flat elements [start, stop) of one tensor, (stop - start,), in its own dtype."""
+    if isinstance(tensors, Blocked):
+        return tensors.block(name, start, stop)
+    return tensors[name].reshape(-1)[start:stop]
+
+
+def shape_of(tensors: Tensors, name: str) -> tuple[int, ...]:
+    """Shape of one tensor, without reading it where the mapping is lazy."""
+    return tensors.shape(name) if isinstance(tensors, Blocked) else tuple(tensors[name].shape)
+
+
+def blocks(numel: int, size: int = BLOCK) -> Iterator[tuple[int, int]]:
+    """The (start, stop) pairs of one tensor's blocks, in order."""
+    for start in range(0, numel, size):
+        yield start, min(start + size, numel)
+
+
+def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """`values` in `dtype` with one correct rounding (nearest, ties to even), also from float64 to 16 bits.
+
+    torch converts float64 to bfloat16 and float16 through float32, and two roundings differ from one in about 1 of
+    10^5 elements. The float32 step here rounds to odd (the last bit keeps the memory of what was cut off), after
+    which the second rounding is the right one (Boldo and Melquiond 2008).
+    """
+    if values.dtype != torch.float64 or dtype.itemsize >= 4:
+        return values.to(dtype)
+    nearest = values.to(torch.float32)
+    back = nearest.double()
+    bits = nearest.view(torch.int32)
+    odd = (bits - (back.abs() > values.abs()).int()) | 1
+    inexact = (back != values) & torch.isfinite(values) & torch.isfinite(nearest)
+    return torch.where(inexact, odd, bits).view(torch.float32).to(dtype)
