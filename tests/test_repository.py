@@ -1,0 +1,180 @@
+"""Laws about the repository itself: what it names, pins and promises."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+MOST_LINES = 300
+HEAVY = ("torch", "transformers", "matplotlib", "datasets", "sklearn", "scipy", "accelerate", "pandas", "pyarrow")
+
+# Written with brackets so that this file does not match itself.
+MACHINE = re.compile(r"(?<![\w.)}\"$-])/(wor[k]|roo[t]|op[t]|hom[e]|User[s])/\w")
+REGISTRY = re.compile(r"py[p]i\.org|pythonhoste[d]|registry\.np[m]js|download\.py[t]orch|deb\.debia[n]|/simpl[e]\b")
+
+
+def tracked() -> list[Path]:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    return [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        return []
+
+
+@pytest.mark.parametrize("pattern", [MACHINE, REGISTRY], ids=["machine path", "package registry"])
+def test_no_tracked_file_names_a(pattern: re.Pattern[str]) -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()[:120]}"
+        for path in tracked()
+        for number, line in enumerate(lines(path), 1)
+        if pattern.search(line)
+    ]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("text", ["see /roo" + "t/x", "cd /wor" + "k/main"])
+def test_a_machine_path_is_recognised(text: str) -> None:
+    assert MACHINE.search(text)
+
+
+@pytest.mark.parametrize("text", ["https://py" + "pi.org/simple", "a file:///x/simpl" + "e index"])
+def test_a_registry_is_recognised(text: str) -> None:
+    assert REGISTRY.search(text)
+
+
+def test_modules_are_short() -> None:
+    counts = {str(p.relative_to(ROOT)): len(lines(p)) for p in (ROOT / "src").rglob("*.py")}
+    assert counts
+    assert not {name: n for name, n in counts.items() if n > MOST_LINES}
+
+
+def pins() -> dict[str, str]:
+    """Canonical name -> version; every line is one exact pin."""
+    found: dict[str, str] = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if line.startswith("#"):
+            continue
+        name, version = line.split("==")
+        assert name == canonicalize_name(name), line
+        assert name not in found, line
+        assert "+" not in version, f"{line}: a local build cannot be had elsewhere"
+        found[name] = version
+    return found
+
+
+def requirements() -> list[Requirement]:
+    """What pyproject.toml asks for, over every extra."""
+    table = PROJECT["project"]
+    asked = [*table["dependencies"], *(r for extra in table["optional-dependencies"].values() for r in extra)]
+    return [r for r in map(Requirement, asked) if r.name != "deltafl"]
+
+
+@pytest.mark.parametrize("requirement", requirements(), ids=lambda r: r.name)
+def test_every_requirement_is_pinned_within_its_range(requirement: Requirement) -> None:
+    version = pins().get(canonicalize_name(requirement.name))
+    assert version is not None, f"{requirement} has no pin: run make pins"
+    assert requirement.specifier.contains(version), f"{requirement} does not admit {version}"
+
+
+def closure(name: str, extras: frozenset[str], seen: set[tuple[str, str]]) -> Iterator[str]:
+    """Names of all installed distributions that `name` needs on this machine, itself included."""
+    yield name
+    try:
+        asked = [Requirement(r) for r in distribution(name).requires or ()]
+    except PackageNotFoundError:
+        return
+    for requirement in asked:
+        for extra in extras or {""}:
+            below = canonicalize_name(requirement.name)
+            wanted = requirement.marker is None or requirement.marker.evaluate({"extra": extra})
+            if wanted and (below, extra) not in seen:
+                seen.add((below, extra))
+                yield from closure(below, frozenset(requirement.extras), seen)
+
+
+def test_the_whole_closure_is_pinned() -> None:
+    needed = set(closure("deltafl", frozenset({"", "test"}), set())) - {"deltafl", "setuptools"}
+    builds = ("nvidia-", "cuda-", "triton")  # what a CUDA build of torch brings; a CPU build has none of it
+    loose = sorted(name for name in needed if name not in pins() and not name.startswith(builds))
+    assert len(needed) > len(PROJECT["project"]["dependencies"])
+    if sys.platform == "linux" and sys.version_info[:2] == (3, 11):  # where the pins were made
+        assert not loose, f"run make pins: {loose}"
+
+
+def test_uv_gets_the_same_pins() -> None:
+    assert PROJECT["tool"]["uv"]["constraint-dependencies"] == [f"{n}=={v}" for n, v in pins().items()]
+
+
+def documents() -> list[Path]:
+    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands(path: Path) -> list[str]:
+    """The lines of a document's fenced blocks."""
+    return [
+        line for block in re.findall(r"^```\w*\n(.*?)^```", path.read_text(), re.S | re.M) for line in block.split("\n")
+    ]
+
+
+def test_documented_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    named = {m for path in documents() for line in commands(path) for m in re.findall(r"^make ([a-z-]+)", line)}
+    assert {"quickstart", "test"} <= named
+    assert named <= targets
+
+
+def test_every_install_of_the_project_is_constrained() -> None:
+    installs = [
+        (path.name, line)
+        for path in [*documents(), ROOT / "Makefile", ROOT / ".ci" / "run"]
+        for line in path.read_text().splitlines()
+        if re.search(r"pip install", line) and re.search(r" -e |INSTALL :=", line)
+    ]
+    assert len(installs) >= 3
+    assert not [(name, line) for name, line in installs if "-c constraints.txt" not in line]
+
+
+def modules_after(code: str) -> set[str]:
+    """Top-level modules that a fresh interpreter holds after running `code`."""
+    script = f"{code}\nimport sys; print(*{{name.split('.')[0] for name in sys.modules}}, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return set(done.stderr.splitlines()[-1].split())
+
+
+HELP = """
+import sys
+from deltafl.cli import main
+sys.argv = ["deltafl", "--help"]
+try:
+    main()
+except SystemExit as done:
+    assert not done.code
+"""
+
+
+@pytest.mark.parametrize(
+    "code", ["import deltafl", "import deltafl.cli", HELP], ids=["import deltafl", "import deltafl.cli", "--help"]
+)
+def test_starts_without_heavy_imports(code: str) -> None:
+    assert modules_after(code).isdisjoint(HEAVY)
+
+
+def test_merge_needs_no_transformers() -> None:
+    loaded = modules_after("import deltafl.merge")
+    assert "torch" in loaded
+    assert loaded.isdisjoint({"transformers", "accelerate", "datasets", "matplotlib", "sklearn"})
