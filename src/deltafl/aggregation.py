@@ -1,0 +1,298 @@
+"""One server step: deltas -> rule -> one delta -> new model.
+
+Everything is a lazy mapping of named tensors that answers block by block: the aggregate of n deltas is one, base plus
+scaled aggregate is another. Whoever consumes it (a file writer, a dict, the federated server) asks for blocks, so
+streaming, in-memory and federated results are the same bits by construction.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import TypeAlias, cast
+
+import torch
+from torch import Tensor
+
+from deltafl.errors import DeltaflError, shorten
+from deltafl.reductions import gram_matrix, magnitude_thresholds
+from deltafl.rules import Checked, CoordinateRule, LinearRule, Rule, Source, Stats, Transform
+from deltafl.tensors import Tensors, block_of, blocks, round_once, shape_of
+
+
+@dataclass(frozen=True)
+class Update:
+    """A delta and what is known of the training behind it: a task vector, or a client's update."""
+
+    delta: Tensors
+    source: Source
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Per-model weights: `default`, or the first of `patterns` (glob on the tensor name, weights) that matches.
+
+    A negative weight negates its delta. The rule sees p_i = |w_i| / sum_j |w_j|.
+    """
+
+    default: tuple[float, ...]
+    patterns: tuple[tuple[str, tuple[float, ...]], ...] = ()
+
+    def of(self, name: str) -> tuple[float, ...]:
+        """The weights (n,) of one tensor."""
+        return next((w for pattern, w in self.patterns if fnmatchcase(name, pattern)), self.default)
+
+    def total(self, name: str) -> float:
+        """sum_i |w_i|: the factor between the sum convention (scaling_coef) and the mean one (server_lr)."""
+        return sum(map(abs, self.of(name)))
+
+
+WeightsLike: TypeAlias = Weights | Sequence[float] | None
+
+
+def as_weights(weights: WeightsLike, n: int) -> Weights:
+    """Equal weights if None. Raises DeltaflError unless there are n numbers, not all of them 0."""
+    if not isinstance(weights, Weights):
+        weights = Weights((1.0,) * n if weights is None else tuple(float(w) for w in weights))
+    for where, row in (("weights", weights.default), *weights.patterns):
+        if len(row) != n:
+            raise DeltaflError(f"{where}: {len(row)} weights for {n} models")
+        if not all(abs(w) < float("inf") for w in row):
+            raise DeltaflError(f"{where}: {list(row)} holds a number that is not finite")
+    if not any(any(row) for row in (weights.default, *(w for _, w in weights.patterns))):
+        raise DeltaflError("weights: all are 0; at least one model must count")
+    return weights
+
+
+def core_of(rule: Rule) -> LinearRule | CoordinateRule:
+    """The rule that combines: the innermost one of a wrapper such as `Dare(inner=Ties(...))`."""
+    while hasattr(rule, "inner"):
+        rule = rule.inner  # type: ignore[attr-defined]
+    return cast(LinearRule | CoordinateRule, rule)
+
+
+def check_rule(rule: Rule, sources: Sequence[Source]) -> None:
+    """Raise DeltaflError if the rule cannot work with these sources."""
+    if not sources:
+        raise DeltaflError("no models to merge")
+    core = core_of(rule)
+    if isinstance(core, Checked):
+        core.check(sources)
+
+
+@dataclass
+class Rows:
+    """The transformed, signed deltas, block by block: what reductions and combinations see.
+
+    names: the tensors that all deltas share, in the order of the first. dtype: float32, or float64 to be exact.
+    """
+
+    updates: Sequence[Update]
+    weights: Weights
+    dtype: torch.dtype = torch.float32
+    transforms: tuple[tuple[Transform, Mapping[str, Sequence[float]] | None], ...] = ()
+    names: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        first = self.updates[0]
+        self.names = tuple(first.delta)
+        problems = []
+        for update in self.updates[1:]:
+            if set(update.delta) != set(first.delta):
+                odd = sorted(set(update.delta) ^ set(first.delta))
+                problems.append(f'"{update.source.name}" and "{first.source.name}" differ in tensors: {shorten(odd)}')
+                continue
+            for name in self.names:
+                a, b = shape_of(first.delta, name), shape_of(update.delta, name)
+                if a != b:
+                    problems.append(f'tensor "{name}" is {b} in "{update.source.name}", {a} in "{first.source.name}"')
+        if problems:
+            raise DeltaflError(*problems)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return shape_of(self.updates[0].delta, name)
+
+    def row(self, i: int, name: str, start: int, stop: int) -> Tensor:
+        """Delta i, transformed, (stop - start,). A tensor of its own: the caller may overwrite it."""
+        delta = self.updates[i].delta
+        block = block_of(delta, name, start, stop)
+        block = block.to(self.dtype, copy=not getattr(delta, "fresh_blocks", False))
+        if self.weights.of(name)[i] < 0:
+            block.neg_()
+        for transform, thresholds in self.transforms:
+            threshold = thresholds[name][i] if thresholds else 0.0
+            block = transform.apply(block, i, name, start, threshold)
+        return block
+
+    def block(self, name: str, start: int, stop: int) -> Tensor:
+        """All deltas, (n, stop - start)."""
+        return torch.stack([self.row(i, name, start, stop) for i in range(len(self.updates))])
+
+    def refuse_nonfinite(self, name: str, start: int, stop: int) -> None:
+        """Raise DeltaflError that names tensor and model if a delta has NaN or Inf in this block."""
+        for i, update in enumerate(self.updates):
+            bad = ~torch.isfinite(self.row(i, name, start, stop))
+            if bad.any():
+                at = start + int(bad.nonzero()[0, 0])
+                raise DeltaflError(
+                    f'model "{update.source.name}": tensor "{name}" differs from the base by NaN or Inf '
+                    f"(element {at}); leave the model or, with --exclude, the tensor out"
+                )
+
+
+class Aggregate(Mapping[str, Tensor]):
+    """R(delta_1 .. delta_n) as a lazy mapping; reductions that the rule declares are computed when it is made.
+
+    `report` holds what the rule found on the way (coefficients, kept fractions), for the record.
+    """
+
+    fresh_blocks = True
+
+    def __init__(
+        self,
+        rule: Rule,
+        updates: Sequence[Update],
+        weights: WeightsLike = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        threads: int = 1,
+    ) -> None:
+        sources = tuple(u.source for u in updates)
+        check_rule(rule, sources)
+        self.weights = as_weights(weights, len(updates))
+        self.report: dict[str, object] = {}
+        self._core = core_of(rule)
+        rows = Rows(updates, self.weights, dtype)
+        for transform in rule.transforms:
+            thresholds = None
+            if transform.density is not None:
+                thresholds, kept = magnitude_thresholds(rows, transform.density, transform.per_tensor, threads)
+                self.report["kept_fraction"] = dict(zip((s.name for s in sources), kept, strict=True))
+            rows = Rows(updates, self.weights, dtype, (*rows.transforms, (transform, thresholds)))
+        self._rows = rows
+        self._stats = Stats(sources)
+        if isinstance(self._core, LinearRule):
+            if self._core.needs_gram:
+                self._stats = Stats(sources, gram_matrix(rows, threads))
+            self._coefficients: dict[tuple[float, ...], tuple[float, ...]] = {}
+            self.report["coefficients"] = list(self._linear(self.weights.default))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows.names)
+
+    def __len__(self) -> int:
+        return len(self._rows.names)
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape = self.shape(name)
+        numel = int(torch.Size(shape).numel())
+        parts = [self.block(name, start, stop) for start, stop in blocks(numel)]
+        return (torch.cat(parts) if parts else torch.empty(0, dtype=self._rows.dtype)).reshape(shape)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._rows.shape(name)
+
+    def block(self, name: str, start: int, stop: int) -> Tensor:
+        """R on flat elements [start, stop) of one tensor, in float32 (float64 if exact)."""
+        weights = self.weights.of(name)
+        if not any(weights):
+            return torch.zeros(stop - start, dtype=self._rows.dtype)
+        if isinstance(self._core, LinearRule):
+            total = None
+            for i, coefficient in enumerate(self._linear(weights)):
+                row = self._rows.row(i, name, start, stop).mul_(coefficient)
+                total = row if total is None else total.add_(row)
+            assert total is not None
+            checked = total
+        else:
+            stack = self._rows.block(name, start, stop)
+            checked = stack.sum()
+            total = self._core.combine(stack, shares(weights))
+        if not torch.isfinite(checked.sum()):
+            self._rows.refuse_nonfinite(name, start, stop)
+        return total
+
+    def _linear(self, weights: tuple[float, ...]) -> tuple[float, ...]:
+        if weights not in self._coefficients:
+            core = cast(LinearRule, self._core)
+            p = torch.tensor(shares(weights), dtype=torch.float64)
+            self._coefficients[weights] = tuple(core.coefficients(self._stats, p).tolist())
+        return self._coefficients[weights]
+
+
+def shares(weights: Sequence[float]) -> list[float]:
+    """p_i = |w_i| / sum_j |w_j|."""
+    total = sum(map(abs, weights))
+    return [abs(w) / total for w in weights] if total else [0.0 for _ in weights]
+
+
+class Stepped(Mapping[str, Tensor]):
+    """theta = theta0 + scale * R as a lazy mapping, rounded to the base's dtype once.
+
+    Give `server_lr` (scale of the mean) or `scaling_coef` (lambda: scale = lambda * sum_i |w_i|). What the aggregate
+    does not hold is the base's own tensor.
+    """
+
+    fresh_blocks = True
+
+    def __init__(
+        self,
+        base: Tensors,
+        aggregate: Aggregate,
+        *,
+        server_lr: float | None = None,
+        scaling_coef: float | None = None,
+    ) -> None:
+        if (server_lr is None) == (scaling_coef is None):
+            raise DeltaflError("give either server_lr or scaling_coef")
+        missing = [n for n in aggregate if n not in base]
+        if missing:
+            raise DeltaflError(f"the base lacks tensors of the update: {shorten(missing)}")
+        self._base, self._aggregate = base, aggregate
+        self._server_lr, self._scaling_coef = server_lr, scaling_coef
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._base)
+
+    def __len__(self) -> int:
+        return len(self._base)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._aggregate:
+            return self._base[name]
+        shape = self.shape(name)
+        parts = [self.block(name, start, stop) for start, stop in blocks(int(torch.Size(shape).numel()))]
+        return (torch.cat(parts) if parts else self._base[name].reshape(-1)).reshape(shape)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return shape_of(self._base, name)
+
+    def block(self, name: str, start: int, stop: int) -> Tensor:
+        """The new model's flat elements [start, stop) of one tensor, in the base's dtype."""
+        base = block_of(self._base, name, start, stop)
+        if name not in self._aggregate:
+            return base
+        update = self._aggregate.block(name, start, stop)
+        return round_once(update.mul_(self.scale(name)).add_(base.to(update.dtype)), base.dtype)
+
+    def scale(self, name: str) -> float:
+        """server_lr of one tensor."""
+        if self._server_lr is not None:
+            return self._server_lr
+        assert self._scaling_coef is not None
+        return self._scaling_coef * self._aggregate.weights.total(name)
+
+
+def aggregate(rule: Rule, updates: Sequence[Update], weights: WeightsLike = None) -> Iterator[tuple[str, Tensor]]:
+    """Stream (name, R(delta_1 .. delta_n)) in float32, in the order of the first delta. Pure."""
+    yield from Aggregate(rule, updates, weights).items()
+
+
+def step(
+    base: Tensors,
+    updates: Sequence[Update],
+    rule: Rule,
+    server_lr: float = 1.0,
+    weights: WeightsLike = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Stream (name, theta0 + server_lr * R) in the base's dtypes and order; integer tensors are the base's. Pure."""
+    yield from Stepped(base, Aggregate(rule, updates, weights), server_lr=server_lr).items()

@@ -1,0 +1,64 @@
+"""TIES-Merging (arXiv 2306.01708): trim, elect a sign, merge what agrees with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from deltafl.aggregators.weighted import weighted_sum
+from deltafl.errors import DeltaflError
+from deltafl.rules import RULES, Traits, Transform, in_range
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Trim:
+    """Keep the `density` fraction largest in magnitude; values equal to the threshold are all kept."""
+
+    density: float | None
+    per_tensor: bool
+
+    def apply(self, block: Tensor, model: int, name: str, start: int, threshold: float) -> Tensor:
+        return block.masked_fill_(block.abs().float() < threshold, 0.0)
+
+
+@RULES.register("ties")
+@dataclass(frozen=True)
+class Ties:
+    """Trim each delta to `density`; s = sign(sum_i p_i delta_i); merge the deltas whose sign is s.
+
+    merge "mean" (the paper): sum_{agree} p_i delta_i / sum_{agree} p_i; "sum": sum_{agree} p_i delta_i. A zero sum
+    elects nothing: no update. The threshold is over the whole delta, or `per_tensor`.
+    """
+
+    density: float = 0.2
+    merge: Literal["mean", "sum"] = "mean"
+    per_tensor: bool = False
+
+    def __post_init__(self) -> None:
+        in_range("ties", "density", self.density, 0, 1)
+        if self.merge not in ("mean", "sum"):
+            raise DeltaflError(f'ties: merge is "{self.merge}"; it must be mean or sum')
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(fixed_point=self.density == 1)
+
+    @property
+    def transforms(self) -> tuple[Transform, ...]:
+        return (Trim(self.density, self.per_tensor),) if self.density < 1 else ()
+
+    @classmethod
+    def examples(cls) -> Iterable[Ties]:
+        return (cls(), cls(0.5, "sum"), cls(0.5, per_tensor=True), cls(1.0))
+
+    def combine(self, block: Tensor, weights: Sequence[float]) -> Tensor:
+        elected = weighted_sum(block, weights).sign_()
+        agreeing = (block * elected).clamp_min_(0.0)
+        merged = weighted_sum(agreeing, weights)
+        if self.merge == "mean":
+            merged /= weighted_sum(agreeing.sign_(), weights).clamp_min_(1e-12)
+        return merged * elected

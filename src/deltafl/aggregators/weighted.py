@@ -1,0 +1,20 @@
+"""The weighted sum over models that several rules share, in the order given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def weighted_sum(rows: Tensor | Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """sum_i p_i row_i: multiply, then add, in the order of the models. (n, m) or n times (m,) -> (m,).
+
+    Two roundings per model, never a fused multiply-add: vector code and the tail of a block then round alike.
+    """
+    total = rows[0] * weights[0]
+    for row, weight in zip(rows[1:], weights[1:], strict=True):
+        total += row * weight
+    return total

@@ -1,0 +1,261 @@
+"""Which tensor is which: names of files against names of modules, towers inside models, heads, tied weights.
+
+Works on names, dtypes and shapes alone, so that every problem of every model is known before anything is read.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Protocol
+
+from deltafl.errors import DeltaflError, shorten
+
+_RENAMES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
+    (re.compile(pattern), new)
+    for pattern, new in (
+        (r"(^|\.)encoder\.layer\.(\d+)\.", r"\1layers.\2."),
+        (r"(^|\.)model\.layer\.(\d+)\.", r"\1layer.\2."),
+        (r"\.attention\.attention\.query\.", ".attention.q_proj."),
+        (r"\.attention\.attention\.key\.", ".attention.k_proj."),
+        (r"\.attention\.attention\.value\.", ".attention.v_proj."),
+        (r"\.attention\.output\.dense\.", ".attention.o_proj."),
+        (r"\.intermediate\.dense\.", ".mlp.fc1."),
+        (r"(layers\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
+    )
+)
+
+HEADS = frozenset(
+    "classifier cls fc head heads logit_bias logit_scale pooler predictions qa_outputs score text_projection "
+    "visual_projection".split()
+)
+TOWERS = frozenset("language_model multi_modal_projector text_model vision_model vision_tower".split())
+TIED = {"lm_head.weight": ("model.embed_tokens.weight", "transformer.wte.weight", "embed_tokens.weight")}
+
+
+class Entry(Protocol):
+    """What is known of a tensor without reading it. `floating`: a float type that arithmetic is defined on."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def floating(self) -> bool: ...
+
+
+def canonical(name: str) -> str:
+    """One name for a tensor that checkpoint files and transformers 5 modules call differently.
+
+    transformers 5 holds ViT-like models under `layers.N.attention.q_proj` and still writes, and reads, files with
+    `encoder.layer.N.attention.attention.query`.
+    """
+    for pattern, new in _RENAMES:
+        name = pattern.sub(new, name)
+    return name
+
+
+def match(target: Collection[str], given: Collection[str], scope: str = "") -> tuple[dict[str, str], str, str]:
+    """Target name -> given name, by canonical names and one common change of prefix; and both prefixes.
+
+    The change of prefix (`vit.` dropped, `vision_model.` added, ...) is the one that matches most names; none is
+    preferred to some. Only target names under the prefix `scope` count. Raises DeltaflError where two changes of
+    prefix match equally many names.
+    """
+    targets = {canonical(n): n for n in target if n.startswith(scope)}
+    givens = {canonical(n): n for n in given}
+    found: list[tuple[int, int, str, str]] = []
+    for ours in _prefixes(targets):
+        rest = {n[len(ours) :] for n in targets if n.startswith(ours)}
+        for theirs in _prefixes(givens):
+            hits = sum(1 for n in givens if n.startswith(theirs) and n[len(theirs) :] in rest)
+            found.append((hits, -len(ours) - len(theirs), ours, theirs))
+    found.sort(reverse=True)
+    hits, _, ours, theirs = found[0]
+    rivals = {o for h, _, o, t in found if h == hits and h and t == theirs and not (o in ours or ours in o)}
+    if rivals:
+        known = ", ".join(f'"{p.rstrip(".")}"' for p in sorted(rivals | {ours}))
+        raise DeltaflError(f"its tensors fit several parts of the base equally well ({known}); choose one with --scope")
+    pairs = {}
+    for name, real in targets.items():
+        if name.startswith(ours) and theirs + name[len(ours) :] in givens:
+            pairs[real] = givens[theirs + name[len(ours) :]]
+    return pairs, ours, theirs
+
+
+def _prefixes(names: Collection[str]) -> list[str]:
+    """ "" and the dotted prefixes, at most three parts, that a good part of the names share."""
+    counts = Counter()
+    for name in names:
+        parts = name.split(".")[:-1][:3]
+        counts.update(".".join(parts[: i + 1]) + "." for i in range(len(parts)) if not parts[i].isdigit())
+    return ["", *(p for p, c in counts.items() if 10 * c >= len(names) or c >= 8)]
+
+
+@dataclass
+class Alignment:
+    """The outcome: what is merged, under which name each model holds it, and what is not merged and why.
+
+    merged: names of the base, in its order. names: model -> base name -> the model's name. copied: reason -> names
+    copied from the base. ignored: model -> reason -> names of the model that are not used. tied: model -> (extra name,
+    twin name) pairs that must hold the same values. notes: what a user should know. problems: what stops the merge.
+    """
+
+    merged: tuple[str, ...] = ()
+    names: dict[str, dict[str, str]] = field(default_factory=dict)
+    copied: dict[str, list[str]] = field(default_factory=dict)
+    ignored: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    tied: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def align(
+    base: Mapping[str, Entry],
+    models: Mapping[str, Mapping[str, Entry]],
+    *,
+    scope: str = "",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> Alignment:
+    """Compare all names, shapes and dtypes of all models with the base and decide what is merged.
+
+    scope: prefix of base names. include, exclude: globs on base names. A part that is a head or a tower (HEADS,
+    TOWERS) and absent from a model, and a head of another shape, is copied from the base; any other difference is a
+    problem. Nothing is raised: problems are collected.
+    """
+    out = Alignment()
+    prefix = scope if not scope or scope.endswith(".") else scope + "."
+    wanted = []
+    for name, entry in base.items():
+        if not name.startswith(prefix):
+            out.copied.setdefault(f"outside --scope {scope}", []).append(name)
+        elif (include and not _any(name, include)) or _any(name, exclude):
+            out.copied.setdefault("left out by --include/--exclude", []).append(name)
+        elif not entry.floating:
+            out.copied.setdefault(f"not a float tensor ({entry.dtype})", []).append(name)
+        else:
+            wanted.append(name)
+    for pattern in (*include, *exclude):
+        if not any(fnmatchcase(n, pattern) for n in base):
+            out.problems.append(
+                f'pattern "{pattern}" matches no tensor of the base; the first are {shorten(list(base))}'
+            )
+    outside: dict[str, str] = {}
+    for label, model in models.items():
+        try:
+            pairs, ours, theirs = match(base, model, prefix)
+        except DeltaflError as error:
+            out.problems.append(f'model "{label}": {error}')
+            continue
+        _tie(label, base, model, pairs, out)
+        out.names[label] = pairs
+        _compare(label, base, model, pairs, ours, wanted, outside, out)
+        _extras(label, base, model, pairs, theirs, out)
+    for name, reason in outside.items():
+        out.copied.setdefault(reason, []).append(name)
+    out.merged = tuple(n for n in wanted if n not in outside)
+    if not out.merged and not out.problems:
+        out.problems.append("base and models have no float tensor in common; is this the right base?")
+    return out
+
+
+def _any(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, p) for p in patterns)
+
+
+def part_of(name: str, prefix: str = "") -> str:
+    """The first component of a name that is not in the shared prefix: the head or tower that it may belong to."""
+    first = name.split(".", 1)[0]
+    if first in HEADS | TOWERS or not name.startswith(prefix):
+        return first
+    return name[len(prefix) :].split(".", 1)[0]
+
+
+def _tie(
+    label: str, base: Mapping[str, Entry], model: Mapping[str, Entry], pairs: dict[str, str], out: Alignment
+) -> None:
+    """Give a tied tensor its twin's values, or note that an extra one must equal its twin."""
+    for name, twins in TIED.items():
+        if name in base and name not in model:
+            twin = next((t for t in twins if t in model), None)
+            if twin:
+                pairs[name] = twin
+                out.notes.append(f'model "{label}": "{name}" is tied to "{twin}"')
+        elif name in model and name not in base:
+            twin = next((t for t in twins if t in model and t in base), None)
+            if twin:
+                out.tied.setdefault(label, []).append((name, twin))
+
+
+def _compare(
+    label: str,
+    base: Mapping[str, Entry],
+    model: Mapping[str, Entry],
+    pairs: Mapping[str, str],
+    ours: str,
+    wanted: Sequence[str],
+    outside: dict[str, str],
+    out: Alignment,
+) -> None:
+    """What of the base this model lacks or holds in another form."""
+    present = {part_of(n, ours) for n in pairs}
+    missing, dtypes = [], Counter()
+    for name in wanted:
+        part = part_of(name, ours)
+        if name not in pairs:
+            if part in HEADS | TOWERS and part not in present:
+                outside.setdefault(name, f"{part}: not in every model")
+            else:
+                missing.append(name)
+            continue
+        a, b = base[name], model[pairs[name]]
+        if not b.floating:
+            out.problems.append(f'model "{label}": tensor "{pairs[name]}" has dtype {b.dtype}, the base has {a.dtype}')
+        elif a.shape != b.shape and part in HEADS:
+            for sibling in wanted:
+                if part_of(sibling, ours) == part:
+                    outside.setdefault(sibling, f"{part}: a head of another shape in a model")
+        elif a.shape != b.shape:
+            why = "another vocabulary?" if a.shape[1:] == b.shape[1:] else "was it fine-tuned from another base?"
+            out.problems.append(f'model "{label}": tensor "{pairs[name]}" is {b.shape}, the base has {a.shape}; {why}')
+        elif a.dtype != b.dtype:
+            dtypes[b.dtype, a.dtype] += 1
+    if missing:
+        out.problems.append(
+            f'model "{label}": lacks {len(missing)} tensor{"s" * (len(missing) > 1)} of the base: {shorten(missing)}; '
+            "leave them out with --exclude if that is meant"
+        )
+    for (theirs, want), count in dtypes.items():
+        out.notes.append(f'model "{label}": {count} tensors are {theirs}, the base is {want}: the result is {want}')
+
+
+def _extras(
+    label: str,
+    base: Mapping[str, Entry],
+    model: Mapping[str, Entry],
+    pairs: Mapping[str, str],
+    theirs: str,
+    out: Alignment,
+) -> None:
+    """What this model has and the base has not."""
+    used = {*pairs.values(), *(name for name, _ in out.tied.get(label, ()))}
+    extra = []
+    for name, entry in model.items():
+        if name in used:
+            continue
+        part = part_of(name, theirs)
+        if part in HEADS | TOWERS:
+            out.ignored.setdefault(label, {}).setdefault(f"{part}: not in the base", []).append(name)
+        elif not entry.floating:
+            out.ignored.setdefault(label, {}).setdefault("not a float tensor", []).append(name)
+        else:
+            extra.append(name)
+    if extra:
+        out.problems.append(
+            f'model "{label}": has {len(extra)} tensor{"s" * (len(extra) > 1)} that the base lacks: {shorten(extra)}; '
+            "was it fine-tuned from another base?"
+        )
