@@ -1,0 +1,128 @@
+"""Heat maps of a matrix over models, and norms layer by layer."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from deltafl.report.marks import legend_below, series, shorten
+from deltafl.report.page import Figure
+from deltafl.report.svg import NARROW, blank, drawn
+from deltafl.report.theme import INK, MUTED, NEGATIVE, ON_FILL, POSITIVE
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Drawing
+
+Matrix = Sequence[Sequence[float]]
+Profile = Sequence[tuple[str, float]] | Sequence[Sequence[str | float]]
+
+
+def heat_map(
+    names: Sequence[str], matrix: Matrix, *, neutral: float = 0.0, what: str = "Cosine", caption: str = ""
+) -> Figure:
+    """A symmetric [n, n] matrix with its values in the cells; the diagonal says nothing and stays blank.
+
+    The strength of a cell's colour is its distance from `neutral`, relative to the largest one off the diagonal.
+    """
+
+    def draw(width: int) -> "Drawing":
+        drawing = blank(width, heat_map_height(names, width))
+        draw_heat_map(drawing.add_subplot(), names, matrix, width, neutral)
+        return drawing
+
+    pairs = [(matrix[i][j], names[i], names[j]) for i in range(len(names)) for j in range(i)]
+    alt = f"{what} of every pair of {len(names)} models."
+    if pairs:
+        (low, a, b), (high, c, d) = min(pairs), max(pairs)
+        alt += f" Lowest {low:.2f} ({a} and {b}), highest {high:.2f} ({c} and {d})."
+    return drawn(draw, caption, alt)
+
+
+def heat_map_height(names: Sequence[str], width: int) -> float:
+    """The height that keeps the cells of a heat map of that width comfortable to read."""
+    return min(width * 0.62, 46 * len(names)) + 80 if width > NARROW else min(52 * len(names), 290) + 70
+
+
+def draw_heat_map(axes: "Axes", names: Sequence[str], matrix: Matrix, width: int, neutral: float = 0.0) -> None:
+    """Draw the cells on `axes`, which is about `width` pixels wide."""
+    from matplotlib.patches import Rectangle
+
+    n = len(names)
+    room = 13 if width <= NARROW else 26
+    cell = (width - 7 * min(room, max(map(len, names), default=0))) / max(n, 1)
+    scale = max([abs(matrix[i][j] - neutral) for i in range(n) for j in range(n) if i != j], default=0) or 1
+    for i in range(n):
+        for j in range(n):
+            if i == j:
+                continue
+            strength = (matrix[i][j] - neutral) / scale
+            colour = POSITIVE if strength >= 0 else NEGATIVE
+            size = (0.96, 0.94)
+            axes.add_patch(
+                Rectangle(
+                    (j - size[0] / 2, i - size[1] / 2), *size, facecolor=colour, alpha=0.06 + 0.94 * abs(strength)
+                )
+            )
+            if cell >= 24:
+                ink = ON_FILL if abs(strength) > 0.6 else INK
+                axes.text(
+                    j, i, f"{matrix[i][j]:.2f}", ha="center", va="center_baseline", color=ink, fontsize=_size(cell)
+                )
+    axes.set_xlim(-0.5, n - 0.5)
+    axes.set_ylim(n - 0.5, -0.5)
+    axes.set_yticks(range(n), [shorten(name, room) for name in names])
+    upright = max(map(len, names), default=0) * 7.6 < cell
+    axes.set_xticks(
+        range(n),
+        [shorten(name, room) for name in names],
+        rotation=0 if upright else 40,
+        ha="center" if upright else "left",
+        rotation_mode="anchor",
+    )
+    axes.tick_params(length=0, labelcolor=INK, top=False, labeltop=True, bottom=False, labelbottom=False)
+    axes.spines[:].set_visible(False)
+
+
+def layer_profile(layers: Mapping[str, Profile], *, what: str = "Norm of the delta", caption: str = "") -> Figure:
+    """Norm per layer, one line per model; the layers run down the page so that their names can be read."""
+
+    def draw(width: int) -> "Drawing":
+        rows = max(map(len, layers.values()), default=0)
+        drawing = blank(width, 110 + min(26 * rows, 900) + 11 * len(layers))
+        axes = drawing.add_subplot()
+        draw_layer_profile(axes, layers, width)
+        axes.set_title(what)
+        legend_below(drawing, axes, columns=2 if width <= NARROW else 4)
+        return drawing
+
+    tops = [
+        (max(((float(norm), name) for name, norm in profile)), model) for model, profile in layers.items() if profile
+    ]
+    alt = f"{what} layer by layer. Largest: " + "; ".join(
+        f"{model} in {name} ({norm:.3g})" for (norm, name), model in tops
+    )
+    return drawn(draw, caption, f"{alt}.")
+
+
+def draw_layer_profile(axes: "Axes", layers: Mapping[str, Profile], width: int) -> None:
+    """Draw the lines on `axes`, which is about `width` pixels wide; a log scale where norms differ thirtyfold."""
+    names = list(dict.fromkeys(str(name) for profile in layers.values() for name, _ in profile))
+    for number, (model, profile) in enumerate(layers.items()):
+        rows = [names.index(str(name)) for name, _ in profile]
+        axes.plot([float(norm) for _, norm in profile], rows, label=shorten(model, 34), **series(number))
+    norms = [float(norm) for profile in layers.values() for _, norm in profile if float(norm) > 0]
+    if norms and max(norms) > 30 * min(norms):
+        axes.set_xscale("log")
+    else:
+        axes.set_xlim(left=0)
+    every = 1 + len(names) // 36
+    axes.set_yticks(
+        range(0, len(names), every), [shorten(name, 16 if width <= NARROW else 40) for name in names[::every]]
+    )
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.tick_params(axis="y", labelcolor=INK)
+    axes.tick_params(axis="x", labelcolor=MUTED)
+    axes.grid(True)
+
+
+def _size(cell: float) -> float:
+    return 10 if cell < 34 else 11 if cell < 44 else 12.5

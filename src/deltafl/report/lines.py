@@ -1,0 +1,99 @@
+"""Line charts: score against the scaling coefficient, accuracy against rounds."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from deltafl.report.marks import direct_labels, legend_below, mark_chosen, series, shorten
+from deltafl.report.page import Figure
+from deltafl.report.svg import NARROW, blank, drawn
+from deltafl.report.theme import MUTED, SERIES
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Drawing
+
+Curve = Sequence[Sequence[float]]
+
+
+def lambda_curves(
+    curves: Mapping[str, Curve],
+    chosen: Mapping[str, float],
+    baseline: float | None = None,
+    *,
+    baseline_name: str = "base",
+    score_name: str = "Normalised accuracy on validation",
+    caption: str = "",
+) -> Figure:
+    """Score against the scaling coefficient, one line per rule, the chosen coefficient of each ringed.
+
+    Rules whose curves are equal share one line and one label. Scores are shares and shown in percent.
+    """
+    groups: dict[tuple[tuple[float, ...], ...], list[str]] = {}
+    for name, curve in curves.items():
+        groups.setdefault(tuple(sorted(tuple(map(float, point)) for point in curve)), []).append(name)
+    lines = {" = ".join(names): points for points, names in groups.items() if points}
+    picked = {
+        label: chosen[names[0]] for label, names in zip(lines, groups.values(), strict=False) if names[0] in chosen
+    }
+
+    def draw(width: int) -> "Drawing":
+        drawing, axes = _line_chart(lines, width, f"{score_name}, %", "scaling coefficient λ")
+        for number, (label, points) in enumerate(lines.items()):
+            mark_chosen(axes, dict((x, y) for x, y in points), picked.get(label), SERIES[number % len(SERIES)])
+        if baseline is not None:
+            axes.axhline(100 * baseline, color=MUTED, linewidth=1.2, dashes=(2, 2), zorder=1)
+            axes.text(
+                1,
+                100 * baseline,
+                baseline_name,
+                transform=axes.get_yaxis_transform(),
+                ha="right",
+                va="bottom",
+                color=MUTED,
+                fontsize=11.5,
+            )
+        return drawing
+
+    tops = ", ".join(f"{label} {picked[label]:g}" for label in lines if label in picked)
+    alt = f"{score_name} against the scaling coefficient for {len(lines)} curves. Chosen: {tops or 'none'}."
+    return drawn(draw, caption, alt)
+
+
+def rounds_curve(
+    runs: Mapping[str, Curve], x_label: str = "round", *, score_name: str = "Accuracy", caption: str = ""
+) -> Figure:
+    """Accuracy against rounds (or steps, or bytes), one line per run."""
+
+    def draw(width: int) -> "Drawing":
+        return _line_chart(runs, width, f"{score_name}, %", x_label, markers=False)[0]
+
+    ends = ", ".join(f"{name} {100 * points[-1][1]:.1f}%" for name, points in runs.items() if points)
+    return drawn(draw, caption, f"{score_name} against {x_label}. At the end: {ends}.")
+
+
+def _line_chart(
+    lines: Mapping[str, Curve], width: int, title: str, x_label: str, *, markers: bool = True
+) -> tuple["Drawing", "Axes"]:
+    narrow = width <= NARROW
+    height = 300 if narrow else 380
+    drawing = blank(width, height + (22 * ((len(lines) + 1) // 2) if narrow else 0))
+    axes = drawing.add_subplot()
+    for number, (name, points) in enumerate(lines.items()):
+        ordered = sorted(points, key=lambda point: point[0])
+        axes.plot(
+            [x for x, _ in ordered],
+            [100 * y for _, y in ordered],
+            label=shorten(name, 40 if narrow else 34),
+            **series(number, markers=markers),
+        )
+    axes.set_title(title)
+    axes.set_xlabel(x_label)
+    axes.grid(axis="y")
+    axes.margins(x=0.02, y=0.08)
+    axes.yaxis.get_major_locator().set_params(nbins=6)
+    axes.xaxis.get_major_locator().set_params(nbins=6 if narrow else 10)
+    if narrow:
+        legend_below(drawing, axes)
+    else:
+        direct_labels(axes, height - 80)
+    return drawing, axes
