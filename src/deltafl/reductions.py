@@ -1,19 +1,13 @@
 """Reductions over whole deltas in one streaming pass each: the Gram matrix, and exact magnitude thresholds."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol, TypeVar
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from deltafl.tensors import blocks
-
-T = TypeVar("T")
-
-CHUNK = 1 << 22
-"""Elements in one unit of work for a thread."""
+from deltafl.streaming import Piece, chunks, in_order
 
 BINS = 1 << 21
 
@@ -33,48 +27,6 @@ class BlockRows(Protocol):
 
     @property
     def updates(self) -> Sequence[object]: ...
-
-
-Piece = tuple[str, int, int]
-
-
-def chunks(sizes: Sequence[tuple[str, int]], chunk: int = CHUNK) -> Iterator[list[Piece]]:
-    """Blocks (name, start, stop) of all tensors in order, grouped into units of about `chunk` elements."""
-    group: list[Piece] = []
-    held = 0
-    for name, numel in sizes:
-        for start, stop in blocks(numel):
-            group.append((name, start, stop))
-            held += stop - start
-            if held >= chunk:
-                yield group
-                group, held = [], 0
-    if group:
-        yield group
-
-
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-def in_order(work: Callable[[list[Piece]], T], groups: Sequence[list[Piece]], threads: int) -> Iterator[T]:
-    """`work` of each group, in order, by a few threads that use one core each.
-
-    One core for each: torch then splits no operation, and the result does not depend on the number of threads. At
-    most two groups for each thread are ahead of the consumer, so results do not pile up.
-    """
-    mine = torch.get_num_threads()
-    pool = ThreadPoolExecutor(threads, initializer=_one_thread)
-    try:
-        waiting = [pool.submit(work, g) for g in groups[: 2 * threads]]
-        for following in range(len(waiting), len(groups) + len(waiting)):
-            future = waiting.pop(0)
-            if following < len(groups):
-                waiting.append(pool.submit(work, groups[following]))
-            yield future.result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-        torch.set_num_threads(mine)
 
 
 def sizes_of(rows: BlockRows) -> list[tuple[str, int]]:
@@ -136,7 +88,6 @@ def kth_magnitude(rows: BlockRows, i: int, sizes: Sequence[tuple[str, int]], k: 
         return math.inf, 0
     groups = list(chunks(sizes))
     low, high = sampled_range(rows, i, groups, k / max(1, sum(s for _, s in sizes)))
-    above_low = None
     while True:
         shift = max(0, (high - low - 1).bit_length() - (BINS.bit_length() - 1))
 

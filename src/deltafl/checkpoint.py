@@ -1,0 +1,188 @@
+"""Checkpoints as lazy mappings of named tensors: read by blocks, never whole; and the lazy difference of two."""
+
+import os
+import pickle
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltafl import layout as layouts
+from deltafl.errors import DeltaflError
+from deltafl.layout import Entry, Layout
+from deltafl.tensors import Tensors, block_of, shape_of
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Checkpoint(Mapping[str, Tensor]):
+    """A checkpoint on disk. `checkpoint[name]` reads one tensor, `block` a part of one, in the file's dtype.
+
+    Reads with pread rather than mmap: memory is what is asked for, and a file that shrinks while it is read is an
+    error instead of a dead process.
+    """
+
+    fresh_blocks = True
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self._files = {file: os.open(file, os.O_RDONLY) for file in layout.files}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layout.entries)
+
+    def __len__(self) -> int:
+        return len(self.layout.entries)
+
+    def __getitem__(self, name: str) -> Tensor:
+        entry = self.layout.entries[name]
+        return self.block(name, 0, entry.numel).reshape(entry.shape)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor."""
+        return self.layout.entries[name].shape
+
+    def block(self, name: str, start: int, stop: int) -> Tensor:
+        """Flat elements [start, stop). Raises DeltaflError if the file is shorter than its header said."""
+        entry = self.layout.entries[name]
+        dtype = DTYPES[entry.dtype]
+        values = torch.empty(stop - start, dtype=dtype)
+        into = memoryview(values.view(torch.uint8).numpy()) if stop > start else memoryview(b"")
+        at, done = entry.start + start * dtype.itemsize, 0
+        while done < len(into):
+            count = os.preadv(self._files[entry.file], [into[done:]], at + done)
+            if not count:
+                raise DeltaflError(f'"{entry.file}": ended while tensor "{name}" was read; was it changed meanwhile?')
+            done += count
+        return values
+
+    def close(self) -> None:
+        """Close the files."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def open_tensors(ref: str | os.PathLike[str] | Layout) -> Tensors:
+    """The tensors of a path, hub id or layout: a `Checkpoint`, or a dict for a torch state dict.
+
+    Raises DeltaflError, also for a pickle that would run code.
+    """
+    layout = ref if isinstance(ref, Layout) else layouts.read_layout(ref)
+    if not layout.pickled:
+        return Checkpoint(layout)
+    tensors: dict[str, Tensor] = {}
+    for file in layout.files:
+        tensors |= _state_dict(file)
+    return tensors
+
+
+def _state_dict(file: Path) -> dict[str, Tensor]:
+    try:
+        held: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
+    except pickle.UnpicklingError:
+        raise DeltaflError(
+            f'"{file}": holds more than tensors, and reading it would run code; '
+            "save the state dict alone, best as .safetensors"
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError):
+        raise DeltaflError(f'"{file}": truncated, corrupt or not a torch state dict; download it again') from None
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(held, Mapping) and isinstance(held.get(key), Mapping):
+            held = held[key]
+    if not isinstance(held, Mapping) or not all(isinstance(v, Tensor) for v in held.values()):
+        raise DeltaflError(f'"{file}": is not a state dict (a mapping from names to tensors)')
+    return {name: tensor for name, tensor in held.items()}
+
+
+def _is_zip(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(4) == b"PK\x03\x04"
+
+
+def entries_of(tensors: Tensors) -> Mapping[str, Entry]:
+    """Name, dtype and shape of every tensor, as the naming layer compares them."""
+    if isinstance(tensors, Checkpoint):
+        return tensors.layout.entries
+    return {n: Entry(NAMES.get(t.dtype, str(t.dtype)), tuple(t.shape), Path(), 0, 0) for n, t in tensors.items()}
+
+
+class Latest(Mapping[str, Tensor]):
+    """Another mapping, with the block read last kept in `dtype` for each thread.
+
+    n differences from one base and the step itself ask for the same block of the base one after the other: it is
+    read and converted once.
+    """
+
+    def __init__(self, tensors: Tensors, dtype: torch.dtype = torch.float32) -> None:
+        self._tensors, self._dtype, self._local = tensors, dtype, threading.local()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor."""
+        return shape_of(self._tensors, name)
+
+    def block(self, name: str, start: int, stop: int) -> Tensor:
+        """Flat elements [start, stop) in `dtype`; not to be overwritten."""
+        key = (name, start, stop)
+        if getattr(self._local, "key", None) != key:
+            self._local.block = block_of(self._tensors, name, start, stop).to(self._dtype)
+            self._local.key = key
+        return self._local.block
+
+
+class Difference(Mapping[str, Tensor]):
+    """delta = tuned - base as a lazy mapping in the base's names, in float32 or, to be exact, float64.
+
+    names: base name -> tuned name, the tensors that the delta has.
+    """
+
+    fresh_blocks = True
+
+    def __init__(self, base: Tensors, tuned: Tensors, names: Mapping[str, str], dtype: torch.dtype) -> None:
+        self._base, self._tuned, self._names, self._dtype = base, tuned, names, dtype
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, name: str) -> Tensor:
+        tuned = self._tuned[self._names[name]].to(self._dtype)
+        return tuned - self._base[name].to(self._dtype)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor."""
+        return shape_of(self._base, name)
+
+    def block(self, name: str, start: int, stop: int) -> Tensor:
+        """Flat elements [start, stop) of tuned - base."""
+        tuned = block_of(self._tuned, self._names[name], start, stop)
+        base = block_of(self._base, name, start, stop).to(self._dtype)
+        return torch.sub(tuned.to(self._dtype), base)

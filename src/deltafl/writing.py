@@ -1,0 +1,142 @@
+"""A lazy mapping of tensors -> a Hugging Face directory on disk, streamed, complete or absent."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from deltafl.checkpoint import DTYPES
+from deltafl.layout import SIZES, Entry
+from deltafl.streaming import Piece, chunks, in_order
+from deltafl.tensors import Tensors, block_of
+
+INDEX = "model.safetensors.index.json"
+COMPANIONS = (".json", ".txt", ".model", ".jinja", ".py")
+NOT_COPIED = frozenset({INDEX, "pytorch_model.bin.index.json", "training.json", "deltafl.json"})
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file to be: its entries, whose offsets count from the start of the file."""
+
+    file: str
+    header: bytes
+    entries: Mapping[str, Entry]
+    num_bytes: int
+
+
+def plan_shards(entries: Mapping[str, Entry], dtype: str | None, max_shard_size: int) -> list[Shard]:
+    """Distribute tensors over files of at most `max_shard_size` bytes (a larger tensor gets a file of its own).
+
+    dtype: what float tensors are written as, None: as they are. Wider dtypes come first, so that every tensor is
+    aligned; otherwise the order is kept.
+    """
+    kept = {n: dtype if dtype and e.floating else e.dtype for n, e in entries.items()}
+    names = sorted(entries, key=lambda n: -SIZES[kept[n]])
+    groups: list[list[str]] = [[]]
+    held = 0
+    for name in names:
+        size = entries[name].numel * SIZES[kept[name]]
+        if groups[-1] and held + size > max_shard_size:
+            groups.append([])
+            held = 0
+        groups[-1].append(name)
+        held += size
+    single = len(groups) == 1
+    return [
+        _shard(
+            "model.safetensors" if single else f"model-{i:05d}-of-{len(groups):05d}.safetensors", group, entries, kept
+        )
+        for i, group in enumerate(groups, 1)
+    ]
+
+
+def _shard(file: str, names: Sequence[str], entries: Mapping[str, Entry], dtypes: Mapping[str, str]) -> Shard:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    at, spans = 0, {}
+    for name in names:
+        size = entries[name].numel * SIZES[dtypes[name]]
+        spans[name] = (at, at + size)
+        header[name] = {"dtype": dtypes[name], "shape": list(entries[name].shape), "data_offsets": [at, at + size]}
+        at += size
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    start = 8 + len(raw)
+    placed = {n: Entry(dtypes[n], entries[n].shape, Path(file), start + a, start + b) for n, (a, b) in spans.items()}
+    return Shard(file, len(raw).to_bytes(8, "little") + raw, placed, start + at)
+
+
+def write_tensors(
+    tensors: Tensors,
+    shards: Sequence[Shard],
+    folder: Path,
+    *,
+    threads: int,
+    on_bytes: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Compute and write all tensors, block by block, each block where it belongs; then sync the files.
+
+    Space is reserved first, so that a full disk is found before the work. `on_bytes` is told what has been written.
+
+    Raises:
+        OSError: the disk is full, or fails.
+    """
+    handles: dict[Path, int] = {}
+    try:
+        for shard in shards:
+            handle = os.open(folder / shard.file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+            handles[Path(shard.file)] = handle
+            os.posix_fallocate(handle, 0, shard.num_bytes)
+            os.pwrite(handle, shard.header, 0)
+        entries = {name: entry for shard in shards for name, entry in shard.entries.items()}
+
+        def write(group: list[Piece]) -> int:
+            written = 0
+            for name, start, stop in group:
+                entry = entries[name]
+                block = block_of(tensors, name, start, stop).to("cpu", DTYPES[entry.dtype])
+                data = memoryview(block.contiguous().view(torch.uint8).numpy())
+                _write_all(handles[entry.file], data, entry.start + start * SIZES[entry.dtype])
+                written += len(data)
+            return written
+
+        sizes = [(name, entries[name].numel) for name in tensors]
+        for written in in_order(write, list(chunks(sizes)), threads):
+            on_bytes(written)
+        for handle in handles.values():
+            os.fsync(handle)
+    finally:
+        for handle in handles.values():
+            os.close(handle)
+    if len(shards) > 1:
+        weight_map = {n: s.file for s in shards for n in s.entries}
+        total = sum(e.stop - e.start for s in shards for e in s.entries.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2))
+
+
+def _write_all(handle: int, data: memoryview, at: int) -> None:
+    while len(data):
+        count = os.pwrite(handle, data, at)
+        data, at = data[count:], at + count
+
+
+def companions(folder: Path) -> list[Path]:
+    """The configuration, tokenizer, processor and code files of a model folder: what is copied beside new weights."""
+    return sorted(f for f in folder.iterdir() if f.is_file() and f.suffix in COMPANIONS and f.name not in NOT_COPIED)
+
+
+def copy_companions(source: Path, target: Path, dtype: str | None) -> None:
+    """Copy a model folder's companions; with a new dtype, config.json says so."""
+    for file in companions(source):
+        shutil.copyfile(file, target / file.name)
+    config = target / "config.json"
+    if dtype and config.exists():
+        held = json.loads(config.read_text())
+        held.pop("torch_dtype", None)
+        held["dtype"] = str(DTYPES[dtype]).removeprefix("torch.")
+        config.write_text(json.dumps(held, indent=2))
