@@ -15,7 +15,7 @@ Embed: TypeAlias = Callable[[nn.Module, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class InputSpec:
-    """What a model expects: square images of `image_size` pixels, normalised as `(x / 255 - mean) / std` per channel."""
+    """What a model takes: square images of `image_size` pixels, `(x / 255 - mean) / std` in each channel."""
 
     image_size: int
     channels: int

@@ -49,7 +49,8 @@ def load_saved_plugin(directory: Path) -> LoadedEncoder:
     try:
         found = json.loads((directory / MODEL_JSON).read_text())
         factory = Factory(found["factory"], found["kwargs"])
-        spec = InputSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in found["input"].items()})
+        given = found["input"]
+        spec = InputSpec(given["image_size"], given["channels"], tuple(given["mean"]), tuple(given["std"]))
         weights = load_file(directory / WEIGHTS)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise DeltaflError(f'model "{directory}" cannot be loaded: {error}') from error
@@ -96,9 +97,8 @@ def _build(factory: Factory) -> tuple[Any, nn.Module]:
         builder = getattr(source, attribute, None)
         if not callable(builder):
             public = [n for n, v in vars(source).items() if callable(v) and not n.startswith("_")]
-            raise DeltaflError(
-                f'model "{factory.ref}": "{module_name}" has no callable "{attribute}"; {did_you_mean(attribute, public)}'
-            )
+            hint = did_you_mean(attribute, public)
+            raise DeltaflError(f'model "{factory.ref}": "{module_name}" has no callable "{attribute}"; {hint}')
         try:
             module = builder(**factory.kwargs)
         except TypeError as error:
