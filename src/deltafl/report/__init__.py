@@ -1,4 +1,7 @@
-"""Records to tables, figures and one self-contained HTML page. Imports no torch; matplotlib only when a chart is drawn."""
+"""Records to tables, figures and one self-contained HTML page.
+
+Imports no torch, and matplotlib only when a chart is drawn.
+"""
 
 from deltafl.report.bars import task_bars
 from deltafl.report.grids import heat_map, layer_profile

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from deltafl.report.marks import legend_below, series, shorten
+from deltafl.report.marks import decimals, legend_below, series, shorten
 from deltafl.report.page import Figure
 from deltafl.report.svg import NARROW, blank, drawn
 from deltafl.report.theme import INK, MUTED, NEGATIVE, ON_FILL, POSITIVE
@@ -33,7 +33,7 @@ def heat_map(
     alt = f"{what} of every pair of {len(names)} models."
     if pairs:
         (low, a, b), (high, c, d) = min(pairs), max(pairs)
-        alt += f" Lowest {low:.2f} ({a} and {b}), highest {high:.2f} ({c} and {d})."
+        alt += f" Lowest {decimals(low)} ({a} and {b}), highest {decimals(high)} ({c} and {d})."
     return drawn(draw, caption, alt)
 
 
@@ -50,34 +50,22 @@ def draw_heat_map(axes: "Axes", names: Sequence[str], matrix: Matrix, width: int
     room = 13 if width <= NARROW else 26
     cell = (width - 7 * min(room, max(map(len, names), default=0))) / max(n, 1)
     scale = max([abs(matrix[i][j] - neutral) for i in range(n) for j in range(n) if i != j], default=0) or 1
-    for i in range(n):
-        for j in range(n):
-            if i == j:
-                continue
-            strength = (matrix[i][j] - neutral) / scale
-            colour = POSITIVE if strength >= 0 else NEGATIVE
-            size = (0.96, 0.94)
-            axes.add_patch(
-                Rectangle(
-                    (j - size[0] / 2, i - size[1] / 2), *size, facecolor=colour, alpha=0.06 + 0.94 * abs(strength)
-                )
-            )
-            if cell >= 24:
-                ink = ON_FILL if abs(strength) > 0.6 else INK
-                axes.text(
-                    j, i, f"{matrix[i][j]:.2f}", ha="center", va="center_baseline", color=ink, fontsize=_size(cell)
-                )
+    for i, j in ((i, j) for i in range(n) for j in range(n) if i != j):
+        strength = (matrix[i][j] - neutral) / scale
+        colour = POSITIVE if strength >= 0 else NEGATIVE
+        axes.add_patch(Rectangle((j - 0.48, i - 0.47), 0.96, 0.94, facecolor=colour, alpha=0.06 + 0.94 * abs(strength)))
+        if cell >= 24:
+            ink = ON_FILL if abs(strength) > 0.6 else INK
+            size = 10 if cell < 34 else 11 if cell < 44 else 12.5
+            axes.text(j, i, decimals(matrix[i][j]), ha="center", va="center_baseline", color=ink, fontsize=size)
     axes.set_xlim(-0.5, n - 0.5)
     axes.set_ylim(n - 0.5, -0.5)
-    axes.set_yticks(range(n), [shorten(name, room) for name in names])
-    upright = max(map(len, names), default=0) * 7.6 < cell
-    axes.set_xticks(
-        range(n),
-        [shorten(name, room) for name in names],
-        rotation=0 if upright else 40,
-        ha="center" if upright else "left",
-        rotation_mode="anchor",
-    )
+    labels = [shorten(name, room) for name in names]
+    axes.set_yticks(range(n), labels)
+    if max(map(len, labels), default=0) * 7.6 < cell:
+        axes.set_xticks(range(n), labels)
+    else:
+        axes.set_xticks(range(n), labels, rotation=40, ha="left", rotation_mode="anchor")
     axes.tick_params(length=0, labelcolor=INK, top=False, labeltop=True, bottom=False, labelbottom=False)
     axes.spines[:].set_visible(False)
 
@@ -94,12 +82,9 @@ def layer_profile(layers: Mapping[str, Profile], *, what: str = "Norm of the del
         legend_below(drawing, axes, columns=2 if width <= NARROW else 4)
         return drawing
 
-    tops = [
-        (max(((float(norm), name) for name, norm in profile)), model) for model, profile in layers.items() if profile
-    ]
-    alt = f"{what} layer by layer. Largest: " + "; ".join(
-        f"{model} in {name} ({norm:.3g})" for (norm, name), model in tops
-    )
+    peaks = {model: max((float(norm), name) for name, norm in rows) for model, rows in layers.items() if rows}
+    largest = "; ".join(f"{model} in {name} ({norm:.3g})" for model, (norm, name) in peaks.items())
+    alt = f"{what} layer by layer. Largest: {largest}"
     return drawn(draw, caption, f"{alt}.")
 
 
@@ -115,14 +100,9 @@ def draw_layer_profile(axes: "Axes", layers: Mapping[str, Profile], width: int) 
     else:
         axes.set_xlim(left=0)
     every = 1 + len(names) // 36
-    axes.set_yticks(
-        range(0, len(names), every), [shorten(name, 16 if width <= NARROW else 40) for name in names[::every]]
-    )
+    most = 16 if width <= NARROW else 40
+    axes.set_yticks(range(0, len(names), every), [shorten(name, most) for name in names[::every]])
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.tick_params(axis="y", labelcolor=INK)
     axes.tick_params(axis="x", labelcolor=MUTED)
     axes.grid(True)
-
-
-def _size(cell: float) -> float:
-    return 10 if cell < 34 else 11 if cell < 44 else 12.5

@@ -55,10 +55,8 @@ def _item(item: Item, number: int) -> str:
         case Figure():
             return _figure(item, number)
         case Facts():
-            pairs = "\n".join(
-                f"<div><dt>{escape(what)}</dt><dd>{escape(value)}</dd></div>" for what, value in item.pairs
-            )
-            return f'<dl class="facts">\n{pairs}\n</dl>'
+            pairs = [f"<div><dt>{escape(what)}</dt><dd>{escape(value)}</dd></div>" for what, value in item.pairs]
+            return "\n".join(['<dl class="facts">', *pairs, "</dl>"])
         case Listing():
             return "<ul>\n" + "\n".join(f"<li>{_inline(text)}</li>" for text in item.items) + "\n</ul>"
         case Code():
@@ -81,7 +79,7 @@ def _table(table: Table, number: int) -> str:
     rows = "\n".join(body)
     return f"""<div class="scroll" role="region" aria-labelledby="table-{number}" tabindex="0">
 <table>
-<caption id="table-{number}">{_inline(table.caption)}</caption>
+<caption id="table-{number}"><span>{_inline(table.caption)}</span></caption>
 <thead><tr>{head}</tr></thead>
 <tbody>
 {rows}

@@ -38,9 +38,7 @@ def inspect_page(result: Result) -> Page:
             directions.append(figure)
         sections.append(Section("Whether they move the same way", "", directions))
     if result.get("layers"):
-        caption = (
-            "Length of the delta in every layer. A model far to the right of the others dominates a plain mean there."
-        )
+        caption = "Length of the delta in every layer. A model far to the right dominates a plain mean there."
         sections.append(Section("Where they changed", "", [layer_profile(result["layers"], caption=caption)]))
     lead = f"{len(models)} models fine-tuned from one base, compared by their deltas: the weights after minus before."
     return Page(result.get("title", "How different are these models?"), lead, sections)

@@ -20,7 +20,7 @@ def lambda_curves(
     chosen: Mapping[str, float],
     baseline: float | None = None,
     *,
-    baseline_name: str = "base",
+    baseline_name: str = "base (unmerged)",
     score_name: str = "Normalised accuracy on validation",
     caption: str = "",
 ) -> Figure:
@@ -28,33 +28,20 @@ def lambda_curves(
 
     Rules whose curves are equal share one line and one label. Scores are shares and shown in percent.
     """
-    groups: dict[tuple[tuple[float, ...], ...], list[str]] = {}
+    groups: dict[tuple[tuple[float, float], ...], list[str]] = {}
     for name, curve in curves.items():
-        groups.setdefault(tuple(sorted(tuple(map(float, point)) for point in curve)), []).append(name)
+        groups.setdefault(tuple(sorted((float(x), float(y)) for x, y in curve)), []).append(name)
     lines = {" = ".join(names): points for points, names in groups.items() if points}
-    picked = {
-        label: chosen[names[0]] for label, names in zip(lines, groups.values(), strict=False) if names[0] in chosen
-    }
+    rings = {" = ".join(names): chosen[names[0]] for names in groups.values() if names[0] in chosen}
 
     def draw(width: int) -> "Drawing":
-        drawing, axes = _line_chart(lines, width, f"{score_name}, %", "scaling coefficient λ")
+        title = f"{score_name}, %"
+        drawing, axes = _line_chart(lines, width, title, "scaling coefficient λ", floor=(baseline_name, baseline))
         for number, (label, points) in enumerate(lines.items()):
-            mark_chosen(axes, dict((x, y) for x, y in points), picked.get(label), SERIES[number % len(SERIES)])
-        if baseline is not None:
-            axes.axhline(100 * baseline, color=MUTED, linewidth=1.2, dashes=(2, 2), zorder=1)
-            axes.text(
-                1,
-                100 * baseline,
-                baseline_name,
-                transform=axes.get_yaxis_transform(),
-                ha="right",
-                va="bottom",
-                color=MUTED,
-                fontsize=11.5,
-            )
+            mark_chosen(axes, dict(points), rings.get(label), SERIES[number % len(SERIES)])
         return drawing
 
-    tops = ", ".join(f"{label} {picked[label]:g}" for label in lines if label in picked)
+    tops = ", ".join(f"{label} {rings[label]:g}" for label in lines if label in rings)
     alt = f"{score_name} against the scaling coefficient for {len(lines)} curves. Chosen: {tops or 'none'}."
     return drawn(draw, caption, alt)
 
@@ -72,26 +59,35 @@ def rounds_curve(
 
 
 def _line_chart(
-    lines: Mapping[str, Curve], width: int, title: str, x_label: str, *, markers: bool = True
+    lines: Mapping[str, Curve],
+    width: int,
+    title: str,
+    x_label: str,
+    *,
+    markers: bool = True,
+    floor: tuple[str, float | None] = ("", None),
 ) -> tuple["Drawing", "Axes"]:
+    """Lines with their names beside them, or below on a phone; `floor` is a level to compare with, and its name."""
     narrow = width <= NARROW
-    height = 300 if narrow else 380
-    drawing = blank(width, height + (22 * ((len(lines) + 1) // 2) if narrow else 0))
+    height = 300 if narrow else 390
+    drawing = blank(width, height + (19 * (len(lines) + 1) if narrow else 0))
     axes = drawing.add_subplot()
     for number, (name, points) in enumerate(lines.items()):
         ordered = sorted(points, key=lambda point: point[0])
-        axes.plot(
-            [x for x, _ in ordered],
-            [100 * y for _, y in ordered],
-            label=shorten(name, 40 if narrow else 34),
-            **series(number, markers=markers),
-        )
+        look = series(number, markers=markers)
+        label = shorten(name, 40 if narrow else 34)
+        axes.plot([x for x, _ in ordered], [100 * y for _, y in ordered], label=label, **look)
+    name, level = floor
+    places = [x for points in lines.values() for x, _ in points]
+    if level is not None and places:
+        ends = [min(places), max(places)]
+        axes.plot(ends, [100 * level] * 2, color=MUTED, linewidth=1.4, linestyle=(0, (2, 2)), zorder=2, label=name)
     axes.set_title(title)
     axes.set_xlabel(x_label)
     axes.grid(axis="y")
     axes.margins(x=0.02, y=0.08)
-    axes.yaxis.get_major_locator().set_params(nbins=6)
-    axes.xaxis.get_major_locator().set_params(nbins=6 if narrow else 10)
+    axes.locator_params(axis="y", nbins=6)
+    axes.locator_params(axis="x", nbins=6 if narrow else 10)
     if narrow:
         legend_below(drawing, axes)
     else:

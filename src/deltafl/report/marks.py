@@ -29,41 +29,26 @@ def mark_chosen(axes: "Axes", points: Mapping[float, float], chosen: float | Non
     at = min(points, key=lambda x: abs(x - chosen)) if chosen is not None and points else None
     if at is None or chosen is None or abs(at - chosen) > 1e-9:
         return
-    axes.plot(
-        [at],
-        [100 * points[at]],
-        "o",
-        markersize=12,
-        markerfacecolor=PAPER,
-        markeredgecolor=colour,
-        markeredgewidth=2.4,
-        zorder=5,
-    )
-    axes.plot([at], [100 * points[at]], "o", markersize=5, color=colour, zorder=6, markeredgewidth=0)
+    spot, score = [at], [100 * points[at]]
+    axes.plot(spot, score, "o", zorder=5, ms=12, mfc=PAPER, mec=colour, mew=2.4)
+    axes.plot(spot, score, "o", zorder=6, ms=5, mfc=colour, mew=0)
 
 
 def direct_labels(axes: "Axes", height: float) -> None:
     """Name each line at its right end, moved apart where lines end close together; `height` is the axes' in pixels."""
+    import numpy as np
+
     low, high = axes.get_ylim()
     axes.set_ylim(low, high)
     left, right = axes.get_xlim()
     axes.set_xlim(left, right)
     lines = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
-    ends = [(float(line.get_xdata()[-1]), float(line.get_ydata()[-1])) for line in lines]
-    wanted = [(y - low) / (high - low) for _, y in ends]
-    for line, (x, _), y, row in zip(lines, ends, wanted, spread(wanted, 17 / height), strict=True):
-        from_x = (x - left) / (right - left)
-        axes.plot(
-            [from_x, 1.025, 1.035],
-            [y, row, row],
-            transform=axes.transAxes,
-            clip_on=False,
-            color=line.get_color(),
-            linewidth=0.8,
-            zorder=2,
-            scalex=False,
-            scaley=False,
-        )
+    ends = [np.asarray(line.get_xydata(), dtype=float)[-1] for line in lines]
+    starts = [((x - left) / (right - left), (y - low) / (high - low)) for x, y in ends]
+    rows = spread([y for _, y in starts], 17 / height)
+    for line, (x, y), row in zip(lines, starts, rows, strict=True):
+        leader = axes.plot([x, 1.025, 1.035], [y, row, row], transform=axes.transAxes, scalex=False, scaley=False)
+        leader[0].set(clip_on=False, color=line.get_color(), linewidth=0.8, zorder=2)
         axes.text(1.045, row, str(line.get_label()), transform=axes.transAxes, va="center", color=INK)
 
 
@@ -94,6 +79,11 @@ def legend_below(drawing: "Drawing", axes: "Axes", columns: int = 2) -> None:
         drawing.legend(
             handles, labels, loc="outside lower left", ncols=columns, fontsize=11.5, columnspacing=1.4, borderpad=0.2
         )
+
+
+def decimals(value: float) -> str:
+    """Two decimals, a true minus sign, and no minus zero."""
+    return f"{round(value, 2) + 0.0:.2f}".replace("-", "−")
 
 
 def shorten(name: str, most: int) -> str:

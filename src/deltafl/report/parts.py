@@ -55,10 +55,10 @@ def results_table(result: Result) -> Table:
     rows = [row for name in (SINGLE, BASE) if (row := row_of(result, name)) is not None]
     reference = range(len(rows))
     rows += rules_of(result)
-    columns = [Column("model"), Column("setting")]
-    columns += [Column(name, "percent", best="max") for name in (*tasks, "mean", "normalised")]
+    columns = [Column(name, "percent", best="max") for name in ("mean", "normalised", *tasks)]
+    columns = [Column("model"), *columns, Column("setting")]
     cells = [
-        [_label(row), _setting(row), *(row["test"].get(task) for task in tasks), row["mean"], row["normalized"]]
+        [_label(row), row["mean"], row["normalized"], *(row["test"].get(task) for task in tasks), _setting(row)]
         for row in rows
     ]
     caption = (
@@ -120,7 +120,7 @@ def differences(training: Sequence[Row]) -> str:
     for key, word in words.items():
         apart = ratio([float(row[key]) for row in training if row.get(key) is not None])
         if apart >= 1.05:
-            found.append(f"{word} {apart:.1f}-fold")
+            found.append(f"{word} {apart:.2g}-fold")
     return f"Between the largest and the smallest, they differ in {_listed(found)}." if found else ""
 
 

@@ -24,8 +24,8 @@ def quickstart_page(result: Result) -> Page:
     """The whole story: what was trained, what a delta is, what was searched, the table tested once, what next."""
     count = len(result["tasks"])
     lead = (
-        f"One small vision model was fine-tuned on {count} tasks, one copy for each. Here the {count} copies are merged "
-        "back into a single model that does every task, without any further training."
+        f"One small vision model was fine-tuned on {count} tasks, one copy for each. Here the {count} copies are "
+        "merged back into a single model that does every task, without any further training."
     )
     sections = [
         Section("What came out", _outcome(result), [headline(result)]),
@@ -34,8 +34,8 @@ def quickstart_page(result: Result) -> Page:
             "What is merged",
             "A delta is what fine-tuning changed: the weights after it minus the weights before. It is called a task "
             "vector when models are merged, and a client update in federated learning; it is the same thing. Merging "
-            "combines the deltas by some rule, multiplies the result by a scaling coefficient λ and adds it to the base. "
-            "That is exactly one server step of federated learning.",
+            "combines the deltas by some rule, multiplies the result by a scaling coefficient λ and adds it to the "
+            "base. That is exactly one server step of federated learning.",
             [cosine_figure(result["cosine"])] if result.get("cosine") else [],
         ),
         _search(result),
@@ -83,8 +83,8 @@ def _outcome(result: Result) -> str:
 
 def _training(result: Result) -> tuple[str, list[Item]]:
     text = (
-        "All models start from the same base, which was pre-trained first. Each was then fine-tuned on its own task, and "
-        "on purpose not in the same way: in real life fine-tuned models come from different people."
+        "All models start from the same base, which was pre-trained first. Each was then fine-tuned on its own task, "
+        "and on purpose not in the same way: in real life fine-tuned models come from different people."
     )
     training = result.get("training", [])
     return f"{text} {differences(training)}", [training_table(training)] if training else []
@@ -97,8 +97,8 @@ def _search(result: Result) -> Section:
         "rho" in row.get("params", {}) for row in rules_of(result)
     )
     text = (
-        f"How far to go along the merged delta is the one choice that matters most. For every rule, λ was tried at{tried} "
-        f"and scored on validation images, which neither training nor the final test uses.{rho}"
+        f"How far to go along the merged delta is the one choice that matters most. For every rule, λ was tried at"
+        f"{tried} and scored on validation images, which neither training nor the final test uses.{rho}"
     )
     return Section("What was searched", text, search_figures(result))
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from deltafl.report.page import Figure
 from deltafl.report.theme import INK, LINE, MUTED, follow_theme
@@ -12,7 +12,7 @@ from deltafl.report.theme import INK, LINE, MUTED, follow_theme
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
 
-WIDE, NARROW = 760, 344
+WIDE, NARROW = 832, 344
 """Widths of the two drawings of a chart, in CSS pixels: a desktop's column, and a phone of 360 px less its margins."""
 
 Draw = Callable[[int], "Drawing"]
@@ -23,7 +23,7 @@ def chart_style() -> Iterator[None]:
     """The type, lines and SVG settings of every chart, set for the time of drawing only."""
     import matplotlib
 
-    settings = {
+    settings: dict[Any, Any] = {
         "font.family": "sans-serif",
         "font.sans-serif": ["DejaVu Sans"],
         "font.size": 12.5,
