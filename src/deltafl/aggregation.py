@@ -16,7 +16,8 @@ from torch import Tensor
 from deltafl.errors import DeltaflError, shorten
 from deltafl.reductions import gram_matrix, magnitude_thresholds
 from deltafl.rules import Checked, CoordinateRule, LinearRule, Rule, Source, Stats, Transform
-from deltafl.tensors import Tensors, block_of, blocks, round_once, shape_of
+from deltafl.streaming import OnElements, ignore
+from deltafl.tensors import Tensors, block_of, blocks, dtype_of, round_once, shape_of
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,7 @@ class Aggregate(Mapping[str, Tensor]):
         *,
         dtype: torch.dtype = torch.float32,
         threads: int = 1,
+        on_elements: OnElements = ignore,
     ) -> None:
         sources = tuple(u.source for u in updates)
         check_rule(rule, sources)
@@ -165,14 +167,16 @@ class Aggregate(Mapping[str, Tensor]):
         for transform in rule.transforms:
             thresholds = None
             if transform.density is not None:
-                thresholds, kept = magnitude_thresholds(rows, transform.density, transform.per_tensor, threads)
+                thresholds, kept = magnitude_thresholds(
+                    rows, transform.density, transform.per_tensor, threads, on_elements
+                )
                 self.report["kept_fraction"] = dict(zip((s.name for s in sources), kept, strict=True))
             rows = Rows(updates, self.weights, dtype, (*rows.transforms, (transform, thresholds)))
         self._rows = rows
         self._stats = Stats(sources)
         if isinstance(self._core, LinearRule):
             if self._core.needs_gram:
-                self._stats = Stats(sources, gram_matrix(rows, threads))
+                self._stats = Stats(sources, gram_matrix(rows, threads, on_elements))
             self._coefficients: dict[tuple[float, ...], tuple[float, ...]] = {}
             self.report["coefficients"] = list(self._linear(self.weights.default))
 
@@ -190,6 +194,9 @@ class Aggregate(Mapping[str, Tensor]):
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._rows.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._rows.dtype
 
     def block(self, name: str, start: int, stop: int) -> Tensor:
         """R on flat elements [start, stop) of one tensor, in float32 (float64 if exact)."""
@@ -226,10 +233,11 @@ def shares(weights: Sequence[float]) -> list[float]:
 
 
 class Stepped(Mapping[str, Tensor]):
-    """theta = theta0 + scale * R as a lazy mapping, rounded to the base's dtype once.
+    """theta = theta0 + scale * R as a lazy mapping, rounded once to the base's dtype, or to `dtype`.
 
     Give `server_lr` (scale of the mean) or `scaling_coef` (lambda: scale = lambda * sum_i |w_i|). What the aggregate
-    does not hold is the base's own tensor.
+    does not hold is the base's own tensor. `working`: the base's blocks in the precision of the arithmetic, where
+    they are at hand (see `checkpoint.Latest`).
     """
 
     fresh_blocks = True
@@ -241,6 +249,8 @@ class Stepped(Mapping[str, Tensor]):
         *,
         server_lr: float | None = None,
         scaling_coef: float | None = None,
+        dtype: torch.dtype | None = None,
+        working: Tensors | None = None,
     ) -> None:
         if (server_lr is None) == (scaling_coef is None):
             raise DeltaflError("give either server_lr or scaling_coef")
@@ -248,7 +258,8 @@ class Stepped(Mapping[str, Tensor]):
         if missing:
             raise DeltaflError(f"the base lacks tensors of the update: {shorten(missing)}")
         self._base, self._aggregate = base, aggregate
-        self._server_lr, self._scaling_coef = server_lr, scaling_coef
+        self._server_lr, self._scaling_coef, self._dtype = server_lr, scaling_coef, dtype
+        self._working = base if working is None else working
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._base)
@@ -266,13 +277,17 @@ class Stepped(Mapping[str, Tensor]):
     def shape(self, name: str) -> tuple[int, ...]:
         return shape_of(self._base, name)
 
+    def dtype(self, name: str) -> torch.dtype:
+        own = dtype_of(self._base, name)
+        return self._dtype if self._dtype and own.is_floating_point else own
+
     def block(self, name: str, start: int, stop: int) -> Tensor:
-        """The new model's flat elements [start, stop) of one tensor, in the base's dtype."""
-        base = block_of(self._base, name, start, stop)
+        """The new model's flat elements [start, stop) of one tensor."""
         if name not in self._aggregate:
-            return base
+            return block_of(self._base, name, start, stop)
         update = self._aggregate.block(name, start, stop)
-        return round_once(update.mul_(self.scale(name)).add_(base.to(update.dtype)), base.dtype)
+        base = block_of(self._working, name, start, stop).to(update)
+        return round_once(update.mul_(self.scale(name)).add_(base), self._dtype or dtype_of(self._base, name))
 
     def scale(self, name: str) -> float:
         """server_lr of one tensor."""

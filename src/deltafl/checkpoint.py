@@ -51,6 +51,10 @@ class Checkpoint(Mapping[str, Tensor]):
         """Shape of one tensor."""
         return self.layout.entries[name].shape
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of one tensor."""
+        return DTYPES[self.layout.entries[name].dtype]
+
     def block(self, name: str, start: int, stop: int) -> Tensor:
         """Flat elements [start, stop). Raises DeltaflError if the file is shorter than its header said."""
         entry = self.layout.entries[name]
@@ -109,7 +113,7 @@ def _state_dict(file: Path) -> dict[str, Tensor]:
             held = held[key]
     if not isinstance(held, Mapping) or not all(isinstance(v, Tensor) for v in held.values()):
         raise DeltaflError(f'"{file}": is not a state dict (a mapping from names to tensors)')
-    return {name: tensor for name, tensor in held.items()}
+    return dict(held)
 
 
 def _is_zip(file: Path) -> bool:
@@ -131,8 +135,8 @@ class Latest(Mapping[str, Tensor]):
     read and converted once.
     """
 
-    def __init__(self, tensors: Tensors, dtype: torch.dtype = torch.float32) -> None:
-        self._tensors, self._dtype, self._local = tensors, dtype, threading.local()
+    def __init__(self, tensors: Tensors, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
+        self._tensors, self._dtype, self._device, self._local = tensors, dtype, device, threading.local()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -147,11 +151,15 @@ class Latest(Mapping[str, Tensor]):
         """Shape of one tensor."""
         return shape_of(self._tensors, name)
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of the blocks."""
+        return self._dtype
+
     def block(self, name: str, start: int, stop: int) -> Tensor:
         """Flat elements [start, stop) in `dtype`; not to be overwritten."""
         key = (name, start, stop)
         if getattr(self._local, "key", None) != key:
-            self._local.block = block_of(self._tensors, name, start, stop).to(self._dtype)
+            self._local.block = block_of(self._tensors, name, start, stop).to(self._device, self._dtype)
             self._local.key = key
         return self._local.block
 
@@ -181,8 +189,12 @@ class Difference(Mapping[str, Tensor]):
         """Shape of one tensor."""
         return shape_of(self._base, name)
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of the difference."""
+        return self._dtype
+
     def block(self, name: str, start: int, stop: int) -> Tensor:
         """Flat elements [start, stop) of tuned - base."""
-        tuned = block_of(self._tuned, self._names[name], start, stop)
         base = block_of(self._base, name, start, stop).to(self._dtype)
-        return torch.sub(tuned.to(self._dtype), base)
+        tuned = block_of(self._tuned, self._names[name], start, stop)
+        return tuned.to(base.device, self._dtype) - base

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from deltafl.streaming import Piece, chunks, in_order
+from deltafl.streaming import OnElements, Piece, chunks, ignore, in_order, length
 
 BINS = 1 << 21
 
@@ -34,7 +34,7 @@ def sizes_of(rows: BlockRows) -> list[tuple[str, int]]:
     return [(name, math.prod(rows.shape(name))) for name in rows.names]
 
 
-def gram_matrix(rows: BlockRows, threads: int = 1) -> Tensor:
+def gram_matrix(rows: BlockRows, threads: int = 1, on_elements: OnElements = ignore) -> Tensor:
     """G_ij = <delta_i, delta_j> over all tensors, (n, n) float64; blocks are summed in order. Raises on NaN and Inf."""
 
     def partial(group: list[Piece]) -> Tensor:
@@ -49,13 +49,15 @@ def gram_matrix(rows: BlockRows, threads: int = 1) -> Tensor:
 
     n = len(rows.updates)
     gram = torch.zeros(n, n, dtype=torch.float64)
-    for part in in_order(partial, list(chunks(sizes_of(rows))), threads):
+    groups = list(chunks(sizes_of(rows)))
+    for group, part in zip(groups, in_order(partial, groups, threads), strict=True):
         gram += part
+        on_elements(n * length(group))
     return (gram + gram.T) / 2
 
 
 def magnitude_thresholds(
-    rows: BlockRows, density: float, per_tensor: bool, threads: int = 1
+    rows: BlockRows, density: float, per_tensor: bool, threads: int = 1, on_elements: OnElements = ignore
 ) -> tuple[dict[str, list[float]], list[float]]:
     """The magnitude of the k-th largest element, k = round(density * size), exactly, in bounded memory.
 
@@ -70,6 +72,7 @@ def magnitude_thresholds(
         for group in groups:
             numel = sum(size for _, size in group)
             value, count = kth_magnitude(rows, i, group, round(density * numel), threads)
+            on_elements(numel)
             kept[i] += count
             for name, _ in group:
                 thresholds[name].append(value)

@@ -16,6 +16,18 @@ CHUNK = 1 << 22
 Piece: TypeAlias = tuple[str, int, int]
 """Tensor, first flat element, last + 1."""
 
+OnElements: TypeAlias = Callable[[int], None]
+"""Told how many more elements have been read, for a progress bar."""
+
+
+def ignore(count: int) -> None:
+    """The `OnElements` that shows nothing."""
+
+
+def length(group: Sequence[Piece]) -> int:
+    """Elements in a group of blocks."""
+    return sum(stop - start for _, start, stop in group)
+
 
 def chunks(sizes: Sequence[tuple[str, int]], chunk: int = CHUNK) -> Iterator[list[Piece]]:
     """Blocks (name, start, stop) of all tensors in order, grouped into units of about `chunk` elements."""

@@ -25,6 +25,8 @@ class Blocked(Protocol):
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 
+    def dtype(self, name: str) -> torch.dtype: ...
+
 
 def block_of(tensors: Tensors, name: str, start: int, stop: int) -> Tensor:
     """Flat elements [start, stop) of one tensor, (stop - start,), in its own dtype."""
@@ -36,6 +38,11 @@ def block_of(tensors: Tensors, name: str, start: int, stop: int) -> Tensor:
 def shape_of(tensors: Tensors, name: str) -> tuple[int, ...]:
     """Shape of one tensor, without reading it where the mapping is lazy."""
     return tensors.shape(name) if isinstance(tensors, Blocked) else tuple(tensors[name].shape)
+
+
+def dtype_of(tensors: Tensors, name: str) -> torch.dtype:
+    """Dtype of one tensor, without reading it where the mapping is lazy."""
+    return tensors.dtype(name) if isinstance(tensors, Blocked) else tensors[name].dtype
 
 
 def blocks(numel: int, size: int = BLOCK) -> Iterator[tuple[int, int]]:

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import torch
 
 from deltafl.checkpoint import DTYPES
 from deltafl.layout import SIZES, Entry
-from deltafl.streaming import Piece, chunks, in_order
+from deltafl.streaming import OnElements, Piece, chunks, ignore, in_order, length
 from deltafl.tensors import Tensors, block_of
 
 INDEX = "model.safetensors.index.json"
@@ -76,11 +76,11 @@ def write_tensors(
     folder: Path,
     *,
     threads: int,
-    on_bytes: Callable[[int], None] = lambda count: None,
+    on_elements: OnElements = ignore,
 ) -> None:
     """Compute and write all tensors, block by block, each block where it belongs; then sync the files.
 
-    Space is reserved first, so that a full disk is found before the work. `on_bytes` is told what has been written.
+    Space is reserved first, so that a full disk is found before the work. `on_elements` is told what has been written.
 
     Raises:
         OSError: the disk is full, or fails.
@@ -90,23 +90,22 @@ def write_tensors(
         for shard in shards:
             handle = os.open(folder / shard.file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
             handles[Path(shard.file)] = handle
-            os.posix_fallocate(handle, 0, shard.num_bytes)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(handle, 0, shard.num_bytes)
             os.pwrite(handle, shard.header, 0)
         entries = {name: entry for shard in shards for name, entry in shard.entries.items()}
 
-        def write(group: list[Piece]) -> int:
-            written = 0
+        def write(group: list[Piece]) -> None:
             for name, start, stop in group:
                 entry = entries[name]
                 block = block_of(tensors, name, start, stop).to("cpu", DTYPES[entry.dtype])
                 data = memoryview(block.contiguous().view(torch.uint8).numpy())
                 _write_all(handles[entry.file], data, entry.start + start * SIZES[entry.dtype])
-                written += len(data)
-            return written
 
         sizes = [(name, entries[name].numel) for name in tensors]
-        for written in in_order(write, list(chunks(sizes)), threads):
-            on_bytes(written)
+        groups = list(chunks(sizes))
+        for group, _ in zip(groups, in_order(write, groups, threads), strict=True):
+            on_elements(length(group))
         for handle in handles.values():
             os.fsync(handle)
     finally:

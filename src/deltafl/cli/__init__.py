@@ -1,1 +1,74 @@
-"""."""
+"""The command line: parse, call, show progress, print errors. Commands are imported when they are used."""
+
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+from deltafl.errors import DeltaflError, did_you_mean
+from deltafl.version import __version__
+
+COMMANDS = {
+    "quickstart": ("deltafl.cli.quickstart", "The whole story offline in about a minute, with a report."),
+    "finetune": ("deltafl.cli.train", "Fine-tune a model on a task."),
+    "evaluate": ("deltafl.cli.train", "Accuracy of models on a task."),
+    "merge": ("deltafl.cli.merge", "Merge fine-tuned models of one base by one server step."),
+    "search": ("deltafl.cli.search", "Choose method and coefficients on validation data, then merge."),
+    "inspect": ("deltafl.cli.inspect", "How much the fine-tunes differ: norms, cosines, signs, advice."),
+    "rules": ("deltafl.cli.rules", "List every method with its parameters and traits."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group that knows its commands' names and imports a command when it is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All names, in the order of a first reading."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command, imported now."""
+        if cmd_name not in COMMANDS:
+            raise click.UsageError(f'no command "{cmd_name}"; {did_you_mean(cmd_name, COMMANDS)}')
+        return getattr(importlib.import_module(COMMANDS[cmd_name][0]), cmd_name)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The list in the help text, without importing anything."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="deltafl")
+@click.option("-v", "--verbose", is_flag=True, help="Log what the library does.")
+def app(verbose: bool) -> None:
+    """Merge fine-tuned models and run federated learning with one algebra of deltas."""
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", stream=sys.stderr)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line. Exit code 0: done; 1: failed; 2: bad input; 130: interrupted."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    code = 0
+    try:
+        outcome = app.main(args=None if arguments is None else list(arguments), standalone_mode=False)
+        code = outcome if isinstance(outcome, int) else 0
+    except DeltaflError as error:
+        click.echo(f"error: {error}", err=True)
+        code = 2
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        hint = f" (see {context.command_path} --help)" if context else ""
+        click.echo(f"error: {error.format_message()}{hint}", err=True)
+        code = 2
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted; nothing half-written is left", err=True)
+        code = 130
+    except OSError as error:
+        where = f' "{error.filename}"' if error.filename else ""
+        click.echo(f"error: cannot read or write{where}: {error.strerror or error}", err=True)
+        code = 2
+    sys.exit(code)

@@ -1,0 +1,5 @@
+"""`python -m deltafl`."""
+
+from deltafl.cli import main
+
+main()

@@ -1,0 +1,117 @@
+"""What several commands share: options that take many values, the rules' parameters, progress."""
+
+import dataclasses
+import sys
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from deltafl.rules import load_rules, parameters
+
+
+class ManyValues(click.Command):
+    """A command whose repeatable options also take several values at once: `--models A B C`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Write `--models A B` as `--models A --models B`, then parse as usual."""
+        many = {o for p in self.params if isinstance(p, click.Option) and p.multiple for o in p.opts}
+        spread: list[str] = []
+        current = None
+        for arg in args:
+            name = arg.split("=", 1)[0]
+            if arg.startswith("-") and not _is_number(arg):
+                current = name if name in many else None
+                if arg != current:
+                    spread.append(arg)
+            elif current is not None:
+                spread += [current, arg]
+            else:
+                spread.append(arg)
+        return super().parse_args(ctx, spread)
+
+
+def _is_number(arg: str) -> bool:
+    try:
+        float(arg)
+    except ValueError:
+        return False
+    return True
+
+
+def rule_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator: one option for every parameter of every rule, so that a new rule's parameters are there by itself."""
+    uses: dict[str, list[tuple[str, Any, Any]]] = {}
+    rules = load_rules()
+    for name in rules:
+        for key, (hint, default) in parameters(rules[name]).items():
+            uses.setdefault(key, []).append((name, hint, default))
+    for key, users in reversed(uses.items()):
+        told = []
+        for name, _, default in users:
+            required = default is dataclasses.MISSING and key != "inner"
+            shown = "required" if required else "" if default is dataclasses.MISSING else f"default {default}"
+            told.append(f"{name} ({shown})" if shown else name)
+        hint = users[0][1]
+        option = click.option(
+            f"--{key.replace('_', '-')}", key, type=_click_type(hint), is_flag=hint is bool or None,
+            default=None, help=f"For {', '.join(told)}.",
+        )  # fmt: skip
+        command = option(command)
+    return command
+
+
+def rule_parameter_names() -> set[str]:
+    """Every parameter name of every rule."""
+    rules = load_rules()
+    return {key for name in rules for key in parameters(rules[name])}
+
+
+def _click_type(hint: Any) -> Any:
+    if typing.get_origin(hint) is typing.Literal:
+        return click.Choice(typing.get_args(hint))
+    kinds = [k for k in (typing.get_args(hint) or (hint,)) if k is not type(None)]
+    return {int: int, float: float, bool: bool}.get(kinds[0], str)
+
+
+@contextmanager
+def progress_by_bytes(label: str, total: float, *, quiet: bool) -> Iterator[Callable[[float], None]]:
+    """A bar with bytes, rate and remaining time on stderr; yields the function that advances it."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda count: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+def as_bytes(count: float) -> str:
+    """1234567 -> "1.2 MB"."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A plain text table, first column left, the others right."""
+    widths = [max(len(r[i]) for r in (columns, *rows)) for i in range(len(columns))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]
+        return "  ".join([row[0].ljust(widths[0]), *cells]).rstrip()
+
+    return "\n".join(map(line, [columns, ["-" * w for w in widths], *rows]))

@@ -1,0 +1,24 @@
+"""`deltafl rules`."""
+
+import dataclasses
+import inspect
+
+import click
+
+from deltafl.rules import load_rules, parameters
+
+
+@click.command()
+@click.argument("name", required=False)
+def rules(name: str | None) -> None:
+    """List every method with its formula, parameters and traits, or show one."""
+    registry = load_rules()
+    for key in [name] if name else list(registry):
+        rule = registry[key]
+        click.echo(click.style(key, bold=True))
+        click.echo("  " + inspect.getdoc(rule).replace("\n", "\n  "))
+        for parameter, (_, default) in parameters(rule).items():
+            shown = "required" if default is dataclasses.MISSING and parameter != "inner" else f"default {default}"
+            shown = "default task_arithmetic" if parameter == "inner" else shown
+            click.echo(f"  --{parameter.replace('_', '-')}  {shown}")
+        click.echo(f"  file: aggregators/{rule.__module__.rsplit('.', 1)[1]}.py\n")

@@ -1,0 +1,191 @@
+"""Recipes: YAML files, checked whole. Every mistake is one line with the key's path, all at once."""
+
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from deltafl.errors import DeltaflError, did_you_mean
+from deltafl.merge import MergeSpec, Model
+from deltafl.rules import load_rules, parameters
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class Strict(BaseModel):
+    """No unknown keys, no silent conversion from strings to numbers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelEntry(Strict):
+    """One entry of `models:`."""
+
+    path: str
+    name: str | None = None
+    weight: float = 1.0
+    num_steps: int | None = None
+    num_examples: int | None = None
+
+
+class MergeRecipe(BaseModel):
+    """`deltafl merge RECIPE.yaml`: the same names as the options, and the method's parameters beside them."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    base: str
+    models: list[str | ModelEntry] = Field(min_length=1)
+    method: str = "task_arithmetic"
+    server_lr: float | None = None
+    scaling_coef: float | None = None
+    weights: list[float] | None = None
+    weight_patterns: dict[str, list[float]] = {}
+    num_steps: list[int] | None = None
+    num_examples: list[int] | None = None
+    scope: str = ""
+    include: list[str] = []
+    exclude: list[str] = []
+    dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = None
+    device: str = "cpu"
+    exact: bool = False
+    threads: int = Field(0, ge=0)
+    max_shard_size: int | str = "5GB"
+    hash: bool = False
+    allow_other_base: bool = False
+    out: str | None = None
+    overwrite: bool = False
+
+    def spec(self) -> MergeSpec:
+        """What the library takes. Raises DeltaflError with every mistake."""
+        problems = _per_model(self)
+        params = _rule_params(self, problems)
+        if problems:
+            raise DeltaflError(*problems)
+        entries = [m if isinstance(m, ModelEntry) else ModelEntry(path=m) for m in self.models]
+        weights = self.weights
+        if weights is None and any(e.weight != 1.0 for e in entries):
+            weights = [e.weight for e in entries]
+        return MergeSpec(
+            base=self.base,
+            models=_named(entries, self.num_steps, self.num_examples),
+            method=self.method,
+            params=params,
+            server_lr=self.server_lr,
+            scaling_coef=self.scaling_coef,
+            weights=tuple(weights) if weights is not None else None,
+            weight_patterns=tuple((p, tuple(w)) for p, w in self.weight_patterns.items()),
+            scope=self.scope,
+            include=tuple(self.include),
+            exclude=tuple(self.exclude),
+            dtype={"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}.get(self.dtype or ""),
+            device=self.device,
+            exact=self.exact,
+            threads=self.threads,
+            max_shard_size=parse_size(self.max_shard_size),
+            full_hash=self.hash,
+            allow_other_base=self.allow_other_base,
+        )
+
+
+def _per_model(recipe: MergeRecipe) -> list[str]:
+    n = len(recipe.models)
+    return [
+        f"{key}: {len(values)} numbers for {n} models"
+        for key in ("num_steps", "num_examples", "weights")
+        if (values := getattr(recipe, key)) is not None and len(values) != n
+    ]
+
+
+def _named(entries: list[ModelEntry], steps: list[int] | None, examples: list[int] | None) -> tuple[Model, ...]:
+    """Models with distinct names: the last part of the path, with a number where that is not enough."""
+    models: list[Model] = []
+    for i, entry in enumerate(entries):
+        name = wish = entry.name or Path(entry.path).name or entry.path
+        number = 2
+        while name in {m.name for m in models}:
+            name, number = f"{wish}#{number}", number + 1
+        models.append(
+            Model(
+                entry.path,
+                name,
+                steps[i] if steps else entry.num_steps,
+                examples[i] if examples else entry.num_examples,
+            )
+        )
+    return tuple(models)
+
+
+def _rule_params(recipe: MergeRecipe, problems: list[str]) -> dict[str, Any]:
+    """The method's parameters, checked for type; unknown keys become problems."""
+    rules = load_rules()
+    hints = {key: hint for name in rules for key, (hint, _) in parameters(rules[name]).items()}
+    params = {}
+    for key, value in (recipe.model_extra or {}).items():
+        if value is None:
+            continue
+        if key not in hints:
+            problems.append(f'unknown key "{key}"; {did_you_mean(key, {*MergeRecipe.model_fields, *hints})}')
+        elif key == "inner":
+            params[key] = str(value)
+        else:
+            try:
+                params[key] = TypeAdapter(hints[key]).validate_python(value)
+            except ValidationError as error:
+                problems.append(f"{key}: {_said(error.errors()[0])}")
+    return params
+
+
+def parse_size(size: int | str) -> int:
+    """ "5GB", "300MiB" or bytes -> bytes. Raises DeltaflError."""
+    if isinstance(size, int):
+        return size
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    units |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+    text = size.strip().upper()
+    digits = text.rstrip("KMGTIB ")
+    try:
+        value = int(float(digits) * units[text[len(digits) :].strip()])
+    except (ValueError, KeyError):
+        raise DeltaflError(f'max_shard_size: "{size}" is not a size; write 5GB or 300MB') from None
+    if value <= 0:
+        raise DeltaflError(f'max_shard_size: "{size}" must be above 0')
+    return value
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping. Raises DeltaflError."""
+    try:
+        held = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise DeltaflError(f'"{path}": {error.strerror}') from None
+    except yaml.YAMLError as error:
+        raise DeltaflError(f'"{path}": is not YAML: {" ".join(str(error).split())}') from None
+    if not isinstance(held, dict):
+        raise DeltaflError(f'"{path}": must be a mapping of keys to values')
+    return held
+
+
+def parse(kind: type[M], held: dict[str, Any]) -> M:
+    """The recipe `kind` from a mapping. Raises DeltaflError with one line for each mistake."""
+    try:
+        return kind.model_validate(held)
+    except ValidationError as error:
+        problems = []
+        for item in error.errors():
+            keys = [str(k) for k in item["loc"] if not str(k).startswith(("function-", "str", "ModelEntry"))]
+            path = ".".join(keys)
+            if item["type"] == "extra_forbidden":
+                problems.append(f'unknown key "{path}"; {did_you_mean(keys[-1], _siblings(kind, keys))}')
+            else:
+                problems.append(f"{path}: {_said(item)}")
+        raise DeltaflError(*dict.fromkeys(problems)) from None
+
+
+def _siblings(kind: type[BaseModel], keys: list[str]) -> set[str]:
+    return set(ModelEntry.model_fields) if keys[0] == "models" and len(keys) > 1 else set(kind.model_fields)
+
+
+def _said(item: Any) -> str:
+    text = item["msg"][0].lower() + item["msg"][1:]
+    return text if item["type"] == "missing" else f"{text}, not {item['input']!r}"
