@@ -175,6 +175,8 @@ def test_starts_without_heavy_imports(code: str) -> None:
 
 
 def test_merge_needs_no_transformers() -> None:
-    loaded = modules_after("import deltafl.merge")
+    modules = ("merge", "checkpoint", "writing", "aggregation", "taskvector")
+    code = "".join(f"import deltafl.{name}\n" for name in modules) + "deltafl.rules.load_rules()"
+    loaded = modules_after(code)
     assert "torch" in loaded
     assert loaded.isdisjoint({"transformers", "accelerate", "datasets", "matplotlib", "sklearn"})
