@@ -1,9 +1,10 @@
 """Heat maps of a matrix over models, and norms layer by layer."""
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import TYPE_CHECKING
 
-from deltafl.report.marks import decimals, legend_below, series, shorten
+from deltafl.report.marks import decimals, legend_below, series, shorten, without_common_start
 from deltafl.report.page import Figure
 from deltafl.report.svg import NARROW, blank, drawn
 from deltafl.report.theme import INK, MUTED, NEGATIVE, ON_FILL, POSITIVE
@@ -29,7 +30,8 @@ def heat_map(
         draw_heat_map(drawing.add_subplot(), names, matrix, width, neutral)
         return drawing
 
-    pairs = [(matrix[i][j], names[i], names[j]) for i in range(len(names)) for j in range(i)]
+    indices = [(i, j) for i in range(len(names)) for j in range(i) if isfinite(matrix[i][j])]
+    pairs = [(matrix[i][j], names[i], names[j]) for i, j in indices]
     alt = f"{what} of every pair of {len(names)} models."
     if pairs:
         (low, a, b), (high, c, d) = min(pairs), max(pairs)
@@ -46,26 +48,32 @@ def draw_heat_map(axes: "Axes", names: Sequence[str], matrix: Matrix, width: int
     """Draw the cells on `axes`, which is about `width` pixels wide."""
     from matplotlib.patches import Rectangle
 
-    n = len(names)
-    room = 13 if width <= NARROW else 26
-    cell = (width - 7 * min(room, max(map(len, names), default=0))) / max(n, 1)
-    scale = max([abs(matrix[i][j] - neutral) for i in range(n) for j in range(n) if i != j], default=0) or 1
+    n, narrow = len(names), width <= NARROW
+    labels = [shorten(name, 15 if narrow else 26) for name in without_common_start(names)]
+    longest = max(map(len, labels), default=0)
+    cell = (width - 7.6 * longest) / max(n, 1)
+    slanted = 7.6 * longest > cell
+    known = [abs(matrix[i][j] - neutral) for i in range(n) for j in range(n) if i != j and isfinite(matrix[i][j])]
+    scale = max(known, default=0) or 1
     for i, j in ((i, j) for i in range(n) for j in range(n) if i != j):
-        strength = (matrix[i][j] - neutral) / scale
+        strength = (matrix[i][j] - neutral) / scale if isfinite(matrix[i][j]) else 0
         colour = POSITIVE if strength >= 0 else NEGATIVE
         axes.add_patch(Rectangle((j - 0.48, i - 0.47), 0.96, 0.94, facecolor=colour, alpha=0.06 + 0.94 * abs(strength)))
-        if cell >= 24:
+        if cell >= 22:
             ink = ON_FILL if abs(strength) > 0.6 else INK
             size = 10 if cell < 34 else 11 if cell < 44 else 12.5
-            axes.text(j, i, decimals(matrix[i][j]), ha="center", va="center_baseline", color=ink, fontsize=size)
+            text = decimals(matrix[i][j], brief=cell < 36)
+            axes.text(j, i, text, ha="center", va="center_baseline", color=ink, fontsize=size)
     axes.set_xlim(-0.5, n - 0.5)
     axes.set_ylim(n - 0.5, -0.5)
-    labels = [shorten(name, room) for name in names]
-    axes.set_yticks(range(n), labels)
-    if max(map(len, labels), default=0) * 7.6 < cell:
-        axes.set_xticks(range(n), labels)
-    else:
+    if slanted and narrow:
+        axes.set_xticks(range(n), [str(i + 1) for i in range(n)])
+        labels = [f"{label}  {i}" for i, label in enumerate(labels, 1)]
+    elif slanted:
         axes.set_xticks(range(n), labels, rotation=40, ha="left", rotation_mode="anchor")
+    else:
+        axes.set_xticks(range(n), labels)
+    axes.set_yticks(range(n), labels)
     axes.tick_params(length=0, labelcolor=INK, top=False, labeltop=True, bottom=False, labelbottom=False)
     axes.spines[:].set_visible(False)
 
@@ -91,7 +99,7 @@ def layer_profile(layers: Mapping[str, Profile], *, what: str = "Norm of the del
 def draw_layer_profile(axes: "Axes", layers: Mapping[str, Profile], width: int) -> None:
     """Draw the lines on `axes`, which is about `width` pixels wide; a log scale where norms differ thirtyfold."""
     names = list(dict.fromkeys(str(name) for profile in layers.values() for name, _ in profile))
-    for number, (model, profile) in enumerate(layers.items()):
+    for number, (model, profile) in enumerate(zip(without_common_start(list(layers)), layers.values(), strict=True)):
         rows = [names.index(str(name)) for name, _ in profile]
         axes.plot([float(norm) for _, norm in profile], rows, label=shorten(model, 34), **series(number))
     norms = [float(norm) for profile in layers.values() for _, norm in profile if float(norm) > 0]

@@ -1,5 +1,7 @@
 """What the charts share: how a series looks, where labels go, and names cut to fit."""
 
+import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -81,9 +83,19 @@ def legend_below(drawing: "Drawing", axes: "Axes", columns: int = 2) -> None:
         )
 
 
-def decimals(value: float) -> str:
-    """Two decimals, a true minus sign, and no minus zero."""
-    return f"{round(value, 2) + 0.0:.2f}".replace("-", "−")
+def decimals(value: float, *, brief: bool = False) -> str:
+    """Two decimals, a true minus sign, no minus zero; `brief` leaves out a leading zero, "–" is not a number."""
+    if not math.isfinite(value):
+        return "–"
+    text = f"{round(value, 2) + 0.0:.2f}".replace("-", "−")
+    return text.replace("0.", ".", 1) if brief and abs(value) < 0.995 else text
+
+
+def without_common_start(names: Sequence[str]) -> list[str]:
+    """The names with their common beginning, up to its last separator, cut to "…"; short beginnings stay."""
+    common = os.path.commonprefix(list(names)) if len(names) > 1 else ""  # noqa: RUF071 letters, not path parts
+    cut = max(common.rfind(mark) for mark in "-_/. ") + 1
+    return [f"…{name[cut:]}" for name in names] if cut >= 6 and all(len(name) > cut for name in names) else list(names)
 
 
 def shorten(name: str, most: int) -> str:

@@ -42,7 +42,7 @@ def picked(result: Result) -> Row | None:
 def headline(result: Result) -> Facts:
     """Mean test accuracy of the single-task models, the base and the merged model that validation chose."""
     named = [("mean accuracy of the separate models, one per task", row_of(result, SINGLE))]
-    named.append(("of the base, before any delta is added", row_of(result, BASE)))
+    named.append(("mean accuracy of the base, before merging", row_of(result, BASE)))
     best = picked(result)
     if best is not None:
         named.insert(0, (f"mean test accuracy of one merged model ({best['rule']})", best))

@@ -12,7 +12,7 @@ from deltafl.report.theme import INK, LINE, MUTED, follow_theme
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
 
-WIDE, NARROW = 832, 344
+WIDE, NARROW = 832, 328
 """Widths of the two drawings of a chart, in CSS pixels: a desktop's column, and a phone of 360 px less its margins."""
 
 Draw = Callable[[int], "Drawing"]

@@ -24,6 +24,7 @@ TONES: dict[str, Tone] = {
     "ink": Tone("#1a2129", "#e7ecf1"),
     "muted": Tone("#566270", "#a3afbb"),
     "line": Tone("#d9dee4", "#36404b"),
+    "shade": Tone("#c3cad2", "#4a5663"),
     "accent": Tone("#0b5fa5", "#7cc0f8"),
     "series-1": Tone("#0072b2", "#4b9fe6"),
     "series-2": Tone("#d55e00", "#ff8a50"),
