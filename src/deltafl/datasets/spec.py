@@ -37,12 +37,14 @@ def find(spec: str, columns: Mapping[str, str]) -> Source | Callable[..., Task]:
     if revision is not None:
         raise DeltaflError(f'data set "{spec}": only a hub data set has a revision.')
     if kind in ("parquet", "folder") and colon:
-        return local_source(Path(target), image, label)
+        return local_source(Path(target).expanduser(), image, label)
+    path = Path(location).expanduser()
+    if kind not in FAMILIES and (path.exists() or "/" in location):
+        return local_source(path, image, label)
+    if query:
+        raise DeltaflError(f'data set "{spec}": only folders and hub data sets take options after "?".')
     if kind in FAMILIES:
         return FAMILIES[kind](target)
-    path = Path(location).expanduser()
-    if path.exists() or "/" in location:
-        return local_source(path, image, label)
     if MODULE_ATTR.fullmatch(location):
         return user_builder(location)
     raise DeltaflError(
