@@ -1,11 +1,42 @@
 """deltafl: a task vector and a client update are the same thing, a delta; merging is one server step."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deltafl.version import __version__
 
-__all__ = ["__version__"]
-_HOMES: dict[str, str] = {}
+if TYPE_CHECKING:
+    from deltafl.aggregation import Update, aggregate, step
+    from deltafl.rules import Source
+    from deltafl.taskvector import TaskVector, cclip, fedavg, fedgma, fednova, median, task_arithmetic
+
+_HOMES = {
+    "Source": "deltafl.rules",
+    "TaskVector": "deltafl.taskvector",
+    "Update": "deltafl.aggregation",
+    "aggregate": "deltafl.aggregation",
+    "cclip": "deltafl.taskvector",
+    "fedavg": "deltafl.taskvector",
+    "fedgma": "deltafl.taskvector",
+    "fednova": "deltafl.taskvector",
+    "median": "deltafl.taskvector",
+    "step": "deltafl.aggregation",
+    "task_arithmetic": "deltafl.taskvector",
+}
+
+__all__ = [
+    "Source",
+    "TaskVector",
+    "Update",
+    "__version__",
+    "aggregate",
+    "cclip",
+    "fedavg",
+    "fedgma",
+    "fednova",
+    "median",
+    "step",
+    "task_arithmetic",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -15,3 +46,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'deltafl' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

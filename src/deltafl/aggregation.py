@@ -5,7 +5,8 @@ scaled aggregate is another. Whoever consumes it (a file writer, a dict, the fed
 streaming, in-memory and federated results are the same bits by construction.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TypeAlias, cast
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from deltafl.errors import DeltaflError, shorten
 from deltafl.reductions import gram_matrix, magnitude_thresholds
-from deltafl.rules import Checked, CoordinateRule, LinearRule, Rule, Source, Stats, Transform
+from deltafl.rules import LinearRule, Rule, Source, Stats, Transform, check_rule, core_of
 from deltafl.streaming import OnElements, ignore
 from deltafl.tensors import Tensors, block_of, blocks, dtype_of, round_once, shape_of
 
@@ -62,22 +63,6 @@ def as_weights(weights: WeightsLike, n: int) -> Weights:
     if not any(any(row) for row in (weights.default, *(w for _, w in weights.patterns))):
         raise DeltaflError("weights: all are 0; at least one model must count")
     return weights
-
-
-def core_of(rule: Rule) -> LinearRule | CoordinateRule:
-    """The rule that combines: the innermost one of a wrapper such as `Dare(inner=Ties(...))`."""
-    while hasattr(rule, "inner"):
-        rule = rule.inner  # type: ignore[attr-defined]
-    return cast(LinearRule | CoordinateRule, rule)
-
-
-def check_rule(rule: Rule, sources: Sequence[Source]) -> None:
-    """Raise DeltaflError if the rule cannot work with these sources."""
-    if not sources:
-        raise DeltaflError("no models to merge")
-    core = core_of(rule)
-    if isinstance(core, Checked):
-        core.check(sources)
 
 
 @dataclass
@@ -188,7 +173,7 @@ class Aggregate(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         shape = self.shape(name)
-        numel = int(torch.Size(shape).numel())
+        numel = math.prod(shape)
         parts = [self.block(name, start, stop) for start, stop in blocks(numel)]
         return (torch.cat(parts) if parts else torch.empty(0, dtype=self._rows.dtype)).reshape(shape)
 
@@ -235,9 +220,9 @@ def shares(weights: Sequence[float]) -> list[float]:
 class Stepped(Mapping[str, Tensor]):
     """theta = theta0 + scale * R as a lazy mapping, rounded once to the base's dtype, or to `dtype`.
 
-    Give `server_lr` (scale of the mean) or `scaling_coef` (lambda: scale = lambda * sum_i |w_i|). What the aggregate
-    does not hold is the base's own tensor. `working`: the base's blocks in the precision of the arithmetic, where
-    they are at hand (see `checkpoint.Latest`).
+    scale: server_lr, or a function of the tensor's name (see `sum_scale`). What the update does not hold is the base's
+    own tensor. `working`: the base's blocks in the precision of the arithmetic, where they are at hand (see
+    `checkpoint.Latest`).
     """
 
     fresh_blocks = True
@@ -245,20 +230,17 @@ class Stepped(Mapping[str, Tensor]):
     def __init__(
         self,
         base: Tensors,
-        aggregate: Aggregate,
+        update: Tensors,
+        scale: float | Callable[[str], float],
         *,
-        server_lr: float | None = None,
-        scaling_coef: float | None = None,
         dtype: torch.dtype | None = None,
         working: Tensors | None = None,
     ) -> None:
-        if (server_lr is None) == (scaling_coef is None):
-            raise DeltaflError("give either server_lr or scaling_coef")
-        missing = [n for n in aggregate if n not in base]
+        missing = [n for n in update if n not in base]
         if missing:
             raise DeltaflError(f"the base lacks tensors of the update: {shorten(missing)}")
-        self._base, self._aggregate = base, aggregate
-        self._server_lr, self._scaling_coef, self._dtype = server_lr, scaling_coef, dtype
+        self._base, self._update, self._dtype = base, update, dtype
+        self._scale = scale if callable(scale) else lambda name: scale
         self._working = base if working is None else working
 
     def __iter__(self) -> Iterator[str]:
@@ -268,11 +250,11 @@ class Stepped(Mapping[str, Tensor]):
         return len(self._base)
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self._aggregate:
-            return self._base[name]
+        if name not in self._update:
+            return self._base[name].to(self.dtype(name))
         shape = self.shape(name)
-        parts = [self.block(name, start, stop) for start, stop in blocks(int(torch.Size(shape).numel()))]
-        return (torch.cat(parts) if parts else self._base[name].reshape(-1)).reshape(shape)
+        parts = [self.block(name, start, stop) for start, stop in blocks(math.prod(shape))]
+        return (torch.cat(parts) if parts else torch.empty(0, dtype=self.dtype(name))).reshape(shape)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return shape_of(self._base, name)
@@ -283,18 +265,15 @@ class Stepped(Mapping[str, Tensor]):
 
     def block(self, name: str, start: int, stop: int) -> Tensor:
         """The new model's flat elements [start, stop) of one tensor."""
-        if name not in self._aggregate:
-            return block_of(self._base, name, start, stop)
-        update = self._aggregate.block(name, start, stop)
-        base = block_of(self._working, name, start, stop).to(update)
-        return round_once(update.mul_(self.scale(name)).add_(base), self._dtype or dtype_of(self._base, name))
+        if name not in self._update:
+            return block_of(self._base, name, start, stop).to(self.dtype(name))
+        update = block_of(self._update, name, start, stop) * self._scale(name)
+        return round_once(update.add_(block_of(self._working, name, start, stop).to(update)), self.dtype(name))
 
-    def scale(self, name: str) -> float:
-        """server_lr of one tensor."""
-        if self._server_lr is not None:
-            return self._server_lr
-        assert self._scaling_coef is not None
-        return self._scaling_coef * self._aggregate.weights.total(name)
+
+def sum_scale(weights: Weights, scaling_coef: float) -> Callable[[str], float]:
+    """The scale that turns lambda, which multiplies sum_i w_i delta_i, into server_lr: lambda * sum_i |w_i|."""
+    return lambda name: scaling_coef * weights.total(name)
 
 
 def aggregate(rule: Rule, updates: Sequence[Update], weights: WeightsLike = None) -> Iterator[tuple[str, Tensor]]:
@@ -310,4 +289,4 @@ def step(
     weights: WeightsLike = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Stream (name, theta0 + server_lr * R) in the base's dtypes and order; integer tensors are the base's. Pure."""
-    yield from Stepped(base, Aggregate(rule, updates, weights), server_lr=server_lr).items()
+    yield from Stepped(base, Aggregate(rule, updates, weights), server_lr).items()

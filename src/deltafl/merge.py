@@ -15,10 +15,12 @@ from deltafl.align import Alignment, align
 from deltafl.errors import DeltaflError
 from deltafl.files import atomic_folder, check_output
 from deltafl.layout import SIZES, Layout
-from deltafl.rules import Checked, Rule, Source, build_rule
+from deltafl.rules import Rule, Source, build_rule, check_rule, core_of
 from deltafl.version import __version__
 
 if TYPE_CHECKING:
+    import torch
+
     from deltafl.aggregation import Aggregate, Update, Weights
     from deltafl.tensors import Tensors
 
@@ -109,8 +111,8 @@ def plan_merge(spec: MergeSpec) -> Plan:
         if layout and base and trained:
             warning = other_base(model.name, trained, base)
             (notes if spec.allow_other_base else problems).extend([warning] if warning else [])
-    if rule and isinstance(rule, Checked):
-        attempt(lambda: rule.check(sources))
+    if rule and sources:
+        attempt(lambda: check_rule(rule, sources))
     problems += check_weights(spec)
     if base is None or None in found.values():
         raise DeltaflError(*problems)
@@ -138,7 +140,7 @@ def _plan(
 ) -> Plan:
     entries = _entries(base)
     num_elements = sum(entries[n].numel for n in alignment.merged)
-    passes = 1 + sum(t.density is not None for t in rule.transforms) + bool(_needs_gram(rule))
+    passes = 1 + sum(t.density is not None for t in rule.transforms) + bool(getattr(core_of(rule), "needs_gram", False))
     width = SIZES.get(spec.dtype or "", 0)
     written = sum(e.numel * (width if width and e.floating else SIZES[e.dtype]) for e in entries.values())
     threads = spec.threads or min(8, os.cpu_count() or 1)
@@ -158,12 +160,6 @@ def _plan(
         threads=threads,
         notes=tuple(notes),
     )
-
-
-def _needs_gram(rule: Any) -> bool:
-    while hasattr(rule, "inner"):
-        rule = rule.inner
-    return getattr(rule, "needs_gram", False)
 
 
 def _entries(layout: Layout) -> Mapping[str, Any]:
@@ -221,10 +217,11 @@ def check_weights(spec: MergeSpec) -> list[str]:
 
 @dataclass(frozen=True)
 class Opened:
-    """The lazy mappings of a merge: base, deltas as updates, and the base's blocks in working precision."""
+    """The lazy mappings of a merge: base, deltas as updates, and the base's blocks in the precision `dtype`."""
 
     base: "Tensors"
     working: "Tensors"
+    dtype: "torch.dtype"
     updates: "tuple[Update, ...]"
     weights: "Weights"
 
@@ -261,7 +258,7 @@ def open_updates(plan: Plan) -> Iterator[Opened]:
             for s in plan.sources
         )
         default = as_weights(spec.weights, len(updates)).default
-        yield Opened(base, working, updates, as_weights(Weights(default, spec.weight_patterns), len(updates)))
+        yield Opened(base, working, dtype, updates, as_weights(Weights(default, spec.weight_patterns), len(updates)))
     finally:
         for tensors in (base, *tuned.values()):
             if isinstance(tensors, Checkpoint):
@@ -291,11 +288,13 @@ def large_deltas(opened: Opened, limit: float = 0.5) -> list[str]:
     return warnings
 
 
-def scales(spec: MergeSpec) -> dict[str, float]:
-    """The one given of server_lr and scaling_coef, or server_lr 1."""
+def step_scale(spec: MergeSpec, weights: "Weights") -> float | Callable[[str], float]:
+    """What multiplies the mean-scale update: server_lr, by default 1, or lambda's equivalent."""
+    from deltafl.aggregation import sum_scale
+
     if spec.scaling_coef is not None:
-        return {"scaling_coef": spec.scaling_coef}
-    return {"server_lr": 1.0 if spec.server_lr is None else spec.server_lr}
+        return sum_scale(weights, spec.scaling_coef)
+    return 1.0 if spec.server_lr is None else spec.server_lr
 
 
 def run_merge(
@@ -325,12 +324,13 @@ def run_merge(
             plan.rule,
             opened.updates,
             opened.weights,
-            dtype=opened.working.dtype(""),
+            dtype=opened.dtype,
             threads=plan.threads,
             on_elements=on_elements,
         )
         dtype = DTYPES[spec.dtype] if spec.dtype else None
-        stepped = Stepped(opened.base, aggregate, **scales(spec), dtype=dtype, working=opened.working)
+        scale = step_scale(spec, opened.weights)
+        stepped = Stepped(opened.base, aggregate, scale, dtype=dtype, working=opened.working)
         shards = plan_shards(entries_of(opened.base), spec.dtype, spec.max_shard_size)
         n = len(opened.updates)
         write_tensors(stepped, shards, folder, threads=plan.threads, on_elements=lambda count: on_elements(n * count))
@@ -358,8 +358,9 @@ def describe(plan: Plan, opened: Opened, aggregate: "Aggregate", notes: Sequence
     import torch
 
     spec, total = plan.spec, sum(map(abs, opened.weights.default))
-    given = scales(spec)
-    server_lr = given.get("server_lr", total * given.get("scaling_coef", 0.0))
+    server_lr = (
+        (1.0 if spec.server_lr is None else spec.server_lr) if spec.scaling_coef is None else total * spec.scaling_coef
+    )
     return {
         "deltafl": __version__,
         "base": layouts.identity(plan.base, full_hash=spec.full_hash),

@@ -12,7 +12,7 @@ import pkgutil
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, runtime_checkable
 
 from deltafl.errors import DeltaflError, did_you_mean
 from deltafl.registry import Registry
@@ -114,6 +114,22 @@ class Checked(Protocol):
     def check(self, sources: Sequence[Source]) -> None:
         """Raise DeltaflError."""
         ...
+
+
+def core_of(rule: Rule) -> LinearRule | CoordinateRule:
+    """The rule that combines: the innermost one of a wrapper such as `Dare(inner=Ties(...))`."""
+    while hasattr(rule, "inner"):
+        rule = rule.inner  # type: ignore[attr-defined]
+    return cast("LinearRule | CoordinateRule", rule)
+
+
+def check_rule(rule: Rule, sources: Sequence[Source]) -> None:
+    """Raise DeltaflError if the rule cannot work with these sources."""
+    if not sources:
+        raise DeltaflError("no models to merge")
+    core = core_of(rule)
+    if isinstance(core, Checked):
+        core.check(sources)
 
 
 RULES: Registry[Any] = Registry("method")

@@ -99,7 +99,7 @@ def write_tensors(
             for name, start, stop in group:
                 entry = entries[name]
                 block = block_of(tensors, name, start, stop).to("cpu", DTYPES[entry.dtype])
-                data = memoryview(block.contiguous().view(torch.uint8).numpy())
+                data = memoryview(block.contiguous().view(torch.uint8).numpy())  # type: ignore[arg-type]
                 _write_all(handles[entry.file], data, entry.start + start * SIZES[entry.dtype])
 
         sizes = [(name, entries[name].numel) for name in tensors]

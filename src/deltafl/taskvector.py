@@ -1,0 +1,175 @@
+"""Task vectors as values: the algebra of arXiv 2212.04089 for use in a notebook."""
+
+import copy
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, TypeVar, overload
+
+import torch
+from torch import Tensor, nn
+
+from deltafl.aggregation import Aggregate, Stepped, Update
+from deltafl.aggregators.cclip import CClip
+from deltafl.aggregators.fedavg import FedAvg
+from deltafl.aggregators.fedgma import FedGMA
+from deltafl.aggregators.fednova import FedNova
+from deltafl.aggregators.median import Median
+from deltafl.aggregators.task_arithmetic import TaskArithmetic
+from deltafl.align import align
+from deltafl.checkpoint import Difference, entries_of, open_tensors
+from deltafl.errors import DeltaflError, shorten
+from deltafl.rules import Rule, Source
+from deltafl.tensors import Tensors, block_of, blocks, shape_of
+
+ModelLike: TypeAlias = Tensors | nn.Module | str | os.PathLike[str]
+M = TypeVar("M", bound=nn.Module)
+
+
+class TaskVector:
+    """delta = tuned - base, a mapping name -> float tensor with the algebra of a vector space.
+
+    `tensors` is a dict, or, from checkpoints, a lazy mapping that reads when asked. No operation changes its operands.
+    Operands must hold the same tensors in the same shapes; anything else is an error that names them.
+    """
+
+    def __init__(self, tensors: Tensors) -> None:
+        self.tensors: Tensors = tensors
+
+    @classmethod
+    def from_checkpoints(cls, base: ModelLike, finetuned: ModelLike) -> "TaskVector":
+        """tuned - base in float32, in the base's names. Each: a mapping, a module, a path or a hub id.
+
+        Heads and towers that only one of the two has are left out; any other difference raises DeltaflError.
+        """
+        ours, theirs = as_tensors(base), as_tensors(finetuned)
+        found = align(entries_of(ours), {"finetuned": entries_of(theirs)})
+        if found.problems:
+            raise DeltaflError(*found.problems)
+        names = found.names["finetuned"]
+        return cls(Difference(ours, theirs, {n: names[n] for n in found.merged}, torch.float32))
+
+    def _combine(self, other: "TaskVector", sign: int) -> "TaskVector":
+        if set(self.tensors) != set(other.tensors):
+            raise DeltaflError(
+                f"task vectors differ in tensors: {shorten(sorted(set(self.tensors) ^ set(other.tensors)))}"
+            )
+        for name in self.tensors:
+            a, b = shape_of(self.tensors, name), shape_of(other.tensors, name)
+            if a != b:
+                raise DeltaflError(f'task vectors differ: tensor "{name}" is {a} and {b}')
+        return TaskVector({n: torch.add(t, other.tensors[n], alpha=sign) for n, t in self.tensors.items()})
+
+    def __add__(self, other: "TaskVector") -> "TaskVector":
+        return self._combine(other, 1)
+
+    def __radd__(self, other: object) -> "TaskVector":
+        return self if other == 0 else NotImplemented
+
+    def __sub__(self, other: "TaskVector") -> "TaskVector":
+        return self._combine(other, -1)
+
+    def __neg__(self) -> "TaskVector":
+        return TaskVector({n: -t for n, t in self.tensors.items()})
+
+    def __mul__(self, factor: float) -> "TaskVector":
+        return TaskVector({n: t * factor for n, t in self.tensors.items()})
+
+    __rmul__ = __mul__
+
+    def __repr__(self) -> str:
+        return f"TaskVector({len(self.tensors)} tensors, {self.num_elements:,} elements)"
+
+    @property
+    def num_elements(self) -> int:
+        """Number of coordinates."""
+        return sum(torch.Size(shape_of(self.tensors, n)).numel() for n in self.tensors)
+
+    def dot(self, other: "TaskVector") -> float:
+        """<self, other> over all tensors, summed in float64 block by block."""
+        total = 0.0
+        for name in self.tensors:
+            for start, stop in blocks(torch.Size(shape_of(self.tensors, name)).numel()):
+                a = block_of(self.tensors, name, start, stop).double()
+                total += float(a @ block_of(other.tensors, name, start, stop).double())
+        return total
+
+    def norm(self) -> float:
+        """The 2-norm over all tensors, in float64."""
+        return self.dot(self) ** 0.5
+
+    @overload
+    def apply_to(self, base: M, scaling_coef: float = 1.0) -> M: ...
+
+    @overload
+    def apply_to(self, base: Tensors | str | os.PathLike[str], scaling_coef: float = 1.0) -> dict[str, Tensor]: ...
+
+    def apply_to(self, base: Any, scaling_coef: float = 1.0) -> Any:
+        """base + scaling_coef * delta: a new module for a module, a new dict for a mapping or a path.
+
+        Rounded once to each base tensor's dtype; tensors that the vector does not hold are the base's.
+        """
+        stepped = Stepped(as_tensors(base), self.tensors, scaling_coef)
+        if not isinstance(base, nn.Module):
+            return {name: stepped[name].clone() for name in stepped}
+        applied = copy.deepcopy(base)
+        applied.load_state_dict(dict(stepped))
+        return applied
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the tensors to one .safetensors file."""
+        from safetensors.torch import save_file
+
+        save_file({n: t.contiguous() for n, t in self.tensors.items()}, path, metadata={"format": "pt"})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "TaskVector":
+        """Read what `save` wrote, lazily."""
+        return cls(open_tensors(Path(path)))
+
+
+def as_tensors(model: ModelLike) -> Tensors:
+    """The named tensors of a mapping, a module, a path or a hub id."""
+    if isinstance(model, nn.Module):
+        return model.state_dict()
+    return model if isinstance(model, Mapping) else open_tensors(model)
+
+
+def merge_vectors(
+    task_vectors: Sequence[TaskVector], rule: Rule, sources: Sequence[Source] | None = None
+) -> TaskVector:
+    """Any rule on task vectors, at mean scale."""
+    known = sources or [Source(f"task vector {i}") for i in range(len(task_vectors))]
+    return TaskVector(dict(Aggregate(rule, [Update(v.tensors, s) for v, s in zip(task_vectors, known, strict=True)])))
+
+
+def task_arithmetic(task_vectors: Sequence[TaskVector]) -> TaskVector:
+    """The mean of the task vectors; times n it is the sum of arXiv 2212.04089."""
+    return merge_vectors(task_vectors, TaskArithmetic())
+
+
+def fedavg(task_vectors: Sequence[TaskVector], num_examples: Sequence[int]) -> TaskVector:
+    """The mean weighted by the number of examples (arXiv 1602.05629)."""
+    sources = [Source(f"task vector {i}", num_examples=n) for i, n in enumerate(num_examples)]
+    return merge_vectors(task_vectors, FedAvg(), sources)
+
+
+def fednova(task_vectors: Sequence[TaskVector], local_steps: Sequence[int]) -> TaskVector:
+    """Each task vector normalised by its local steps: sum_i mean(tau) / (n tau_i) delta_i (arXiv 2007.07481)."""
+    sources = [Source(f"task vector {i}", num_steps=n) for i, n in enumerate(local_steps)]
+    return merge_vectors(task_vectors, FedNova(), sources)
+
+
+def fedgma(task_vectors: Sequence[TaskVector], rho: float) -> TaskVector:
+    """The mean, softened where fewer than a share rho agree in sign (arXiv 2201.11986)."""
+    return merge_vectors(task_vectors, FedGMA(rho))
+
+
+def median(task_vectors: Sequence[TaskVector], middle: Literal["midpoint", "lower"] = "midpoint") -> TaskVector:
+    """The coordinate-wise median (arXiv 1803.01498)."""
+    return merge_vectors(task_vectors, Median(middle))
+
+
+def cclip(task_vectors: Sequence[TaskVector], rho: float) -> TaskVector:
+    """The mean of the task vectors clipped to norm rho (arXiv 2012.10333)."""
+    return merge_vectors(task_vectors, CClip(rho))
