@@ -60,7 +60,7 @@ class Checkpoint(Mapping[str, Tensor]):
         entry = self.layout.entries[name]
         dtype = DTYPES[entry.dtype]
         values = torch.empty(stop - start, dtype=dtype)
-        into = memoryview(values.view(torch.uint8).numpy())  # type: ignore[arg-type] if stop > start else memoryview(b"")
+        into = memoryview(values.view(torch.uint8).numpy())  # type: ignore[arg-type]
         at, done = entry.start + start * dtype.itemsize, 0
         while done < len(into):
             count = os.preadv(self._files[entry.file], [into[done:]], at + done)
