@@ -1,7 +1,8 @@
 """An image encoder as the rest of the package sees it: a module, how to get features, what its input must be."""
 
+import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -65,6 +66,10 @@ class LoadedEncoder:
     def features(self, images: Tensor) -> Tensor:
         """uint8 images (B, C, H, W) on the module's device -> features (B, D)."""
         return self.embed(self.module, self.input.normalise(images))
+
+    def copy_to(self, device: torch.device | str) -> "LoadedEncoder":
+        """The same encoder around a copy of the module on `device`."""
+        return replace(self, module=copy.deepcopy(self.module).to(device))
 
 
 def assemble(

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from deltafl.align import match
 from deltafl.errors import DeltaflError, shorten
 from deltafl.models.encoder import LoadedEncoder
-from deltafl.tensors import Tensors
+from deltafl.tensors import Tensors, shape_of
 
 
 class FlatModel:
@@ -71,9 +71,9 @@ class FlatModel:
         if missing:
             raise DeltaflError(f"the model needs {shorten(missing)}, not among the {len(tensors)} tensors given")
         for name, given in pairs.items():
-            if own[name].shape != tensors[given].shape:
+            if own[name].shape != shape_of(tensors, given):
                 raise DeltaflError(
-                    f'tensor "{given}" is {tuple(tensors[given].shape)}, the model has {tuple(own[name].shape)}'
+                    f'tensor "{given}" is {shape_of(tensors, given)}, the model has {tuple(own[name].shape)}'
                 )
         for name, given in pairs.items():
             own[name].copy_(tensors[given])

@@ -48,8 +48,9 @@ class RidgeStatistics:
 
 
 def solve(statistics: RidgeStatistics, strength: float, class_names: Sequence[str]) -> LinearHead:
-    """The minimiser of sum |W^T phi + bias - y|^2 + alpha |W|^2: W = (C + alpha I)^-1 G, bias = mean(y) - W^T mean(phi).
+    """The minimiser of sum |W^T phi + bias - y|^2 + alpha |W|^2.
 
+    W = (C + alpha I)^-1 G and bias = mean(y) - W^T mean(phi), where
     C = sum (phi - m)(phi - m)^T and G = sum (phi - m) y^T are the centred A and b; alpha = strength * trace(C) / D, so
     that a strength means the same for every scale of features and every number of examples. Solved in float64.
 
