@@ -147,7 +147,7 @@ def test_a_write_into_the_task_does_not_reach_the_file(parquet_folder):
 
 def test_a_cache_that_cannot_be_written_is_an_error(parquet_folder, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(DeltaflError, match="cache folder .* cannot be written.*DELTAFL_CACHE"):
+    with pytest.raises(DeltaflError, match=r"cache folder .* cannot be written.*DELTAFL_CACHE"):
         load_task(str(parquet_folder), image_size=8, cache_dir=tmp_path / "file" / "c")
 
 

@@ -8,7 +8,7 @@ from dataset_files import picture, png, write_parquet
 from deltafl.datasets import Task, load_task
 from deltafl.errors import DeltaflError
 
-CONFUSED = "ant bee cat".split()
+CONFUSED = ["ant", "bee", "cat"]
 
 
 def write_set(folder, train=8, test=4, prefix="", labels=None, **options):
@@ -77,7 +77,7 @@ def test_one_set_of_a_folder_with_its_sidecar(tmp_path, kind):
     task = load_task(f"{kind}{tmp_path}/birds", image_size=8)
     assert (task.name, task.class_names) == ("birds", ("tit", "rook"))
     assert load_task(f"{kind}{tmp_path}/boats", image_size=8).class_names == ("0", "1")
-    with pytest.raises(DeltaflError, match='holds several data sets; name one of them: ".*birds", ".*boats"'):
+    with pytest.raises(DeltaflError, match=r'holds several data sets; name one of them: ".*birds", ".*boats"'):
         load_task(f"{kind}{tmp_path}", image_size=8)
     with pytest.raises(DeltaflError, match='has no data set "bird"; did you mean "birds"'):
         load_task(f"{kind}{tmp_path}/bird", image_size=8)
@@ -141,7 +141,7 @@ def test_labels_that_are_no_integers(tmp_path, labels):
     write_set(tmp_path, labels=labels)
     # One file with other types than its sister cannot be loaded at all, so both have them.
     write_parquet(tmp_path / "test.parquet", [png(picture(i)) for i in range(8)], labels)
-    with pytest.raises(DeltaflError, match='column "label" holds .*not one integer a row'):
+    with pytest.raises(DeltaflError, match=r'column "label" holds .*not one integer a row'):
         load_task(str(tmp_path), image_size=8)
 
 
@@ -194,7 +194,7 @@ def test_what_cannot_be_found(spec, message, tmp_path, monkeypatch):
 
 
 def test_an_empty_folder(tmp_path):
-    with pytest.raises(DeltaflError, match="holds neither Parquet files .* nor images"):
+    with pytest.raises(DeltaflError, match=r"holds neither Parquet files .* nor images"):
         load_task(str(tmp_path), image_size=8)
 
 
@@ -218,7 +218,7 @@ def test_a_hub_set_by_its_columns(tmp_path, parquet_folder, monkeypatch):
 def test_a_hub_configuration_that_is_not_there(tmp_path, monkeypatch):
     write_set(tmp_path / "owner" / "name" / "data")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DeltaflError, match='"hub:owner/name:other" cannot be loaded: .*other'):
+    with pytest.raises(DeltaflError, match=r'"hub:owner/name:other" cannot be loaded: .*other'):
         load_task("hub:owner/name:other", image_size=8)
 
 

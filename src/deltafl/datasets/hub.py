@@ -13,8 +13,9 @@ def hub_source(target: str, image_column: str, label_column: str, revision: str 
     Raises:
         DeltaflError: no such set or configuration, or no network and nothing downloaded before.
     """
-    from datasets import DatasetDict, load_dataset
     from datasets.exceptions import DatasetNotFoundError
+
+    from datasets import DatasetDict, load_dataset
 
     repo, _, config = target.partition(":")
     try:

@@ -106,8 +106,9 @@ def _image_folder_source(path: Path) -> Source:
 def _read_parquet(files: Mapping[str, list[Path]], scratch: Path) -> "DatasetDict":
     """The tables by split, from a copy that `datasets` makes under `scratch`: what stays on disk is the pixels."""
     import pyarrow
-    from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
+
+    from datasets import load_dataset
 
     paths = {split: [str(path) for path in some] for split, some in files.items()}
     try:
