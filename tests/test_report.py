@@ -9,7 +9,6 @@ from deltafl.report import (
     Code,
     Column,
     Facts,
-    Figure,
     Listing,
     Page,
     Section,
@@ -187,31 +186,30 @@ def test_a_row_of_another_length_is_refused():
         Table([Column("a"), Column("b")], [["x", "y"], ["x"]], "t")
 
 
-def charts() -> dict[str, tuple[Figure, list[str]]]:
-    curve = [(0.1, 0.5), (0.5, 0.9), (1.0, 0.4)]
-    names = ["mnist", "svhn", "cars"]
-    matrix = [[1.0, -0.12, float("nan")], [-0.12, 1.0, -0.001], [float("nan"), -0.001, 1.0]]
-    return {
-        "lambda": (
-            lambda_curves({"median": curve, "fedavg": curve, "fedgma": [(0.1, 0.6)]}, {"median": 0.5}, 0.45),
-            ["median = fedavg", "fedgma", "base (unmerged)", "scaling coefficient λ"],
-        ),
-        "bars": (
-            task_bars({"base": {"mnist": 0.1, "cars": 0.2}, "fedgma": {"mnist": 0.9}}, reference=["base"]),
-            ["mnist", "cars", "fedgma", "base"],
-        ),
-        "heat": (heat_map(names, matrix), [*names, "−0.12", "0.00", "–"]),
-        "layers": (
-            layer_profile({"a": [("embed", 1.0), ("head", 90.0)], "b": [["embed", 2]]}),
-            ["embed", "head", "a", "b"],
-        ),
-        "rounds": (rounds_curve({"sparse": curve, "dense": curve}, "gigabytes"), ["sparse", "dense", "gigabytes"]),
-    }
+CURVE = [(0.1, 0.5), (0.5, 0.9), (1.0, 0.4)]
+MATRIX = [[1.0, -0.12, None], [-0.12, 1.0, -0.001], [float("nan"), -0.001, 1.0]]
+CHARTS = {
+    "lambda": (
+        lambda: lambda_curves({"median": CURVE, "fedavg": CURVE, "fedgma": [(0.1, 0.6)]}, {"median": 0.5}, 0.45),
+        ["median = fedavg", "fedgma", "base (unmerged)", "scaling coefficient λ"],
+    ),
+    "bars": (
+        lambda: task_bars({"base": {"mnist": 0.1, "cars": 0.2}, "fedgma": {"mnist": 0.9}}, reference=["base"]),
+        ["mnist", "cars", "fedgma", "base"],
+    ),
+    "heat": (lambda: heat_map(["mnist", "svhn", "cars"], MATRIX), ["mnist", "svhn", "cars", "−0.12", "0.00", "–"]),
+    "layers": (
+        lambda: layer_profile({"a": [("embed", 1.0), ("head", 90.0)], "b": [["embed", 2]]}),
+        ["embed", "head", "a", "b"],
+    ),
+    "rounds": (lambda: rounds_curve({"sparse": CURVE, "dense": CURVE}, "gigabytes"), ["sparse", "dense", "gigabytes"]),
+}
 
 
-@pytest.mark.parametrize("name", ["lambda", "bars", "heat", "layers", "rounds"])
+@pytest.mark.parametrize("name", CHARTS)
 def test_a_chart_names_what_it_shows_and_is_the_same_each_time(name):
-    figure, labels = charts()[name]
+    draw, labels = CHARTS[name]
+    figure = draw()
     for svg in (figure.svg, figure.narrow):
         shown = re.findall(r"<text[^>]*>([^<]*)</text>", svg)
         assert set(labels) <= set(shown)
@@ -219,7 +217,12 @@ def test_a_chart_names_what_it_shows_and_is_the_same_each_time(name):
         colours = set(re.findall(r"#[0-9a-f]{6}\b(?!\))", svg))
         assert colours <= {"#000000"}, "a colour that does not follow the page's theme"
     assert figure.alt
-    assert charts()[name][0] == figure
+    assert draw() == figure
+
+
+def test_a_score_that_is_missing_is_no_bar_of_zero():
+    figure = task_bars({"a": {"mnist": 0.5, "cars": 0.25}, "b": {"mnist": 0.75}})
+    assert sorted(re.findall(r">(\d+\.\d)</text>", figure.narrow)) == ["25.0", "50.0", "75.0"]
 
 
 def test_pages_are_the_same_byte_for_byte_in_another_process(pages):

@@ -1,6 +1,7 @@
 """Bars: accuracy per task and rule."""
 
 from collections.abc import Mapping, Sequence
+from math import isnan, nan
 from typing import TYPE_CHECKING
 
 from deltafl.report.marks import legend_below, shorten
@@ -44,7 +45,7 @@ def _upright_bars(
     bar = 0.84 / len(colours)
     for number, (rule, colour) in enumerate(colours.items()):
         at = [i - 0.42 + bar * (number + 0.5) for i in range(len(tasks))]
-        heights = [100 * scores[rule].get(task, 0) for task in tasks]
+        heights = [100 * scores[rule].get(task, nan) for task in tasks]
         axes.bar(at, heights, bar * 0.88, color=colour, label=shorten(rule, 34))
     axes.set_xticks(range(len(tasks)), [shorten(task, 120 // len(tasks) + 4) for task in tasks])
     axes.tick_params(axis="x", length=0, labelcolor=INK)
@@ -65,10 +66,11 @@ def _flat_bars(
     axes = drawing.add_subplot()
     for number, (rule, colour) in enumerate(colours.items()):
         at = [group * i + gap + thick * (number + 0.5) for i in range(len(tasks))]
-        widths = [100 * scores[rule].get(task, 0) for task in tasks]
+        widths = [100 * scores[rule].get(task, nan) for task in tasks]
         axes.barh(at, widths, thick * 0.84, color=colour, label=shorten(rule, 40))
         for y, value in zip(at, widths, strict=True):
-            axes.text(value + 1.2, y, f"{value:.1f}", va="center_baseline", fontsize=10, color=MUTED)
+            if not isnan(value):
+                axes.text(value + 1.2, y, f"{value:.1f}", va="center_baseline", fontsize=10, color=MUTED)
     for i, task in enumerate(tasks):
         axes.text(0, group * i + gap - 7, shorten(task, width // 9), va="baseline", color=INK, fontsize=13)
     axes.set_ylim(group * len(tasks), 6)

@@ -1,7 +1,7 @@
 """Heat maps of a matrix over models, and norms layer by layer."""
 
 from collections.abc import Mapping, Sequence
-from math import isfinite
+from math import isfinite, nan
 from typing import TYPE_CHECKING
 
 from deltafl.report.marks import decimals, legend_below, series, shorten, without_common_start
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Drawing
 
-Matrix = Sequence[Sequence[float]]
+Matrix = Sequence[Sequence[float | None]]
 Profile = Sequence[tuple[str, float]] | Sequence[Sequence[str | float]]
 
 
@@ -23,15 +23,17 @@ def heat_map(
     """A symmetric [n, n] matrix with its values in the cells; the diagonal says nothing and stays blank.
 
     The strength of a cell's colour is its distance from `neutral`, relative to the largest one off the diagonal.
+    None and NaN (a delta of zero has no direction) are shown as a dash.
     """
+    values = _numbers(matrix)
 
     def draw(width: int) -> "Drawing":
         drawing = blank(width, heat_map_height(names, width))
         draw_heat_map(drawing.add_subplot(), names, matrix, width, neutral)
         return drawing
 
-    indices = [(i, j) for i in range(len(names)) for j in range(i) if isfinite(matrix[i][j])]
-    pairs = [(matrix[i][j], names[i], names[j]) for i, j in indices]
+    indices = [(i, j) for i in range(len(names)) for j in range(i) if isfinite(values[i][j])]
+    pairs = [(values[i][j], names[i], names[j]) for i, j in indices]
     alt = f"{what} of every pair of {len(names)} models."
     if pairs:
         (low, a, b), (high, c, d) = min(pairs), max(pairs)
@@ -48,21 +50,21 @@ def draw_heat_map(axes: "Axes", names: Sequence[str], matrix: Matrix, width: int
     """Draw the cells on `axes`, which is about `width` pixels wide."""
     from matplotlib.patches import Rectangle
 
-    n, narrow = len(names), width <= NARROW
+    n, narrow, values = len(names), width <= NARROW, _numbers(matrix)
     labels = [shorten(name, 15 if narrow else 26) for name in without_common_start(names)]
     longest = max(map(len, labels), default=0)
     cell = (width - 7.6 * longest) / max(n, 1)
     slanted = 7.6 * longest > cell
-    known = [abs(matrix[i][j] - neutral) for i in range(n) for j in range(n) if i != j and isfinite(matrix[i][j])]
+    known = [abs(values[i][j] - neutral) for i in range(n) for j in range(n) if i != j and isfinite(values[i][j])]
     scale = max(known, default=0) or 1
     for i, j in ((i, j) for i in range(n) for j in range(n) if i != j):
-        strength = (matrix[i][j] - neutral) / scale if isfinite(matrix[i][j]) else 0
+        strength = (values[i][j] - neutral) / scale if isfinite(values[i][j]) else 0
         colour = POSITIVE if strength >= 0 else NEGATIVE
         axes.add_patch(Rectangle((j - 0.48, i - 0.47), 0.96, 0.94, facecolor=colour, alpha=0.06 + 0.94 * abs(strength)))
         if cell >= 22:
             ink = ON_FILL if abs(strength) > 0.6 else INK
             size = 10 if cell < 34 else 11 if cell < 44 else 12.5
-            text = decimals(matrix[i][j], brief=cell < 36)
+            text = decimals(values[i][j], brief=cell < 36)
             axes.text(j, i, text, ha="center", va="center_baseline", color=ink, fontsize=size)
     axes.set_xlim(-0.5, n - 0.5)
     axes.set_ylim(n - 0.5, -0.5)
@@ -114,3 +116,7 @@ def draw_layer_profile(axes: "Axes", layers: Mapping[str, Profile], width: int) 
     axes.tick_params(axis="y", labelcolor=INK)
     axes.tick_params(axis="x", labelcolor=MUTED)
     axes.grid(True)
+
+
+def _numbers(matrix: Matrix) -> list[list[float]]:
+    return [[nan if value is None else float(value) for value in row] for row in matrix]
