@@ -159,3 +159,12 @@ def test_a_full_disk_is_an_error(parquet_folder, tmp_path, monkeypatch):
     with pytest.raises(DeltaflError, match="No space left on device"):
         load_task(str(parquet_folder), image_size=8, cache_dir=tmp_path / "c")
     assert not any(len(path.name) == 64 for path in (tmp_path / "c").iterdir())
+
+
+def test_a_source_that_cannot_be_read_is_not_blamed_on_the_cache(parquet_folder, monkeypatch):
+    def denied(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("hashlib.file_digest", denied)
+    with pytest.raises(DeltaflError, match=r'test\.parquet" cannot be read: Permission denied'):
+        load_task(str(parquet_folder), image_size=8)

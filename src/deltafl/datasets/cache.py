@@ -45,6 +45,9 @@ def content_hash(files: Sequence[Path], cache_dir: Path) -> str:
     """sha256 over the names (below their common folder) and bytes of `files`.
 
     Remembered under `cache_dir` by path, size and modification time of all of them.
+
+    Raises:
+        DeltaflError: a file cannot be read.
     """
     paths = [path.resolve() for path in files]
     stats = [path.stat() for path in paths]
@@ -55,8 +58,11 @@ def content_hash(files: Sequence[Path], cache_dir: Path) -> str:
     root = os.path.commonpath([path.parent for path in paths])
     digests = {}
     for path in paths:
-        with path.open("rb") as file:
-            digests[os.path.relpath(path, root)] = hashlib.file_digest(file, "sha256").hexdigest()
+        try:
+            with path.open("rb") as file:
+                digests[os.path.relpath(path, root)] = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise DeltaflError(f'"{path}" cannot be read: {error.strerror}. Check its permissions.') from error
     total = key_of(digests)
     write_atomically(memo, total.encode())
     return total
@@ -73,7 +79,7 @@ def read(cache_dir: Path, key: str) -> Task | None:
             raise ValueError("not the bytes that were written")
         splits = {split: _read_split(entry, split) for split in SPLITS}
         return Task(about["name"], **splits, class_names=tuple(about["class_names"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, DeltaflError) as error:
         log.warning("cache entry %s is damaged (%s); it is made again", entry, error)
         shutil.rmtree(entry)
         return None
