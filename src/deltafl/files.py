@@ -1,8 +1,8 @@
 """Files that are whole or absent, whatever kills the process."""
 
 import contextlib
-import glob
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -46,7 +46,8 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-MARKS = ("config.json", "deltafl.json", "deltafl_model.json", "training.json", "record.jsonl")
+MARKS = ("deltafl.json", "deltafl_model.json", "training.json", "record.jsonl")
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
 def check_output(path: str | Path, *, overwrite: bool) -> None:
@@ -56,8 +57,16 @@ def check_output(path: str | Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise DeltaflError(f'"{path}" exists; choose another --out, or replace it with --overwrite')
-    if not path.is_dir() or not any((path / mark).exists() for mark in MARKS):
+    if not _replaceable(path):
         raise DeltaflError(f'"{path}" does not look like a model or a run; --overwrite does not delete it')
+
+
+def _replaceable(path: Path) -> bool:
+    """Whether a path is a folder that we wrote, or a model of transformers: other tools have a config.json too."""
+    if not path.is_dir():
+        return False
+    weights = any(next(path.glob(pattern), None) for pattern in WEIGHTS)
+    return any((path / mark).is_file() for mark in MARKS) or (weights and (path / "config.json").is_file())
 
 
 @contextlib.contextmanager
@@ -65,25 +74,24 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
     """Yield an empty folder that becomes `path` when the block ends well, and vanishes when it does not.
 
     With `overwrite` nothing of an older folder survives beside the new. A killed process leaves `path` as it was, and
-    a hidden folder beside it that the next call for the same path removes.
+    a hidden folder beside it that the next call for the same path removes. (Killed between the two renames of a
+    replacement, it leaves no `path`: the next call then puts the old folder back first.)
 
     Raises:
-        DeltaflError: `path` exists and may not be replaced (see `check_output`).
+        DeltaflError: `path` exists and may not be replaced (see `check_output`), also if it came into being meanwhile.
     """
-    path = Path(path).absolute()
-    check_output(path, overwrite=overwrite)
+    path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(path)
+    _clear_abandoned(path)
+    check_output(path, overwrite=overwrite)
     temporary = path.parent / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
     temporary.mkdir()
     try:
         yield temporary
         sync_folder(temporary)
+        check_output(path, overwrite=overwrite)
         if path.exists():
-            old = temporary.with_suffix(".old.tmp")
-            os.rename(path, old)
-            os.rename(temporary, path)
-            shutil.rmtree(old)
+            _exchange(temporary, path)
         else:
             os.rename(temporary, path)
     except BaseException:
@@ -92,9 +100,28 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
     sync_folder(path.parent)
 
 
-def _remove_abandoned(path: Path) -> None:
-    """Delete what killed processes left behind while they wrote `path`."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        owner = left.name.removeprefix(f".{path.name}.").split(".")[0]
-        if owner.isdigit() and not Path(f"/proc/{owner}").exists() and Path("/proc/self").exists():
+def _exchange(new: Path, path: Path) -> None:
+    """`new` becomes `path`, and what was there is deleted; if that fails, what was there is there again."""
+    old = new.with_suffix(".old.tmp")
+    os.rename(path, old)
+    try:
+        os.rename(new, path)
+    except BaseException:
+        os.rename(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _clear_abandoned(path: Path) -> None:
+    """Undo what killed processes left behind while they wrote `path`: delete the new, put back the old."""
+    if not Path("/proc/self").exists():
+        return
+    ours = re.compile(re.escape(f".{path.name}.") + r"(\d+)\.[0-9a-f]{8}(\.old)?\.tmp")
+    for left in list(path.parent.iterdir()):
+        found = ours.fullmatch(left.name)
+        if not found or Path(f"/proc/{found[1]}").exists():
+            continue
+        if found[2] and not path.exists():
+            os.rename(left, path)
+        else:
             shutil.rmtree(left, ignore_errors=True)
