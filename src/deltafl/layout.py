@@ -95,12 +95,12 @@ def read_layout(ref: str | os.PathLike[str]) -> Layout:
 
 def _download(ref: str) -> tuple[Path, str]:
     """Download a hub id's weights, configuration and tokenizer to the hub's cache; (folder, revision)."""
-    if ref.startswith((".", "/", "~")) or ref.count("/") != 1:
+    name, _, revision = ref.partition("@")
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise DeltaflError(f'"{ref}": no such file or folder (a hub id has the form owner/name)')
     import huggingface_hub
 
     wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
-    name, _, revision = ref.partition("@")
     try:
         folder = Path(huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=wanted))
         if not list(folder.glob("*.safetensors")):
@@ -117,7 +117,9 @@ def _indexed(index: Path) -> tuple[Path, ...]:
     try:
         weight_map = json.loads(index.read_text())["weight_map"]
         names = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, AttributeError, TypeError):
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise DeltaflError(f'"{index}": not an index of shards; download it again') from None
     for name in names:
         if Path(name).name != name or name in ("..", "."):
@@ -161,14 +163,14 @@ def read_header(file: Path) -> dict[str, Entry]:
         entries = {
             name: Entry(
                 info["dtype"],
-                tuple(int(n) for n in info["shape"]),
+                tuple(_size(n) for n in info["shape"]),
                 file,
                 offset + int(info["data_offsets"][0]),
                 offset + int(info["data_offsets"][1]),
             )
             for name, info in sorted(header.items(), key=lambda item: item[1]["data_offsets"])
         }
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         raise DeltaflError(f'"{file}": its header is corrupt; download it again') from None
     end = offset
     for name, entry in entries.items():
@@ -180,6 +182,12 @@ def read_header(file: Path) -> dict[str, Entry]:
     if end != size:
         raise DeltaflError(f'"{file}": {size} bytes, its header says {end}: truncated or corrupt; download it again')
     return entries
+
+
+def _size(n: object) -> int:
+    if not isinstance(n, int) or n < 0:
+        raise ValueError
+    return n
 
 
 def fingerprint(layout: Layout, spots: int = 64, length: int = 4096) -> str:
