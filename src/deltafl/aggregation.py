@@ -158,6 +158,7 @@ class Aggregate(Mapping[str, Tensor]):
                 self.report["kept_fraction"] = dict(zip((s.name for s in sources), kept, strict=True))
             rows = Rows(updates, self.weights, dtype, (*rows.transforms, (transform, thresholds)))
         self._rows = rows
+        self._known = frozenset(rows.names)
         self._stats = Stats(sources)
         if isinstance(self._core, LinearRule):
             if self._core.needs_gram:
@@ -170,6 +171,9 @@ class Aggregate(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._rows.names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._known  # Mapping's own would compute the tensor
 
     def __getitem__(self, name: str) -> Tensor:
         shape = self.shape(name)

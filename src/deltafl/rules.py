@@ -146,7 +146,12 @@ def load_rules() -> Registry[Any]:
 def parameters(rule: type) -> dict[str, tuple[Any, Any]]:
     """Parameter name -> (type, default or dataclasses.MISSING) of a rule class."""
     hints = typing.get_type_hints(rule)
-    return {f.name: (hints[f.name], f.default) for f in dataclasses.fields(rule)}
+
+    def default(field: dataclasses.Field[Any]) -> Any:
+        made = field.default_factory is not dataclasses.MISSING
+        return field.default_factory() if made else field.default  # type: ignore[misc]
+
+    return {f.name: (hints[f.name], default(f)) for f in dataclasses.fields(rule)}
 
 
 def build_rule(name: str, params: Mapping[str, Any]) -> Rule:

@@ -20,7 +20,7 @@ class CClip:
 
     One iteration (the form of arXiv 2411.18607) is c_i = p_i min(1, rho / ||delta_i||). v stays a combination of the
     deltas, so every norm comes from the Gram matrix. `unit`: rho is an "absolute" norm, or a "quantile" in [0, 1] of
-    the deltas' norms. A zero delta has factor 1.
+    the norms of the deltas of weight above 0. A zero delta has factor 1.
     """
 
     rho: float
@@ -46,7 +46,8 @@ class CClip:
     def coefficients(self, stats: Stats, weights: Tensor) -> Tensor:
         gram = stats.gram
         assert gram is not None
-        radius = gram.diagonal().sqrt().quantile(self.rho) if self.unit == "quantile" else self.rho
+        norms = gram.diagonal()[weights > 0].sqrt()
+        radius = norms.quantile(self.rho) if self.unit == "quantile" else self.rho
         centre = weights * 0
         for _ in range(self.iterations):
             squares = gram.diagonal() - 2 * (gram @ centre) + centre @ gram @ centre

@@ -22,7 +22,7 @@ class Drop:
     """Zero each coordinate with probability p and scale the rest by 1 / (1 - p).
 
     The draws are keyed by (seed, model, tensor, block) and have 16 bits: p is rounded to a multiple of 2^-16, and the
-    scale is that of the rounded p, so the expectation is exact.
+    scale is that of the rounded p, so the expectation is exact. NaN and Inf are not dropped: they are to be refused.
     """
 
     drop_rate: float
@@ -37,8 +37,8 @@ class Drop:
         key = hashlib.blake2b(f"{self.seed}/{model}/{start}/{name}".encode(), digest_size=16).digest()
         draws = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
         cut = round(self.drop_rate * LEVELS)
-        dropped = torch.from_numpy(draws.integers(0, LEVELS, len(block), dtype=np.uint16) < cut)
-        return block.masked_fill_(dropped.to(block.device), 0.0).mul_(LEVELS / (LEVELS - cut))
+        kept = torch.from_numpy(draws.integers(0, LEVELS, len(block), dtype=np.uint16) >= cut)
+        return block.mul_(kept.to(block).mul_(LEVELS / (LEVELS - cut)))
 
 
 @RULES.register("dare")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -60,7 +61,7 @@ class FedNova:
             return (tau - m * (1 - m**tau) / (1 - m)) / (1 - m)
         if self.normalizer == "prox":
             shrink = (source.lr or 0.0) * (source.prox_mu or 0.0)
-            return (1 - (1 - shrink) ** tau) / shrink
+            return -math.expm1(tau * math.log1p(-shrink)) / shrink
         return tau
 
     def coefficients(self, stats: Stats, weights: Tensor) -> Tensor:

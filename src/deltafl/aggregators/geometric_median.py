@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 class GeometricMedian:
     """argmin_z sum_i p_i ||delta_i - z||, z = sum_i c_i delta_i, c_i proportional to p_i / max(nu, ||delta_i - z||).
 
-    nu = `smoothing` times the largest norm (RFA takes an absolute nu; a relative one serves every scale). Distances
-    come from the Gram matrix. Ends after `iterations`, or when no coefficient moves by more than 1e-12.
+    nu = `smoothing` times the largest norm where p_i > 0 (RFA takes an absolute nu; a relative one serves every
+    scale). Distances come from the Gram matrix. Ends after `iterations`, or when no coefficient moves by more than
+    1e-12.
     """
 
     iterations: int = 100
@@ -40,7 +41,7 @@ class GeometricMedian:
     def coefficients(self, stats: Stats, weights: Tensor) -> Tensor:
         gram = stats.gram
         assert gram is not None
-        nu = self.smoothing * gram.diagonal().max().sqrt()
+        nu = self.smoothing * gram.diagonal()[weights > 0].max().sqrt()
         if nu == 0:
             return weights
         c = weights

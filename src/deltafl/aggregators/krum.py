@@ -13,29 +13,35 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def closest(gram: Tensor, num_byzantine: int, keep: int) -> list[int]:
-    """Indices of the `keep` deltas with the smallest Krum score.
+def closest(rule: str, gram: Tensor, weights: Tensor, num_byzantine: int, num_selected: int | None) -> list[int]:
+    """Indices of the `num_selected` deltas (None: n - f) with the smallest Krum score, of the n with weight above 0.
 
     score_i = sum of the n - f - 2 smallest ||delta_i - delta_j||^2, j != i. Equal scores (the two of a closest pair
     always have them when n - f - 2 = 1) are decided by the sum of all distances, then by order.
     """
-    n = len(gram)
+    active = [i for i, w in enumerate(weights.tolist()) if w > 0]
+    n = len(active)
+    check_models(rule, num_byzantine, n, num_selected)
+    gram = gram[active][:, active]
     norms = gram.diagonal()
     squares = (norms[:, None] + norms[None, :] - 2 * gram).clamp_min(0)
     squares.fill_diagonal_(0)
     scores = squares.sort(1).values[:, 1 : n - num_byzantine - 1].sum(1).tolist()
     totals = squares.sum(1).tolist()
-    return sorted(range(n), key=lambda i: (scores[i], totals[i], i))[:keep]
+    order = sorted(range(n), key=lambda i: (scores[i], totals[i], i))
+    return [active[i] for i in order[: n - num_byzantine if num_selected is None else num_selected]]
 
 
-def check_models(rule: str, num_byzantine: int, sources: Sequence[Source]) -> None:
-    """Raise DeltaflError unless f >= 0 and n >= 2f + 3."""
+def check_models(rule: str, num_byzantine: int, n: int, num_selected: int | None = None) -> None:
+    """Raise DeltaflError unless f >= 0, n >= 2f + 3 and 1 <= num_selected <= n."""
     least = 2 * num_byzantine + 3
-    if num_byzantine < 0 or len(sources) < least:
+    if num_byzantine < 0 or n < least:
         raise DeltaflError(
-            f"{rule}: {len(sources)} models with num_byzantine {num_byzantine}; "
+            f"{rule}: {n} models of weight above 0 with num_byzantine {num_byzantine}; "
             f"it must be 0 or more and needs at least 2f + 3 = {least} models"
         )
+    if num_selected is not None and not 1 <= num_selected <= n:
+        raise DeltaflError(f"{rule}: num_selected is {num_selected}; it must be in 1 to {n}, the number of models")
 
 
 @RULES.register("krum")
@@ -54,12 +60,12 @@ class Krum:
         return (cls(),)
 
     def check(self, sources: Sequence[Source]) -> None:
-        check_models("krum", self.num_byzantine, sources)
+        check_models("krum", self.num_byzantine, len(sources))
 
     def coefficients(self, stats: Stats, weights: Tensor) -> Tensor:
         assert stats.gram is not None
         chosen = weights * 0
-        chosen[closest(stats.gram, self.num_byzantine, 1)] = 1.0
+        chosen[closest("krum", stats.gram, weights, self.num_byzantine, 1)] = 1.0
         return chosen
 
 
@@ -80,16 +86,11 @@ class MultiKrum:
         return (cls(), cls(num_selected=2))
 
     def check(self, sources: Sequence[Source]) -> None:
-        check_models("multi_krum", self.num_byzantine, sources)
-        if self.num_selected is not None and not 1 <= self.num_selected <= len(sources):
-            raise DeltaflError(f"multi_krum: num_selected is {self.num_selected} of {len(sources)} models")
+        check_models("multi_krum", self.num_byzantine, len(sources), self.num_selected)
 
     def coefficients(self, stats: Stats, weights: Tensor) -> Tensor:
         assert stats.gram is not None
-        keep = self.num_selected or len(weights) - self.num_byzantine
         chosen = weights * 0
-        kept = closest(stats.gram, self.num_byzantine, keep)
+        kept = closest("multi_krum", stats.gram, weights, self.num_byzantine, self.num_selected)
         chosen[kept] = weights[kept]
-        if chosen.sum() == 0:
-            raise DeltaflError("multi_krum: every selected model has weight 0; raise --num-selected or the weights")
         return chosen / chosen.sum()

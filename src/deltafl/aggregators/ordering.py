@@ -56,8 +56,10 @@ def weighted_median(block: Tensor, weights: Sequence[float]) -> tuple[Tensor, Te
 
     Lower: the smallest value at which the summed weights reach one half; upper: at which they exceed it.
     """
-    values, order = block.sort(0, stable=True)
-    reached = block.new_tensor(weights).double()[order].cumsum(0)
+    import torch
+
+    values, order = block.sort(dim=0, stable=True)
+    reached = torch.tensor(weights, dtype=torch.float64, device=block.device)[order].cumsum(0)
     lower = (reached < 0.5 - 1e-9).sum(0, keepdim=True)
     upper = (reached <= 0.5 + 1e-9).sum(0, keepdim=True).clamp_max(len(weights) - 1)
     return values.gather(0, lower)[0], values.gather(0, upper)[0]

@@ -31,7 +31,8 @@ class Ties:
     """Trim each delta to `density`; s = sign(sum_i p_i delta_i); merge the deltas whose sign is s.
 
     merge "mean" (the paper): sum_{agree} p_i delta_i / sum_{agree} p_i; "sum": sum_{agree} p_i delta_i. A zero sum
-    elects nothing: no update. The threshold is over the whole delta, or `per_tensor`.
+    elects nothing: no update. The threshold is over the whole delta, or `per_tensor`. The election counts weights in
+    units of the least one, so that with equal weights (or small integer ratios) deltas that cancel sum to exactly 0.
     """
 
     density: float = 0.2
@@ -56,7 +57,8 @@ class Ties:
         return (cls(), cls(0.5, "sum"), cls(0.5, per_tensor=True), cls(1.0))
 
     def combine(self, block: Tensor, weights: Sequence[float]) -> Tensor:
-        elected = weighted_sum(block, weights).sign_()
+        least = min(w for w in weights if w > 0)
+        elected = weighted_sum(block, [round(w / least, 9) for w in weights]).sign_()
         agreeing = (block * elected).clamp_min_(0.0)
         merged = weighted_sum(agreeing, weights)
         if self.merge == "mean":

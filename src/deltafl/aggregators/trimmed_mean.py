@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 @RULES.register("trimmed_mean")
 @dataclass(frozen=True)
 class TrimmedMean:
-    """Drop the `trim` smallest and the `trim` largest values of each coordinate; (weighted) mean of the rest."""
+    """Drop the `trim` smallest and the `trim` largest values of each coordinate; mean of the rest.
+
+    With unequal weights: drop the share trim / n of the total weight at either end (n models of weight above 0), so
+    that a value at the boundary counts in part and neither equal values nor the order of the models matter.
+    """
 
     trim: int = 1
 
@@ -34,16 +38,23 @@ class TrimmedMean:
         return (cls(0), cls(1))
 
     def check(self, sources: Sequence[Source]) -> None:
-        if 2 * self.trim >= len(sources):
+        self._refuse_empty(len(sources))
+
+    def _refuse_empty(self, n: int) -> None:
+        if 2 * self.trim >= n:
             raise DeltaflError(
-                f"trimmed_mean: trim {self.trim} leaves nothing of {len(sources)} models; "
+                f"trimmed_mean: trim {self.trim} leaves nothing of {n} models of weight above 0; "
                 f"lower --trim or merge at least {2 * self.trim + 1}"
             )
 
     def combine(self, block: Tensor, weights: Sequence[float]) -> Tensor:
-        n, kept = len(weights), range(self.trim, len(weights) - self.trim)
+        n = sum(w > 0 for w in weights)
+        self._refuse_empty(n)
         if len(set(weights)) == 1:
+            kept = range(self.trim, n - self.trim)
             return weighted_sum(ranks(block, kept), [1 / len(kept)] * len(kept))
-        order = block.argsort(0, stable=True)[self.trim : n - self.trim]
-        share = block.new_tensor(weights)[order]
-        return (block.gather(0, order) * share).sum(0) / share.sum(0)
+        values, order = block.sort(dim=0, stable=True)
+        low = self.trim / n
+        reached = block.new_tensor(weights)[order].cumsum(0).clamp_(low, 1 - low)
+        share = reached.diff(dim=0, prepend=block.new_full((1, block.shape[1]), low))
+        return weighted_sum(values * share, [1 / (1 - 2 * low)] * len(weights))

@@ -1,0 +1,165 @@
+"""What the laws are tried on: a few deltas, what is known of their training, and weights."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from deltafl.aggregation import Aggregate, Update, WeightsLike, check_rule
+from deltafl.errors import DeltaflError
+from deltafl.rules import RULES, Rule, Source, load_rules
+from deltafl.tensors import BLOCK
+
+SHAPES = {"layer.weight": (5, 7), "layer.bias": (33,), "scale": (), "nothing": (0, 3)}
+LARGE = {"head": (3,), "embedding": (2 * BLOCK + 3,), "scale": ()}
+
+Delta = dict[str, Tensor]
+
+
+def rules() -> list[Rule]:
+    """Every example of every registered rule, those of a rule that is registered later included."""
+    registry = load_rules()
+    return [example for name in registry for example in registry[name].examples()]
+
+
+@contextmanager
+def registered(name: str, rule: Any) -> Iterator[None]:
+    """The registry with one more rule."""
+    RULES.register(name)(rule)
+    try:
+        yield
+    finally:
+        del RULES._entries[name]
+
+
+def source(i: int) -> Source:
+    """Everything that any rule asks for, different for each model."""
+    return Source(f"model{i}", 100 + 50 * i, 10 + 7 * i, 0.01 * (i + 1), 0.1 * (i % 5), 0.5 + i)
+
+
+@dataclass(frozen=True)
+class World:
+    """n deltas with sources and weights."""
+
+    deltas: tuple[Delta, ...]
+    sources: tuple[Source, ...]
+    weights: tuple[float, ...] | None = None
+
+    @property
+    def updates(self) -> list[Update]:
+        return [Update(d, s) for d, s in zip(self.deltas, self.sources, strict=True)]
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> "World":
+        """The same world with every tensor changed."""
+        return replace(self, deltas=tuple({k: change(v) for k, v in d.items()} for d in self.deltas))
+
+    def reordered(self, order: Sequence[int]) -> "World":
+        """The same models in another order."""
+        weights = None if self.weights is None else tuple(self.weights[i] for i in order)
+        return World(tuple(self.deltas[i] for i in order), tuple(self.sources[i] for i in order), weights)
+
+    def with_flat(self, change: Callable[[Tensor], Tensor]) -> "World":
+        """The same world with each delta changed as one flat vector."""
+        return replace(self, deltas=tuple(unflatten(change(flatten(d)), d) for d in self.deltas))
+
+
+def flatten(delta: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([t.reshape(-1) for t in delta.values()])
+
+
+def unflatten(flat: Tensor, like: Mapping[str, Tensor]) -> Delta:
+    parts = flat.split([t.numel() for t in like.values()])
+    return {name: part.reshape(t.shape) for (name, t), part in zip(like.items(), parts, strict=True)}
+
+
+def result(rule: Rule, world: World, weights: WeightsLike = None, **options: Any) -> Delta:
+    """R(delta_1 .. delta_n), all of it; `weights` go before the world's own."""
+    return dict(Aggregate(rule, world.updates, world.weights if weights is None else weights, **options))
+
+
+def refusal(rule: Rule, sources: Sequence[Source]) -> str | None:
+    """Why the rule cannot work with these sources, or None."""
+    try:
+        check_rule(rule, sources)
+    except DeltaflError as error:
+        return str(error)
+    return None
+
+
+def make(n: int, seed: int, kind: str = "normal", scale: float = 1.0, shapes: Mapping[str, Any] = SHAPES) -> World:
+    """n deltas of one kind.
+
+    normal: no two values alike. grid: few integer values, so that equal values, zeros and sums of exactly zero are
+    frequent. bfloat16: as fine-tunes in 16 bits give them.
+    """
+    draw = torch.Generator().manual_seed(seed)
+
+    def tensor(shape: tuple[int, ...]) -> Tensor:
+        if kind == "grid":
+            return torch.randint(-3, 4, shape, generator=draw).float() * scale
+        values = torch.randn(shape, generator=draw) * scale
+        return values.bfloat16().float() if kind == "bfloat16" else values
+
+    deltas = tuple({name: tensor(tuple(shape)) for name, shape in shapes.items()} for _ in range(n))
+    return World(deltas, tuple(source(i) for i in range(n)))
+
+
+@st.composite
+def worlds(draw: st.DrawFn, kinds: Sequence[str] = ("normal", "grid", "bfloat16"), weighted: bool = True) -> World:
+    """3 to 7 models; weights, where there are any, positive with small integer ratios."""
+    n = draw(st.integers(3, 7))
+    world = make(n, draw(st.integers(0, 2**20)), draw(st.sampled_from(kinds)), draw(st.sampled_from([1e-4, 1.0, 50.0])))
+    if weighted and draw(st.booleans()):
+        ratios = draw(st.lists(st.integers(1, 3), min_size=n, max_size=n))
+        world = replace(world, weights=tuple(map(float, ratios)))
+    return world
+
+
+class Lazy(Mapping[str, Tensor]):
+    """A mapping that reads blocks, as a checkpoint on disk does, and counts them."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], *, fresh_blocks: bool) -> None:
+        self.tensors, self.fresh_blocks, self.reads = tensors, fresh_blocks, 0
+
+    def __getitem__(self, name: str) -> Tensor:
+        raise AssertionError(f"{name} was read whole")
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.tensors[name].dtype
+
+    def block(self, name: str, start: int, stop: int) -> Tensor:
+        self.reads += 1
+        block = self.tensors[name].reshape(-1)[start:stop]
+        return block.clone() if self.fresh_blocks else block
+
+
+def assert_same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
+    """Equal names, shapes, dtypes and values, bit for bit up to the sign of zero."""
+    assert list(a) == list(b)
+    for name in a:
+        assert (a[name].shape, a[name].dtype) == (b[name].shape, b[name].dtype), name
+        assert torch.equal(a[name], b[name]), name
+
+
+def assert_close(a: Mapping[str, Tensor], b: Mapping[str, Tensor], world: World) -> None:
+    """Equal up to rounding in float32 of the deltas that went in."""
+    assert list(a) == list(b)
+    largest = max(float(flatten(d).abs().max()) for d in world.deltas)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=2e-6 * largest, check_dtype=False)
