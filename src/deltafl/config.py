@@ -1,5 +1,6 @@
 """Recipes: YAML files, checked whole. Every mistake is one line with the key's path, all at once."""
 
+import re
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -14,9 +15,9 @@ M = TypeVar("M", bound=BaseModel)
 
 
 class Strict(BaseModel):
-    """No unknown keys, no silent conversion from strings to numbers."""
+    """No unknown keys, no silent conversion between strings, numbers and truth values."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class ModelEntry(Strict):
@@ -32,7 +33,7 @@ class ModelEntry(Strict):
 class MergeRecipe(BaseModel):
     """`deltafl merge RECIPE.yaml`: the same names as the options, and the method's parameters beside them."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
 
     base: str
     models: list[str | ModelEntry] = Field(min_length=1)
@@ -98,10 +99,11 @@ def _per_model(recipe: MergeRecipe) -> list[str]:
 
 
 def _named(entries: list[ModelEntry], steps: list[int] | None, examples: list[int] | None) -> tuple[Model, ...]:
-    """Models with distinct names: the last part of the path, with a number where that is not enough."""
+    """Models with distinct names: the last part of the path, where two share it the path, and at worst a number."""
     models: list[Model] = []
+    last = [Path(entry.path).name for entry in entries]
     for i, entry in enumerate(entries):
-        name = wish = entry.name or Path(entry.path).name or entry.path
+        name = wish = entry.name or (last[i] if last.count(last[i]) == 1 and last[i] else entry.path)
         number = 2
         while name in {m.name for m in models}:
             name, number = f"{wish}#{number}", number + 1
@@ -130,7 +132,7 @@ def _rule_params(recipe: MergeRecipe, problems: list[str]) -> dict[str, Any]:
             params[key] = str(value)
         else:
             try:
-                params[key] = TypeAdapter(hints[key]).validate_python(value)
+                params[key] = TypeAdapter(hints[key]).validate_python(value, strict=True)
             except ValidationError as error:
                 problems.append(f"{key}: {_said(error.errors()[0])}")
     return params
@@ -138,11 +140,9 @@ def _rule_params(recipe: MergeRecipe, problems: list[str]) -> dict[str, Any]:
 
 def parse_size(size: int | str) -> int:
     """ "5GB", "300MiB" or bytes -> bytes. Raises DeltaflError."""
-    if isinstance(size, int):
-        return size
     units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
     units |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-    text = size.strip().upper()
+    text = str(size).strip().upper()
     digits = text.rstrip("KMGTIB ")
     try:
         value = int(float(digits) * units[text[len(digits) :].strip()])
@@ -153,13 +153,32 @@ def parse_size(size: int | str) -> int:
     return value
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-5 is a number, as in YAML 1.2, and a key given twice is a mistake."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f'"{key.value}" is given twice', problem_mark=node.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
 def load_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML file that holds a mapping. Raises DeltaflError."""
     try:
-        held = yaml.safe_load(Path(path).read_text())
+        held = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # a SafeLoader
     except OSError as error:
         raise DeltaflError(f'"{path}": {error.strerror}') from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DeltaflError(f'"{path}": is not YAML: {" ".join(str(error).split())}') from None
     if not isinstance(held, dict):
         raise DeltaflError(f'"{path}": must be a mapping of keys to values')
@@ -173,13 +192,19 @@ def parse(kind: type[M], held: dict[str, Any]) -> M:
     except ValidationError as error:
         problems = []
         for item in error.errors():
-            keys = [str(k) for k in item["loc"] if not str(k).startswith(("function-", "str", "ModelEntry"))]
+            if item["loc"][-1] == "str" and isinstance(item["input"], dict):
+                continue  # of "a string or a mapping" it was meant to be the mapping, whose own mistakes follow
+            keys = [str(k) for k in item["loc"] if k not in _BRANCHES and not str(k).startswith("function-")]
             path = ".".join(keys)
             if item["type"] == "extra_forbidden":
                 problems.append(f'unknown key "{path}"; {did_you_mean(keys[-1], _siblings(kind, keys))}')
             else:
                 problems.append(f"{path}: {_said(item)}")
         raise DeltaflError(*dict.fromkeys(problems)) from None
+
+
+_BRANCHES = ("str", "int", "ModelEntry")
+"""What pydantic adds to the path of a value for the alternatives of its type."""
 
 
 def _siblings(kind: type[BaseModel], keys: list[str]) -> set[str]:
