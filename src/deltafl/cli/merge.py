@@ -9,6 +9,9 @@ from deltafl.errors import DeltaflError
 from deltafl.merge import Plan, check_output, plan_merge, run_merge
 from deltafl.readahead import read_ahead
 
+SCALES = {"server_lr", "scaling_coef"}
+"""Two ways to say one thing: an option replaces whichever of them a recipe holds."""
+
 
 def merge_options(command: Any) -> Any:
     """Decorator: the options that say what is merged, shared by merge and search."""
@@ -67,6 +70,8 @@ def merge(recipe: str | None, dry_run: bool, quiet: bool, **options: Any) -> Non
         record = run_merge(
             plan, out, overwrite=overwrite, on_elements=lambda count: advance(count * plan.bytes_read / max(total, 1))
         )
+    for warning in record["warnings"]:
+        click.echo(f"warning: {warning}", err=True)
     if not quiet:
         click.echo(summary(plan, record, out))
 
@@ -76,8 +81,11 @@ def read_recipe(recipe: str | None, options: dict[str, Any]) -> Any:
     from deltafl.config import MergeRecipe, load_yaml, parse
 
     held = load_yaml(recipe) if recipe else {}
-    held |= {k: list(v) if isinstance(v, tuple) else v for k, v in options.items() if v not in (None, ())}
-    if "base" not in held or not held.get("models"):
+    given = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items() if v not in (None, ())}
+    if given.keys() & SCALES:
+        held = {k: v for k, v in held.items() if k not in SCALES}
+    held |= given
+    if "base" not in held or "models" not in held:
         raise DeltaflError("name the base with --base and the fine-tuned models with --models, or give a recipe")
     return parse(MergeRecipe, held)
 
