@@ -11,7 +11,7 @@ from deltafl.rules import load_rules, parameters
 @click.command()
 @click.argument("name", required=False)
 def rules(name: str | None) -> None:
-    """List every method with its formula, parameters and traits, or show one."""
+    """List every method with its formula, parameters and (in its default form) traits, or show one."""
     registry = load_rules()
     for key in [name] if name else list(registry):
         rule = registry[key]
@@ -21,4 +21,6 @@ def rules(name: str | None) -> None:
             shown = "required" if default is dataclasses.MISSING and parameter != "inner" else f"default {default}"
             shown = "default task_arithmetic" if parameter == "inner" else shown
             click.echo(f"  --{parameter.replace('_', '-')}  {shown}")
+        traits = dataclasses.asdict(next(iter(rule.examples())).traits)
+        click.echo(f"  native scale: {traits.pop('native_scale')}; {', '.join(k for k, v in traits.items() if v)}")
         click.echo(f"  file: aggregators/{rule.__module__.rsplit('.', 1)[1]}.py\n")
