@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -99,10 +100,14 @@ def plan_merge(spec: MergeSpec) -> Plan:
     rule = attempt(lambda: build_rule(spec.method, spec.params))
     base = attempt(lambda: layouts.read_layout(spec.base))
     found = {m.name: attempt(lambda m=m: layouts.read_layout(m.ref)) for m in spec.models}
+    entries = {label: attempt(lambda x=x: _entries(x)) for label, x in {"": base, **found}.items() if x}
     if not spec.models:
         problems.append("no models to merge; name them with --models")
     if spec.server_lr is not None and spec.scaling_coef is not None:
         problems.append("--server-lr and --scaling-coef are two ways to say one thing; give one of them")
+    for option, scale in (("--server-lr", spec.server_lr), ("--scaling-coef", spec.scaling_coef)):
+        if scale is not None and not math.isfinite(scale):
+            problems.append(f"{option}: {scale} is not a finite number")
     sources, notes = [], []
     for model in spec.models:
         layout = found[model.name]
@@ -114,11 +119,11 @@ def plan_merge(spec: MergeSpec) -> Plan:
     if rule and sources:
         attempt(lambda: check_rule(rule, sources))
     problems += check_weights(spec)
-    if base is None or None in found.values():
+    if base is None or entries[""] is None:
         raise DeltaflError(*problems)
     alignment = align(
-        _entries(base),
-        {name: _entries(layout) for name, layout in found.items()},
+        entries[""],
+        {name: entries[name] for name in found if entries.get(name) is not None},
         scope=spec.scope,
         include=spec.include,
         exclude=spec.exclude,
@@ -126,7 +131,7 @@ def plan_merge(spec: MergeSpec) -> Plan:
     problems += alignment.problems
     if problems:
         raise DeltaflError(*problems)
-    return _plan(spec, rule, base, found, alignment, tuple(sources), [*alignment.notes, *notes])
+    return _plan(spec, rule, base, found, entries[""], alignment, tuple(sources), [*alignment.notes, *notes])
 
 
 def _plan(
@@ -134,11 +139,11 @@ def _plan(
     rule: Rule,
     base: Layout,
     found: Mapping[str, Layout],
+    entries: Mapping[str, Any],
     alignment: Alignment,
     sources: tuple[Source, ...],
     notes: Sequence[str],
 ) -> Plan:
-    entries = _entries(base)
     num_elements = sum(entries[n].numel for n in alignment.merged)
     passes = 1 + sum(t.density is not None for t in rule.transforms) + bool(getattr(core_of(rule), "needs_gram", False))
     width = SIZES.get(spec.dtype or "", 0)
@@ -181,7 +186,21 @@ def read_training(layout: Layout) -> dict[str, Any]:
         raise DeltaflError(f'"{file}": is not valid JSON; mend or remove it') from None
     if not isinstance(held, dict):
         raise DeltaflError(f'"{file}": is not a JSON object; mend or remove it')
+    wrong = [
+        f'"{file}": {key} is {value!r}; it must be {wanted}; mend or remove it'
+        for key, (kind, wanted) in _KINDS.items()
+        if (value := held.get(key)) is not None and (isinstance(value, bool) or not isinstance(value, kind))
+    ]
+    if wrong:
+        raise DeltaflError(*wrong)
     return held
+
+
+_KINDS: dict[str, tuple[Any, str]] = {
+    **dict.fromkeys(("num_examples", "num_steps"), (int, "a whole number")),
+    **dict.fromkeys(("lr", "momentum", "prox_mu"), ((int, float), "a number")),
+    "base": (dict, "an object"),
+}
 
 
 def source_of(model: Model, trained: Mapping[str, Any]) -> Source:
@@ -208,11 +227,17 @@ def check_weights(spec: MergeSpec) -> list[str]:
     """Problems with the number of weights."""
     rows = [("--weights", spec.weights)] if spec.weights is not None else []
     rows += [(f'weights of "{pattern}"', row) for pattern, row in spec.weight_patterns]
-    return [
+    problems = [
         f"{where}: {len(row)} weights for {len(spec.models)} models"
         for where, row in rows
         if len(row) != len(spec.models)
     ]
+    for where, row in rows:
+        if not all(map(math.isfinite, row)):
+            problems.append(f"{where}: {list(row)} holds a number that is not finite")
+    if spec.weights is not None and not any(any(row) for _, row in rows):
+        problems.append("--weights: all are 0; at least one model must count")
+    return problems
 
 
 @dataclass(frozen=True)
@@ -242,7 +267,7 @@ def open_updates(plan: Plan) -> Iterator[Opened]:
     try:
         for name, pairs in plan.alignment.tied.items():
             for extra, twin in pairs:
-                if not torch.equal(tuned[name][extra], tuned[name][twin]):
+                if not _equal(tuned[name], extra, twin):
                     raise DeltaflError(
                         f'model "{name}": "{extra}" is tied to "{twin}" in the base but differs from it here; '
                         "merge into a base that is not tied"
@@ -263,6 +288,18 @@ def open_updates(plan: Plan) -> Iterator[Opened]:
         for tensors in (base, *tuned.values()):
             if isinstance(tensors, Checkpoint):
                 tensors.close()
+
+
+def _equal(tensors: "Tensors", a: str, b: str) -> bool:
+    """Whether two tensors hold the same values; read by blocks."""
+    import torch
+
+    from deltafl.tensors import block_of, blocks, shape_of
+
+    shape = shape_of(tensors, a)
+    return shape == shape_of(tensors, b) and all(
+        torch.equal(block_of(tensors, a, *span), block_of(tensors, b, *span)) for span in blocks(math.prod(shape))
+    )
 
 
 def large_deltas(opened: Opened, limit: float = 0.5) -> list[str]:
@@ -319,7 +356,7 @@ def run_merge(
     spec = plan.spec
     refuse_inputs_as_output(plan, Path(out))
     with atomic_folder(out, overwrite=overwrite) as folder, open_updates(plan) as opened:
-        notes = [*plan.notes, *large_deltas(opened)]
+        warnings = large_deltas(opened)
         aggregate = Aggregate(
             plan.rule,
             opened.updates,
@@ -339,7 +376,7 @@ def run_merge(
             or plan.base.folder.joinpath("deltafl_model.json").exists()
         ):
             copy_companions(plan.base.folder, folder, spec.dtype)
-        record = describe(plan, opened, aggregate, notes)
+        record = describe(plan, opened, aggregate, warnings)
         (folder / "deltafl.json").write_text(json.dumps(record, indent=2))
     return record
 
@@ -353,7 +390,7 @@ def refuse_inputs_as_output(plan: Plan, out: Path) -> None:
             raise DeltaflError(f'--out "{out}" is, or holds, the input "{layout.ref}"; choose another folder')
 
 
-def describe(plan: Plan, opened: Opened, aggregate: "Aggregate", notes: Sequence[str]) -> dict[str, Any]:
+def describe(plan: Plan, opened: Opened, aggregate: "Aggregate", warnings: Sequence[str]) -> dict[str, Any]:
     """The record of a merge: inputs by identity, rule, parameters, both scales, what was left out, versions."""
     import torch
 
@@ -383,7 +420,8 @@ def describe(plan: Plan, opened: Opened, aggregate: "Aggregate", notes: Sequence
         "merged_elements": plan.num_elements,
         "copied": plan.alignment.copied,
         "ignored": plan.alignment.ignored,
-        "notes": list(notes),
+        "notes": list(plan.notes),
+        "warnings": list(warnings),
         **aggregate.report,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
