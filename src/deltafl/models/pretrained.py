@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltafl.errors import DeltaflError, shorten
+from deltafl.errors import DeltaflError, did_you_mean, shorten
 from deltafl.models.encoder import Embed, InputSpec, LoadedEncoder, assemble
 
 logger = logging.getLogger(__name__)
@@ -125,6 +125,26 @@ def new_vit(
             else:
                 nn.init.trunc_normal_(parameter, std=0.02, a=-0.04, b=0.04, generator=generator)
     return assemble(module, _cls, InputSpec(image_size, channels, (0.5,) * channels, (0.5,) * channels), "")
+
+
+def new_vit_from(text: str) -> LoadedEncoder:
+    """`new_vit` from `hidden=64,layers=3,...`, all whole numbers; `seed` (default 0) keys the generator.
+
+    Raises:
+        DeltaflError: a misspelt, missing or unreadable value.
+    """
+    required, known = {"hidden", "layers", "heads", "patch", "image_size"}, {"channels", "seed"}
+    values: dict[str, int] = {}
+    for item in text.split(","):
+        key, _, value = item.partition("=")
+        if key not in required | known:
+            raise DeltaflError(f'model "vit:{text}": unknown "{key}"; {did_you_mean(key, required | known)}')
+        if not value.isdigit():
+            raise DeltaflError(f'model "vit:{text}": {key} must be a whole number, not "{value}"')
+        values[key] = int(value)
+    if missing := required - values.keys():
+        raise DeltaflError(f'model "vit:{text}": lacks {", ".join(sorted(missing))}')
+    return new_vit(generator=torch.Generator().manual_seed(values.pop("seed", 0)), **values)
 
 
 def save_pretrained(encoder: LoadedEncoder, directory: Path) -> None:
