@@ -27,11 +27,19 @@ _RENAMES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 )
 
 HEADS = frozenset(
-    ("classifier", "cls", "fc", "head", "heads", "logit_bias", "logit_scale", "pooler", "predictions", "qa_outputs")
-    + ("score", "text_projection", "visual_projection")
+    "classifier cls fc head heads lm_head logit_bias logit_scale pooler predictions qa_outputs score text_projection "
+    "visual_projection".split()
 )
 TOWERS = frozenset(("language_model", "multi_modal_projector", "text_model", "vision_model", "vision_tower"))
-TIED = {"lm_head.weight": ("model.embed_tokens.weight", "transformer.wte.weight", "embed_tokens.weight")}
+TIED = {
+    "lm_head.weight": ("model.embed_tokens.weight", "transformer.wte.weight", "shared.weight"),
+    "encoder.embed_tokens.weight": ("shared.weight",),
+    "decoder.embed_tokens.weight": ("shared.weight",),
+}
+"""Tensor -> the twins, in the same model, that it may share its values with."""
+
+QUANTISED = frozenset(("weight", "qweight"))
+"""Last parts of names that hold numbers to compute with: integers there are a code for them."""
 
 
 class Entry(Protocol):
@@ -75,7 +83,9 @@ def match(target: Collection[str], given: Collection[str], scope: str = "") -> t
             found.append((hits, -len(ours) - len(theirs), ours, theirs))
     found.sort(reverse=True)
     hits, _, ours, theirs = found[0]
-    rivals = {o for h, _, o, t in found if h == hits and h and t == theirs and not (o in ours or ours in o)}
+    rivals = {
+        o for h, _, o, t in found if h == hits and h and t == theirs and not (o.startswith(ours) or ours.startswith(o))
+    }
     if rivals:
         known = ", ".join(f'"{p.rstrip(".")}"' for p in sorted(rivals | {ours}))
         raise DeltaflError(f"its tensors fit several parts of the base equally well ({known}); choose one with --scope")
@@ -100,8 +110,9 @@ class Alignment:
     """The outcome: what is merged, under which name each model holds it, and what is not merged and why.
 
     merged: names of the base, in its order. names: model -> base name -> the model's name. copied: reason -> names
-    copied from the base. ignored: model -> reason -> names of the model that are not used. tied: model -> (extra name,
-    twin name) pairs that must hold the same values. notes: what a user should know. problems: what stops the merge.
+    copied from the base. ignored: model -> reason -> names of the model that are not used. tied: model, or "" for the
+    base -> (name, twin) pairs of its tensors that must hold the same values. notes: what a user should know.
+    problems: what stops the merge.
     """
 
     merged: tuple[str, ...] = ()
@@ -129,7 +140,10 @@ def align(
     """
     out = Alignment()
     prefix = scope if not scope or scope.endswith(".") else scope + "."
-    wanted = []
+    if not any(name.startswith(prefix) for name in base) and base:
+        out.problems.append(f'--scope "{scope}" matches no tensor of the base; the first are {shorten(list(base))}')
+        return out
+    wanted, coded = [], []
     for name, entry in base.items():
         if not name.startswith(prefix):
             out.copied.setdefault(f"outside --scope {scope}", []).append(name)
@@ -137,8 +151,14 @@ def align(
             out.copied.setdefault("left out by --include/--exclude", []).append(name)
         elif not entry.floating:
             out.copied.setdefault(f"not a float tensor ({entry.dtype})", []).append(name)
+            coded += [name] if entry.dtype.startswith("F8") or name.rpartition(".")[2] in QUANTISED else []
         else:
             wanted.append(name)
+    if coded:
+        out.problems.append(
+            f"the base: {_count(coded)} quantised ({base[coded[0]].dtype}): {shorten(coded)}; "
+            "merge models that are not, or copy these from the base with --exclude"
+        )
     for pattern in (*include, *exclude):
         if not any(fnmatchcase(n, pattern) for n in base):
             out.problems.append(
@@ -151,16 +171,20 @@ def align(
         except DeltaflError as error:
             out.problems.append(f'model "{label}": {error}')
             continue
-        _tie(label, base, model, pairs, out)
+        _tie(label, base, model, pairs, wanted, out)
         out.names[label] = pairs
         _compare(label, base, model, pairs, ours, wanted, outside, out)
-        _extras(label, base, model, pairs, theirs, out)
+        _extras(label, base, model, pairs, ours, theirs, out)
     for name, reason in outside.items():
         out.copied.setdefault(reason, []).append(name)
     out.merged = tuple(n for n in wanted if n not in outside)
     if not out.merged and not out.problems:
         out.problems.append("base and models have no float tensor in common; is this the right base?")
     return out
+
+
+def _count(names: Sequence[str]) -> str:
+    return "1 tensor is" if len(names) == 1 else f"{len(names)} tensors are"
 
 
 def _any(name: str, patterns: Sequence[str]) -> bool:
@@ -176,19 +200,27 @@ def part_of(name: str, prefix: str = "") -> str:
 
 
 def _tie(
-    label: str, base: Mapping[str, Entry], model: Mapping[str, Entry], pairs: dict[str, str], out: Alignment
+    label: str,
+    base: Mapping[str, Entry],
+    model: Mapping[str, Entry],
+    pairs: dict[str, str],
+    wanted: Sequence[str],
+    out: Alignment,
 ) -> None:
-    """Give a tied tensor its twin's values, or note that an extra one must equal its twin."""
+    """Pair a tensor that only the base writes out with its twin, and note which tensors must equal their twins."""
     for name, twins in TIED.items():
-        if name in base and name not in model:
-            twin = next((t for t in twins if t in model), None)
-            if twin:
-                pairs[name] = twin
-                out.notes.append(f'model "{label}": "{name}" is tied to "{twin}"')
+        twin = next((t for t in twins if t in model and t in base), None)
+        if twin is None:
+            continue
+        if name in wanted and name not in pairs:
+            pairs[name] = twin
+            if (name, twin) not in out.tied.setdefault("", []):
+                out.tied[""].append((name, twin))
+            out.notes.append(f'model "{label}": "{name}" is tied to "{twin}"')
+        elif name in model and name not in base and twin in wanted:
+            out.tied.setdefault(label, []).append((name, twin))
         elif name in model and name not in base:
-            twin = next((t for t in twins if t in model and t in base), None)
-            if twin:
-                out.tied.setdefault(label, []).append((name, twin))
+            out.ignored.setdefault(label, {}).setdefault(f"tied to {twin}", []).append(name)
 
 
 def _compare(
@@ -203,7 +235,8 @@ def _compare(
 ) -> None:
     """What of the base this model lacks or holds in another form."""
     present = {part_of(n, ours) for n in pairs}
-    missing, dtypes = [], Counter()
+    missing, shapes, dtypes = [], [], Counter()
+    odd: dict[tuple[str, str], list[str]] = {}
     for name in wanted:
         part = part_of(name, ours)
         if name not in pairs:
@@ -214,16 +247,24 @@ def _compare(
             continue
         a, b = base[name], model[pairs[name]]
         if not b.floating:
-            out.problems.append(f'model "{label}": tensor "{pairs[name]}" has dtype {b.dtype}, the base has {a.dtype}')
-        elif a.shape != b.shape and part in HEADS:
+            odd.setdefault((b.dtype, a.dtype), []).append(pairs[name])
+        elif a.shape != b.shape and part in HEADS and part != "lm_head":
             for sibling in wanted:
                 if part_of(sibling, ours) == part:
                     outside.setdefault(sibling, f"{part}: a head of another shape in a model")
         elif a.shape != b.shape:
             why = "another vocabulary?" if a.shape[1:] == b.shape[1:] else "was it fine-tuned from another base?"
-            out.problems.append(f'model "{label}": tensor "{pairs[name]}" is {b.shape}, the base has {a.shape}; {why}')
+            shapes.append(f'model "{label}": tensor "{pairs[name]}" is {b.shape}, the base has {a.shape}; {why}')
         elif a.dtype != b.dtype:
             dtypes[b.dtype, a.dtype] += 1
+    out.problems += shapes if len(shapes) <= 6 else shapes[:5]
+    if len(shapes) > 6:
+        out.problems.append(f'model "{label}": {len(shapes) - 5} more tensors have another shape than in the base')
+    for (theirs, want), names in odd.items():
+        out.problems.append(
+            f'model "{label}": {_count(names)} {theirs}, in the base {want}: {shorten(names)}; '
+            "merge models that are not quantised"
+        )
     if missing:
         out.problems.append(
             f'model "{label}": lacks {len(missing)} tensor{"s" * (len(missing) > 1)} of the base: {shorten(missing)}; '
@@ -238,17 +279,22 @@ def _extras(
     base: Mapping[str, Entry],
     model: Mapping[str, Entry],
     pairs: Mapping[str, str],
+    ours: str,
     theirs: str,
     out: Alignment,
 ) -> None:
-    """What this model has and the base has not."""
-    used = {*pairs.values(), *(name for name, _ in out.tied.get(label, ()))}
+    """What this model has and the base has not, or has outside the scope."""
+    seen = {n for names in out.ignored.get(label, {}).values() for n in names}
+    used = {*pairs.values(), *(name for name, _ in out.tied.get(label, ())), *seen}
+    known = {canonical(name) for name in base}
     extra = []
     for name, entry in model.items():
         if name in used:
             continue
         part = part_of(name, theirs)
-        if part in HEADS | TOWERS:
+        if name.startswith(theirs) and ours + canonical(name)[len(theirs) :] in known:
+            out.ignored.setdefault(label, {}).setdefault("outside --scope", []).append(name)
+        elif part in HEADS | TOWERS:
             out.ignored.setdefault(label, {}).setdefault(f"{part}: not in the base", []).append(name)
         elif not entry.floating:
             out.ignored.setdefault(label, {}).setdefault("not a float tensor", []).append(name)

@@ -23,6 +23,8 @@ class DeltaflError(Exception):
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """` Did you mean "x"?` for the closest known name, else the list of known names."""
     names = sorted(known)
+    if not names:
+        return "there is none"
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f'did you mean "{close[0]}"?' if close else f"known: {', '.join(names)}"
 
