@@ -1,0 +1,191 @@
+"""One-shot federated learning: search method and coefficients over saved fine-tunes, test once, write the winner."""
+
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deltafl.datasets import Task, load_task
+from deltafl.errors import DeltaflError
+from deltafl.merge import MergeSpec, Model, Opened, Plan, open_updates, plan_merge, read_training, run_merge
+from deltafl.models import LoadedEncoder, load_encoder
+from deltafl.models.flat import FlatModel
+from deltafl.models.heads import HEAD_FILE, check_head, load_head
+from deltafl.rules import Source, build_rule
+from deltafl.search import (
+    LAMBDAS,
+    Goal,
+    Metric,
+    Problem,
+    Row,
+    SearchResult,
+    curves,
+    search,
+    test_once,
+    test_singles,
+)
+from deltafl.training import Accuracy
+from deltafl.version import __version__
+
+SINGLE, BASE = "single-task models", "base (unmerged)"
+
+
+@dataclass(frozen=True)
+class TaskModel:
+    """A fine-tuned model, the data it is judged on (a spec for `load_task`), and its head (None: in its folder)."""
+
+    model: Model
+    data: str
+    head: str | None = None
+
+
+@dataclass(frozen=True)
+class SearchSpec:
+    """Everything that decides a search. `merge`: base, scope, weights and the like; its method is what wins.
+
+    methods: (name, parameters; a list is a grid). memory: bytes up to which checkpoints are held rather than read
+    again. seed: of the validation split.
+    """
+
+    merge: MergeSpec
+    models: tuple[TaskModel, ...]
+    methods: tuple[tuple[str, Mapping[str, Any]], ...]
+    lambdas: tuple[float, ...] = LAMBDAS
+    native_scale: bool = False
+    metric: Metric = "normalized"
+    memory: int = 8_000_000_000
+    batch_size: int = 256
+    seed: int = 0
+    cache_dir: Path | None = None
+
+
+def run_search(
+    spec: SearchSpec, out: str | Path | None, *, overwrite: bool = False, on_row: Callable[[Row, int], None]
+) -> dict[str, Any]:
+    """Search, test once, merge the winner into OUT (if given); returns the result that report and tables are made of.
+
+    on_row: told of every row, and of how many there will be at most. Raises DeltaflError before any work if names,
+    heads, tasks or methods do not fit.
+    """
+    started = time.perf_counter()
+    plan = plan_merge(
+        replace(spec.merge, models=tuple(m.model for m in spec.models), method="task_arithmetic", params={})
+    )
+    encoder = load_encoder(spec.merge.base)
+    tasks = [_task(entry, encoder, spec) for entry in spec.models]
+    if len({t.name for t in tasks}) < len(tasks):
+        raise DeltaflError("two models have one task; a search wants one model for each task")
+    with open_updates(plan, spec.memory) as opened:
+        problem = _problem(spec, plan, opened, encoder, tasks)
+        found = search(
+            problem,
+            spec.methods,
+            lambdas=spec.lambdas,
+            native_scale=spec.native_scale,
+            metric=spec.metric,
+            on_row=lambda row: on_row(row, most_rows(spec)),
+        )
+        result = describe(spec, plan, problem, found)
+    if out is not None and found.best.method != "base":
+        winner = replace(
+            plan.spec, method=found.best.method, params=dict(found.best.params), scaling_coef=found.best.scaling_coef
+        )
+        run_merge(plan_merge(winner), out, overwrite=overwrite)
+    return {**result, "seconds": time.perf_counter() - started}
+
+
+def most_rows(spec: SearchSpec) -> int:
+    """Rows of the whole grid, for a progress bar."""
+    from deltafl.search import grid_of
+
+    return 1 + len(spec.lambdas) * sum(len(grid_of(m, p, (0.0, 1.0))) for m, p in spec.methods)
+
+
+def _task(entry: TaskModel, encoder: LoadedEncoder, spec: SearchSpec) -> Task:
+    given = encoder.input
+    return load_task(
+        entry.data, image_size=given.image_size, channels=given.channels, seed=spec.seed, cache_dir=spec.cache_dir
+    )
+
+
+def _problem(spec: SearchSpec, plan: Plan, opened: Opened, encoder: LoadedEncoder, tasks: Sequence[Task]) -> Problem:
+    goals, problems = [], []
+    for entry, task in zip(spec.models, tasks, strict=True):
+        path = Path(entry.head) if entry.head else plan.layouts[entry.model.name].folder / HEAD_FILE
+        try:
+            head = load_head(path)
+            check_head(head, encoder.feature_dim, task.class_names, str(path))
+        except DeltaflError as error:
+            problems.extend(error.problems)
+            continue
+        val, test = (Accuracy(split, head, spec.batch_size) for split in (task.val, task.test))
+        goals.append(Goal(task.name, val, test, opened.tuned[entry.model.name]))
+    if problems:
+        raise DeltaflError(*problems)
+    device = spec.merge.device
+    model = FlatModel(encoder.copy_to(device))
+    return Problem(model, opened.base, opened.updates, goals, opened.weights, plan.threads)
+
+
+def describe(spec: SearchSpec, plan: Plan, problem: Problem, found: SearchResult) -> dict[str, Any]:
+    """The result as plain values; this is where the test split is looked at, once for each reported row."""
+    single = test_singles(problem)
+    base = test_once(problem, found.base, None)
+    rows = [_row(SINGLE, None, single, single), _row(BASE, found.base, base, single)]
+    for method, best in found.best_of.items():
+        test = test_once(problem, best, build_rule(method, best.params))
+        rows.append(_row(method, best, test, single))
+    norms = found.norms
+    lengths = found.gram.diagonal().sqrt().clamp_min(1e-30)
+    return {
+        "title": f"{len(problem.goals)} tasks, one model",
+        "seed": spec.seed,
+        "tasks": [g.name for g in problem.goals],
+        "metric": spec.metric,
+        "single": single,
+        "single_val": dict(found.single),
+        "rows": rows,
+        "best": {"method": found.best.method, "params": dict(found.best.params), "scaling_coef": found.best.scaling_coef,
+                 "server_lr": found.best.server_lr, "val": found.best.value},
+        "curves": {name: [list(point) for point in curve] for name, curve in curves(found)},
+        "chosen": {name: row.scaling_coef for name, row in found.best_of.items()},
+        "cosine": {
+            "names": [u.source.name for u in problem.updates],
+            "matrix": (found.gram / lengths[:, None] / lengths[None, :]).tolist(),
+        },
+        "training": [
+            _trained(goal.name, update.source, norm, read_training(plan.layouts[update.source.name]))
+            for goal, update, norm in zip(problem.goals, problem.updates, norms, strict=True)
+        ],
+        "candidates": [candidate(row) for row in found.rows],
+        "versions": {"deltafl": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    }  # fmt: skip
+
+
+def _row(name: str, row: Row | None, test: Mapping[str, float], single: Mapping[str, float]) -> dict[str, Any]:
+    normalized = sum(test[t] / single[t] for t in test) / len(test) if all(single.values()) else None
+    return {
+        "rule": name,
+        "params": dict(row.params) if row else {},
+        "scaling_coef": row.scaling_coef if row else None,
+        "server_lr": row.server_lr if row else None,
+        "val": row.value if row else None,
+        "test": dict(test),
+        "mean": sum(test.values()) / len(test),
+        "normalized": normalized,
+    }
+
+
+def _trained(task: str, source: Source, norm: float, training: Mapping[str, Any]) -> dict[str, Any]:
+    known = {"lr": training.get("lr"), "num_steps": source.num_steps, "num_examples": source.num_examples}
+    return {"task": task, "model": source.name, **known, "norm": norm}
+
+
+def candidate(row: Row) -> dict[str, Any]:
+    """One row of the search as plain values."""
+    return {"method": row.method, "params": dict(row.params), "scaling_coef": row.scaling_coef,
+            "server_lr": row.server_lr, "val": dict(row.val), "value": row.value, "same_as": row.same_as}  # fmt: skip
