@@ -26,10 +26,10 @@ _RENAMES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     )
 )
 
-HEADS = frozenset(
-    "classifier cls fc head heads lm_head logit_bias logit_scale pooler predictions qa_outputs score text_projection "
-    "visual_projection".split()
-)
+HEADS = frozenset((
+    "classifier", "cls", "fc", "head", "heads", "lm_head", "logit_bias", "logit_scale", "pooler", "predictions",
+    "qa_outputs", "score", "text_projection", "visual_projection",
+))  # fmt: skip
 TOWERS = frozenset(("language_model", "multi_modal_projector", "text_model", "vision_model", "vision_tower"))
 TIED = {
     "lm_head.weight": ("model.embed_tokens.weight", "transformer.wte.weight", "shared.weight"),
