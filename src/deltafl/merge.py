@@ -242,18 +242,22 @@ def check_weights(spec: MergeSpec) -> list[str]:
 
 @dataclass(frozen=True)
 class Opened:
-    """The lazy mappings of a merge: base, deltas as updates, and the base's blocks in the precision `dtype`."""
+    """The lazy mappings of a merge: base, models and deltas, and the base's blocks in the precision `dtype`."""
 
     base: "Tensors"
     working: "Tensors"
     dtype: "torch.dtype"
     updates: "tuple[Update, ...]"
     weights: "Weights"
+    tuned: "Mapping[str, Tensors]"
 
 
 @contextmanager
-def open_updates(plan: Plan) -> Iterator[Opened]:
-    """Open all checkpoints of a plan. Raises DeltaflError if a tied tensor does not equal its twin."""
+def open_updates(plan: Plan, memory: int = 0) -> Iterator[Opened]:
+    """Open all checkpoints of a plan; read them into memory if they fit into `memory` bytes together.
+
+    Raises DeltaflError if a tied tensor does not equal its twin.
+    """
     import torch
 
     from deltafl.aggregation import Update, Weights, as_weights
@@ -262,8 +266,10 @@ def open_updates(plan: Plan) -> Iterator[Opened]:
     spec, dtype = plan.spec, torch.float64 if plan.spec.exact else torch.float32
     if spec.device != "cpu" and not torch.cuda.is_available():
         raise DeltaflError(f"--device {spec.device}: torch finds no GPU here; use --device cpu")
-    base = open_tensors(plan.base)
-    tuned = {name: open_tensors(layout) for name, layout in plan.layouts.items()}
+    base: Tensors = open_tensors(plan.base)
+    tuned: dict[str, Tensors] = {name: open_tensors(layout) for name, layout in plan.layouts.items()}
+    if plan.base.num_bytes + sum(layout.num_bytes for layout in plan.layouts.values()) <= memory:
+        base, tuned = dict(base), {name: dict(tensors) for name, tensors in tuned.items()}
     try:
         refuse_untied(plan.alignment, base, tuned)
         working = Latest(base, dtype, spec.device)
@@ -277,7 +283,9 @@ def open_updates(plan: Plan) -> Iterator[Opened]:
             for s in plan.sources
         )
         default = as_weights(spec.weights, len(updates)).default
-        yield Opened(base, working, dtype, updates, as_weights(Weights(default, spec.weight_patterns), len(updates)))
+        yield Opened(
+            base, working, dtype, updates, as_weights(Weights(default, spec.weight_patterns), len(updates)), tuned
+        )
     finally:
         for tensors in (base, *tuned.values()):
             if isinstance(tensors, Checkpoint):
