@@ -203,7 +203,9 @@ def _progress_by_steps(label: str, *, quiet: bool) -> Iterator[Callable[[int, in
         task = bar.add_task(label, total=None, seen="")
 
         def advance(done: int, total: int, loss: "Tensor") -> None:
-            bar.update(task, completed=done, total=total)
+            if bar.tasks[0].total is None:  # the steps of an earlier run are no part of the rate
+                bar.reset(task, total=total, completed=done)
+            bar.update(task, completed=done)
             if done % 10 == 0:  # reading the loss makes a GPU wait
                 bar.update(task, seen=f"{bar.tasks[0].speed or 0:.1f} steps/s, loss {loss.item():.3f}")
 

@@ -1,0 +1,119 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import Ridge
+
+from deltafl.errors import DeltaflError
+from deltafl.models.heads import LinearHead, check_head, few_per_class, load_head, random_head, save_head
+from deltafl.models.ridge import RidgeStatistics, ridge_head, solve
+
+NAMES = ("a", "b", "c")
+
+
+def data(count: int, seed: int = 0, dim: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 3, (count,), generator=generator)
+    centres = torch.randn(3, dim, generator=torch.Generator().manual_seed(9))
+    return 3 + centres[labels] + torch.randn(count, dim, generator=generator), labels
+
+
+@pytest.mark.parametrize("strength", [1e-4, 0.1, 10.0])
+def test_ridge_is_scikit_learns(strength: float):
+    features, labels = data(80)
+    head = solve(RidgeStatistics.of(features, labels, 3), strength, NAMES)
+    centred = features.double().numpy() - features.double().numpy().mean(0)
+    alpha = strength * (centred**2).sum(0).mean()
+    reference = Ridge(alpha=alpha).fit(features.double().numpy(), np.eye(3)[labels.numpy()])
+    np.testing.assert_allclose(head.weight.numpy(), reference.coef_, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(head.bias.numpy(), reference.intercept_, rtol=1e-5, atol=1e-6)
+
+
+def test_statistics_of_parts_sum_to_those_of_the_union():
+    features, labels = data(90)
+    whole = RidgeStatistics.of(features, labels, 3)
+    parts = [RidgeStatistics.of(features[i::4], labels[i::4], 3) for i in range(4)]
+    total = parts[0] + parts[1] + parts[2] + parts[3]
+    torch.testing.assert_close(total.A, whole.A, rtol=1e-13, atol=1e-11)
+    torch.testing.assert_close(total.b, whole.b, rtol=1e-13, atol=1e-11)
+    torch.testing.assert_close(solve(total, 0.1, NAMES).weight, solve(whole, 0.1, NAMES).weight)
+
+
+def test_strength_and_temperature_are_the_best_of_those_tried():
+    features, labels = data(60)
+    val, val_labels = data(40, seed=1)
+    statistics = RidgeStatistics.of(features, labels, 3)
+    strengths = (1e-3, 1e-1, 1e1)
+    chosen = ridge_head(statistics, val, val_labels, NAMES, strengths)
+
+    def accuracy(head: LinearHead) -> float:
+        return (head.logits(val).argmax(1) == val_labels).double().mean().item()
+
+    candidates = [solve(statistics, s, NAMES) for s in strengths]
+    assert accuracy(chosen) == max(map(accuracy, candidates))
+    origin = max(reversed(candidates), key=accuracy)
+    T = (chosen.weight[0, 0] / origin.weight[0, 0]).item()
+    torch.testing.assert_close(chosen.weight, origin.weight * T)
+
+    def loss(scale: float) -> float:
+        return torch.nn.functional.cross_entropy(scale * origin.logits(val), val_labels).item()
+
+    assert 1 < T < 1024
+    assert loss(T) <= min(loss(T * 2**0.25), loss(T * 2**-0.25))
+
+
+def test_few_per_class():
+    labels = torch.tensor([0] * 10 + [1] * 2 + [2] * 10)
+    ids = few_per_class(labels, 3, torch.Generator().manual_seed(0))
+    assert torch.bincount(labels[ids]).tolist() == [3, 2, 3]
+    assert ids.tolist() == sorted(set(ids.tolist()))
+    assert not torch.equal(ids, few_per_class(labels, 3, torch.Generator().manual_seed(1)))
+    with pytest.raises(DeltaflError, match="at least 1"):
+        few_per_class(labels, 0, torch.Generator())
+
+
+def test_a_head_file_holds_weights_and_names(tmp_path: Path):
+    head = random_head(4, NAMES, torch.Generator().manual_seed(0))
+    save_head(head, tmp_path / "head.safetensors")
+    again = load_head(tmp_path / "head.safetensors")
+    assert again.class_names == NAMES
+    assert torch.equal(again.weight, head.weight)
+    assert torch.equal(again.bias, head.bias)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not safetensors at all"])
+def test_a_head_file_that_is_none(content: bytes | None, tmp_path: Path):
+    if content is not None:
+        (tmp_path / "h").write_bytes(content)
+    with pytest.raises(DeltaflError, match="cannot be read"):
+        load_head(tmp_path / "h")
+
+
+@pytest.mark.parametrize(
+    ("dim", "names", "message"),
+    [(5, NAMES, "takes 4 features, the model gives 5"), (4, ("a", "b"), "3 classes, the task has 2"),
+     (4, ("a", "b", "x"), 'class "c" where the task has "x"')],
+)  # fmt: skip
+def test_a_head_of_another_model_or_task(dim: int, names: tuple[str, ...], message: str):
+    with pytest.raises(DeltaflError, match=message):
+        check_head(random_head(4, NAMES, torch.Generator()), dim, names, "h")
+
+
+def test_shapes_must_fit():
+    with pytest.raises(DeltaflError, match="3 classes"):
+        LinearHead(torch.zeros(2, 4), torch.zeros(2), NAMES)
+
+
+def test_ridge_refuses_what_it_cannot_use():
+    features, labels = data(9)
+    with pytest.raises(DeltaflError, match="needs examples"):
+        solve(RidgeStatistics.of(features[:0], labels[:0], 3), 1.0, NAMES)
+    with pytest.raises(DeltaflError, match="positive"):
+        solve(RidgeStatistics.of(features, labels, 3), 0.0, NAMES)
+    with pytest.raises(DeltaflError, match="2 classes"):
+        RidgeStatistics.of(features, labels, 2)
+    with pytest.raises(DeltaflError, match="9 rows of features and 8 labels"):
+        RidgeStatistics.of(features, labels[:8], 3)
+    with pytest.raises(DeltaflError, match="validation"):
+        ridge_head(RidgeStatistics.of(features, labels, 3), features[:0], labels[:0], NAMES)

@@ -1,0 +1,54 @@
+"""A model and a task that train in a second, and a plug-in factory, for the tests of training."""
+
+import torch
+from torch import Tensor, nn
+
+from deltafl.datasets import Split, Task
+from deltafl.models import LoadedEncoder, load_encoder
+from deltafl.models.heads import LinearHead, random_head
+
+NAMES = ("dark", "left", "right")
+
+
+def tiny_vit(seed: int = 0) -> LoadedEncoder:
+    return load_encoder(f"vit:hidden=16,layers=2,heads=2,patch=4,image_size=8,channels=1,seed={seed}")
+
+
+def tiny_task(train: int = 50, val: int = 20, test: int = 31) -> Task:
+    """Noise with a bright left or right half, or none: learnable, and not learned at once."""
+
+    def split(count: int, seed: int) -> Split:
+        generator = torch.Generator().manual_seed(seed)
+        images = torch.randint(0, 160, (count, 1, 8, 8), generator=generator)
+        labels = torch.arange(count) % 3
+        images[labels == 1, :, :, :4] += 60
+        images[labels == 2, :, :, 4:] += 60
+        return Split(images.to(torch.uint8), labels)
+
+    return Task("halves", split(train, 1), split(val, 2), split(test, 3), NAMES)
+
+
+def tiny_head(dim: int = 16) -> LinearHead:
+    return random_head(dim, NAMES, torch.Generator().manual_seed(5))
+
+
+class Net(nn.Module):
+    """A plug-in with batch norm (so that it has buffers) and a classifier that features do not use."""
+
+    input_size, channels, mean, std = 8, 1, (0.25,), (0.5,)
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, width, 3)
+        self.norm = nn.BatchNorm2d(width)
+        self.classifier = nn.Linear(width, 4)
+
+    def embed(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x)).relu().mean((2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.embed(x))
+
+
+def tiny_task_factory(image_size: int, channels: int, seed: int) -> Task:
+    return tiny_task()
