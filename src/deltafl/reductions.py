@@ -11,6 +11,9 @@ from deltafl.streaming import OnElements, Piece, chunks, ignore, in_order, lengt
 
 BINS = 1 << 21
 
+AT_ONCE = 1 << 20
+"""Elements up to which magnitudes are held together and selected without a histogram."""
+
 
 class BlockRows(Protocol):
     """n deltas that are read block by block."""
@@ -90,7 +93,12 @@ def kth_magnitude(rows: BlockRows, i: int, sizes: Sequence[tuple[str, int]], k: 
     if k <= 0:
         return math.inf, 0
     groups = list(chunks(sizes))
-    low, high = sampled_range(rows, i, groups, k / max(1, sum(s for _, s in sizes)))
+    numel = sum(size for _, size in sizes)
+    if numel <= AT_ONCE:
+        bits = torch.cat([magnitude_bits(rows.row(i, *piece)) for group in groups for piece in group])
+        value = bits.kthvalue(numel - k + 1).values
+        return float_of(int(value)), int((bits >= value).sum())
+    low, high = sampled_range(rows, i, groups, k / numel)
     while True:
         shift = max(0, (high - low - 1).bit_length() - (BINS.bit_length() - 1))
 
@@ -117,7 +125,7 @@ def kth_magnitude(rows: BlockRows, i: int, sizes: Sequence[tuple[str, int]], k: 
             continue
         start = low + ((len(bins) - 1 - place) << shift)
         if shift == 0:
-            return float(torch.tensor(start, dtype=torch.int32).view(torch.float32)), int(reached[place])
+            return float_of(start), int(reached[place])
         low, high = start, min(high, start + (1 << shift))
 
 
@@ -127,6 +135,11 @@ INFINITY_BITS = 0x7F800000
 def magnitude_bits(row: Tensor) -> Tensor:
     """int32 whose order is that of the magnitudes in float32; NaN counts as infinite."""
     return (row.float().view(torch.int32) & 0x7FFFFFFF).clamp_max_(INFINITY_BITS)
+
+
+def float_of(bits: int) -> float:
+    """The float32 that has these bits."""
+    return float(torch.tensor(bits, dtype=torch.int32).view(torch.float32))
 
 
 def sampled_range(rows: BlockRows, i: int, groups: Sequence[list[Piece]], fraction: float) -> tuple[int, int]:
