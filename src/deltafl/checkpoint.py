@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -35,7 +36,9 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
-        self._files = {file: os.open(file, os.O_RDONLY) for file in layout.files}
+        self._files: dict[Path, int] = {}
+        for file in layout.files:
+            self._files[file] = os.open(file, os.O_RDONLY)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.layout.entries)
@@ -101,19 +104,22 @@ def open_tensors(ref: str | os.PathLike[str] | Layout) -> Tensors:
 def _state_dict(file: Path) -> dict[str, Tensor]:
     try:
         held: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
-    except pickle.UnpicklingError:
-        raise DeltaflError(
-            f'"{file}": holds more than tensors, and reading it would run code; '
-            "save the state dict alone, best as .safetensors"
-        ) from None
-    except (RuntimeError, EOFError, OSError, ValueError):
+    except Exception as error:  # the unpickler raises whatever damaged bytes lead to
+        if isinstance(error, pickle.UnpicklingError) and (found := _CODE.search(str(error))):
+            raise DeltaflError(
+                f'"{file}": holds more than tensors, and reading it would run code ({found[1]}); '
+                "save the state dict alone, best as .safetensors"
+            ) from None
         raise DeltaflError(f'"{file}": truncated, corrupt or not a torch state dict; download it again') from None
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(held, Mapping) and isinstance(held.get(key), Mapping):
             held = held[key]
     if not isinstance(held, Mapping) or not all(isinstance(v, Tensor) for v in held.values()):
         raise DeltaflError(f'"{file}": is not a state dict (a mapping from names to tensors)')
-    return dict(held)
+    return {str(name): tensor.detach() for name, tensor in held.items()}
+
+
+_CODE = re.compile(r"(?:GLOBAL|unrecognized function) (\S+)")
 
 
 def _is_zip(file: Path) -> bool:
@@ -197,4 +203,5 @@ class Difference(Mapping[str, Tensor]):
         """Flat elements [start, stop) of tuned - base."""
         base = block_of(self._base, name, start, stop).to(self._dtype)
         tuned = block_of(self._tuned, self._names[name], start, stop)
-        return tuned.to(base.device, self._dtype) - base
+        fresh = getattr(self._tuned, "fresh_blocks", False)
+        return tuned.to(base.device, self._dtype, copy=not fresh).sub_(base)
