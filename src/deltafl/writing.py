@@ -1,5 +1,6 @@
 """A lazy mapping of tensors -> a Hugging Face directory on disk, streamed, complete or absent."""
 
+import errno
 import json
 import os
 import shutil
@@ -10,10 +11,12 @@ from pathlib import Path
 import torch
 
 from deltafl.checkpoint import DTYPES
+from deltafl.errors import DeltaflError
 from deltafl.layout import SIZES, Entry
 from deltafl.streaming import OnElements, Piece, chunks, ignore, in_order, length
 from deltafl.tensors import Tensors, block_of
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 INDEX = "model.safetensors.index.json"
 COMPANIONS = (".json", ".txt", ".model", ".jinja", ".py")
 NOT_COPIED = frozenset({INDEX, "pytorch_model.bin.index.json", "training.json", "deltafl.json"})
@@ -83,7 +86,8 @@ def write_tensors(
     Space is reserved first, so that a full disk is found before the work. `on_elements` is told what has been written.
 
     Raises:
-        OSError: the disk is full, or fails.
+        DeltaflError: the disk is full.
+        OSError: the disk fails.
     """
     handles: dict[Path, int] = {}
     try:
@@ -108,6 +112,14 @@ def write_tensors(
             on_elements(length(group))
         for handle in handles.values():
             os.fsync(handle)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        remedy = "lower --max-shard-size" if error.errno == errno.EFBIG else "free some space, or choose another --out"
+        need = sum(shard.num_bytes for shard in shards)
+        raise DeltaflError(
+            f'"{folder.parent}": cannot hold the {need:,} bytes of the result ({error.strerror}); {remedy}'
+        ) from None
     finally:
         for handle in handles.values():
             os.close(handle)
@@ -135,7 +147,20 @@ def copy_companions(source: Path, target: Path, dtype: str | None) -> None:
         shutil.copyfile(file, target / file.name)
     config = target / "config.json"
     if dtype and config.exists():
-        held = json.loads(config.read_text())
-        held.pop("torch_dtype", None)
-        held["dtype"] = str(DTYPES[dtype]).removeprefix("torch.")
-        config.write_text(json.dumps(held, indent=2))
+        try:
+            held = json.loads(config.read_text())
+        except ValueError:
+            held = None
+        if not isinstance(held, dict):
+            raise DeltaflError(f'"{source / config.name}": is not a JSON object; mend it, or leave out --dtype')
+        told = str(DTYPES[dtype]).removeprefix("torch.")
+        config.write_text(json.dumps({**_without_dtype(held), "dtype": told}, indent=2))
+
+
+def _without_dtype(config: dict[str, object]) -> dict[str, object]:
+    """A configuration without its dtype, under the name of transformers 4 or 5, in its parts for towers too."""
+    return {
+        key: _without_dtype(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in ("dtype", "torch_dtype")
+    }
