@@ -1,5 +1,6 @@
 """Ask the kernel for files before they are needed, while the heavy imports run."""
 
+import contextlib
 import os
 import threading
 from collections.abc import Sequence
@@ -17,17 +18,17 @@ def read_ahead(files: Sequence[Path], share: float = 0.5) -> None:
 
 
 def _advise(files: Sequence[Path], budget: int) -> None:
-    handles = [os.open(f, os.O_RDONLY) for f in files]
-    sizes = [os.fstat(h).st_size for h in handles]
-    try:
+    with contextlib.ExitStack() as stack, contextlib.suppress(OSError):  # only a hint: who reads meets the error
+        handles = []
+        for file in files:
+            handles.append(os.open(file, os.O_RDONLY))
+            stack.callback(os.close, handles[-1])
+        sizes = [os.fstat(h).st_size for h in handles]
         for at in range(0, max(sizes, default=0), STEP):
             for handle, size in zip(handles, sizes, strict=True):
                 if at < size and budget > 0:
                     os.posix_fadvise(handle, at, STEP, os.POSIX_FADV_WILLNEED)
                     budget -= STEP
-    finally:
-        for handle in handles:
-            os.close(handle)
 
 
 def _available() -> int:
