@@ -121,7 +121,7 @@ def _features_in_batches(
     was_training = model.module.training
     model.module.eval()
     try:
-        for part in chosen.split(batch_size):
+        for part in chosen.split(batch_size) if len(chosen) else ():
             images = split.images[part.to(split.images.device)].to(model.device)
             with torch.inference_mode(), torch.autocast(model.device.type, autocast, enabled=autocast is not None):
                 features = model.features(images).float()
