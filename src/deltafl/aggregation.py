@@ -193,19 +193,27 @@ class Aggregate(Mapping[str, Tensor]):
         if not any(weights):
             return torch.zeros(stop - start, dtype=self._rows.dtype)
         if isinstance(self._core, LinearRule):
-            total = None
-            for i, coefficient in enumerate(self._linear(weights)):
-                row = self._rows.row(i, name, start, stop).mul_(coefficient)
-                total = row if total is None else total.add_(row)
-            assert total is not None
-            checked = total
+            total = self._combination(self._linear(weights), name, start, stop)
+            checked = total.sum()
         else:
             stack = self._rows.block(name, start, stop)
             checked = stack.sum()
             total = self._core.combine(stack, shares(weights))
-        if not torch.isfinite(checked.sum()):
+        if not math.isfinite(checked):
             self._rows.refuse_nonfinite(name, start, stop)
         return total
+
+    def _combination(self, coefficients: Sequence[float], name: str, start: int, stop: int) -> Tensor:
+        """sum_i c_i delta_i, in the order of the models; equal coefficients multiply the sum, once."""
+        equal = len(set(coefficients)) == 1
+        total = None
+        for i, coefficient in enumerate(coefficients):
+            row = self._rows.row(i, name, start, stop)
+            if not equal:
+                row.mul_(coefficient)
+            total = row if total is None else total.add_(row)
+        assert total is not None
+        return total.mul_(coefficients[0]) if equal else total
 
     def _linear(self, weights: tuple[float, ...]) -> tuple[float, ...]:
         if weights not in self._coefficients:

@@ -5,8 +5,9 @@ without reading the whole tensor. Blocks of a fixed length, in a fixed order, ar
 that streaming, in-memory and federated results are the same bits.
 """
 
+import math
 from collections.abc import Iterator, Mapping
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Protocol, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
@@ -17,7 +18,6 @@ BLOCK = 1 << 16
 """Elements in one block: four float32 rows of it fit a core's second-level cache."""
 
 
-@runtime_checkable
 class Blocked(Protocol):
     """A lazy mapping that reads a part of a tensor. `block` returns the flat elements [start, stop) of `name`."""
 
@@ -28,21 +28,31 @@ class Blocked(Protocol):
     def dtype(self, name: str) -> torch.dtype: ...
 
 
+def is_blocked(tensors: Tensors) -> TypeGuard[Blocked]:
+    """Whether the mapping is lazy. `isinstance` with a protocol would take longer than to read a block."""
+    return hasattr(tensors, "block")
+
+
 def block_of(tensors: Tensors, name: str, start: int, stop: int) -> Tensor:
     """Flat elements [start, stop) of one tensor, (stop - start,), in its own dtype."""
-    if isinstance(tensors, Blocked):
+    if is_blocked(tensors):
         return tensors.block(name, start, stop)
     return tensors[name].reshape(-1)[start:stop]
 
 
 def shape_of(tensors: Tensors, name: str) -> tuple[int, ...]:
     """Shape of one tensor, without reading it where the mapping is lazy."""
-    return tensors.shape(name) if isinstance(tensors, Blocked) else tuple(tensors[name].shape)
+    return tensors.shape(name) if is_blocked(tensors) else tuple(tensors[name].shape)
+
+
+def numel_of(tensors: Tensors, name: str) -> int:
+    """Number of elements of one tensor."""
+    return math.prod(shape_of(tensors, name))
 
 
 def dtype_of(tensors: Tensors, name: str) -> torch.dtype:
     """Dtype of one tensor, without reading it where the mapping is lazy."""
-    return tensors.dtype(name) if isinstance(tensors, Blocked) else tensors[name].dtype
+    return tensors.dtype(name) if is_blocked(tensors) else tensors[name].dtype
 
 
 def blocks(numel: int, size: int = BLOCK) -> Iterator[tuple[int, int]]:

@@ -39,10 +39,8 @@ class FedGMA:
         n = len(weights)
         mean = weighted_sum(block, weights)
         if len(set(weights)) == 1:
-            votes = block.sign().sum(0).abs()
-            agree = votes >= math.ceil(n * self.rho - 1e-9)
-            agreement = votes / n
-        else:
-            agreement = weighted_sum(block.sign(), weights).abs()
-            agree = agreement >= self.rho - 1e-6
-        return mean * agreement.masked_fill_(agree, 1.0)
+            votes = weighted_sum(block.sign_(), [1.0] * n).abs_()
+            agree = (votes - (math.ceil(n * self.rho - 1e-9) - 1)).clamp_(0.0, 1.0)
+            return mean.mul_(votes.div_(n).maximum(agree))
+        agreement = weighted_sum(block.sign_(), weights).abs()
+        return mean * agreement.masked_fill_(agreement >= self.rho - 1e-6, 1.0)

@@ -59,8 +59,8 @@ class Ties:
     def combine(self, block: Tensor, weights: Sequence[float]) -> Tensor:
         least = min(w for w in weights if w > 0)
         elected = weighted_sum(block, [round(w / least, 9) for w in weights]).sign_()
-        agreeing = (block * elected).clamp_min_(0.0)
+        agreeing = block.mul_(elected).clamp_min_(0.0)
         merged = weighted_sum(agreeing, weights)
         if self.merge == "mean":
             merged /= weighted_sum(agreeing.sign_(), weights).clamp_min_(1e-12)
-        return merged * elected
+        return merged.mul_(elected)

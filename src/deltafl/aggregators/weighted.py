@@ -12,8 +12,14 @@ if TYPE_CHECKING:
 def weighted_sum(rows: Tensor | Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """sum_i p_i row_i: multiply, then add, in the order of the models. (n, m) or n times (m,) -> (m,).
 
-    Two roundings per model, never a fused multiply-add: vector code and the tail of a block then round alike.
+    Two roundings per model, never a fused multiply-add: vector code and the tail of a block then round alike. Equal
+    weights multiply the sum, once.
     """
+    if len(set(weights)) == 1:
+        total = rows[0].clone()
+        for row in rows[1:]:
+            total += row
+        return total if weights[0] == 1 else total.mul_(weights[0])
     total = rows[0] * weights[0]
     for row, weight in zip(rows[1:], weights[1:], strict=True):
         total += row * weight
