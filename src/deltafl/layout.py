@@ -80,12 +80,17 @@ def read_layout(ref: str | os.PathLike[str]) -> Layout:
         path, revision = _download(str(ref))
     if path.is_file():
         return _of_files(str(ref), path.parent, (path,), revision)
-    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        if (path / index).is_file():
-            return _of_files(str(ref), path, _indexed(path / index), revision, path / index)
-    for single in ("model.safetensors", "pytorch_model.bin"):
+    for single in ("model.safetensors", "pytorch_model.bin"):  # in the order in which transformers looks
         if (path / single).is_file():
             return _of_files(str(ref), path, (path / single,), revision)
+        index = path / f"{single}.index.json"
+        if index.is_file():
+            return _of_files(str(ref), path, _indexed(index), revision, index)
+    if any((path / f"adapter_model.{suffix}").is_file() for suffix in ("safetensors", "bin")):
+        raise DeltaflError(
+            f'"{ref}": holds an adapter and not a model; merge it into its base first '
+            "(peft: merge_and_unload, then save_pretrained)"
+        )
     found = sorted(f for f in path.iterdir() if f.suffix in (".safetensors", ".bin", ".pt", ".pth"))
     if len(found) == 1:
         return _of_files(str(ref), path, tuple(found), revision)
