@@ -1,6 +1,7 @@
 """Recipes: YAML files, checked whole. Every mistake is one line with the key's path, all at once."""
 
 import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -120,21 +121,32 @@ def _named(entries: list[ModelEntry], steps: list[int] | None, examples: list[in
 
 def _rule_params(recipe: MergeRecipe, problems: list[str]) -> dict[str, Any]:
     """The method's parameters, checked for type; unknown keys become problems."""
+    given = {k: v for k, v in (recipe.model_extra or {}).items() if v is not None}
+    try:
+        return check_params(given, MergeRecipe.model_fields)
+    except DeltaflError as error:
+        problems.extend(error.problems)
+        return {}
+
+
+def check_params(given: Mapping[str, Any], beside: Collection[str] = ()) -> dict[str, Any]:
+    """Parameters of rules, checked for type. `beside`: other keys that may have been meant.
+
+    Raises DeltaflError for keys that are no rule's and for values of another type, all at once.
+    """
     rules = load_rules()
     hints = {key: hint for name in rules for key, (hint, _) in parameters(rules[name]).items()}
-    params = {}
-    for key, value in (recipe.model_extra or {}).items():
-        if value is None:
-            continue
+    params, problems = {}, []
+    for key, value in given.items():
         if key not in hints:
-            problems.append(f'unknown key "{key}"; {did_you_mean(key, {*MergeRecipe.model_fields, *hints})}')
-        elif key == "inner":
-            params[key] = str(value)
-        else:
-            try:
-                params[key] = TypeAdapter(hints[key]).validate_python(value, strict=True)
-            except ValidationError as error:
-                problems.append(f"{key}: {_said(error.errors()[0])}")
+            problems.append(f'unknown key "{key}"; {did_you_mean(key, {*beside, *hints})}')
+            continue
+        try:
+            params[key] = str(value) if key == "inner" else TypeAdapter(hints[key]).validate_python(value, strict=True)
+        except ValidationError as error:
+            problems.append(f"{key}: {_said(error.errors()[0])}")
+    if problems:
+        raise DeltaflError(*problems)
     return params
 
 

@@ -215,7 +215,7 @@ def materialize(aggregate: Aggregate, threads: int) -> tuple[dict[str, Tensor], 
         pass
     digest = hashlib.sha256()
     for tensor in flat.values():
-        digest.update((tensor + 0.0).numpy())
+        digest.update((tensor + 0.0).numpy())  # type: ignore[arg-type]  # + 0.0: -0 is 0
     return tensors, digest.hexdigest()
 
 

@@ -97,6 +97,48 @@ def progress_by_bytes(label: str, total: float, *, quiet: bool) -> Iterator[Call
         yield lambda count: bar.advance(task, count)
 
 
+@contextmanager
+def progress_by_count(label: str, *, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A bar with count, rate and remaining time; yields a function that is told the total at each step."""
+    with progress_by_stage(quiet=quiet) as on_stage:
+        done = 0
+
+        def advance(total: int) -> None:
+            nonlocal done
+            done += 1
+            on_stage(label, done, total)
+
+        yield advance
+
+
+@contextmanager
+def progress_by_stage(*, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """One bar for each stage, with count and remaining time; yields f(stage, done, total)."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda stage, done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+        stages: dict[str, Any] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in stages:
+                stages[stage] = bar.add_task(stage, total=total)
+            bar.update(stages[stage], completed=done, total=total)
+
+        yield show
+
+
 def as_bytes(count: float) -> str:
     """1234567 -> "1.2 MB"."""
     for unit in ("B", "kB", "MB", "GB", "TB"):

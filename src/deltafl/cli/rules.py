@@ -16,7 +16,7 @@ def rules(name: str | None) -> None:
     for key in [name] if name else list(registry):
         rule = registry[key]
         click.echo(click.style(key, bold=True))
-        click.echo("  " + inspect.getdoc(rule).replace("\n", "\n  "))
+        click.echo("  " + (inspect.getdoc(rule) or "").replace("\n", "\n  "))
         for parameter, (_, default) in parameters(rule).items():
             shown = "required" if default is dataclasses.MISSING and parameter != "inner" else f"default {default}"
             shown = "default task_arithmetic" if parameter == "inner" else shown

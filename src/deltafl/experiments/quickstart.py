@@ -1,5 +1,7 @@
 """The whole story on scikit-learn's digits, offline: pre-train, fine-tune, merge, search, test once."""
 
+import itertools
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,13 +9,11 @@ from typing import Any
 
 from deltafl.datasets import load_task
 from deltafl.experiments.one_shot import SearchSpec, TaskModel, run_search
-from deltafl.files import atomic_folder
 from deltafl.finetuning import FinetuneRecipe, finetune
 from deltafl.merge import MergeSpec, Model
 from deltafl.models import load_encoder
 from deltafl.models.heads import HEAD_FILE
 from deltafl.models.pretrained import new_vit
-from deltafl.search import Row
 from deltafl.training import keyed_generator
 
 IMAGE_SIZE = 16
@@ -49,29 +49,26 @@ LAMBDAS = tuple(round(0.1 * i, 1) for i in range(1, 16))
 
 
 def run_quickstart(
-    out: str | Path,
+    folder: Path,
     *,
     seed: int = 0,
-    overwrite: bool = False,
     on_stage: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> dict[str, Any]:
-    """Write OUT/base, OUT/models/*, OUT/merged and return the result for table and report. Same seed, same numbers.
+    """Write base, models/* and merged into `folder`; return the result for table and report. Same seed, same numbers.
 
     on_stage: told (what is going on, done, total).
     """
-    with atomic_folder(out, overwrite=overwrite) as folder:
-        pretrain(folder / "base", seed, on_stage)
-        for task in TASKS:
-            fine_tune(folder, task, seed, on_stage)
-        seen = 0
-
-        def count(row: Row, total: int) -> None:
-            nonlocal seen
-            seen += 1
-            on_stage("search on validation", seen, total)
-
-        result = run_search(search_spec(folder, seed), folder / "merged", on_row=count)
-    return result
+    started = time.perf_counter()
+    pretrain(folder / "base", seed, on_stage)
+    for task in TASKS:
+        fine_tune(folder, task, seed, on_stage)
+    rows = itertools.count(1)
+    result = run_search(
+        search_spec(folder, seed),
+        folder / "merged",
+        on_row=lambda row, total: on_stage("search on validation", next(rows), total),
+    )
+    return {**result, "seconds": time.perf_counter() - started}
 
 
 def pretrain(out: Path, seed: int, on_stage: Callable[[str, int, int], None]) -> None:

@@ -1,0 +1,30 @@
+"""`deltafl quickstart`."""
+
+from pathlib import Path
+
+import click
+
+from deltafl.cli.options import progress_by_stage
+from deltafl.cli.search import results, write_result
+
+
+@click.command()
+@click.option("--out", default="quickstart", show_default=True, help="The folder to write.")
+@click.option("--seed", default=0, show_default=True, help="Same seed, same numbers.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+@click.option("--quiet", is_flag=True, help="No progress, no table.")
+def quickstart(out: str, seed: int, overwrite: bool, quiet: bool) -> None:
+    """Pre-train, fine-tune, merge, search and test on real digits, offline, in about a minute."""
+    from deltafl.experiments.quickstart import run_quickstart
+    from deltafl.files import atomic_folder, check_output
+
+    check_output(out, overwrite=overwrite)
+    with progress_by_stage(quiet=quiet) as on_stage, atomic_folder(out, overwrite=overwrite) as folder:
+        result = run_quickstart(folder, seed=seed, on_stage=on_stage)
+        command = f"deltafl quickstart --seed {seed}"
+        write_result(result | {"command": command}, folder, {"command": command, "seed": seed}, story=True)
+    if not quiet:
+        click.echo(results(result))
+        click.echo(
+            f"{result['seconds']:.0f} s; the merged model: {Path(out) / 'merged'}; the story: {Path(out) / 'report.html'}"
+        )

@@ -1,0 +1,88 @@
+"""`deltafl search`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from deltafl.cli.options import progress_by_count, table
+
+
+@click.command()
+@click.argument("recipe")
+@click.option("--out", help="The folder for the merged model, every row, tables and report.html.")
+@click.option("--overwrite", is_flag=True, default=None, help="Replace an existing output.")
+@click.option("--grid", type=click.Choice(["default", "paper"]), help="Convention of the coefficients (see docs).")
+@click.option("--metric", type=click.Choice(["normalized", "absolute"]), help="Default: normalized.")
+@click.option("--device", help="cpu (default) or cuda.")
+@click.option("--seed", type=int, help="Of the validation splits. Default: 0.")
+@click.option("--quiet", is_flag=True, help="No progress, no table.")
+def search(recipe: str, quiet: bool, **options: Any) -> None:
+    """Choose method and coefficients on validation data, test once, write the merged model.
+
+    \b
+    deltafl search RECIPE.yaml --out DIR
+    """
+    from deltafl.config import load_yaml, parse
+    from deltafl.config_search import SearchRecipe
+    from deltafl.experiments.one_shot import run_search
+    from deltafl.files import atomic_folder, check_output
+
+    held = parse(SearchRecipe, load_yaml(recipe) | {k: v for k, v in options.items() if v is not None})
+    if held.out is not None:
+        check_output(held.out, overwrite=held.overwrite)
+    spec = held.spec()
+    with progress_by_count("searching", quiet=quiet) as advance:
+        if held.out is None:
+            result = run_search(spec, None, on_row=lambda row, total: advance(total))
+        else:
+            with atomic_folder(held.out, overwrite=held.overwrite) as folder:
+                result = run_search(spec, folder / "merged", on_row=lambda row, total: advance(total))
+                write_result(result | {"command": f"deltafl search {recipe}"}, folder, held.model_dump())
+    if not quiet:
+        click.echo(results(result))
+        if held.out is not None:
+            click.echo(f"merged model: {Path(held.out) / 'merged'}; report: {Path(held.out) / 'report.html'}")
+
+
+def write_result(result: dict[str, Any], folder: Path, config: dict[str, Any], *, story: bool = False) -> None:
+    """config.yaml, record.jsonl (one row for each candidate), result.json, table.md/.csv/.tex and report.html."""
+    from deltafl.record import RunRecord, write_json
+    from deltafl.report import quickstart_page, render, search_page, to_csv, to_latex, to_markdown
+    from deltafl.report.parts import results_table
+
+    record = RunRecord.create(folder, config)
+    for row in result["candidates"]:
+        record.append({"event": "candidate", **row})
+    for row in result["rows"]:
+        record.append({"event": "test", **row})
+    write_json(folder / "result.json", result)
+    numbers = results_table(result)
+    for suffix, write in (("md", to_markdown), ("csv", to_csv), ("tex", to_latex)):
+        (folder / f"table.{suffix}").write_text(write(numbers))
+    page = quickstart_page(result) if story else search_page(result)
+    (folder / "report.html").write_text(render(page))
+
+
+def results(result: dict[str, Any]) -> str:
+    """The table of test accuracies, in percent, as plain text."""
+
+    def cell(value: float | None) -> str:
+        return "-" if value is None else f"{100 * value:.1f}"
+
+    rows = []
+    for row in result["rows"]:
+        rho = row["params"].get("rho")
+        scale = "" if row["scaling_coef"] is None else f"{row['scaling_coef']:g}"
+        known = ("" if rho is None else f"{rho:.3g}", scale, cell(row["val"]))
+        rows.append(
+            (
+                row["rule"],
+                *known,
+                *(cell(row["test"][t]) for t in result["tasks"]),
+                cell(row["mean"]),
+                cell(row["normalized"]),
+            )
+        )
+    short = [t.removeprefix("digits_") for t in result["tasks"]]
+    return table(("model", "rho", "lambda", "val", *short, "mean", "normalized"), rows)

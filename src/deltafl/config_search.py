@@ -1,0 +1,92 @@
+"""The recipe of `deltafl search`."""
+
+from dataclasses import replace
+from typing import Any, Literal
+
+from pydantic import Field
+
+from deltafl.config import MergeRecipe, ModelEntry, Strict, check_params, parse_size
+from deltafl.errors import DeltaflError
+from deltafl.experiments.one_shot import SearchSpec, TaskModel
+from deltafl.experiments.quickstart import METHODS
+from deltafl.search import LAMBDAS
+
+
+class SearchEntry(ModelEntry):
+    """One entry of `models:`: a fine-tune, the data of its task, and its head if that is not in its folder."""
+
+    data: str
+    head: str | None = None
+
+
+class SearchRecipe(Strict):
+    """`deltafl search RECIPE.yaml`.
+
+    methods: names, or mappings with `method` and its parameters, of which each may be a list; default: every rule of
+    arXiv 2411.18607. grid "default": scaling_coefs multiply the sum of deltas for all methods; "paper": each method's
+    own convention.
+    """
+
+    base: str
+    models: list[SearchEntry] = Field(min_length=1)
+    methods: list[str | dict[str, Any]] | None = None
+    scaling_coefs: list[float] = Field(list(LAMBDAS), min_length=1)
+    grid: Literal["default", "paper"] = "default"
+    metric: Literal["normalized", "absolute"] = "normalized"
+    weights: list[float] | None = None
+    scope: str = ""
+    include: list[str] = Field([])
+    exclude: list[str] = Field([])
+    device: str = "cpu"
+    threads: int = Field(0, ge=0)
+    memory: int | str = "8GB"
+    batch_size: int = Field(256, ge=1)
+    seed: int = 0
+    allow_other_base: bool = False
+    out: str | None = None
+    overwrite: bool = False
+
+    def spec(self) -> SearchSpec:
+        """What the library takes. Raises DeltaflError with every mistake."""
+        plain = MergeRecipe(
+            base=self.base,
+            models=[ModelEntry(**e.model_dump(exclude={"data", "head"})) for e in self.models],
+            **self.model_dump(
+                include={"weights", "scope", "include", "exclude", "device", "threads", "allow_other_base"}
+            ),
+        ).spec()
+        models = zip(plain.models, self.models, strict=True)
+        return SearchSpec(
+            merge=replace(plain, scaling_coef=None),
+            models=tuple(TaskModel(model, entry.data, entry.head) for model, entry in models),
+            methods=tuple(_methods(self.methods)),
+            lambdas=tuple(self.scaling_coefs),
+            native_scale=self.grid == "paper",
+            metric=self.metric,
+            memory=parse_size(self.memory),
+            batch_size=self.batch_size,
+            seed=self.seed,
+        )
+
+
+def _methods(entries: list[str | dict[str, Any]] | None) -> list[tuple[str, dict[str, Any]]]:
+    """(name, parameters) of each entry; a list among the parameters is a grid. Raises DeltaflError."""
+    if entries is None:
+        return [(name, dict(params)) for name, params in METHODS]
+    found, problems = [], []
+    for entry in entries:
+        held = {"method": entry} if isinstance(entry, str) else dict(entry)
+        name = held.pop("method", None)
+        if not isinstance(name, str):
+            problems.append(f"methods: {entry!r} does not say which method it is; write {{method: NAME, ...}}")
+            continue
+        try:
+            for key, value in held.items():
+                for one in value if isinstance(value, list) else [value]:
+                    check_params({key: one})
+        except DeltaflError as error:
+            problems += [f"methods: {name}: {p}" for p in error.problems]
+        found.append((name, held))
+    if problems:
+        raise DeltaflError(*problems)
+    return found
