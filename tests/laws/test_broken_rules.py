@@ -1,0 +1,109 @@
+"""The laws find a broken rule, and they find it because it is registered."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from deltafl.aggregation import Rows
+from deltafl.rules import NO_TRANSFORMS, Traits
+from laws import laws
+from laws.worlds import make, registered, rules
+
+
+@dataclass(frozen=True)
+class Coordinate:
+    """A coordinate rule that promises everything."""
+
+    function: Callable[[Tensor, Sequence[float]], Tensor]
+
+    traits = Traits()
+    transforms = NO_TRANSFORMS
+
+    def combine(self, block: Tensor, weights: Sequence[float]) -> Tensor:
+        return self.function(block, weights)
+
+
+@dataclass(frozen=True)
+class Forgiving:
+    """A transform that hides NaN and Inf."""
+
+    density = None
+    per_tensor = False
+
+    def apply(self, block: Tensor, model: int, name: str, start: int, threshold: float) -> Tensor:
+        return block.nan_to_num_(0.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Hiding(Coordinate):
+    transforms = (Forgiving(),)
+
+
+def mean(block: Tensor, weights: Sequence[float]) -> Tensor:
+    return (block * block.new_tensor(weights)[:, None]).sum(0)
+
+
+BROKEN = {
+    laws.fixed_point: Coordinate(lambda b, w: 2 * mean(b, w)),
+    laws.odd: Coordinate(lambda b, w: b.amax(0)),
+    laws.coordinate_symmetric: Coordinate(lambda b, w: mean(b, w).cumsum(0)),
+    laws.order_free: Coordinate(lambda b, w: b[0].clone()),
+    laws.float32_in_the_same_shapes: Coordinate(lambda b, w: mean(b.double(), w)),
+    laws.float64_agrees: Coordinate(
+        lambda b, w: mean(b.bfloat16().float(), w).double() if b.dtype == torch.float64 else mean(b, w)
+    ),
+    laws.weight_0_leaves_out: Coordinate(lambda b, w: b.mean(0)),
+    laws.zero_deltas: Coordinate(lambda b, w: mean(b, w) / mean(b, w).abs()),
+    laws.one_model: Coordinate(lambda b, w: mean(b, w) / (len(w) - 1)),
+    laws.half_precision_is_widened_first: Coordinate(lambda b, w: mean(b.half().square(), w).float()),
+    laws.refuses_nonfinite: Hiding(mean),
+}
+
+
+@pytest.mark.parametrize("law", BROKEN, ids=lambda law: law.__name__)
+def test_a_broken_rule_fails_its_law(law):
+    world = make(4, seed=0, scale=0.01)
+    law(Coordinate(mean), world)
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        law(BROKEN[law], world)
+
+
+def test_a_rule_is_held_to_the_laws_by_being_registered():
+    @dataclass(frozen=True)
+    class Largest:
+        """Not odd, though its traits say so."""
+
+        traits = Traits()
+        transforms = NO_TRANSFORMS
+
+        @classmethod
+        def examples(cls) -> Any:
+            return (cls(),)
+
+        def combine(self, block: Tensor, weights: Sequence[float]) -> Tensor:
+            return block.amax(0)
+
+    def failures() -> list[object]:
+        world, failed = make(4, seed=0), []
+        for rule in rules():
+            try:
+                laws.odd(rule, world)
+            except AssertionError:
+                failed.append(rule)
+        return failed
+
+    assert failures() == []
+    with registered("largest", Largest):
+        assert failures() == [Largest()]
+    assert failures() == []
+
+
+def test_purity_is_checked_on_what_the_engine_hands_out(monkeypatch):
+    rule = Coordinate(lambda b, w: mean(b, w))
+    monkeypatch.setattr(Rows, "row", lambda self, i, name, start, stop: self.updates[i].delta[name].view(-1).add_(1))
+    with pytest.raises(AssertionError):
+        laws.pure(rule, make(3, seed=0))
