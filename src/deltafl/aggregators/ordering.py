@@ -12,18 +12,18 @@ if TYPE_CHECKING:
 
 @functools.cache
 def network(n: int) -> tuple[tuple[int, int], ...]:
-    """Comparators (i, j), i < j, that sort n values: Batcher's odd-even merge sort (Knuth vol. 3, 5.2.2 M)."""
+    """Comparators (i, j), i < j, that sort n values: Batcher's merge exchange (Knuth vol. 3, 5.2.2 M)."""
     pairs = []
-    p = 1
-    while p < n:
-        k = p
-        while k >= 1:
-            for j in range(k % p, n - k, 2 * k):
-                for i in range(min(k, n - j - k)):
-                    if (i + j) // (2 * p) == (i + j + k) // (2 * p):
-                        pairs.append((i + j, i + j + k))
-            k //= 2
-        p *= 2
+    top = 1 << max(0, (n - 1).bit_length() - 1)
+    p = top
+    while p:
+        q, r, d = top, 0, p
+        while True:
+            pairs += [(i, i + d) for i in range(n - d) if i & p == r]
+            if q == p:
+                break
+            q, r, d = q // 2, p, q - p
+        p //= 2
     return tuple(pairs)
 
 
