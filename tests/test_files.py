@@ -1,0 +1,176 @@
+"""A folder is whole or absent, whatever ends the process that writes it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from checkpoints import files_in
+from deltafl.errors import DeltaflError
+from deltafl.files import atomic_folder, check_output, write_atomically
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def write(path: Path, text: str, *, overwrite: bool = False) -> None:
+    with atomic_folder(path, overwrite=overwrite) as folder:
+        (folder / "deltafl.json").write_text(text)
+
+
+def dead_process() -> int:
+    """The id of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_a_folder_appears_when_the_block_ends(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "a/b/out") as folder:
+        (folder / "x").write_text("1")
+        assert not (tmp_path / "a/b/out").exists()
+    assert files_in(tmp_path) == {"a/": b"", "a/b/": b"", "a/b/out/": b"", "a/b/out/x": b"1"}
+
+
+@pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, SystemExit])
+def test_nothing_is_left_where_the_block_fails(tmp_path: Path, failure: type[BaseException]) -> None:
+    with pytest.raises(failure), atomic_folder(tmp_path / "out") as folder:  # noqa: PT012
+        (folder / "x").write_text("1")
+        raise failure
+    assert names(tmp_path) == []
+
+
+def test_what_was_there_stays_where_the_block_fails(tmp_path: Path) -> None:
+    write(tmp_path / "out", "old")
+    with pytest.raises(ValueError), atomic_folder(tmp_path / "out", overwrite=True) as folder:  # noqa: PT012
+        (folder / "deltafl.json").write_text("new")
+        raise ValueError
+    assert files_in(tmp_path) == {"out/": b"", "out/deltafl.json": b"old"}
+
+
+def test_what_was_there_is_back_where_the_replacement_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "out", "old")
+    rename, calls = os.rename, []
+
+    def fail_once(source, target) -> None:
+        calls.append(source)
+        if len(calls) == 2:
+            raise OSError(5, "input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fail_once)
+    with pytest.raises(OSError, match="input/output error"):
+        write(tmp_path / "out", "new", overwrite=True)
+    assert files_in(tmp_path) == {"out/": b"", "out/deltafl.json": b"old"}
+
+
+def test_an_existing_folder_needs_overwrite(tmp_path: Path) -> None:
+    write(tmp_path / "out", "old")
+    with pytest.raises(DeltaflError, match="exists; choose another --out, or replace it with --overwrite"):
+        write(tmp_path / "out", "new")
+    write(tmp_path / "out", "new", overwrite=True)
+    assert files_in(tmp_path) == {"out/": b"", "out/deltafl.json": b"new"}
+
+
+def test_a_folder_that_came_into_being_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    with pytest.raises(DeltaflError, match="exists"), atomic_folder(tmp_path / "out") as folder:  # noqa: PT012
+        (folder / "x").write_text("mine")
+        write(tmp_path / "out", "another process was faster")
+    assert files_in(tmp_path) == {"out/": b"", "out/deltafl.json": b"another process was faster"}
+
+
+def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    write(tmp_path / "out", "new")
+    assert files_in(tmp_path) == {"out/": b"", "out/deltafl.json": b"new"}
+
+
+def test_a_link_to_a_folder_is_followed(tmp_path: Path) -> None:
+    write(tmp_path / "real", "old")
+    (tmp_path / "link").symlink_to("real")
+    write(tmp_path / "link", "new", overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real/deltafl.json").read_text() == "new"
+    assert names(tmp_path) == ["link", "real"]
+
+
+OURS = [["deltafl.json"], ["record.jsonl"], ["training.json"], ["deltafl_model.json"],
+        ["config.json", "model.safetensors"], ["config.json", "pytorch_model.bin"]]  # fmt: skip
+FOREIGN = [["thesis.tex"], ["config.json"], ["model.safetensors"], ["src"]]
+
+
+@pytest.mark.parametrize("held", OURS, ids="+".join)
+def test_models_and_runs_may_be_overwritten(tmp_path: Path, held: list[str]) -> None:
+    for name in held:
+        (tmp_path / name).touch()
+    check_output(tmp_path, overwrite=True)
+
+
+@pytest.mark.parametrize("held", FOREIGN, ids="+".join)
+def test_any_other_folder_may_not_be_overwritten(tmp_path: Path, held: list[str]) -> None:
+    for name in held:
+        (tmp_path / name).touch()
+    with pytest.raises(DeltaflError, match="does not look like a model or a run; --overwrite does not delete it"):
+        check_output(tmp_path, overwrite=True)
+
+
+def test_a_file_may_not_be_overwritten_by_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("precious")
+    with pytest.raises(DeltaflError, match="does not look like"):
+        write(tmp_path / "out", "new", overwrite=True)
+    assert (tmp_path / "out").read_text() == "precious"
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    left = tmp_path / f".out.{dead_process()}.0123abcd.tmp"
+    left.mkdir()
+    (left / "half").write_text("half")
+    write(tmp_path / "out", "new")
+    assert names(tmp_path) == ["out"]
+
+
+def test_what_a_kill_between_two_renames_took_away_is_put_back(tmp_path: Path) -> None:
+    write(tmp_path / "out", "old")
+    pid = dead_process()
+    (tmp_path / "out").rename(tmp_path / f".out.{pid}.0123abcd.old.tmp")
+    (tmp_path / f".out.{pid}.0123abcd.tmp").mkdir()
+    with pytest.raises(DeltaflError, match="exists"):
+        write(tmp_path / "out", "new")
+    assert files_in(tmp_path) == {"out/": b"", "out/deltafl.json": b"old"}
+
+
+def test_what_a_living_process_writes_is_left_alone(tmp_path: Path) -> None:
+    living = tmp_path / f".out.{os.getppid()}.0123abcd.tmp"
+    living.mkdir()
+    write(tmp_path / "out", "new")
+    assert names(tmp_path) == [living.name, "out"]
+
+
+def test_what_belongs_to_another_output_is_left_alone(tmp_path: Path) -> None:
+    pid = dead_process()
+    others = [f".out.{pid}.{os.getpid()}.0123abcd.tmp", f".out2.{pid}.0123abcd.tmp", f".out.{pid}.notes.tmp"]
+    for name in others:  # the first belongs to an output called out.PID
+        (tmp_path / name).mkdir()
+    write(tmp_path / "out", "new")
+    assert names(tmp_path) == sorted([*others, "out"])
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+    file = write_atomically(tmp_path / "a/x", b"one")
+    write_atomically(file, b"two")
+    assert files_in(tmp_path) == {"a/": b"", "a/x": b"two"}
+
+
+def test_a_failed_write_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write_atomically(tmp_path / "x", b"one")
+
+    def fail(handle: int) -> None:
+        raise OSError(28, "no space")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="no space"):
+        write_atomically(file, b"two")
+    assert files_in(tmp_path) == {"x": b"one"}
