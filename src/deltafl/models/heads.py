@@ -84,9 +84,13 @@ def few_per_class(labels: Tensor, count: int, generator: torch.Generator) -> Ten
 
 
 def save_head(head: LinearHead, path: Path) -> None:
-    """One safetensors file: `weight`, `bias`, and the class names (JSON) in its metadata."""
+    """One safetensors file: `weight`, `bias`, and the class names (JSON) in its metadata.
+
+    The names are all of the metadata: safetensors writes several keys in random order, and equal heads should be
+    equal files.
+    """
     tensors = {"weight": head.weight.detach().contiguous().cpu(), "bias": head.bias.detach().contiguous().cpu()}
-    save_file(tensors, path, metadata={"format": "pt", "class_names": json.dumps(head.class_names)})
+    save_file(tensors, path, metadata={"class_names": json.dumps(head.class_names)})
 
 
 def load_head(path: Path) -> LinearHead:
