@@ -232,9 +232,9 @@ def shares(weights: Sequence[float]) -> list[float]:
 class Stepped(Mapping[str, Tensor]):
     """theta = theta0 + scale * R as a lazy mapping, rounded once to the base's dtype, or to `dtype`.
 
-    scale: server_lr, or a function of the tensor's name (see `sum_scale`). What the update does not hold is the base's
-    own tensor. `working`: the base's blocks in the precision of the arithmetic, where they are at hand (see
-    `checkpoint.Latest`).
+    scale: server_lr, or a function of the tensor's name (see `sum_scale`). What the update does not hold, and what
+    is not floating-point, is the base's own tensor. `working`: the base's blocks in the precision of the arithmetic,
+    where they are at hand (see `checkpoint.Latest`).
     """
 
     fresh_blocks = True
@@ -261,8 +261,11 @@ class Stepped(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._base)
 
+    def _moves(self, name: str) -> bool:
+        return name in self._update and dtype_of(self._base, name).is_floating_point
+
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self._update:
+        if not self._moves(name):
             return self._base[name].to(self.dtype(name))
         shape = self.shape(name)
         parts = [self.block(name, start, stop) for start, stop in blocks(math.prod(shape))]
@@ -277,7 +280,7 @@ class Stepped(Mapping[str, Tensor]):
 
     def block(self, name: str, start: int, stop: int) -> Tensor:
         """The new model's flat elements [start, stop) of one tensor."""
-        if name not in self._update:
+        if not self._moves(name):
             return block_of(self._base, name, start, stop).to(self.dtype(name))
         update = block_of(self._update, name, start, stop) * self._scale(name)
         return round_once(update.add_(block_of(self._working, name, start, stop).to(update)), self.dtype(name))

@@ -163,10 +163,14 @@ def build_rule(name: str, params: Mapping[str, Any]) -> Rule:
     known = parameters(rule)
     own = {k: v for k, v in params.items() if k in known}
     rest = {k: v for k, v in params.items() if k not in known}
+    problems: list[str] = []
     if isinstance(own.get("inner"), str):
-        own["inner"] = build_rule(own["inner"], rest)
+        try:
+            own["inner"] = build_rule(own["inner"], rest)
+        except DeltaflError as error:
+            problems += error.problems
         rest = {}
-    problems = [f'method {name} has no parameter "{k}"; {did_you_mean(k, known)}' for k in rest]
+    problems += [f'method {name} has no parameter "{k}"; {did_you_mean(k, known)}' for k in rest]
     for key, (_, default) in known.items():
         if default is dataclasses.MISSING and key not in own:
             problems.append(f"method {name} needs --{key.replace('_', '-')}")

@@ -37,7 +37,7 @@ def block_of(tensors: Tensors, name: str, start: int, stop: int) -> Tensor:
     """Flat elements [start, stop) of one tensor, (stop - start,), in its own dtype."""
     if is_blocked(tensors):
         return tensors.block(name, start, stop)
-    return tensors[name].reshape(-1)[start:stop]
+    return tensors[name].detach().reshape(-1)[start:stop]
 
 
 def shape_of(tensors: Tensors, name: str) -> tuple[int, ...]:
