@@ -46,6 +46,9 @@ class Checkpoint(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.layout.entries)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.layout.entries
+
     def __getitem__(self, name: str) -> Tensor:
         entry = self.layout.entries[name]
         return self.block(name, 0, entry.numel).reshape(entry.shape)
@@ -150,6 +153,9 @@ class Latest(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._tensors)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
 
@@ -186,6 +192,9 @@ class Difference(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
 
     def __getitem__(self, name: str) -> Tensor:
         tuned = self._tuned[self._names[name]].to(self._dtype)
