@@ -158,7 +158,7 @@ def parse_size(size: int | str) -> int:
     digits = text.rstrip("KMGTIB ")
     try:
         value = int(float(digits) * units[text[len(digits) :].strip()])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         raise DeltaflError(f'max_shard_size: "{size}" is not a size; write 5GB or 300MB') from None
     if value <= 0:
         raise DeltaflError(f'max_shard_size: "{size}" must be above 0')
@@ -173,7 +173,7 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
-                    problem=f'"{key.value}" is given twice', problem_mark=node.start_mark
+                    problem=f'"{key.value}" is given twice', problem_mark=key.start_mark
                 )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
@@ -202,17 +202,17 @@ def parse(kind: type[M], held: dict[str, Any]) -> M:
     try:
         return kind.model_validate(held)
     except ValidationError as error:
-        problems = []
+        problems: dict[str, str] = {}
         for item in error.errors():
             if item["loc"][-1] == "str" and isinstance(item["input"], dict):
                 continue  # of "a string or a mapping" it was meant to be the mapping, whose own mistakes follow
             keys = [str(k) for k in item["loc"] if k not in _BRANCHES and not str(k).startswith("function-")]
             path = ".".join(keys)
             if item["type"] == "extra_forbidden":
-                problems.append(f'unknown key "{path}"; {did_you_mean(keys[-1], _siblings(kind, keys))}')
+                problems[path] = f'unknown key "{path}"; {did_you_mean(keys[-1], _siblings(kind, keys))}'
             else:
-                problems.append(f"{path}: {_said(item)}")
-        raise DeltaflError(*dict.fromkeys(problems)) from None
+                problems.setdefault(path, f"{path}: {_said(item)}")
+        raise DeltaflError(*problems.values()) from None
 
 
 _BRANCHES = ("str", "int", "ModelEntry")
