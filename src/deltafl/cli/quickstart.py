@@ -25,6 +25,5 @@ def quickstart(out: str, seed: int, overwrite: bool, quiet: bool) -> None:
         write_result(result | {"command": command}, folder, {"command": command, "seed": seed}, story=True)
     if not quiet:
         click.echo(results(result))
-        click.echo(
-            f"{result['seconds']:.0f} s; the merged model: {Path(out) / 'merged'}; the story: {Path(out) / 'report.html'}"
-        )
+        click.echo(f"{result['seconds']:.0f} s; one model for all tasks: {Path(out) / 'merged'}")
+        click.echo(f"the story with figures: {Path(out) / 'report.html'}")

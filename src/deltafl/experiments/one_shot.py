@@ -149,8 +149,7 @@ def describe(spec: SearchSpec, plan: Plan, problem: Problem, found: SearchResult
         "single": single,
         "single_val": dict(found.single),
         "rows": rows,
-        "best": {"method": found.best.method, "params": dict(found.best.params), "scaling_coef": found.best.scaling_coef,
-                 "server_lr": found.best.server_lr, "val": found.best.value},
+        "best": candidate(found.best),
         "curves": {name: [list(point) for point in curve] for name, curve in curves(found)},
         "chosen": {name: row.scaling_coef for name, row in found.best_of.items()},
         "cosine": {
