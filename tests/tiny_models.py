@@ -50,5 +50,11 @@ class Net(nn.Module):
         return self.classifier(self.embed(x))
 
 
+def tied_net() -> Net:
+    net = Net()
+    net.twin = net.conv
+    return net
+
+
 def tiny_task_factory(image_size: int, channels: int, seed: int) -> Task:
     return tiny_task()

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from deltafl.errors import DeltaflError
 from deltafl.models import load_encoder, save_encoder
+from deltafl.models.flat import FlatModel
 from tiny_models import Net, tiny_vit
 
 SIZES = {
@@ -126,6 +127,15 @@ def test_plugin_round_trip_and_a_merged_directory(tmp_path: Path):
     assert isinstance(again.module, Net)
     assert torch.equal(again.module.conv.weight, encoder.module.get_parameter("conv.weight") + 1)
     assert again.input == encoder.input
+
+
+def test_a_plugin_with_tied_tensors(tmp_path: Path):
+    encoder = load_encoder("tiny_models:tied_net")
+    FlatModel(encoder)
+    save_encoder(encoder, tmp_path)
+    module = load_encoder(tmp_path).module
+    assert torch.equal(module.get_parameter("conv.weight"), encoder.module.get_parameter("conv.weight"))
+    assert module.get_submodule("twin") is module.get_submodule("conv")
 
 
 def test_a_plugin_in_the_working_directory_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -39,8 +39,7 @@ def test_parameters_and_gradients_are_views_of_one_vector(make):
 
 
 def test_tied_parameters_are_held_once():
-    encoder = net()
-    encoder.module.twin = encoder.module.conv
+    encoder = load_encoder("tiny_models:tied_net")
     model = FlatModel(encoder)
     assert list(model.slices) == ["conv.weight", "conv.bias", "norm.weight", "norm.bias"]
     with torch.no_grad():

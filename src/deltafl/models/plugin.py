@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -68,7 +69,10 @@ def load_saved_plugin(directory: Path) -> LoadedEncoder:
 
 
 def save_plugin(encoder: LoadedEncoder, directory: Path) -> None:
-    """`model.safetensors` with the module's own names and `deltafl_model.json`, which says how to build it again."""
+    """`model.safetensors` with the module's own names and `deltafl_model.json`, which says how to build it again.
+
+    Tied tensors are written under each of their names.
+    """
     assert encoder.factory is not None
     spec = encoder.input
     content = {
@@ -76,7 +80,10 @@ def save_plugin(encoder: LoadedEncoder, directory: Path) -> None:
         "kwargs": dict(encoder.factory.kwargs),
         "input": {"image_size": spec.image_size, "channels": spec.channels, "mean": spec.mean, "std": spec.std},
     }
-    state = {name: tensor.contiguous() for name, tensor in encoder.module.state_dict().items()}
+    state = {
+        name: tensor.clone(memory_format=torch.contiguous_format)
+        for name, tensor in encoder.module.state_dict().items()
+    }
     save_file(state, directory / WEIGHTS, metadata={"format": "pt"})
     (directory / MODEL_JSON).write_text(json.dumps(content, indent=2) + "\n")
 
