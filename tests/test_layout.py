@@ -113,8 +113,8 @@ def test_hub_ids_are_found_in_the_hubs_cache_and_recorded_with_their_revision(tm
     record = json.loads((tmp_path / "hub/deltafl.json").read_text())
     assert (record["base"]["ref"], record["base"]["revision"]) == ("owner/base", "a" * 40)
     assert [m["revision"] for m in record["models"]] == ["b" * 40, None]
-    pinned = deltafl(home, *args[:4], f"owner/tuned@{'b' * 40}", args[5], "--out", tmp_path / "pinned", "--quiet")
-    assert (pinned.returncode, pinned.stdout, pinned.stderr) == (0, "", "")
+    pinned = deltafl(home, *args[:4], f"owner/tuned@{'b' * 40}", "--dry-run")  # reads headers: no torch, quick
+    assert (pinned.returncode, pinned.stderr) == (0, "")
     absent = deltafl(home, *args[:4], f"owner/tuned@{'c' * 40}", "--out", tmp_path / "absent")
     assert absent.returncode == 2
     assert absent.stderr.startswith(f'error: "owner/tuned@{"c" * 40}": no such file or folder, and not to be had')
