@@ -1,15 +1,17 @@
 """Reductions over whole deltas in one streaming pass each: the Gram matrix, and exact magnitude thresholds."""
 
 import math
+import threading
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from deltafl.streaming import OnElements, Piece, chunks, ignore, in_order, length
 
-BINS = 1 << 21
+BINS = 1 << 20
 
 AT_ONCE = 1 << 20
 """Elements up to which magnitudes are held together and selected without a histogram."""
@@ -44,8 +46,8 @@ def gram_matrix(rows: BlockRows, threads: int = 1, on_elements: OnElements = ign
         total = torch.zeros(n, n, dtype=torch.float64)
         for name, start, stop in group:
             block = rows.block(name, start, stop).double()
-            part = (block @ block.T).cpu()
-            if not torch.isfinite(part).all():
+            part = torch.stack([block @ row for row in block]).cpu()
+            if not math.isfinite(part.sum()):
                 rows.refuse_nonfinite(name, start, stop)
             total += part
         return total
@@ -71,11 +73,9 @@ def magnitude_thresholds(
     groups = [[s] for s in sizes] if per_tensor else [sizes]
     thresholds: dict[str, list[float]] = {name: [] for name, _ in sizes}
     kept = [0] * len(rows.updates)
-    for i in range(len(rows.updates)):
-        for group in groups:
-            numel = sum(size for _, size in group)
-            value, count = kth_magnitude(rows, i, group, round(density * numel), threads)
-            on_elements(numel)
+    for group in groups:
+        k = round(density * sum(size for _, size in group))
+        for i, (value, count) in enumerate(kth_magnitudes(rows, group, k, threads, on_elements)):
             kept[i] += count
             for name, _ in group:
                 thresholds[name].append(value)
@@ -83,58 +83,91 @@ def magnitude_thresholds(
     return thresholds, [count / total for count in kept]
 
 
-def kth_magnitude(rows: BlockRows, i: int, sizes: Sequence[tuple[str, int]], k: int, threads: int) -> tuple[float, int]:
-    """(k-th largest magnitude of delta i over these tensors, number of elements >= it).
+def kth_magnitudes(
+    rows: BlockRows, sizes: Sequence[tuple[str, int]], k: int, threads: int = 1, on_elements: OnElements = ignore
+) -> list[tuple[float, int]]:
+    """(k-th largest magnitude over these tensors, number of elements >= it) of each delta.
 
     The bits of a non-negative float32, read as an integer, have its order. Each pass counts what lies above a range
     of bit patterns and takes a histogram inside it; the range comes from a sample first, and shrinks until one bin is
-    one value. Almost always one pass.
+    one value. Almost always one pass, over all deltas at once.
     """
-    if k <= 0:
-        return math.inf, 0
-    groups = list(chunks(sizes))
-    numel = sum(size for _, size in sizes)
-    if numel <= AT_ONCE:
-        bits = torch.cat([magnitude_bits(rows.row(i, *piece)) for group in groups for piece in group])
-        value = bits.kthvalue(numel - k + 1).values
-        return float_of(int(value)), int((bits >= value).sum())
-    low, high = sampled_range(rows, i, groups, k / numel)
-    while True:
-        shift = max(0, (high - low - 1).bit_length() - (BINS.bit_length() - 1))
+    n, numel, groups = len(rows.updates), sum(size for _, size in sizes), list(chunks(sizes))
+    if k <= 0 or numel <= AT_ONCE:
+        on_elements(n * numel)
+        return [_select(rows, i, groups, numel - k + 1) if k > 0 else (math.inf, 0) for i in range(n)]
+    searches = [Search(*sampled_range(rows, i, groups, k / numel)) for i in range(n)]
+    told = on_elements
+    while pending := [(i, s) for i, s in enumerate(searches) if s.found is None]:
 
-        def count(group: list[Piece], low: int = low, high: int = high, shift: int = shift) -> tuple[int, Tensor]:
-            above, bins = 0, torch.zeros(((high - low - 1) >> shift) + 1, dtype=torch.int64)
-            for name, start, stop in group:
-                bits = magnitude_bits(rows.row(i, name, start, stop))
-                over = int((bits >= high).sum())
-                inside = bits[(bits >= low) & (bits < high)]
-                above += over
-                if len(inside):
-                    bins += torch.bincount((inside - low) >> shift, minlength=len(bins))
-            return above, bins
+        def count(group: list[Piece], pending: list[tuple[int, Search]] = pending) -> None:
+            for piece in group:
+                for i, search in pending:
+                    search.count(magnitude_bits(rows.row(i, *piece)).cpu().numpy())
 
-        above, bins = 0, None
-        for over, part in in_order(count, groups, threads):
-            above += over
-            bins = part if bins is None else bins.add_(part)
-        assert bins is not None
-        reached = above + bins.flip(0).cumsum(0)
-        place = int(torch.searchsorted(reached, k))
-        if above >= k or place == len(bins):
-            low, high = (high, INFINITY_BITS + 1) if above >= k else (0, low)
-            continue
-        start = low + ((len(bins) - 1 - place) << shift)
-        if shift == 0:
-            return float_of(start), int(reached[place])
-        low, high = start, min(high, start + (1 << shift))
+        for group, _ in zip(groups, in_order(count, groups, threads), strict=True):
+            told(n * length(group))
+        told = ignore
+        for _, search in pending:
+            search.narrow(k)
+    return [s.found for s in searches if s.found]
+
+
+def _select(rows: BlockRows, i: int, groups: Sequence[list[Piece]], place: int) -> tuple[float, int]:
+    """The magnitude of rank `place` (1: smallest) of one delta, and the number of elements >= it; all at once."""
+    bits = torch.cat([magnitude_bits(rows.row(i, *piece)) for group in groups for piece in group])
+    value = bits.kthvalue(place).values
+    return float_of(int(value)), int((bits >= value).sum())
+
+
+class Search:
+    """The bit patterns [low, high) that are thought to hold one delta's k-th largest magnitude, and what was counted.
+
+    Counts are integers: the order in which threads add theirs does not matter.
+    """
+
+    def __init__(self, low: int, high: int) -> None:
+        self.found: tuple[float, int] | None = None
+        self._lock = threading.Lock()
+        self._begin(low, high)
+
+    def _begin(self, low: int, high: int) -> None:
+        self._low, self._high, self._above = low, high, 0
+        self._shift = max(0, (high - low - 1).bit_length() - (BINS.bit_length() - 1))
+        self._bins = np.zeros(((high - low - 1) >> self._shift) + 1, dtype=np.int64)
+
+    def count(self, bits: "np.ndarray[Any, np.dtype[np.int32]]") -> None:
+        """Count a block; `bits` is overwritten."""
+        above = np.count_nonzero(bits >= self._high)
+        bits -= np.int32(self._low)
+        offsets = bits.view(np.uint32)
+        inside = offsets[np.flatnonzero(offsets < self._high - self._low)]
+        with self._lock:
+            self._above += above
+            np.add.at(self._bins, (inside >> self._shift).astype(np.intp), 1)
+
+    def narrow(self, k: int) -> None:
+        """After a pass: the result, or a smaller (if the guess was wrong, another) range for the next one."""
+        reached = self._above + self._bins[::-1].cumsum()
+        place = int(np.searchsorted(reached, k))
+        if self._above >= k:
+            self._begin(self._high, INFINITY_BITS + 1)
+        elif place == len(reached):
+            self._begin(0, self._low)
+        else:
+            start = self._low + ((len(reached) - 1 - place) << self._shift)
+            if self._shift == 0:
+                self.found = float_of(start), int(reached[place])
+            else:
+                self._begin(start, min(self._high, start + (1 << self._shift)))
 
 
 INFINITY_BITS = 0x7F800000
 
 
 def magnitude_bits(row: Tensor) -> Tensor:
-    """int32 whose order is that of the magnitudes in float32; NaN counts as infinite."""
-    return (row.float().view(torch.int32) & 0x7FFFFFFF).clamp_max_(INFINITY_BITS)
+    """int32 whose order is that of the magnitudes in float32; NaN counts as infinite. `row` is overwritten."""
+    return row.abs_().float().view(torch.int32).clamp_max_(INFINITY_BITS)
 
 
 def float_of(bits: int) -> float:
@@ -148,9 +181,10 @@ def sampled_range(rows: BlockRows, i: int, groups: Sequence[list[Piece]], fracti
     Only the time depends on the guess, not the result.
     """
     pieces = [piece for group in groups for piece in group]
-    step = max(1, len(pieces) // 64)
-    sample = torch.cat([magnitude_bits(rows.row(i, *piece)) for piece in pieces[::step]]).sort().values
+    step = max(1, len(pieces) // 256)
+    stride = 64 if step > 1 else 1
+    sample = torch.cat([magnitude_bits(rows.row(i, *piece))[::stride] for piece in pieces[::step]]).sort().values
     n, place = len(sample), (1 - fraction) * len(sample)
-    margin = 0.02 * n + 8 if step > 1 else 1
+    margin = 0.01 * n + 8 if step > 1 else 1
     low, high = sample[max(0, int(place - margin))], sample[min(n - 1, int(place + margin))]
     return int(low), int(high) + 1
