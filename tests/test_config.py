@@ -63,7 +63,7 @@ def test_weight_patterns_keep_their_order() -> None:
 def test_defaults_are_those_of_the_library() -> None:
     import dataclasses
 
-    from deltafl.merge import MergeSpec
+    from deltafl.preflight import MergeSpec
 
     spec = parse(MergeRecipe, LEAST).spec()
     plain = MergeSpec("b", spec.models, "task_arithmetic")

@@ -14,7 +14,8 @@ from torch import Tensor
 from checkpoints import CONFIG, World, load, make_world, save, succeed, toy, tuned
 from deltafl.aggregation import Update, step
 from deltafl.config import MergeRecipe, parse
-from deltafl.merge import plan_merge, run_merge
+from deltafl.merge import run_merge
+from deltafl.preflight import plan_merge
 from deltafl.rules import Source, build_rule, load_rules
 
 STEPS = (10, 20, 40)

@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from deltafl.errors import DeltaflError, did_you_mean
-from deltafl.merge import MergeSpec, Model
+from deltafl.preflight import MergeSpec, Model
 from deltafl.rules import load_rules, parameters
 
 M = TypeVar("M", bound=BaseModel)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from deltafl.aggregation import Rows
 from deltafl.align import canonical
-from deltafl.merge import Opened, Plan, large_deltas, read_training
+from deltafl.opening import Opened, large_deltas
+from deltafl.preflight import Plan, read_training
 from deltafl.rules import Source
 from deltafl.streaming import Piece, chunks, in_order, length
 from deltafl.tensors import numel_of

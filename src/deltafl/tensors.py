@@ -74,5 +74,4 @@ def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
     back = nearest.double()
     bits = nearest.view(torch.int32)
     odd = (bits - (back.abs() > values.abs()).int()) | 1
-    inexact = (back != values) & torch.isfinite(values) & torch.isfinite(nearest)
-    return torch.where(inexact, odd, bits).view(torch.float32).to(dtype)
+    return torch.where(back != values, odd, bits).view(torch.float32).to(dtype)

@@ -22,7 +22,10 @@ def test_lower_is_the_median_of_torch(n):
 
 
 @pytest.mark.parametrize("middle", ["midpoint", "lower"])
-@pytest.mark.parametrize("weights", [[1, 2, 3], [1, 1, 2], [5, 1, 1], [1, 3, 2, 6], [3, 3, 2, 1, 1, 4], [0, 1, 0, 1]])
+@pytest.mark.parametrize(
+    "weights",
+    [[1, 2, 3], [1, 1, 2], [5, 1, 1], [1, 3, 2, 6], [3, 3, 2, 1, 1, 4], [0, 1, 0, 1], [*[1] * 11, 11]],
+)
 def test_weights_repeat_the_models(weights, middle):
     """A model of weight 3 is three models of weight 1; a weight of 0 is none."""
     for make in (rows, integer_rows):

@@ -7,7 +7,7 @@ import click
 
 from deltafl.cli.merge import merge_options, outside, read_recipe
 from deltafl.cli.options import ManyValues, progress_by_bytes, table
-from deltafl.merge import open_updates, plan_merge
+from deltafl.preflight import plan_merge
 from deltafl.readahead import read_ahead
 
 
@@ -30,6 +30,7 @@ def inspect(recipe: str | None, out: str | None, overwrite: bool, quiet: bool, *
         check_output(out, overwrite=overwrite)
     read_ahead([f for layout in (plan.base, *plan.layouts.values()) for f in layout.files])
     from deltafl.inspection import inspect_models
+    from deltafl.opening import open_updates
 
     total, size = plan.num_elements * len(plan.sources), plan.bytes_read / plan.passes
     with progress_by_bytes("reading", size, quiet=quiet) as advance, open_updates(plan) as opened:

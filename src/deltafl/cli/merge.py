@@ -6,7 +6,8 @@ import click
 
 from deltafl.cli.options import ManyValues, as_bytes, progress_by_bytes, rule_options
 from deltafl.errors import DeltaflError
-from deltafl.merge import Plan, check_output, plan_merge, run_merge
+from deltafl.files import check_output
+from deltafl.preflight import Plan, plan_merge
 from deltafl.readahead import read_ahead
 
 SCALES = {"server_lr", "scaling_coef"}
@@ -65,6 +66,8 @@ def merge(recipe: str | None, dry_run: bool, quiet: bool, **options: Any) -> Non
         raise DeltaflError("no output; name a folder with --out")
     check_output(out, overwrite=overwrite)
     read_ahead([f for layout in (plan.base, *plan.layouts.values()) for f in layout.files])
+    from deltafl.merge import run_merge
+
     total = plan.num_elements * len(plan.sources) * plan.passes
     with progress_by_bytes("merging", plan.bytes_read, quiet=quiet) as advance:
         record = run_merge(

@@ -11,10 +11,12 @@ import torch
 
 from deltafl.datasets import Task, load_task
 from deltafl.errors import DeltaflError
-from deltafl.merge import MergeSpec, Model, Opened, Plan, open_updates, plan_merge, read_training, run_merge
+from deltafl.merge import run_merge
 from deltafl.models import LoadedEncoder, load_encoder
 from deltafl.models.flat import FlatModel
 from deltafl.models.heads import HEAD_FILE, check_head, load_head
+from deltafl.opening import Opened, open_updates
+from deltafl.preflight import MergeSpec, Model, Plan, plan_merge, read_training
 from deltafl.rules import Source, build_rule
 from deltafl.search import (
     LAMBDAS,

@@ -10,10 +10,10 @@ from typing import Any
 from deltafl.datasets import load_task
 from deltafl.experiments.one_shot import SearchSpec, TaskModel, run_search
 from deltafl.finetuning import FinetuneRecipe, finetune
-from deltafl.merge import MergeSpec, Model
 from deltafl.models import load_encoder
 from deltafl.models.heads import HEAD_FILE
 from deltafl.models.pretrained import new_vit
+from deltafl.preflight import MergeSpec, Model
 from deltafl.training import keyed_generator
 
 IMAGE_SIZE = 16

@@ -1,0 +1,97 @@
+"""The checkpoints of a planned merge, opened as lazy deltas, and what only their values can tell."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from deltafl.aggregation import Update, Weights, as_weights
+from deltafl.align import Alignment
+from deltafl.checkpoint import Checkpoint, Difference, Latest, open_tensors
+from deltafl.errors import DeltaflError
+from deltafl.layout import Layout
+from deltafl.preflight import Plan
+from deltafl.tensors import Tensors, block_of, blocks, numel_of, shape_of
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The lazy mappings of a merge: base, models and deltas, and the base's blocks in the precision `dtype`."""
+
+    base: Tensors
+    working: Tensors
+    dtype: torch.dtype
+    updates: tuple[Update, ...]
+    weights: Weights
+    tuned: Mapping[str, Tensors]
+
+
+@contextmanager
+def open_updates(plan: Plan, memory: int = 0) -> Iterator[Opened]:
+    """Open all checkpoints of a plan; read them into memory if they fit into `memory` bytes together.
+
+    Raises DeltaflError if a tied tensor does not equal its twin.
+    """
+    spec, dtype = plan.spec, torch.float64 if plan.spec.exact else torch.float32
+    if spec.device != "cpu" and not torch.cuda.is_available():
+        raise DeltaflError(f"--device {spec.device}: torch finds no GPU here; use --device cpu")
+    in_memory = plan.base.num_bytes + sum(layout.num_bytes for layout in plan.layouts.values()) <= memory
+    with ExitStack() as stack:
+
+        def opened(layout: Layout) -> Tensors:
+            tensors = open_tensors(layout)
+            if isinstance(tensors, Checkpoint):
+                stack.callback(tensors.close)
+            return dict(tensors) if in_memory else tensors
+
+        base = opened(plan.base)
+        tuned = {name: opened(layout) for name, layout in plan.layouts.items()}
+        refuse_untied(plan.alignment, base, tuned)
+        working = Latest(base, dtype, spec.device)
+        names = {s.name: {n: plan.alignment.names[s.name][n] for n in plan.alignment.merged} for s in plan.sources}
+        updates = tuple(Update(Difference(working, tuned[s.name], names[s.name], dtype), s) for s in plan.sources)
+        default = as_weights(spec.weights, len(updates)).default
+        weights = as_weights(Weights(default, spec.weight_patterns), len(updates))
+        yield Opened(base, working, dtype, updates, weights, tuned)
+
+
+def refuse_untied(alignment: Alignment, base: Tensors, tuned: Mapping[str, Tensors]) -> None:
+    """Raise DeltaflError for tensors that the naming layer took for twins and that hold different values."""
+    problems = []
+    for label, pairs in alignment.tied.items():
+        for name, twin in pairs:
+            if _equal(tuned[label] if label else base, name, twin):
+                continue
+            here = f'model "{label}": "{name}" differs from "{twin}", but in the base the two are one'
+            there = f'the base: "{name}" differs from "{twin}", but in a model the two are one'
+            remedy = f'merge into a base that is not tied, or copy "{twin}" from the base with --exclude'
+            problems.append(f"{here}; {remedy}" if label else f'{there}; copy "{name}" from the base with --exclude')
+    if problems:
+        raise DeltaflError(*problems)
+
+
+def _equal(tensors: Tensors, a: str, b: str) -> bool:
+    """Whether two tensors hold the same values; read by blocks."""
+    shape = shape_of(tensors, a)
+    return shape == shape_of(tensors, b) and all(
+        torch.equal(block_of(tensors, a, *span), block_of(tensors, b, *span)) for span in blocks(numel_of(tensors, a))
+    )
+
+
+def large_deltas(opened: Opened, limit: float = 0.5) -> list[str]:
+    """A warning for each model whose delta is about as large as the base, judged from a sample of the tensors."""
+    names = list(opened.updates[0].delta)
+    warnings = []
+    for update in opened.updates:
+        delta = base = 0.0
+        for name in names[:: max(1, len(names) // 64)]:
+            stop = min(numel_of(update.delta, name), 4096)
+            delta += float(block_of(update.delta, name, 0, stop).double().square().sum())
+            base += float(block_of(opened.working, name, 0, stop).double().square().sum())
+        if base and (delta / base) ** 0.5 >= limit:
+            warnings.append(
+                f'model "{update.source.name}": its delta is {(delta / base) ** 0.5:.2g} times as large as the base; '
+                "is it a fine-tune of this base?"
+            )
+    return warnings
