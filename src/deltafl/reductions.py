@@ -16,6 +16,9 @@ BINS = 1 << 20
 AT_ONCE = 1 << 20
 """Elements up to which magnitudes are held together and selected without a histogram."""
 
+SAMPLE = 1 << 18
+"""Elements that the first guess of a threshold is made from, about."""
+
 
 class BlockRows(Protocol):
     """n deltas that are read block by block."""
@@ -181,10 +184,10 @@ def sampled_range(rows: BlockRows, i: int, groups: Sequence[list[Piece]], fracti
     Only the time depends on the guess, not the result.
     """
     pieces = [piece for group in groups for piece in group]
-    step = max(1, len(pieces) // 256)
-    stride = 64 if step > 1 else 1
-    sample = torch.cat([magnitude_bits(rows.row(i, *piece))[::stride] for piece in pieces[::step]]).sort().values
+    chosen = pieces[:: max(1, len(pieces) // 256)]
+    stride = max(1, length(chosen) // SAMPLE)
+    sample = torch.cat([magnitude_bits(rows.row(i, *piece))[::stride] for piece in chosen]).sort().values
     n, place = len(sample), (1 - fraction) * len(sample)
-    margin = 0.01 * n + 8 if step > 1 else 1
+    margin = 0.01 * n + 8
     low, high = sample[max(0, int(place - margin))], sample[min(n - 1, int(place + margin))]
     return int(low), int(high) + 1
