@@ -15,7 +15,7 @@ from deltafl.rules import RULES, Rule, Source, load_rules
 from deltafl.tensors import BLOCK
 
 SHAPES = {"layer.weight": (5, 7), "layer.bias": (33,), "scale": (), "nothing": (0, 3)}
-LARGE = {"head": (3,), "embedding": (2 * BLOCK + 3,), "scale": ()}
+LARGE = {"head": (3,), "embedding": (BLOCK + 3,), "scale": ()}
 
 Delta = dict[str, Tensor]
 
