@@ -186,7 +186,8 @@ def sampled_range(rows: BlockRows, i: int, groups: Sequence[list[Piece]], fracti
     pieces = [piece for group in groups for piece in group]
     chosen = pieces[:: max(1, len(pieces) // 256)]
     stride = max(1, length(chosen) // SAMPLE)
-    sample = torch.cat([magnitude_bits(rows.row(i, *piece))[::stride] for piece in chosen]).sort().values
+    parts = [magnitude_bits(rows.row(i, *piece))[::stride].clone() for piece in chosen]  # not views of whole blocks
+    sample = torch.cat(parts).sort().values
     n, place = len(sample), (1 - fraction) * len(sample)
     margin = 0.01 * n + 8
     low, high = sample[max(0, int(place - margin))], sample[min(n - 1, int(place + margin))]
