@@ -64,8 +64,11 @@ class Transform(Protocol):
     `per_tensor`: one threshold for each tensor instead of one for the whole delta.
     """
 
-    density: float | None
-    per_tensor: bool
+    @property
+    def density(self) -> float | None: ...
+
+    @property
+    def per_tensor(self) -> bool: ...
 
     def apply(self, block: Tensor, model: int, name: str, start: int, threshold: float) -> Tensor:
         """The changed block, (m,), of the same dtype; the argument may be overwritten."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from deltafl.aggregators.task_arithmetic import TaskArithmetic
 from deltafl.aggregators.ties import Ties
@@ -27,8 +27,9 @@ class Drop:
 
     drop_rate: float
     seed: int
-    density: ClassVar[float | None] = None
-    per_tensor: ClassVar[bool] = False
+
+    density = None
+    per_tensor = False
 
     def apply(self, block: Tensor, model: int, name: str, start: int, threshold: float) -> Tensor:
         import numpy as np
