@@ -194,14 +194,14 @@ for line in sys.stdin:
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the system has no /proc")
 def test_memory_is_bounded_by_the_block_and_not_by_the_model(tmp_path: Path) -> None:
     lines = []
-    for size in (8, 48):
+    for size in (24, 64):
         draw = torch.Generator().manual_seed(size)
         weight = torch.rand(size * 256, 1024, generator=draw)
         for name in ("base", "m0", "m1"):
             moved = weight + 0.01 * torch.rand(weight.shape, generator=draw)
             save(tmp_path / str(size) / name, {"big.weight": moved}, config=CONFIG)
     for method in ("task_arithmetic", "ties"):
-        for size in (8, 48):
+        for size in (24, 64):
             base, m0, m1 = (str(tmp_path / str(size) / name) for name in ("base", "m0", "m1"))
             out = str(tmp_path / f"{method}-{size}")
             lines.append(f"merge --base {base} --models {m0} {m1} --out {out} --method {method} --quiet --threads 2\n")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deltafl.streaming import OnElements, Piece, chunks, ignore, in_order, length
 
-BINS = 1 << 20
+BINS = 1 << 19
 
 AT_ONCE = 1 << 20
 """Elements up to which magnitudes are held together and selected without a histogram."""
