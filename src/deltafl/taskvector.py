@@ -17,7 +17,7 @@ from deltafl.aggregators.fednova import FedNova
 from deltafl.aggregators.median import Median
 from deltafl.aggregators.task_arithmetic import TaskArithmetic
 from deltafl.align import align
-from deltafl.checkpoint import Difference, entries_of, open_tensors
+from deltafl.checkpoint import Checkpoint, Difference, entries_of, open_tensors
 from deltafl.errors import DeltaflError, shorten
 from deltafl.rules import Rule, Source
 from deltafl.tensors import Tensors, block_of, blocks, shape_of
@@ -29,7 +29,7 @@ M = TypeVar("M", bound=nn.Module)
 class TaskVector:
     """delta = tuned - base, a mapping name -> float tensor with the algebra of a vector space.
 
-    `tensors` is a dict, or, from checkpoints, a lazy mapping that reads when asked. No operation changes its operands.
+    `tensors` is a dict, or, from files, a lazy mapping that reads when asked. No operation changes its operands.
     Operands must hold the same tensors in the same shapes; anything else is an error that names them.
     """
 
@@ -40,6 +40,7 @@ class TaskVector:
     def from_checkpoints(cls, base: ModelLike, finetuned: ModelLike) -> "TaskVector":
         """tuned - base in float32, in the base's names. Each: a mapping, a module, a path or a hub id.
 
+        From two files it is read when asked; a model in memory may be trained further, so its difference is taken now.
         Heads and towers that only one of the two has are left out; any other difference raises DeltaflError.
         """
         ours, theirs = as_tensors(base), as_tensors(finetuned)
@@ -47,9 +48,12 @@ class TaskVector:
         if found.problems:
             raise DeltaflError(*found.problems)
         names = found.names["finetuned"]
-        return cls(Difference(ours, theirs, {n: names[n] for n in found.merged}, torch.float32))
+        delta = Difference(ours, theirs, {n: names[n] for n in found.merged}, torch.float32)
+        lazy = isinstance(ours, Checkpoint) and isinstance(theirs, Checkpoint)
+        return cls(delta if lazy else dict(delta))
 
-    def _combine(self, other: "TaskVector", sign: int) -> "TaskVector":
+    def _check_alike(self, other: "TaskVector") -> None:
+        """Raise DeltaflError unless the other one holds the same tensors in the same shapes."""
         if set(self.tensors) != set(other.tensors):
             raise DeltaflError(
                 f"task vectors differ in tensors: {shorten(sorted(set(self.tensors) ^ set(other.tensors)))}"
@@ -58,16 +62,19 @@ class TaskVector:
             a, b = shape_of(self.tensors, name), shape_of(other.tensors, name)
             if a != b:
                 raise DeltaflError(f'task vectors differ: tensor "{name}" is {a} and {b}')
+
+    def _combine(self, other: "TaskVector", sign: int) -> "TaskVector":
+        self._check_alike(other)
         return TaskVector({n: torch.add(t, other.tensors[n], alpha=sign) for n, t in self.tensors.items()})
 
     def __add__(self, other: "TaskVector") -> "TaskVector":
-        return self._combine(other, 1)
+        return self._combine(other, 1) if isinstance(other, TaskVector) else NotImplemented
 
     def __radd__(self, other: object) -> "TaskVector":
-        return self if other == 0 else NotImplemented
+        return self if isinstance(other, int) and other == 0 else NotImplemented  # what `sum` starts with
 
     def __sub__(self, other: "TaskVector") -> "TaskVector":
-        return self._combine(other, -1)
+        return self._combine(other, -1) if isinstance(other, TaskVector) else NotImplemented
 
     def __neg__(self) -> "TaskVector":
         return TaskVector({n: -t for n, t in self.tensors.items()})
@@ -87,6 +94,7 @@ class TaskVector:
 
     def dot(self, other: "TaskVector") -> float:
         """<self, other> over all tensors, summed in float64 block by block."""
+        self._check_alike(other)
         total = 0.0
         for name in self.tensors:
             for start, stop in blocks(torch.Size(shape_of(self.tensors, name)).numel()):
@@ -109,7 +117,12 @@ class TaskVector:
 
         Rounded once to each base tensor's dtype; tensors that the vector does not hold are the base's.
         """
-        stepped = Stepped(as_tensors(base), self.tensors, scaling_coef)
+        held = as_tensors(base)
+        stepped = Stepped(held, self.tensors, scaling_coef)
+        for name in self.tensors:
+            ours, theirs = shape_of(self.tensors, name), shape_of(held, name)
+            if ours != theirs:
+                raise DeltaflError(f'tensor "{name}" is {ours} in the task vector, {theirs} in the base')
         if not isinstance(base, nn.Module):
             return {name: stepped[name].clone() for name in stepped}
         applied = copy.deepcopy(base)
@@ -120,7 +133,11 @@ class TaskVector:
         """Write the tensors to one .safetensors file."""
         from safetensors.torch import save_file
 
-        save_file({n: t.contiguous() for n, t in self.tensors.items()}, path, metadata={"format": "pt"})
+        save_file(
+            {n: t.clone(memory_format=torch.contiguous_format) for n, t in self.tensors.items()},
+            path,
+            metadata={"format": "pt"},
+        )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "TaskVector":
@@ -138,8 +155,10 @@ def as_tensors(model: ModelLike) -> Tensors:
 def merge_vectors(
     task_vectors: Sequence[TaskVector], rule: Rule, sources: Sequence[Source] | None = None
 ) -> TaskVector:
-    """Any rule on task vectors, at mean scale."""
-    known = sources or [Source(f"task vector {i}") for i in range(len(task_vectors))]
+    """Any rule on task vectors, at mean scale. Raises DeltaflError unless there is one source for each."""
+    known = [Source(f"task vector {i}") for i in range(len(task_vectors))] if sources is None else sources
+    if len(known) != len(task_vectors):
+        raise DeltaflError(f"{len(known)} numbers for {len(task_vectors)} task vectors")
     return TaskVector(dict(Aggregate(rule, [Update(v.tensors, s) for v, s in zip(task_vectors, known, strict=True)])))
 
 
