@@ -1,0 +1,94 @@
+"""The scripts in examples/ and the files in configs/ do what they say, and a rule of one's own is held to the laws."""
+
+import re
+import runpy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from checkpoints import cli, make_world
+from deltafl.config import MergeRecipe, load_yaml, parse
+from deltafl.config_search import SearchRecipe
+from deltafl.experiments.quickstart import TASKS
+from deltafl.rules import RULES, load_rules
+from laws import laws
+from laws.worlds import make
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+def loaded(name: str, run_name: str = "example") -> dict[str, Any]:
+    return runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name=run_name)
+
+
+@pytest.fixture
+def own_rule() -> Iterator[Any]:
+    """The rule of examples/own_rule.py, registered for the length of a test."""
+    load_rules()
+    rule = loaded("own_rule")["EqualLength"]
+    yield rule
+    del RULES._entries["equal_length"]
+
+
+def test_every_example_is_tested_here():
+    assert [path.stem for path in EXAMPLES] == ["one_server_step", "own_rule", "task_vector_algebra"]
+
+
+def test_task_vectors_add_forget_and_carry_over():
+    results = loaded("task_vector_algebra")["main"]()
+    gain = {name: after - before for name, (before, after) in results.items()}
+    assert min(gain["addition, upside down"], gain["addition, mirrored"], gain["analogy"]) > 0.2
+    assert gain["negation, digit 3"] < -0.5
+    assert gain["negation, the others"] > -0.05
+
+
+def test_a_federated_round_is_a_merge(tmp_path):
+    assert loaded("one_server_step")["main"](tmp_path) is True
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert not torch.equal(merged["weight"], load_file(tmp_path / "base.safetensors")["weight"])
+
+
+def test_an_own_rule_runs_as_a_script(capsys):
+    try:
+        loaded("own_rule", "__main__")
+    finally:
+        RULES._entries.pop("equal_length", None)
+    assert capsys.readouterr().out == "weight [2.5, 2.5]\n"
+
+
+@pytest.mark.parametrize("law", laws.LAWS, ids=lambda law: law.__name__)
+def test_an_own_rule_keeps_the_laws(law, own_rule):
+    for rule in own_rule.examples():
+        for n, weights in ((3, None), (4, (1.0, 2.0, 1.0, 0.5))):
+            made = make(n, seed=n)
+            law(rule, type(made)(made.deltas, made.sources, weights))
+
+
+def test_an_own_rule_is_a_method_by_being_registered(own_rule, tmp_path):
+    done = cli(*make_world(tmp_path).args, "--method", "equal_length")
+    assert done.code == 0, done.err
+    assert "by equal_length" in done.out
+
+
+def test_an_own_rule_in_the_package_would_be_a_rule_like_the_others():
+    text = (ROOT / "examples" / "own_rule.py").read_text()
+    imported = re.findall(r"^from (deltafl\S*) import", text, re.MULTILINE)
+    assert imported == ["deltafl.rules"]
+
+
+def test_the_merge_recipe_is_read():
+    spec = parse(MergeRecipe, load_yaml(ROOT / "configs" / "merge-example.yaml")).spec()
+    assert [model.ref for model in spec.models] == [f"quickstart/models/{task.variant}" for task in TASKS]
+
+
+def test_the_search_recipe_is_read():
+    spec = parse(SearchRecipe, load_yaml(ROOT / "configs" / "search-digits.yaml")).spec()
+    assert [(entry.model.ref, entry.data) for entry in spec.models] == [
+        (f"quickstart/models/{task.variant}", f"digits:{task.variant}") for task in TASKS
+    ]
+    assert spec.merge.base == "quickstart/base"
