@@ -29,7 +29,7 @@ class SearchRecipe(Strict):
 
     base: str
     models: list[SearchEntry] = Field(min_length=1)
-    methods: list[str | dict[str, Any]] | None = None
+    methods: list[str | dict[str, Any]] | None = Field(None, min_length=1)
     scaling_coefs: list[float] = Field(list(LAMBDAS), min_length=1)
     grid: Literal["default", "paper"] = "default"
     metric: Literal["normalized", "absolute"] = "normalized"
@@ -63,10 +63,20 @@ class SearchRecipe(Strict):
             lambdas=tuple(self.scaling_coefs),
             native_scale=self.grid == "paper",
             metric=self.metric,
-            memory=parse_size(self.memory),
+            memory=_memory(self.memory),
             batch_size=self.batch_size,
             seed=self.seed,
         )
+
+
+def _memory(size: int | str) -> int:
+    """Bytes; 0: hold nothing, read again. Raises DeltaflError."""
+    if str(size).strip() == "0":
+        return 0
+    try:
+        return parse_size(size)
+    except DeltaflError as error:
+        raise DeltaflError(*(f"memory: {p.removeprefix('max_shard_size: ')}" for p in error.problems)) from None
 
 
 def _methods(entries: list[str | dict[str, Any]] | None) -> list[tuple[str, dict[str, Any]]]:

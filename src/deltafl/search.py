@@ -8,6 +8,7 @@ parameters they come from (most of a rho grid of FedGMA gives the same few updat
 import hashlib
 import itertools
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
@@ -15,10 +16,10 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from deltafl.aggregation import Aggregate, Rows, Stepped, Update, WeightsLike, as_weights, sum_scale
+from deltafl.aggregation import Aggregate, Rows, Stepped, Update, Weights, WeightsLike, as_weights, sum_scale
 from deltafl.errors import DeltaflError
 from deltafl.reductions import gram_matrix
-from deltafl.rules import Rule, build_rule
+from deltafl.rules import Rule, Source, build_rule, check_rule
 from deltafl.streaming import chunks, in_order
 from deltafl.tensors import Tensors, shape_of
 
@@ -86,9 +87,8 @@ class Row:
 
     @property
     def label(self) -> str:
-        """`fedgma rho=0.6 lambda=0.3`."""
-        return " ".join([self.method, *(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in
-                        self.params.items()), f"lambda={self.scaling_coef:g}"])  # fmt: skip
+        """`fedgma rho=0.6 lambda=0.3`, in full precision: no other candidate has it."""
+        return " ".join([self.method, *(f"{k}={v}" for k, v in self.params.items()), f"lambda={self.scaling_coef}"])
 
 
 @dataclass(frozen=True)
@@ -112,16 +112,35 @@ def grid_of(method: str, params: Mapping[str, Any], norms: Sequence[float]) -> l
     """All combinations of a method's parameters: a list is a grid; rho has the paper's grid where it is not given.
 
     fedgma: 0.1 .. 0.9; cclip: `NORM_LEVELS` values from the smallest to the largest norm, both included: the largest
-    clips nothing.
+    clips nothing. Raises DeltaflError if a list is empty.
     """
     given = dict(params)
     if method == "fedgma":
         given.setdefault("rho", list(RHOS))
     if method == "cclip" and given.get("unit", "absolute") == "absolute":
         low, high = min(norms), max(norms)
-        given.setdefault("rho", [low + (high - low) * i / (NORM_LEVELS - 1) for i in range(NORM_LEVELS)])
+        levels = [low + (high - low) * i / (NORM_LEVELS - 1) for i in range(NORM_LEVELS - 1)]
+        given.setdefault("rho", [*levels, high * (1 + 1e-12)])  # rounding must not clip the longest delta
+    for key, value in given.items():
+        if value == []:
+            raise DeltaflError(f"methods: {method}: {key} is an empty list; name at least one value")
     axes = [[(k, v) for v in (value if isinstance(value, list) else [value])] for k, value in given.items()]
     return [dict(point) for point in itertools.product(*axes)]
+
+
+def check_methods(
+    methods: Sequence[tuple[str, Mapping[str, Any]]], lambdas: Sequence[float], sources: Sequence[Source]
+) -> None:
+    """Raise DeltaflError with every reason why these methods and coefficients cannot be searched with these models."""
+    problems = [f"scaling_coefs: {value} is not a finite number" for value in lambdas if not math.isfinite(value)]
+    for method, params in methods:
+        try:
+            for point in grid_of(method, params, (1.0, 1.0)):
+                check_rule(build_rule(method, point), sources)
+        except DeltaflError as error:
+            problems += [p for p in error.problems if p not in problems]
+    if problems:
+        raise DeltaflError(*problems)
 
 
 def search(
@@ -140,8 +159,9 @@ def search(
     score / score of the task's own model; "absolute": mean score. Of equal values the first row wins.
 
     Raises:
-        DeltaflError: a method or parameter is unknown, or a single-task model scores 0 under "normalized".
+        DeltaflError: a method or parameter does not fit, or a single-task model scores 0 under "normalized".
     """
+    check_methods(methods, lambdas, [u.source for u in problem.updates])
     weights = as_weights(problem.weights, len(problem.updates))
     gram = gram_matrix(Rows(problem.updates, weights), problem.threads)
     norms = tuple(gram.diagonal().sqrt().tolist())
@@ -160,7 +180,7 @@ def search(
     base = judge(Row("base", {}, 0.0, 0.0), problem.base)
     rows = [base]
     on_row(base)
-    seen: dict[tuple[str, float], Row] = {}
+    seen: dict[tuple[str, tuple[float, ...]], Row] = {}
     for method, point, rule in plan:
         update, digest = materialize(
             Aggregate(rule, problem.updates, weights, threads=problem.threads), problem.threads
@@ -168,18 +188,30 @@ def search(
         for value in lambdas:
             coef = value / total if native_scale and rule.traits.native_scale == "mean" else value
             row = Row(method, point, coef, coef * total)
-            twin = seen.get((digest, coef)) if coef else base
+            bits = (digest, _factors(weights, coef))
+            twin = seen.get(bits) if coef else base
             if twin is None:
                 stepped = Stepped(problem.base, update, sum_scale(weights, coef))
                 row = judge(row, dict(stepped))
-                seen[digest, coef] = row
+                seen[bits] = row
             else:
                 row = replace(row, val=twin.val, value=twin.value, same_as=twin.label)
             rows.append(row)
             on_row(row)
-    best_of = {m: max((r for r in rows if r.method == m), key=lambda r: r.value) for m, _ in methods}
-    best = max(rows, key=lambda r: r.value)
+    best_of = {m: max((r for r in rows if r.method == m), key=_rank) for m, _ in methods}
+    best = max(rows, key=_rank)
     return SearchResult(best, tuple(rows), best_of, base, single, correct, norms, gram)
+
+
+def _rank(row: Row) -> float:
+    """The value; NaN (a model that overflows) is worse than anything."""
+    return -math.inf if math.isnan(row.value) else row.value
+
+
+def _factors(weights: Weights, scaling_coef: float) -> tuple[float, ...]:
+    """The float32 factors that a coefficient stands for: where they are equal, one update gives one model."""
+    totals = [sum(map(abs, row)) for row in (weights.default, *(row for _, row in weights.patterns))]
+    return tuple(torch.tensor([scaling_coef * total for total in totals], dtype=torch.float32).tolist())
 
 
 def _single_scores(problem: Problem, metric: Metric) -> dict[str, float]:
@@ -188,7 +220,7 @@ def _single_scores(problem: Problem, metric: Metric) -> dict[str, float]:
     for goal in problem.goals:
         problem.model.load(goal.single)
         single[goal.name] = float(goal.val(problem.model, torch.arange(len(goal.val))).double().mean())
-        if metric == "normalized" and single[goal.name] <= 0:
+        if metric == "normalized" and not single[goal.name] > 0:
             raise DeltaflError(
                 f'task "{goal.name}": its own model scores {single[goal.name]:g} on validation data, so scores cannot '
                 "be normalised by it; use metric: absolute, or check model, head and data"

@@ -25,7 +25,9 @@ from deltafl.search import (
     Problem,
     Row,
     SearchResult,
+    check_methods,
     curves,
+    grid_of,
     search,
     test_once,
     test_singles,
@@ -70,6 +72,7 @@ def run_search(
 ) -> dict[str, Any]:
     """Search, test once, merge the winner into OUT (if given); returns the result that report and tables are made of.
 
+    Where no candidate is better than the base, OUT is not written, and `best` in the result has method "base".
     on_row: told of every row, and of how many there will be at most. Raises DeltaflError before any work if names,
     heads, tasks or methods do not fit.
     """
@@ -77,6 +80,7 @@ def run_search(
     plan = plan_merge(
         replace(spec.merge, models=tuple(m.model for m in spec.models), method="task_arithmetic", params={})
     )
+    check_methods(spec.methods, spec.lambdas, plan.sources)
     encoder = load_encoder(spec.merge.base)
     tasks = [_task(entry, encoder, spec) for entry in spec.models]
     if len({t.name for t in tasks}) < len(tasks):
@@ -102,8 +106,6 @@ def run_search(
 
 def most_rows(spec: SearchSpec) -> int:
     """Rows of the whole grid, for a progress bar."""
-    from deltafl.search import grid_of
-
     return 1 + len(spec.lambdas) * sum(len(grid_of(m, p, (0.0, 1.0))) for m, p in spec.methods)
 
 
