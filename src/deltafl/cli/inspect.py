@@ -27,6 +27,9 @@ def inspect(recipe: str | None, out: str | None, overwrite: bool, quiet: bool, *
 
     plan = plan_merge(read_recipe(recipe, options).spec())
     if out is not None:
+        from deltafl.merge import refuse_inputs_as_output
+
+        refuse_inputs_as_output(plan, Path(out))
         check_output(out, overwrite=overwrite)
     read_ahead([f for layout in (plan.base, *plan.layouts.values()) for f in layout.files])
     from deltafl.inspection import inspect_models

@@ -27,11 +27,14 @@ def search(recipe: str, quiet: bool, **options: Any) -> None:
     from deltafl.config_search import SearchRecipe
     from deltafl.experiments.one_shot import run_search
     from deltafl.files import atomic_folder, check_output
+    from deltafl.merge import refuse_inputs_as_output
+    from deltafl.preflight import plan_merge
 
     held = parse(SearchRecipe, load_yaml(recipe) | {k: v for k, v in options.items() if v is not None})
-    if held.out is not None:
-        check_output(held.out, overwrite=held.overwrite)
     spec = held.spec()
+    if held.out is not None:
+        refuse_inputs_as_output(plan_merge(spec.merge), Path(held.out))
+        check_output(held.out, overwrite=held.overwrite)
     with progress_by_count("searching", quiet=quiet) as advance:
         if held.out is None:
             result = run_search(spec, None, on_row=lambda row, total: advance(total))
@@ -42,7 +45,10 @@ def search(recipe: str, quiet: bool, **options: Any) -> None:
     if not quiet:
         click.echo(results(result))
         if held.out is not None:
-            click.echo(f"merged model: {Path(held.out) / 'merged'}; report: {Path(held.out) / 'report.html'}")
+            merged = f"merged model: {Path(held.out) / 'merged'}"
+            kept = "no merged model: on validation data no candidate is better than the base"
+            click.echo(kept if result["best"]["method"] == "base" else merged)
+            click.echo(f"report: {Path(held.out) / 'report.html'}")
 
 
 def write_result(result: dict[str, Any], folder: Path, config: dict[str, Any], *, story: bool = False) -> None:
