@@ -3,12 +3,16 @@
 python examples/own_rule.py
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from deltafl.rules import NO_TRANSFORMS, RULES, Stats, Traits
+
+if TYPE_CHECKING:
+    from torch import Tensor  # rules do not import torch: the command line reads them all at its start
 
 
 @RULES.register("equal_length")
@@ -21,7 +25,7 @@ class EqualLength:
     needs_gram = True
 
     @classmethod
-    def examples(cls) -> "Iterable[EqualLength]":
+    def examples(cls) -> Iterable[EqualLength]:
         return (cls(),)
 
     def coefficients(self, stats: Stats, weights: Tensor) -> Tensor:

@@ -1,8 +1,10 @@
 """The scripts in examples/ and the files in configs/ do what they say, and a rule of one's own is held to the laws."""
 
+import inspect
 import re
 import runpy
 from collections.abc import Iterator
+from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from checkpoints import cli, make_world
-from deltafl.config import MergeRecipe, load_yaml, parse
-from deltafl.config_search import SearchRecipe
+from checkpoints import cli, make_world, save, toy, tuned
+from deltafl.config import MergeRecipe, ModelEntry, load_yaml, parse
+from deltafl.config_search import SearchEntry, SearchRecipe
 from deltafl.experiments.quickstart import TASKS
-from deltafl.rules import RULES, load_rules
+from deltafl.rules import RULES, load_rules, parameters
 from laws import laws
 from laws.worlds import make
 
@@ -92,3 +94,73 @@ def test_the_search_recipe_is_read():
         (f"quickstart/models/{task.variant}", f"digits:{task.variant}") for task in TASKS
     ]
     assert spec.merge.base == "quickstart/base"
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+def rows(page: str) -> list[list[str]]:
+    """The cells of every table line of a page."""
+    lines = [line for line in (ROOT / page).read_text().splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/python.md"])
+def test_the_snippets_run(page, tmp_path, monkeypatch):
+    base = toy()
+    save(tmp_path / "base", base)
+    for i, name in enumerate(("digits", "signs", "textures")):
+        save(tmp_path / name, tuned(base, i))
+    monkeypatch.chdir(tmp_path)
+    snippets = blocks(page, "python")
+    assert snippets
+    names: dict[str, Any] = {}
+    for snippet in snippets:
+        exec(snippet, names)
+    assert names["weights"].keys() == base.keys()
+
+
+def test_the_page_on_rules_shows_the_own_rule_as_it_is():
+    (shown,) = blocks("docs/rules.md", "python")
+    assert shown.strip() in (ROOT / "examples" / "own_rule.py").read_text()
+
+
+def test_the_page_on_recipes_shows_the_configurations_as_they_are():
+    assert blocks("docs/recipes.md", "yaml") == [
+        (ROOT / "configs" / name).read_text() for name in ("merge-example.yaml", "search-digits.yaml")
+    ]
+
+
+LETTERS = {"F": "fixed_point", "O": "odd", "C": "coordinate_symmetric", "P": "order_free"}
+
+
+def test_the_table_of_rules_is_that_of_the_registry():
+    table = {row[0].strip("`"): row for row in rows("docs/rules.md") if row[0].startswith("`")}
+    registry = load_rules()
+    assert sorted(table) == list(registry)
+    for name, (_, _, params, traits, paper, file) in table.items():
+        rule = registry[name]
+        told = dict(re.findall(r"`(\w+)`(?: \(([^)]*)\))?", params))
+        assert told.keys() == parameters(rule).keys(), name
+        for key, (_, default) in parameters(rule).items():
+            shown = "task_arithmetic" if key == "inner" else "" if default is MISSING else str(default)
+            assert told[key] == shown, (name, key)
+        assert file.strip("`") == rule.__module__.rsplit(".", 1)[1] + ".py"
+        assert paper in (inspect.getdoc(inspect.getmodule(rule)) or "")
+        if name != "dare":
+            promised = next(iter(rule.examples())).traits
+            letters = traits.split(";")[0].split()
+            assert letters[-1] == promised.native_scale, name
+            assert {t for letter, t in LETTERS.items() if getattr(promised, t)} == {LETTERS[x] for x in letters[:-1]}
+
+
+def test_the_tables_of_recipes_name_every_key_with_its_default():
+    merge, search = (ROOT / "docs" / "recipes.md").read_text().split("## deltafl search")
+    for text, kinds in ((merge, (MergeRecipe, ModelEntry)), (merge + search, (SearchRecipe, SearchEntry))):
+        for kind in kinds:
+            for key, field in kind.model_fields.items():
+                found = re.search(rf"^\| `(?:models\.)?{key}` \| ([^|]*) \|", text, re.MULTILINE)
+                assert found, key
+                if isinstance(field.default, str | bool) and field.default not in ("", None):
+                    assert found[1] == str(field.default).replace("True", "true").replace("False", "false"), key
