@@ -152,6 +152,11 @@ def advise(sources: Sequence[Source], norms: Sequence[float], cosine: Tensor, si
         said.append(f"Deltas point the same way (mean cosine {mean_cosine:.2f}): their mean is safe, server_lr near 1.")
     elif mean_cosine <= -0.1:
         said.append(f"Deltas oppose each other (mean cosine {mean_cosine:.2f}): expect losses from any merge.")
+    elif mean_cosine >= 0.2:
+        said.append(
+            f"Deltas share a part of their direction (mean cosine {mean_cosine:.2f}): "
+            f"search scaling_coef between 1/n = {1 / n:.2g} and 1."
+        )
     else:
         said.append(
             f"Deltas are close to orthogonal (mean cosine {mean_cosine:.2f}), as usual for different tasks: "
@@ -166,5 +171,6 @@ def advise(sources: Sequence[Source], norms: Sequence[float], cosine: Tensor, si
         odd = min(range(n), key=lambda i: apart[i])
         rest = sum(apart[i] for i in range(n) if i != odd) / (n - 1)
         if rest - apart[odd] > 0.3:
-            said.append(f"{sources[odd].name} points away from the others: median or multi_krum tolerate an outlier.")
+            robust = "median or multi_krum tolerate" if n >= 5 else "median tolerates"  # krum wants n >= 2f + 3
+            said.append(f"{sources[odd].name} points away from the others: {robust} an outlier.")
     return [*said, "These are guesses from geometry; validation data decides: deltafl search."]
