@@ -234,7 +234,7 @@ def test_mistake_the_unclipped_end_is_never_searched() -> None:
         found = search(make_problem(seed=seed), [("task_arithmetic", {}), ("cclip", {})], lambdas=[0.3])
         rhos = [r.params["rho"] for r in found.rows if r.method == "cclip"]
         assert (len(rhos), rhos[0], rhos[-1]) == (10, min(found.norms), pytest.approx(max(found.norms), rel=1e-11))
-            assert rhos[-1] >= max(found.norms)
+        assert rhos[-1] >= max(found.norms)
         assert found.rows[-1].same_as == "task_arithmetic lambda=0.3"
 
 
