@@ -100,7 +100,13 @@ def test_quiet_says_nothing(trained: Path, tmp_path: Path) -> None:
 
 def test_streaming_gives_the_same_candidates_as_memory(trained: Path, tmp_path: Path) -> None:
     for memory in (0, "8GB"):
-        succeed("search", recipe(trained, tmp_path, memory=memory), "--out", tmp_path / f"out{memory}", "--quiet")
+        succeed(
+            "search",
+            recipe(trained, tmp_path, methods=["fedgma"], memory=memory),
+            "--out",
+            tmp_path / f"out{memory}",
+            "--quiet",
+        )
     rows = [read_rows(tmp_path / f"out{memory}" / "record.jsonl") for memory in (0, "8GB")]
     assert rows[0] == rows[1]
     weights = [(tmp_path / f"out{memory}" / "merged/model.safetensors").read_bytes() for memory in (0, "8GB")]
@@ -227,12 +233,12 @@ def test_every_mistake_is_told_at_once(trained: Path, tmp_path: Path) -> None:
 
 
 def test_an_existing_output_is_refused_and_replaced_whole_with_overwrite(trained: Path, tmp_path: Path) -> None:
-    out, file = tmp_path / "out", recipe(trained, tmp_path, methods=["median"])
+    out, file = tmp_path / "out", recipe(trained, tmp_path, methods=["median"], scaling_coefs=[0.3])
     succeed("search", file, "--out", out)
     assert refusal(tmp_path, "search", file, "--out", out).startswith(f'"{out}" exists')
-    (out / "merged/notes.txt").write_text("old")
+    (out / "notes.txt").write_text("old")
     succeed("search", file, "--out", out, "--overwrite")
-    assert not (out / "merged/notes.txt").exists()
+    assert not (out / "notes.txt").exists()
 
 
 def test_an_output_that_is_an_input_is_refused(trained: Path, tmp_path: Path) -> None:
