@@ -15,7 +15,7 @@ help:
 	@sed -n 's/^# //p' Makefile
 
 quickstart: $(VENV)/installed
-	$(BIN)/deltafl quickstart
+	$(BIN)/deltafl quickstart --overwrite
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from checkpoints import load, refusal, succeed
-from deltafl.align import align, canonical, match
+from deltafl.align import align
 from deltafl.layout import Entry
+from deltafl.naming import canonical, match
 
 SIZES = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
 IMAGE = {"image_size": 8, "patch_size": 4}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deltafl.aggregation import Rows
-from deltafl.align import canonical
+from deltafl.naming import canonical
 from deltafl.opening import Opened, large_deltas
 from deltafl.preflight import Plan, read_training
 from deltafl.rules import Source

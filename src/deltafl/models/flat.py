@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from deltafl.align import match
 from deltafl.errors import DeltaflError, shorten
 from deltafl.models.encoder import LoadedEncoder
+from deltafl.naming import match
 from deltafl.tensors import Tensors, shape_of
 
 
