@@ -23,7 +23,8 @@ from deltafl.preflight import MergeSpec, Model
 
 VARIANTS = ("mirrored", "thick")
 METHODS: tuple[tuple[str, Mapping[str, Any]], ...] = (
-    ("task_arithmetic", {}), ("fednova", {}), ("fedgma", {"rho": [0.4, 1.0]}), ("median", {}), ("cclip", {"unit": "quantile", "rho": [0.5, 1.0]}),
+    ("task_arithmetic", {}), ("fednova", {}), ("fedgma", {"rho": [0.4, 1.0]}), ("median", {}),
+    ("cclip", {"unit": "quantile", "rho": [0.5, 1.0]}),
 )  # fmt: skip
 
 
