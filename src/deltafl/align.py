@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from typing import Protocol
 
 from deltafl.errors import DeltaflError, shorten
-from deltafl.naming import match
+from deltafl.naming import canonical, match
 
 HEADS = frozenset((
     "classifier", "cls", "fc", "head", "heads", "lm_head", "logit_bias", "logit_scale", "pooler", "predictions",
