@@ -63,7 +63,6 @@ def test_an_existing_output_is_refused(world: World) -> None:
     assert "exists" in refusal(world.root, *args(world), "--out", world.out)
 
 
-@pytest.mark.xfail(strict=True, reason="files.MARKS does not know inspect.json")
 def test_overwrite_replaces_an_earlier_report(world: World) -> None:
     succeed(*args(world), "--out", world.out)
     (world.out / "figure.png").write_bytes(b"old")

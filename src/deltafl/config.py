@@ -3,7 +3,7 @@
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -220,7 +220,12 @@ _BRANCHES = ("str", "int", "ModelEntry")
 
 
 def _siblings(kind: type[BaseModel], keys: list[str]) -> set[str]:
-    return set(ModelEntry.model_fields) if keys[0] == "models" and len(keys) > 1 else set(kind.model_fields)
+    """The keys that may stand where an unknown one was found."""
+    if keys[0] != "models" or len(keys) == 1:
+        return set(kind.model_fields)
+    entry = get_args(kind.model_fields["models"].annotation)[0]
+    kinds = [k for k in (entry, *get_args(entry)) if isinstance(k, type) and issubclass(k, BaseModel)]
+    return {name for k in kinds for name in k.model_fields}
 
 
 def _said(item: Any) -> str:

@@ -41,7 +41,7 @@ class SearchRecipe(Strict):
     threads: int = Field(0, ge=0)
     memory: int | str = "8GB"
     batch_size: int = Field(256, ge=1)
-    seed: int = 0
+    seed: int | None = None
     allow_other_base: bool = False
     out: str | None = None
     overwrite: bool = False

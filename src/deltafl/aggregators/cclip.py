@@ -52,6 +52,6 @@ class CClip:
         for _ in range(self.iterations):
             squares = gram.diagonal() - 2 * (gram @ centre) + centre @ gram @ centre
             norms = squares.clamp_min(0).sqrt()
-            factors = weights * (radius / norms).nan_to_num(nan=1.0, posinf=1.0).clamp_max(1.0)
+            factors = weights * ((norms * 0 + radius) / norms).nan_to_num(nan=1.0, posinf=1.0).clamp_max(1.0)
             centre = centre * (1 - factors.sum()) + factors
         return centre

@@ -15,7 +15,7 @@ from deltafl.cli.options import progress_by_count, table
 @click.option("--grid", type=click.Choice(["default", "paper"]), help="Convention of the coefficients (see docs).")
 @click.option("--metric", type=click.Choice(["normalized", "absolute"]), help="Default: normalized.")
 @click.option("--device", help="cpu (default) or cuda.")
-@click.option("--seed", type=int, help="Of the validation splits. Default: 0.")
+@click.option("--seed", type=int, help="Of the validation splits. Default: the one that each model was trained with.")
 @click.option("--quiet", is_flag=True, help="No progress, no table.")
 def search(recipe: str, quiet: bool, **options: Any) -> None:
     """Choose method and coefficients on validation data, test once, write the merged model.

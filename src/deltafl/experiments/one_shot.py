@@ -52,7 +52,7 @@ class SearchSpec:
     """Everything that decides a search. `merge`: base, scope, weights and the like; its method is what wins.
 
     methods: (name, parameters; a list is a grid). memory: bytes up to which checkpoints are held rather than read
-    again. seed: of the validation split.
+    again. seed: of the validation splits, None: the one that each model was trained with.
     """
 
     merge: MergeSpec
@@ -63,7 +63,7 @@ class SearchSpec:
     metric: Metric = "normalized"
     memory: int = 8_000_000_000
     batch_size: int = 256
-    seed: int = 0
+    seed: int | None = None
     cache_dir: Path | None = None
 
 
@@ -82,7 +82,7 @@ def run_search(
     )
     check_methods(spec.methods, spec.lambdas, plan.sources)
     encoder = load_encoder(spec.merge.base)
-    tasks = [_task(entry, encoder, spec) for entry in spec.models]
+    tasks = [_task(entry, plan, encoder, spec) for entry in spec.models]
     if len({t.name for t in tasks}) < len(tasks):
         raise DeltaflError("two models have one task; a search wants one model for each task")
     with open_updates(plan, spec.memory) as opened:
@@ -109,10 +109,13 @@ def most_rows(spec: SearchSpec) -> int:
     return 1 + len(spec.lambdas) * sum(len(grid_of(m, p, (0.0, 1.0))) for m, p in spec.methods)
 
 
-def _task(entry: TaskModel, encoder: LoadedEncoder, spec: SearchSpec) -> Task:
-    given = encoder.input
+def _task(entry: TaskModel, plan: Plan, encoder: LoadedEncoder, spec: SearchSpec) -> Task:
+    """The task of a model, with the validation split that its training held out, unless the spec says otherwise."""
+    given, seed = encoder.input, spec.seed
+    if seed is None:
+        seed = int(read_training(plan.layouts[entry.model.name]).get("seed") or 0)
     return load_task(
-        entry.data, image_size=given.image_size, channels=given.channels, seed=spec.seed, cache_dir=spec.cache_dir
+        entry.data, image_size=given.image_size, channels=given.channels, seed=seed, cache_dir=spec.cache_dir
     )
 
 
