@@ -26,6 +26,7 @@ from checkpoints import (
     toy,
     tuned,
 )  # fmt: skip
+from deltafl.cli.options import as_bytes
 from deltafl.layout import fingerprint, read_layout
 
 
@@ -127,7 +128,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(world: World) -> None:
     elements = sum(t.numel() for t in world.base.values() if t.is_floating_point())
     assert f"5 merged ({elements:,} elements)" in outcome.out
     assert f"read: {2 * sum(held) / 1e6:.1f} MB in 2 passes over 3 checkpoints" in outcome.out
-    assert f"write: {sum(t.nbytes for t in world.base.values()) / 1e3:.1f} kB" in outcome.out
+    assert f"write: {as_bytes(sum(t.nbytes for t in world.base.values()))}" in outcome.out
     assert "memory: about" in outcome.out
     assert not outcome.err
 

@@ -194,14 +194,14 @@ for line in sys.stdin:
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the system has no /proc")
 def test_memory_is_bounded_by_the_block_and_not_by_the_model(tmp_path: Path) -> None:
     lines = []
-    for size in (24, 64):
+    for size in (64, 192):
         draw = torch.Generator().manual_seed(size)
         weight = torch.rand(size * 256, 1024, generator=draw)
         for name in ("base", "m0", "m1"):
             moved = weight + 0.01 * torch.rand(weight.shape, generator=draw)
             save(tmp_path / str(size) / name, {"big.weight": moved}, config=CONFIG)
     for method in ("task_arithmetic", "ties"):
-        for size in (24, 64):
+        for size in (64, 192):
             base, m0, m1 = (str(tmp_path / str(size) / name) for name in ("base", "m0", "m1"))
             out = str(tmp_path / f"{method}-{size}")
             lines.append(f"merge --base {base} --models {m0} {m1} --out {out} --method {method} --quiet --threads 2\n")
@@ -210,7 +210,7 @@ def test_memory_is_bounded_by_the_block_and_not_by_the_model(tmp_path: Path) -> 
     told = [[int(x) for x in line.split()] for line in done.stdout.splitlines()]
     for (before, small), (_, large) in (told[:2], told[2:]):
         assert 0 < small - before < 256 * 2**20
-        assert large - small < 24 * 2**20  # a copy of one model would be 40 MB more
+        assert large - small < 32 * 2**20  # a copy of one model would be 128 MB more
 
 
 def test_tied_tensors_are_compared_by_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from deltafl.errors import DeltaflError, shorten
 from deltafl.reductions import gram_matrix, magnitude_thresholds
 from deltafl.rules import LinearRule, Rule, Source, Stats, Transform, check_rule, core_of
 from deltafl.streaming import OnElements, ignore
-from deltafl.tensors import Tensors, block_of, blocks, dtype_of, round_once, shape_of
+from deltafl.tensors import Tensors, block_of, blocks, device_of, dtype_of, read_into, round_once, shape_of
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,12 @@ class Rows:
     dtype: torch.dtype = torch.float32
     transforms: tuple[tuple[Transform, Mapping[str, Sequence[float]] | None], ...] = ()
     names: tuple[str, ...] = field(init=False)
+    device: torch.device = field(init=False)
 
     def __post_init__(self) -> None:
         first = self.updates[0]
         self.names = tuple(first.delta)
+        self.device = device_of(first.delta, self.names[0]) if self.names else torch.device("cpu")
         problems = []
         for update in self.updates[1:]:
             if set(update.delta) != set(first.delta):
@@ -102,16 +104,26 @@ class Rows:
         delta = self.updates[i].delta
         block = block_of(delta, name, start, stop)
         block = block.to(self.dtype, copy=not getattr(delta, "fresh_blocks", False))
-        if self.weights.of(name)[i] < 0:
-            block.neg_()
-        for transform, thresholds in self.transforms:
-            threshold = thresholds[name][i] if thresholds else 0.0
-            block = transform.apply(block, i, name, start, threshold)
-        return block
+        return self._transformed(block, i, name, start)
 
     def block(self, name: str, start: int, stop: int) -> Tensor:
         """All deltas, (n, stop - start)."""
-        return torch.stack([self.row(i, name, start, stop) for i in range(len(self.updates))])
+        block = torch.empty((len(self.updates), stop - start), dtype=self.dtype, device=self.device)
+        for i, (update, row) in enumerate(zip(self.updates, block.unbind(), strict=True)):
+            read_into(update.delta, name, start, stop, row)
+            transformed = self._transformed(row, i, name, start)
+            if transformed is not row:
+                row.copy_(transformed)
+        return block
+
+    def _transformed(self, row: Tensor, i: int, name: str, start: int) -> Tensor:
+        """Delta i from element `start` on, signed and transformed; `row` may be overwritten."""
+        if self.weights.of(name)[i] < 0:
+            row.neg_()
+        for transform, thresholds in self.transforms:
+            threshold = thresholds[name][i] if thresholds else 0.0
+            row = transform.apply(row, i, name, start, threshold)
+        return row
 
     def refuse_nonfinite(self, name: str, start: int, stop: int) -> None:
         """Raise DeltaflError that names tensor and model if a delta has NaN or Inf in this block."""
@@ -160,6 +172,7 @@ class Aggregate(Mapping[str, Tensor]):
         self._rows = rows
         self._known = frozenset(rows.names)
         self._stats = Stats(sources)
+        self._is_linear = isinstance(self._core, LinearRule)  # asked once: a protocol's answer takes long
         if isinstance(self._core, LinearRule):
             if self._core.needs_gram:
                 self._stats = Stats(sources, gram_matrix(rows, threads, on_elements))
@@ -192,13 +205,13 @@ class Aggregate(Mapping[str, Tensor]):
         weights = self.weights.of(name)
         if not any(weights):
             return torch.zeros(stop - start, dtype=self._rows.dtype)
-        if isinstance(self._core, LinearRule):
+        if self._is_linear:
             total = self._combination(self._linear(weights), name, start, stop)
             checked = total.sum()
         else:
             stack = self._rows.block(name, start, stop)
             checked = stack.sum()
-            total = self._core.combine(stack, shares(weights))
+            total = self._core.combine(stack, shares(weights))  # type: ignore[union-attr]
         if not math.isfinite(checked):
             self._rows.refuse_nonfinite(name, start, stop)
         return total
@@ -206,14 +219,13 @@ class Aggregate(Mapping[str, Tensor]):
     def _combination(self, coefficients: Sequence[float], name: str, start: int, stop: int) -> Tensor:
         """sum_i c_i delta_i, in the order of the models; equal coefficients multiply the sum, once."""
         equal = len(set(coefficients)) == 1
-        total = None
-        for i, coefficient in enumerate(coefficients):
-            row = self._rows.row(i, name, start, stop)
+        rows = self._rows.block(name, start, stop).unbind()
+        for row, coefficient in zip(rows, coefficients, strict=True):
             if not equal:
                 row.mul_(coefficient)
-            total = row if total is None else total.add_(row)
-        assert total is not None
-        return total.mul_(coefficients[0]) if equal else total
+            if row is not rows[0]:
+                rows[0].add_(row)
+        return rows[0].mul_(coefficients[0]) if equal else rows[0]
 
     def _linear(self, weights: tuple[float, ...]) -> tuple[float, ...]:
         if weights not in self._coefficients:
@@ -282,7 +294,9 @@ class Stepped(Mapping[str, Tensor]):
         """The new model's flat elements [start, stop) of one tensor."""
         if not self._moves(name):
             return block_of(self._base, name, start, stop).to(self.dtype(name))
-        update = block_of(self._update, name, start, stop) * self._scale(name)
+        update = block_of(self._update, name, start, stop)
+        fresh = getattr(self._update, "fresh_blocks", False)
+        update = update.mul_(self._scale(name)) if fresh else update * self._scale(name)
         return round_once(update.add_(block_of(self._working, name, start, stop).to(update)), self.dtype(name))
 
 

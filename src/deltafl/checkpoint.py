@@ -13,8 +13,8 @@ from torch import Tensor
 
 from deltafl import layout as layouts
 from deltafl.errors import DeltaflError
-from deltafl.layout import Entry, Layout
-from deltafl.tensors import Tensors, block_of, shape_of
+from deltafl.layout import SIZES, Entry, Layout
+from deltafl.tensors import Tensors, block_of, device_of, read_into, shape_of
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -37,6 +37,7 @@ class Checkpoint(Mapping[str, Tensor]):
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self._files: dict[Path, int] = {}
+        self._local = threading.local()
         for file in layout.files:
             self._files[file] = os.open(file, os.O_RDONLY)
 
@@ -64,16 +65,29 @@ class Checkpoint(Mapping[str, Tensor]):
     def block(self, name: str, start: int, stop: int) -> Tensor:
         """Flat elements [start, stop). Raises DeltaflError if the file is shorter than its header said."""
         entry = self.layout.entries[name]
-        dtype = DTYPES[entry.dtype]
-        values = torch.empty(stop - start, dtype=dtype)
-        into = memoryview(values.view(torch.uint8).numpy())  # type: ignore[arg-type]
-        at, done = entry.start + start * dtype.itemsize, 0
-        while done < len(into):
-            count = os.preadv(self._files[entry.file], [into[done:]], at + done)
+        values = torch.empty(stop - start, dtype=DTYPES[entry.dtype])
+        self._read(name, entry, start, memoryview(values.view(torch.uint8).numpy()))  # type: ignore[arg-type]
+        return values
+
+    def read_into(self, name: str, start: int, stop: int, out: Tensor) -> None:
+        """Write flat elements [start, stop) into `out`, in its dtype; each thread reads into one buffer of its own."""
+        entry = self.layout.entries[name]
+        size = SIZES[entry.dtype] * (stop - start)
+        held = getattr(self._local, "buffer", None)
+        if held is None or len(held) < size:
+            held = self._local.buffer = torch.empty(size, dtype=torch.uint8)
+            self._local.view = memoryview(held.numpy())  # type: ignore[arg-type]
+        self._read(name, entry, start, self._local.view[:size])
+        out.copy_(held[:size].view(DTYPES[entry.dtype]))
+
+    def _read(self, name: str, entry: Entry, start: int, into: memoryview) -> None:
+        """Fill `into` from element `start` on. Raises DeltaflError if the file is shorter than its header said."""
+        at = entry.start + start * SIZES[entry.dtype]
+        while len(into):
+            count = os.preadv(self._files[entry.file], [into], at)
             if not count:
                 raise DeltaflError(f'"{entry.file}": ended while tensor "{name}" was read; was it changed meanwhile?')
-            done += count
-        return values
+            into, at = into[count:], at + count
 
     def close(self) -> None:
         """Close the files."""
@@ -145,7 +159,8 @@ class Latest(Mapping[str, Tensor]):
     """
 
     def __init__(self, tensors: Tensors, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
-        self._tensors, self._dtype, self._device, self._local = tensors, dtype, device, threading.local()
+        self._tensors, self._dtype, self._local = tensors, dtype, threading.local()
+        self.device = torch.device(device)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -171,7 +186,7 @@ class Latest(Mapping[str, Tensor]):
         """Flat elements [start, stop) in `dtype`; not to be overwritten."""
         key = (name, start, stop)
         if getattr(self._local, "key", None) != key:
-            self._local.block = block_of(self._tensors, name, start, stop).to(self._device, self._dtype)
+            self._local.block = block_of(self._tensors, name, start, stop).to(self.device, self._dtype)
             self._local.key = key
         return self._local.block
 
@@ -186,6 +201,7 @@ class Difference(Mapping[str, Tensor]):
 
     def __init__(self, base: Tensors, tuned: Tensors, names: Mapping[str, str], dtype: torch.dtype) -> None:
         self._base, self._tuned, self._names, self._dtype = base, tuned, names, dtype
+        self.device = device_of(base, next(iter(names))) if names else torch.device("cpu")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -214,3 +230,11 @@ class Difference(Mapping[str, Tensor]):
         tuned = block_of(self._tuned, self._names[name], start, stop)
         fresh = getattr(self._tuned, "fresh_blocks", False)
         return tuned.to(base.device, self._dtype, copy=not fresh).sub_(base)
+
+    def read_into(self, name: str, start: int, stop: int, out: Tensor) -> None:
+        """Write flat elements [start, stop) of tuned - base into `out`."""
+        if out.dtype != self._dtype:
+            out.copy_(self.block(name, start, stop))
+            return
+        read_into(self._tuned, self._names[name], start, stop, out)
+        out.sub_(block_of(self._base, name, start, stop).to(out))

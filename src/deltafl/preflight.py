@@ -138,7 +138,7 @@ def _plan(
     width = SIZES.get(spec.dtype or "", 0)
     written = sum(e.numel * (width if width and e.floating else SIZES[e.dtype]) for e in entries.values())
     threads = spec.threads or min(8, os.cpu_count() or 1)
-    block = (8 if spec.exact else 4) << 16
+    block = (8 if spec.exact else 4) << 18
     return Plan(
         spec=spec,
         rule=rule,

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from deltafl.streaming import OnElements, Piece, chunks, ignore, in_order, length
 
-BINS = 1 << 19
+BINS = 1 << 21
+"""Bins of a histogram at most; only those that count something take memory."""
 
 AT_ONCE = 1 << 20
 """Elements up to which magnitudes are held together and selected without a histogram."""
@@ -105,8 +106,9 @@ def kth_magnitudes(
 
         def count(group: list[Piece], pending: list[tuple[int, Search]] = pending) -> None:
             for piece in group:
+                bits = magnitude_bits(rows.block(*piece)).cpu().numpy()
                 for i, search in pending:
-                    search.count(magnitude_bits(rows.row(i, *piece)).cpu().numpy())
+                    search.count(bits[i])
 
         for group, _ in zip(groups, in_order(count, groups, threads), strict=True):
             told(n * length(group))
@@ -141,18 +143,19 @@ class Search:
 
     def count(self, bits: "np.ndarray[Any, np.dtype[np.int32]]") -> None:
         """Count a block; `bits` is overwritten."""
-        above = np.count_nonzero(bits >= self._high)
+        above = int(np.count_nonzero(bits >= self._high))
         bits -= np.int32(self._low)
         offsets = bits.view(np.uint32)
-        inside = offsets[np.flatnonzero(offsets < self._high - self._low)]
+        inside = select(offsets, self._high - self._low)
         with self._lock:
             self._above += above
             np.add.at(self._bins, (inside >> self._shift).astype(np.intp), 1)
 
     def narrow(self, k: int) -> None:
         """After a pass: the result, or a smaller (if the guess was wrong, another) range for the next one."""
-        reached = self._above + self._bins[::-1].cumsum()
-        place = int(np.searchsorted(reached, k))
+        reached = self._bins[::-1]
+        np.cumsum(reached, out=reached)
+        place = int(np.searchsorted(reached, k - self._above))
         if self._above >= k:
             self._begin(self._high, INFINITY_BITS + 1)
         elif place == len(reached):
@@ -160,12 +163,21 @@ class Search:
         else:
             start = self._low + ((len(reached) - 1 - place) << self._shift)
             if self._shift == 0:
-                self.found = float_of(start), int(reached[place])
+                self.found = float_of(start), int(self._above + reached[place])
+                del self._bins
             else:
                 self._begin(start, min(self._high, start + (1 << self._shift)))
 
 
 INFINITY_BITS = 0x7F800000
+
+
+def select(values: "np.ndarray[Any, np.dtype[np.uint32]]", limit: int) -> "np.ndarray[Any, np.dtype[np.uint32]]":
+    """The values below `limit`, where they are few: eight are passed over at a time."""
+    whole = len(values) // 8 * 8
+    found = np.flatnonzero((values[:whole] < limit).view(np.uint64))
+    near = np.concatenate([values[:whole].reshape(-1, 8)[found].ravel(), values[whole:]])
+    return near[near < limit]
 
 
 def magnitude_bits(row: Tensor) -> Tensor:
@@ -186,8 +198,13 @@ def sampled_range(rows: BlockRows, i: int, groups: Sequence[list[Piece]], fracti
     pieces = [piece for group in groups for piece in group]
     chosen = pieces[:: max(1, len(pieces) // 256)]
     stride = max(1, length(chosen) // SAMPLE)
-    parts = [magnitude_bits(rows.row(i, *piece))[::stride].clone() for piece in chosen]  # not views of whole blocks
-    sample = torch.cat(parts).sort().values
+    sample = torch.empty(sum(-(-(stop - start) // stride) for _, start, stop in chosen), dtype=torch.int32)
+    at = 0
+    for piece in chosen:  # into one tensor: small ones between the blocks would break the freed memory into pieces
+        part = magnitude_bits(rows.row(i, *piece))[::stride]
+        sample[at : at + len(part)] = part
+        at += len(part)
+    sample = sample.sort().values
     n, place = len(sample), (1 - fraction) * len(sample)
     margin = 0.01 * n + 8
     low, high = sample[max(0, int(place - margin))], sample[min(n - 1, int(place + margin))]

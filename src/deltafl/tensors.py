@@ -14,8 +14,8 @@ from torch import Tensor
 
 Tensors: TypeAlias = Mapping[str, Tensor]
 
-BLOCK = 1 << 16
-"""Elements in one block: four float32 rows of it fit a core's second-level cache."""
+BLOCK = 1 << 18
+"""Elements in one block: few enough for the caches, enough that the calls for one cost little beside its arithmetic."""
 
 
 class Blocked(Protocol):
@@ -40,9 +40,22 @@ def block_of(tensors: Tensors, name: str, start: int, stop: int) -> Tensor:
     return tensors[name].detach().reshape(-1)[start:stop]
 
 
+def read_into(tensors: Tensors, name: str, start: int, stop: int, out: Tensor) -> None:
+    """Write flat elements [start, stop) of one tensor, in the dtype of `out`, into `out`, (stop - start,)."""
+    if hasattr(tensors, "read_into"):
+        tensors.read_into(name, start, stop, out)  # type: ignore[attr-defined]
+    else:
+        out.copy_(block_of(tensors, name, start, stop))
+
+
 def shape_of(tensors: Tensors, name: str) -> tuple[int, ...]:
     """Shape of one tensor, without reading it where the mapping is lazy."""
     return tensors.shape(name) if is_blocked(tensors) else tuple(tensors[name].shape)
+
+
+def device_of(tensors: Tensors, name: str) -> torch.device:
+    """Device of one tensor's blocks, without reading it where the mapping is lazy; a lazy one says if it is no CPU."""
+    return getattr(tensors, "device", torch.device("cpu")) if is_blocked(tensors) else tensors[name].device
 
 
 def numel_of(tensors: Tensors, name: str) -> int:

@@ -16,8 +16,8 @@ def weighted_sum(rows: Tensor | Sequence[Tensor], weights: Sequence[float]) -> T
     weights multiply the sum, once.
     """
     if len(set(weights)) == 1:
-        total = rows[0].clone()
-        for row in rows[1:]:
+        total = rows[0] + rows[1] if len(weights) > 1 else rows[0].clone()
+        for row in rows[2:]:
             total += row
         return total if weights[0] == 1 else total.mul_(weights[0])
     total = rows[0] * weights[0]
