@@ -181,3 +181,16 @@ def test_the_report_holds_what_the_rule_found():
     kept = Aggregate(Ties(0.5), world.updates).report["kept_fraction"]
     # 35 + 33 + 1 elements, and round(69 / 2) = 34 (to even) of them are kept.
     assert kept == {f"model{i}": 34 / 69 for i in range(4)}
+
+
+def test_a_float64_base_keeps_its_precision() -> None:
+    base = {"w": torch.tensor([0.1, 1 / 3], dtype=torch.float64)}
+    update = Update({"w": torch.tensor([1.0, 2.0])}, Source("m"))
+    stepped = dict(step(base, [update], TaskArithmetic(), server_lr=0.0))
+    assert torch.equal(stepped["w"], base["w"])
+
+
+def test_a_result_that_overflows_float16_is_refused() -> None:
+    update = Update({"w": torch.tensor([1e5])}, Source("m"))
+    with pytest.raises(DeltaflError, match="do not fit into float16"):
+        dict(step({"w": torch.tensor([1.0], dtype=torch.float16)}, [update], TaskArithmetic()))

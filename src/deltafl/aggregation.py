@@ -297,7 +297,15 @@ class Stepped(Mapping[str, Tensor]):
         update = block_of(self._update, name, start, stop)
         fresh = getattr(self._update, "fresh_blocks", False)
         update = update.mul_(self._scale(name)) if fresh else update * self._scale(name)
-        return round_once(update.add_(block_of(self._working, name, start, stop).to(update)), self.dtype(name))
+        base = block_of(self._working, name, start, stop).to(update.device)
+        update = update.to(torch.promote_types(update.dtype, base.dtype))
+        rounded = round_once(update.add_(base), self.dtype(name))
+        if rounded.dtype == torch.float16 and not torch.isfinite(rounded).all():
+            raise DeltaflError(
+                f'tensor "{name}": the merged values do not fit into float16; '
+                "choose --dtype float32 or bfloat16, or a smaller coefficient"
+            )
+        return rounded
 
 
 def sum_scale(weights: Weights, scaling_coef: float) -> Callable[[str], float]:

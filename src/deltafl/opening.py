@@ -33,7 +33,9 @@ def open_updates(plan: Plan, memory: int = 0) -> Iterator[Opened]:
 
     Raises DeltaflError if a tied tensor does not equal its twin.
     """
-    spec, dtype = plan.spec, torch.float64 if plan.spec.exact else torch.float32
+    spec = plan.spec
+    wide = spec.exact or any(e.dtype == "F64" for e in plan.base.entries.values())
+    dtype = torch.float64 if wide else torch.float32
     if spec.device != "cpu" and not torch.cuda.is_available():
         raise DeltaflError(f"--device {spec.device}: torch finds no GPU here; use --device cpu")
     in_memory = plan.base.num_bytes + sum(layout.num_bytes for layout in plan.layouts.values()) <= memory

@@ -1,0 +1,109 @@
+"""What is compared: the I/O floor, every rule of deltafl, and what mergekit has."""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).parent
+SCALING_COEF = 0.3
+PARAMETERS = {
+    "task_arithmetic": [],
+    "fedavg": ["--num-examples", "1000", "2000", "3000", "4000"],
+    "fednova": ["--num-steps", "1000", "2000", "3000", "4000"],
+    "fedgma": ["--rho", "0.6"],
+    "median": [],
+    "trimmed_mean": [],
+    "cclip": ["--rho", "0.5", "--unit", "quantile"],
+    "geometric_median": [],
+    "krum": [],
+    "multi_krum": [],
+    "ties": [],
+    "dare": ["--drop-rate", "0.5"],
+}
+MERGEKIT = {
+    "linear": {"weight": 1.0},
+    "task_arithmetic": {"weight": SCALING_COEF},
+    "ties": {"weight": SCALING_COEF, "density": 0.2},
+    "dare_linear": {"weight": SCALING_COEF, "density": 0.5},
+    "dare_ties": {"weight": SCALING_COEF, "density": 0.5},
+}
+MERGEKIT_FLAGS = ["--lazy-unpickle", "--no-copy-tokenizer", "--no-write-model-card", "--quiet", "--no-cuda"]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """`command` makes the command line that writes the folder (the floor: the file) it is given."""
+
+    group: str
+    name: str
+    command: Callable[[Path], list[str]]
+    slow: bool = False
+
+
+@dataclass(frozen=True)
+class World:
+    """The models of one run, and where scratch files go."""
+
+    base: Path
+    tuned: list[Path]
+    work: Path
+
+    @property
+    def files(self) -> list[Path]:
+        return [folder / "model.safetensors" for folder in (self.base, *self.tuned)]
+
+
+def floor(world: World, *, sync: bool) -> Contender:
+    flag = ["--fsync"] if sync else []
+    files = [str(f) for f in world.files]
+    command = [sys.executable, "-S", str(HERE / "floor.py"), *flag]
+    return Contender("floor", "with fsync" if sync else "without fsync", lambda out: [*command, str(out), *files])
+
+
+def deltafl(world: World, rule: str, *extra: str, scaling_coef: float = SCALING_COEF) -> Contender:
+    command = [str(Path(sys.executable).with_name("deltafl")), "merge", "--base", str(world.base)]
+    command += ["--models", *map(str, world.tuned), "--method", rule, "--scaling-coef", str(scaling_coef)]
+    command += [*PARAMETERS[rule], *extra]
+    name = " ".join([rule, *extra])
+    return Contender("deltafl", name, lambda out: [*command, "--out", str(out)])
+
+
+def after_imports(world: World) -> Contender:
+    command = [sys.executable, str(HERE / "driver.py")]
+    models = [str(world.base), *map(str, world.tuned)]
+    return Contender("deltafl", "task_arithmetic, after imports", lambda out: [*command, str(out), *models])
+
+
+def mergekit(world: World, method: str, *, scaling_coef: float = SCALING_COEF) -> Contender:
+    """mergekit in its own environment; JSON is YAML."""
+    per_model = dict(MERGEKIT[method])
+    shared: dict[str, object] = {"normalize": method == "linear"}
+    if method != "linear":
+        per_model["weight"] = scaling_coef
+    config: dict[str, object] = {
+        "models": [{"model": str(m), "parameters": per_model} for m in world.tuned],
+        "merge_method": method,
+        "parameters": shared,
+        "dtype": "bfloat16",
+    }
+    if method != "linear":
+        config["base_model"] = str(world.base)
+    file = world.work / f"{method}-{scaling_coef}.yaml"
+    file.write_text(json.dumps(config))
+    command = [str(world.work / "mergekit" / "bin" / "mergekit-yaml"), str(file)]
+    return Contender("mergekit", method, lambda out: [*command, str(out), *MERGEKIT_FLAGS], slow=True)
+
+
+def contenders(world: World, *, peer: bool) -> list[Contender]:
+    """All, in the order of the table. Raises RuntimeError for a rule that this file does not know."""
+    from deltafl.rules import load_rules
+
+    unknown = set(load_rules()) ^ set(PARAMETERS)
+    if unknown:
+        raise RuntimeError(f"give benchmarks/contenders.py parameters for {sorted(unknown)}")
+    found = [floor(world, sync=False), floor(world, sync=True)]
+    found += [deltafl(world, rule) for rule in PARAMETERS]
+    found += [after_imports(world), *(deltafl(world, "task_arithmetic", flag) for flag in ("--hash", "--exact"))]
+    return [*found, *(mergekit(world, method) for method in MERGEKIT)] if peer else found

@@ -1,0 +1,147 @@
+"""Compare deltafl merge with the plain I/O floor and with mergekit; see README.md beside this file."""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+
+from contenders import Contender, World, contenders, deltafl, mergekit
+from measure import Sample, machine, make_cold, make_warm, run
+from models import make_models
+from rounding import share_differing
+from targets import differing_table, misses, rules, table
+
+WORK = Path(__file__).parent / "work"
+PEER = ("mergekit==0.1.5", "torch==2.13.0")
+COEFS = (0.25, 0.3, 0.35)
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+
+
+def install_peer() -> None:
+    """mergekit in an environment of its own, unless it is there."""
+    folder = WORK / "mergekit"
+    if not (folder / "bin" / "mergekit-yaml").exists():
+        venv.create(folder, with_pip=True)
+        subprocess.run([folder / "bin" / "pip", "install", "--quiet", *PEER], check=True)
+
+
+def remove(path: Path) -> None:
+    """Delete an output, so that nothing of it is written back during the next run."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
+def measure(contender: Contender, world: World, cache: str) -> Sample:
+    """One run with a warm or a cold page cache; its output is deleted."""
+    out = world.work / "output"
+    remove(out)
+    os.sync()
+    (make_warm if cache == "warm" else make_cold)(world.files)
+    try:
+        sample = run(contender.command(out))
+    finally:
+        remove(out)
+    if contender.name.endswith("after imports"):
+        sample = replace(sample, wall=json.loads(sample.output.splitlines()[-1])["seconds"])
+    return sample
+
+
+def measure_all(world: World, options: argparse.Namespace) -> dict[tuple[str, str, str], list[Sample]]:
+    """All contenders in turns, round by round; slow ones in the first rounds only."""
+    results: dict[tuple[str, str, str], list[Sample]] = {}
+    for cache in options.cache:
+        for turn in range(options.repeats):
+            for contender in contenders(world, peer=options.mergekit_repeats > 0):
+                label = f"{contender.group} {contender.name}"
+                if contender.slow and turn >= options.mergekit_repeats or options.only not in label:
+                    continue
+                sample = measure(contender, world, cache)
+                results.setdefault((contender.group, contender.name, cache), []).append(sample)
+                told = f"{sample.wall:.2f} s, CPU {sample.cpu:.2f} s, {sample.anonymous / 1e6:.0f} MB"
+                print(f"{cache} {turn + 1} {label}: {told}", file=sys.stderr, flush=True)
+    return results
+
+
+def measure_doubled(names: list[str], options: argparse.Namespace) -> dict[str, float]:
+    """Peak anonymous MB of every rule on models of twice the size, which are deleted afterwards."""
+    world = World(*make_models(WORK, 2 * options.scale), WORK)
+    try:
+        peaks = {}
+        for name in names:
+            sample = measure(deltafl(world, *name.split()), world, "warm")
+            peaks[name] = sample.anonymous / 1e6
+            print(f"doubled {name}: {sample.wall:.2f} s, {peaks[name]:.0f} MB", file=sys.stderr, flush=True)
+        return peaks
+    finally:
+        for folder in (world.base, *world.tuned):
+            shutil.rmtree(folder)
+
+
+def measure_rounding(world: World, *, peer: bool) -> dict[tuple[str, float], float]:
+    """(who, lambda) -> share of elements that differ from the correctly rounded result."""
+    out = world.work / "output"
+    shares = {}
+    for coef in COEFS:
+        runs = [deltafl(world, "task_arithmetic", scaling_coef=coef)]
+        runs.append(deltafl(world, "task_arithmetic", "--exact", scaling_coef=coef))
+        if peer:
+            runs.append(mergekit(world, "task_arithmetic", scaling_coef=coef))
+        for contender in runs:
+            remove(out)
+            run(contender.command(out))
+            who = "mergekit" if contender.group == "mergekit" else contender.name.replace("task_arithmetic", "deltafl")
+            shares[who, coef] = share_differing(out, world.base, world.tuned, coef)
+            print(f"differing {who} {coef}: {shares[who, coef]:.2g}", file=sys.stderr, flush=True)
+    remove(out)
+    return shares
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--scale", type=int, default=1, help="times half a billion parameters")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--mergekit-repeats", type=int, default=1, help="0: without mergekit")
+    parser.add_argument("--cache", nargs="+", default=["warm", "cold"], choices=["warm", "cold"])
+    parser.add_argument("--only", default="", help="contenders whose name holds this")
+    parser.add_argument("--no-doubled", action="store_true", help="skip the memory check at twice the size")
+    parser.add_argument("--no-rounding", action="store_true", help="skip the comparison with float64")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
+    parser.add_argument("--write", type=Path, help="fill in the results of this Markdown file")
+    return parser.parse_args()
+
+
+def report(tables: list[str], missed: list[str], options: argparse.Namespace) -> str:
+    asked = " ".join(["python benchmarks/merge.py", *sys.argv[1:]])
+    goals = "All targets are reached." if not missed else "Targets missed:\n\n" + "\n".join(f"- {m}" for m in missed)
+    head = f"`{asked}`, {date.today()}, {machine()}; {options.repeats} rounds ({options.mergekit_repeats} of mergekit)."
+    return "\n\n".join([head, *tables, goals])
+
+
+def main() -> int:
+    options = parse()
+    WORK.mkdir(exist_ok=True)
+    if options.mergekit_repeats:
+        install_peer()
+    world = World(*make_models(WORK, options.scale), WORK)
+    results = measure_all(world, options)
+    doubled = {} if options.no_doubled else measure_doubled(rules(results), options)
+    differing = {} if options.no_rounding else measure_rounding(world, peer=options.mergekit_repeats > 0)
+    missed = misses(results, doubled, differing)
+    tables = [table(results, doubled)] if ("floor", "without fsync", "warm") in results else []
+    text = report([*tables, *([differing_table(differing)] if differing else [])], missed, options)
+    print(text)
+    if options.write:
+        before, _, rest = options.write.read_text().partition(BEGIN)
+        options.write.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}")
+    return int(options.check and bool(missed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
