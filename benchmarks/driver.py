@@ -7,8 +7,6 @@ import time
 
 import torch
 
-import deltafl.aggregation
-import deltafl.writing
 from deltafl.merge import run_merge
 from deltafl.preflight import MergeSpec, Model, plan_merge
 

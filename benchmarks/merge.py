@@ -13,9 +13,10 @@ from pathlib import Path
 
 from contenders import Contender, World, contenders, deltafl, mergekit
 from measure import Sample, machine, make_cold, make_warm, run
-from models import make_models
 from rounding import share_differing
 from targets import differing_table, misses, rules, table
+
+from models import make_models
 
 WORK = Path(__file__).parent / "work"
 PEER = ("mergekit==0.1.5", "torch==2.13.0")
@@ -60,7 +61,7 @@ def measure_all(world: World, options: argparse.Namespace) -> dict[tuple[str, st
         for turn in range(options.repeats):
             for contender in contenders(world, peer=options.mergekit_repeats > 0):
                 label = f"{contender.group} {contender.name}"
-                if contender.slow and turn >= options.mergekit_repeats or options.only not in label:
+                if (contender.slow and turn >= options.mergekit_repeats) or options.only not in label:
                     continue
                 sample = measure(contender, world, cache)
                 results.setdefault((contender.group, contender.name, cache), []).append(sample)
