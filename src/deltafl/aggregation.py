@@ -8,8 +8,7 @@ streaming, in-memory and federated results are the same bits by construction.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
-from typing import TypeAlias, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from deltafl.reductions import gram_matrix, magnitude_thresholds
 from deltafl.rules import LinearRule, Rule, Source, Stats, Transform, check_rule, core_of
 from deltafl.streaming import OnElements, ignore
 from deltafl.tensors import Tensors, block_of, blocks, device_of, dtype_of, read_into, round_once, shape_of
+from deltafl.weights import Weights, WeightsLike, as_weights, shares
 
 
 @dataclass(frozen=True)
@@ -27,42 +27,6 @@ class Update:
 
     delta: Tensors
     source: Source
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Per-model weights: `default`, or the first of `patterns` (glob on the tensor name, weights) that matches.
-
-    A negative weight negates its delta. The rule sees p_i = |w_i| / sum_j |w_j|.
-    """
-
-    default: tuple[float, ...]
-    patterns: tuple[tuple[str, tuple[float, ...]], ...] = ()
-
-    def of(self, name: str) -> tuple[float, ...]:
-        """The weights (n,) of one tensor."""
-        return next((w for pattern, w in self.patterns if fnmatchcase(name, pattern)), self.default)
-
-    def total(self, name: str) -> float:
-        """sum_i |w_i|: the factor between the sum convention (scaling_coef) and the mean one (server_lr)."""
-        return sum(map(abs, self.of(name)))
-
-
-WeightsLike: TypeAlias = Weights | Sequence[float] | None
-
-
-def as_weights(weights: WeightsLike, n: int) -> Weights:
-    """Equal weights if None. Raises DeltaflError unless there are n numbers, not all of them 0."""
-    if not isinstance(weights, Weights):
-        weights = Weights((1.0,) * n if weights is None else tuple(float(w) for w in weights))
-    for where, row in (("weights", weights.default), *weights.patterns):
-        if len(row) != n:
-            raise DeltaflError(f"{where}: {len(row)} weights for {n} models")
-        if not all(abs(w) < float("inf") for w in row):
-            raise DeltaflError(f"{where}: {list(row)} holds a number that is not finite")
-    if not any(any(row) for row in (weights.default, *(w for _, w in weights.patterns))):
-        raise DeltaflError("weights: all are 0; at least one model must count")
-    return weights
 
 
 @dataclass
@@ -177,7 +141,8 @@ class Aggregate(Mapping[str, Tensor]):
             if self._core.needs_gram:
                 self._stats = Stats(sources, gram_matrix(rows, threads, on_elements))
             self._coefficients: dict[tuple[float, ...], tuple[float, ...]] = {}
-            self.report["coefficients"] = list(self._linear(self.weights.default))
+            if any(self.weights.default):
+                self.report["coefficients"] = list(self._linear(self.weights.default))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._rows.names)
@@ -235,12 +200,6 @@ class Aggregate(Mapping[str, Tensor]):
         return self._coefficients[weights]
 
 
-def shares(weights: Sequence[float]) -> list[float]:
-    """p_i = |w_i| / sum_j |w_j|."""
-    total = sum(map(abs, weights))
-    return [abs(w) / total for w in weights] if total else [0.0 for _ in weights]
-
-
 class Stepped(Mapping[str, Tensor]):
     """theta = theta0 + scale * R as a lazy mapping, rounded once to the base's dtype, or to `dtype`.
 
@@ -293,16 +252,19 @@ class Stepped(Mapping[str, Tensor]):
     def block(self, name: str, start: int, stop: int) -> Tensor:
         """The new model's flat elements [start, stop) of one tensor."""
         if not self._moves(name):
-            return block_of(self._base, name, start, stop).to(self.dtype(name))
+            return self._rounded(block_of(self._base, name, start, stop), name)
         update = block_of(self._update, name, start, stop)
         fresh = getattr(self._update, "fresh_blocks", False)
         update = update.mul_(self._scale(name)) if fresh else update * self._scale(name)
         base = block_of(self._working, name, start, stop).to(update.device)
         update = update.to(torch.promote_types(update.dtype, base.dtype))
-        rounded = round_once(update.add_(base), self.dtype(name))
+        return self._rounded(update.add_(base), name)
+
+    def _rounded(self, values: Tensor, name: str) -> Tensor:
+        rounded = round_once(values, self.dtype(name))
         if rounded.dtype == torch.float16 and not torch.isfinite(rounded).all():
             raise DeltaflError(
-                f'tensor "{name}": the merged values do not fit into float16; '
+                f'tensor "{name}": values do not fit into float16; '
                 "choose --dtype float32 or bfloat16, or a smaller coefficient"
             )
         return rounded

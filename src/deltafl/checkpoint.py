@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from deltafl import layout as layouts
+from deltafl.align import Alignment
 from deltafl.errors import DeltaflError
 from deltafl.layout import SIZES, Entry, Layout
-from deltafl.tensors import Tensors, block_of, device_of, read_into, shape_of
+from deltafl.tensors import Tensors, block_of, blocks, device_of, numel_of, read_into, shape_of
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -151,6 +152,29 @@ def entries_of(tensors: Tensors) -> Mapping[str, Entry]:
     return {n: Entry(NAMES.get(t.dtype, str(t.dtype)), tuple(t.shape), Path(), 0, 0) for n, t in tensors.items()}
 
 
+def refuse_untied(alignment: Alignment, base: Tensors, tuned: Mapping[str, Tensors]) -> None:
+    """Raise DeltaflError for tensors that the naming layer took for twins and that hold different values."""
+    problems = []
+    for label, pairs in alignment.tied.items():
+        for name, twin in pairs:
+            if _equal(tuned[label] if label else base, name, twin):
+                continue
+            here = f'model "{label}": "{name}" differs from "{twin}", but in the base the two are one'
+            there = f'the base: "{name}" differs from "{twin}", but in a model the two are one'
+            remedy = f'merge into a base that is not tied, or copy "{twin}" from the base with --exclude'
+            problems.append(f"{here}; {remedy}" if label else f'{there}; copy "{name}" from the base with --exclude')
+    if problems:
+        raise DeltaflError(*problems)
+
+
+def _equal(tensors: Tensors, a: str, b: str) -> bool:
+    """Whether two tensors hold the same values; read by blocks."""
+    shape = shape_of(tensors, a)
+    return shape == shape_of(tensors, b) and all(
+        torch.equal(block_of(tensors, a, *span), block_of(tensors, b, *span)) for span in blocks(numel_of(tensors, a))
+    )
+
+
 class Latest(Mapping[str, Tensor]):
     """Another mapping, with the block read last kept in `dtype` for each thread.
 
@@ -158,7 +182,9 @@ class Latest(Mapping[str, Tensor]):
     read and converted once.
     """
 
-    def __init__(self, tensors: Tensors, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
+    def __init__(
+        self, tensors: Tensors, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> None:
         self._tensors, self._dtype, self._local = tensors, dtype, threading.local()
         self.device = torch.device(device)
 

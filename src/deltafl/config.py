@@ -64,6 +64,8 @@ class MergeRecipe(BaseModel):
         params = _rule_params(self, problems)
         if problems:
             raise DeltaflError(*problems)
+        if self.weights is not None and any(isinstance(m, ModelEntry) and m.weight != 1.0 for m in self.models):
+            raise DeltaflError("weights: given both as a list and beside the models; give them in one place")
         entries = [m if isinstance(m, ModelEntry) else ModelEntry(path=m) for m in self.models]
         weights = self.weights
         if weights is None and any(e.weight != 1.0 for e in entries):
@@ -190,7 +192,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
         held = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # a SafeLoader
     except OSError as error:
         raise DeltaflError(f'"{path}": {error.strerror}') from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, TypeError) as error:
         raise DeltaflError(f'"{path}": is not YAML: {" ".join(str(error).split())}') from None
     if not isinstance(held, dict):
         raise DeltaflError(f'"{path}": must be a mapping of keys to values')

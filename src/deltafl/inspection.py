@@ -52,12 +52,12 @@ def measure(rows: Rows, threads: int = 1, on_elements: Callable[[int], None] = l
             block = rows.block(name, start, stop)
             signs = block.sign()
             wide = block.double()
-            part = wide @ wide.T
+            part = (wide @ wide.T).cpu()
             if not torch.isfinite(part).all():
                 rows.refuse_nonfinite(name, start, stop)
             layer = layer_of(name)
             gram[layer] = gram[layer] + part if layer in gram else part
-            product, both = (signs @ signs.T).double(), (signs.abs() @ signs.abs().T).double()
+            product, both = (signs @ signs.T).double().cpu(), (signs.abs() @ signs.abs().T).double().cpu()
             moved += both
             agreeing += (product + both) / 2
         return gram, moved, agreeing

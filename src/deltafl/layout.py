@@ -229,7 +229,7 @@ def identity(layout: Layout, *, full_hash: bool = False) -> dict[str, object]:
         "revision": layout.revision,
         "files": [f.name for f in layout.files],
         "bytes": layout.num_bytes,
-        "header_sha256": layout.header_hash,
+        "header_sha256": None if layout.pickled else layout.header_hash,
         "fingerprint": fingerprint(layout),
         "sha256": {f.name: file_hash([f]) for f in layout.files} if full_hash else None,
     }

@@ -93,7 +93,7 @@ def describe(plan: Plan, opened: Opened, aggregate: Aggregate, warnings: Sequenc
         "method": spec.method,
         "params": dict(spec.params),
         "server_lr": server_lr,
-        "scaling_coef": server_lr / total,
+        "scaling_coef": server_lr / total if total else spec.scaling_coef,
         "weights": list(opened.weights.default),
         "weight_patterns": [[pattern, list(row)] for pattern, row in opened.weights.patterns],
         "scope": spec.scope,

@@ -7,12 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from deltafl.aggregation import Update, Weights, as_weights
-from deltafl.align import Alignment
-from deltafl.checkpoint import Checkpoint, Difference, Latest, open_tensors
-from deltafl.errors import DeltaflError
+from deltafl.checkpoint import Checkpoint, Difference, Latest, entries_of, open_tensors, refuse_untied
 from deltafl.layout import Layout
 from deltafl.preflight import Plan
-from deltafl.tensors import Tensors, block_of, blocks, numel_of, shape_of
+from deltafl.tensors import Tensors, block_of, device_named, numel_of
 
 
 @dataclass(frozen=True)
@@ -34,10 +32,7 @@ def open_updates(plan: Plan, memory: int = 0) -> Iterator[Opened]:
     Raises DeltaflError if a tied tensor does not equal its twin.
     """
     spec = plan.spec
-    wide = spec.exact or any(e.dtype == "F64" for e in plan.base.entries.values())
-    dtype = torch.float64 if wide else torch.float32
-    if spec.device != "cpu" and not torch.cuda.is_available():
-        raise DeltaflError(f"--device {spec.device}: torch finds no GPU here; use --device cpu")
+    device = device_named(spec.device)
     in_memory = plan.base.num_bytes + sum(layout.num_bytes for layout in plan.layouts.values()) <= memory
     with ExitStack() as stack:
 
@@ -50,35 +45,14 @@ def open_updates(plan: Plan, memory: int = 0) -> Iterator[Opened]:
         base = opened(plan.base)
         tuned = {name: opened(layout) for name, layout in plan.layouts.items()}
         refuse_untied(plan.alignment, base, tuned)
-        working = Latest(base, dtype, spec.device)
+        wide = spec.exact or any(e.dtype == "F64" for e in entries_of(base).values())
+        dtype = torch.float64 if wide else torch.float32
+        working = Latest(base, dtype, device)
         names = {s.name: {n: plan.alignment.names[s.name][n] for n in plan.alignment.merged} for s in plan.sources}
         updates = tuple(Update(Difference(working, tuned[s.name], names[s.name], dtype), s) for s in plan.sources)
         default = as_weights(spec.weights, len(updates)).default
         weights = as_weights(Weights(default, spec.weight_patterns), len(updates))
         yield Opened(base, working, dtype, updates, weights, tuned)
-
-
-def refuse_untied(alignment: Alignment, base: Tensors, tuned: Mapping[str, Tensors]) -> None:
-    """Raise DeltaflError for tensors that the naming layer took for twins and that hold different values."""
-    problems = []
-    for label, pairs in alignment.tied.items():
-        for name, twin in pairs:
-            if _equal(tuned[label] if label else base, name, twin):
-                continue
-            here = f'model "{label}": "{name}" differs from "{twin}", but in the base the two are one'
-            there = f'the base: "{name}" differs from "{twin}", but in a model the two are one'
-            remedy = f'merge into a base that is not tied, or copy "{twin}" from the base with --exclude'
-            problems.append(f"{here}; {remedy}" if label else f'{there}; copy "{name}" from the base with --exclude')
-    if problems:
-        raise DeltaflError(*problems)
-
-
-def _equal(tensors: Tensors, a: str, b: str) -> bool:
-    """Whether two tensors hold the same values; read by blocks."""
-    shape = shape_of(tensors, a)
-    return shape == shape_of(tensors, b) and all(
-        torch.equal(block_of(tensors, a, *span), block_of(tensors, b, *span)) for span in blocks(numel_of(tensors, a))
-    )
 
 
 def large_deltas(opened: Opened, limit: float = 0.5) -> list[str]:

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 from deltafl import layout as layouts
@@ -118,6 +119,11 @@ def plan_merge(spec: MergeSpec) -> Plan:
         exclude=spec.exclude,
     )
     problems += alignment.problems
+    problems += [
+        f'weights of "{pattern}": the pattern matches no merged tensor'
+        for pattern, _ in spec.weight_patterns
+        if alignment.merged and not any(fnmatchcase(name, pattern) for name in alignment.merged)
+    ]
     if problems:
         raise DeltaflError(*problems)
     return _plan(spec, rule, base, found, entries[""], alignment, tuple(sources), [*alignment.notes, *notes])
@@ -186,7 +192,7 @@ def read_training(layout: Layout) -> dict[str, Any]:
 
 
 _KINDS: dict[str, tuple[Any, str]] = {
-    **dict.fromkeys(("num_examples", "num_steps"), (int, "a whole number")),
+    **dict.fromkeys(("num_examples", "num_steps", "seed"), (int, "a whole number")),
     **dict.fromkeys(("lr", "momentum", "prox_mu"), ((int, float), "a number")),
     "base": (dict, "an object"),
 }

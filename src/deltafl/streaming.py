@@ -1,6 +1,6 @@
 """The order in which tensors are visited, and the few threads that visit them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeAlias, TypeVar
 
@@ -56,7 +56,7 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def in_order(work: Callable[[list[Piece]], T], groups: Sequence[list[Piece]], threads: int) -> Iterator[T]:
+def in_order(work: Callable[[list[Piece]], T], groups: Sequence[list[Piece]], threads: int) -> Generator[T, None, None]:
     """`work` of each group, in order, by a few threads that use one core each.
 
     One core for each: torch then splits no operation, and the result does not depend on the number of threads. At

@@ -1,6 +1,7 @@
 """Task vectors as values: the algebra of arXiv 2212.04089 for use in a notebook."""
 
 import copy
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,10 +18,12 @@ from deltafl.aggregators.fednova import FedNova
 from deltafl.aggregators.median import Median
 from deltafl.aggregators.task_arithmetic import TaskArithmetic
 from deltafl.align import align
-from deltafl.checkpoint import Checkpoint, Difference, entries_of, open_tensors
+from deltafl.checkpoint import Checkpoint, Difference, entries_of, open_tensors, refuse_untied
 from deltafl.errors import DeltaflError, shorten
 from deltafl.rules import Rule, Source
 from deltafl.tensors import Tensors, block_of, blocks, shape_of
+
+logger = logging.getLogger(__name__)
 
 ModelLike: TypeAlias = Tensors | nn.Module | str | os.PathLike[str]
 M = TypeVar("M", bound=nn.Module)
@@ -47,6 +50,9 @@ class TaskVector:
         found = align(entries_of(ours), {"finetuned": entries_of(theirs)})
         if found.problems:
             raise DeltaflError(*found.problems)
+        refuse_untied(found, ours, {"finetuned": theirs})
+        for reason, left in (*found.copied.items(), *found.ignored.get("finetuned", {}).items()):
+            logger.info("left out of the task vector: %d tensors (%s)", len(left), reason)
         names = found.names["finetuned"]
         delta = Difference(ours, theirs, {n: names[n] for n in found.merged}, torch.float32)
         lazy = isinstance(ours, Checkpoint) and isinstance(theirs, Checkpoint)

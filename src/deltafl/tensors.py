@@ -12,6 +12,8 @@ from typing import Protocol, TypeAlias, TypeGuard
 import torch
 from torch import Tensor
 
+from deltafl.errors import DeltaflError
+
 Tensors: TypeAlias = Mapping[str, Tensor]
 
 BLOCK = 1 << 18
@@ -88,3 +90,16 @@ def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
     bits = nearest.view(torch.int32)
     odd = (bits - (back.abs() > values.abs()).int()) | 1
     return torch.where(back != values, odd, bits).view(torch.float32).to(dtype)
+
+
+def device_named(name: str) -> torch.device:
+    """The device that a user names: cpu, cuda or cuda:1. Raises DeltaflError if it is unknown or not here."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise DeltaflError(f'--device "{name}" is not a device; write cpu, cuda or cuda:1') from None
+    found = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= found:
+        here = f"{found} of them" if found else "no GPU"
+        raise DeltaflError(f"--device {name}: torch finds {here} here; use --device cpu")
+    return device

@@ -1,5 +1,6 @@
 """A lazy mapping of tensors -> a Hugging Face directory on disk, streamed, complete or absent."""
 
+import contextlib
 import errno
 import json
 import os
@@ -108,8 +109,9 @@ def write_tensors(
 
         sizes = [(name, entries[name].numel) for name in tensors]
         groups = list(chunks(sizes))
-        for group, _ in zip(groups, in_order(write, groups, threads), strict=True):
-            on_elements(length(group))
+        with contextlib.closing(in_order(write, groups, threads)) as results:  # no thread writes once it is left
+            for group, _ in zip(groups, results, strict=True):
+                on_elements(length(group))
         for handle in handles.values():
             os.fsync(handle)
     except OSError as error:

@@ -23,7 +23,11 @@ def quickstart(out: str, seed: int, overwrite: bool, quiet: bool) -> None:
         result = run_quickstart(folder, seed=seed, on_stage=on_stage)
         command = f"deltafl quickstart --seed {seed}"
         write_result(result | {"command": command}, folder, {"command": command, "seed": seed}, story=True)
+        for file in folder.rglob("*.json"):  # the records name the folder as it will be called
+            file.write_text(file.read_text().replace(str(folder), str(Path(out).absolute())))
     if not quiet:
         click.echo(results(result))
-        click.echo(f"{result['seconds']:.0f} s; one model for all tasks: {Path(out) / 'merged'}")
+        merged = Path(out) / "merged"
+        made = f"one model for all tasks: {merged}" if merged.exists() else "no merge beats the base on validation data"
+        click.echo(f"{result['seconds']:.0f} s; {made}")
         click.echo(f"the story with figures: {Path(out) / 'report.html'}")

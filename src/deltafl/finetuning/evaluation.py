@@ -13,6 +13,7 @@ from deltafl.models import LoadedEncoder, load_encoder
 from deltafl.models.flat import FlatModel
 from deltafl.models.heads import HEAD_FILE, LinearHead, check_head, few_per_class, load_head, random_head
 from deltafl.models.ridge import RidgeStatistics, ridge_head
+from deltafl.tensors import device_named
 from deltafl.training import extract_features, keyed_generator, predict_correct
 
 
@@ -74,6 +75,8 @@ def evaluate(
             raise DeltaflError(f'model "{encoder.origin}" has no {HEAD_FILE}; give a head with --head')
         head = load_head(path)
     check_head(head, encoder.feature_dim, task.class_names, f"of {encoder.origin}")
+    if device is not None:
+        device_named(device)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     flat = FlatModel(encoder.copy_to(where))
     examples = task.val if split == "val" else task.test

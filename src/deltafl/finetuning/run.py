@@ -21,6 +21,7 @@ from deltafl.finetuning.state import read_state, require_same_config, run_config
 from deltafl.models import LoadedEncoder, save_encoder
 from deltafl.models.flat import FlatModel
 from deltafl.models.heads import HEAD_FILE, LinearHead, check_head, save_head
+from deltafl.tensors import device_named
 from deltafl.training import Batch, batch_ids, default_warmup, keyed_generator, lr_at, predict_correct, train_step
 
 logger = logging.getLogger(__name__)
@@ -89,6 +90,8 @@ def finetune(
         )
     state = read_state(state_file, config) if resume else None
 
+    if device is not None:
+        device_named(device)
     processes = PartialState(cpu=device == "cpu")
     processes.wait_for_everyone()
     where = device if device is not None and processes.num_processes == 1 else str(processes.device)
