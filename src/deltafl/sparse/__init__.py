@@ -1,0 +1,1 @@
+"""Sensitivity, masks, and training and sending the kept coordinates only."""

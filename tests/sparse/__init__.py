@@ -1,0 +1,1 @@
+"""Masks, calibration, packed deltas, the sparse optimiser and sensitivity, against independent references."""
