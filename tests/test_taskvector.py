@@ -224,7 +224,8 @@ def test_the_norm_from_files_is_that_from_memory(tmp_path: Path) -> None:
     save(tmp_path / "base", toy())
     save(tmp_path / "model", tuned(toy(), 1))
     lazy = TaskVector.from_checkpoints(tmp_path / "base", tmp_path / "model")
-    assert lazy.norm() == TaskVector.from_checkpoints(toy(), tuned(toy(), 1)).norm()
+    memory = TaskVector.from_checkpoints(toy(), tuned(toy(), 1))  # in another order of tensors
+    assert lazy.norm() == pytest.approx(memory.norm(), rel=1e-14)
 
 
 def test_a_dot_product_is_that_of_float64() -> None:

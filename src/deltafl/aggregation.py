@@ -73,12 +73,16 @@ class Rows:
     def block(self, name: str, start: int, stop: int) -> Tensor:
         """All deltas, (n, stop - start)."""
         block = torch.empty((len(self.updates), stop - start), dtype=self.dtype, device=self.device)
-        for i, (update, row) in enumerate(zip(self.updates, block.unbind(), strict=True)):
-            read_into(update.delta, name, start, stop, row)
-            transformed = self._transformed(row, i, name, start)
-            if transformed is not row:
-                row.copy_(transformed)
+        for i, row in enumerate(block.unbind()):
+            self.read(i, name, start, row)
         return block
+
+    def read(self, i: int, name: str, start: int, out: Tensor) -> None:
+        """Write delta i, transformed, from element `start` on, into `out`."""
+        read_into(self.updates[i].delta, name, start, start + len(out), out)
+        transformed = self._transformed(out, i, name, start)
+        if transformed is not out:
+            out.copy_(transformed)
 
     def _transformed(self, row: Tensor, i: int, name: str, start: int) -> Tensor:
         """Delta i from element `start` on, signed and transformed; `row` may be overwritten."""
@@ -184,13 +188,15 @@ class Aggregate(Mapping[str, Tensor]):
     def _combination(self, coefficients: Sequence[float], name: str, start: int, stop: int) -> Tensor:
         """sum_i c_i delta_i, in the order of the models; equal coefficients multiply the sum, once."""
         equal = len(set(coefficients)) == 1
-        rows = self._rows.block(name, start, stop).unbind()
-        for row, coefficient in zip(rows, coefficients, strict=True):
+        total, other = torch.empty((2, stop - start), dtype=self._rows.dtype, device=self._rows.device)
+        for i, coefficient in enumerate(coefficients):
+            row = other if i else total
+            self._rows.read(i, name, start, row)
             if not equal:
                 row.mul_(coefficient)
-            if row is not rows[0]:
-                rows[0].add_(row)
-        return rows[0].mul_(coefficients[0]) if equal else rows[0]
+            if i:
+                total.add_(row)
+        return total.mul_(coefficients[0]) if equal else total
 
     def _linear(self, weights: tuple[float, ...]) -> tuple[float, ...]:
         if weights not in self._coefficients:

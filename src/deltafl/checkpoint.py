@@ -212,7 +212,11 @@ class Latest(Mapping[str, Tensor]):
         """Flat elements [start, stop) in `dtype`; not to be overwritten."""
         key = (name, start, stop)
         if getattr(self._local, "key", None) != key:
-            self._local.block = block_of(self._tensors, name, start, stop).to(self.device, self._dtype)
+            held = getattr(self._local, "block", None)
+            if held is None or len(held) != stop - start:
+                held = self._local.block = torch.empty(stop - start, dtype=self._dtype, device=self.device)
+            self._local.key = None  # while it is being filled
+            read_into(self._tensors, name, start, stop, held)
             self._local.key = key
         return self._local.block
 
