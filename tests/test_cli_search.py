@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 
 from checkpoints import files_in, refusal, refused, succeed
 from deltafl.models.heads import HEAD_FILE, random_head, save_head
@@ -43,12 +44,21 @@ def test_the_output_holds_everything_and_the_winner_scores_what_its_row_says(tra
     out = tmp_path / "out"
     said = succeed("search", recipe(trained, tmp_path), "--out", out).out
     assert sorted(f.name for f in out.iterdir()) == [
-        "config.yaml", "merged", "record.jsonl", "report.html", "result.json", "table.csv", "table.md", "table.tex",
+        "config.yaml", "merged", "record.jsonl", "report.html", "result.json", "scores.safetensors",
+        "table.csv", "table.md", "table.tex",
     ]  # fmt: skip
     result = json.loads((out / "result.json").read_text())
     rows = read_rows(out / "record.jsonl")
     assert [r["event"] for r in rows] == ["candidate"] * (1 + 2 * (1 + 2)) + ["test"] * 4
     assert [r["value"] for r in rows if r["event"] == "candidate"] == [c["value"] for c in result["candidates"]]
+    with safe_open(out / "scores.safetensors", "pt") as scores:
+        labels = json.loads(scores.metadata()["candidates"])
+        means = {task: scores.get_tensor(task).double().mean(1).tolist() for task in result["tasks"]}
+    evaluated = [c for c in result["candidates"] if c["same_as"] is None]
+    assert len(labels) == len(evaluated)
+    for i, c in enumerate(evaluated):
+        assert labels[i].startswith(c["method"])
+        assert {task: means[task][i] for task in means} == c["val"]
     best = result["best"]
     assert best["value"] == max(c["value"] for c in result["candidates"])
     for task, variant in zip(result["tasks"], VARIANTS, strict=True):
@@ -115,9 +125,27 @@ def test_streaming_gives_the_same_candidates_as_memory(trained: Path, tmp_path: 
 
 def test_options_go_before_the_recipe(trained: Path, tmp_path: Path) -> None:
     file = recipe(trained, tmp_path, methods=["median"], metric="normalized", grid="default", out=str(tmp_path / "no"))
-    succeed("search", file, "--out", tmp_path / "out", "--metric", "absolute", "--grid", "paper", "--seed", 3)
+    succeed(
+        "search",
+        file,
+        "--out",
+        tmp_path / "out",
+        "--metric",
+        "absolute",
+        "--grid",
+        "paper",
+        "--seed",
+        3,
+        "--memory",
+        0,
+        "--threads",
+        2,
+        "--batch-size",
+        64,
+    )
     held = yaml.safe_load((tmp_path / "out/config.yaml").read_text())
     assert (held["metric"], held["grid"], held["seed"], held["out"]) == ("absolute", "paper", 3, str(tmp_path / "out"))
+    assert (held["memory"], held["threads"], held["batch_size"]) == ("0", 2, 64)
     result = json.loads((tmp_path / "out/result.json").read_text())
     assert (result["metric"], result["seed"]) == ("absolute", 3)
     assert [c["server_lr"] for c in result["candidates"]] == pytest.approx(
@@ -146,6 +174,7 @@ def test_without_methods_every_rule_of_the_paper_is_searched(trained: Path, tmp_
         ({"metod": []}, 'unknown key "metod"; did you mean "methods"?'),
         ({"methods": ["fedgm"]}, 'unknown method "fedgm"; did you mean "fedgma"?'),
         ({"methods": []}, "methods: "),
+        ({"methods": ["ties", {"method": "ties", "density": 0.5}]}, "methods: ties is named twice"),
         ({"methods": [{"rho": 1.0}]}, "does not say which method it is"),
         ({"methods": [{"method": "fedgma", "roh": 0.5}]}, 'methods: fedgma: unknown key "roh"; did you mean "rho"?'),
         ({"methods": [{"method": "fedgma", "rho": "high"}]}, "methods: fedgma: rho: "),

@@ -314,9 +314,13 @@ def test_one_factor_written_in_two_ways_is_one_candidate() -> None:
     assert found.rows[4].same_as == "task_arithmetic lambda=0.1"
 
 
-def test_a_method_listed_twice_is_evaluated_once() -> None:
-    problem = make_problem()
-    found = search(problem, [("median", {}), ("median", {})], lambdas=GRID)
+def test_a_method_listed_twice_is_refused() -> None:
+    with pytest.raises(DeltaflError, match="median is named twice"):
+        search(make_problem(), [("median", {}), ("median", {})], lambdas=GRID)
+
+
+def test_a_value_listed_twice_is_evaluated_once() -> None:
+    found = search(make_problem(), [("fedgma", {"rho": [0.5, 0.5]})], lambdas=GRID)
     assert (len(evaluated(found)), len(found.rows)) == (1 + len(GRID), 1 + 2 * len(GRID))
 
 

@@ -133,6 +133,9 @@ def check_methods(
 ) -> None:
     """Raise DeltaflError with every reason why these methods and coefficients cannot be searched with these models."""
     problems = [f"scaling_coefs: {value} is not a finite number" for value in lambdas if not math.isfinite(value)]
+    names = [method for method, _ in methods]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    problems += [f"methods: {name} is named twice; give one entry, whose parameters are lists" for name in twice]
     for method, params in methods:
         try:
             for point in grid_of(method, params, (1.0, 1.0)):

@@ -15,6 +15,10 @@ from deltafl.cli.options import progress_by_count, table
 @click.option("--grid", type=click.Choice(["default", "paper"]), help="Convention of the coefficients (see docs).")
 @click.option("--metric", type=click.Choice(["normalized", "absolute"]), help="Default: normalized.")
 @click.option("--device", help="cpu (default) or cuda.")
+@click.option("--threads", type=int, help="Default: one for each core.")
+@click.option("--memory", help="Hold checkpoints up to this size rather than read them again. Default: 8GB.")
+@click.option("--batch-size", type=int, help="Images in one evaluation step. Default: 256.")
+@click.option("--scope", help="Merge only tensors below this name.")
 @click.option("--seed", type=int, help="Of the validation splits. Default: the one that each model was trained with.")
 @click.option("--quiet", is_flag=True, help="No progress, no table.")
 def search(recipe: str, quiet: bool, **options: Any) -> None:
@@ -40,7 +44,8 @@ def search(recipe: str, quiet: bool, **options: Any) -> None:
             result = run_search(spec, None, on_row=lambda row, total: advance(total))
         else:
             with atomic_folder(held.out, overwrite=held.overwrite) as folder:
-                result = run_search(spec, folder / "merged", on_row=lambda row, total: advance(total))
+                scores = folder / "scores.safetensors"
+                result = run_search(spec, folder / "merged", scores=scores, on_row=lambda row, total: advance(total))
                 write_result(result | {"command": f"deltafl search {recipe}"}, folder, held.model_dump())
     if not quiet:
         click.echo(results(result))

@@ -1,5 +1,6 @@
 """One-shot federated learning: search method and coefficients over saved fine-tunes, test once, write the winner."""
 
+import json
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from deltafl.datasets import Task, load_task
 from deltafl.errors import DeltaflError
@@ -68,11 +70,17 @@ class SearchSpec:
 
 
 def run_search(
-    spec: SearchSpec, out: str | Path | None, *, overwrite: bool = False, on_row: Callable[[Row, int], None]
+    spec: SearchSpec,
+    out: str | Path | None,
+    *,
+    scores: Path | None = None,
+    overwrite: bool = False,
+    on_row: Callable[[Row, int], None],
 ) -> dict[str, Any]:
     """Search, test once, merge the winner into OUT (if given); returns the result that report and tables are made of.
 
     Where no candidate is better than the base, OUT is not written, and `best` in the result has method "base".
+    scores: a file for the validation scores of every example (see `save_scores`).
     on_row: told of every row, and of how many there will be at most. Raises DeltaflError before any work if names,
     heads, tasks or methods do not fit.
     """
@@ -96,12 +104,24 @@ def run_search(
             on_row=lambda row: on_row(row, most_rows(spec)),
         )
         result = describe(spec, plan, problem, found)
+    if scores is not None:
+        save_scores(found, scores)
     if out is not None and found.best.method != "base":
         winner = replace(
             plan.spec, method=found.best.method, params=dict(found.best.params), scaling_coef=found.best.scaling_coef
         )
         run_merge(plan_merge(winner), out, overwrite=overwrite)
     return {**result, "seconds": time.perf_counter() - started}
+
+
+def save_scores(found: SearchResult, path: Path) -> None:
+    """One safetensors file: task -> (C, N), the score of every evaluated candidate on every validation example.
+
+    Its metadata hold the labels of the C candidates, in order (JSON).
+    """
+    labels = list(found.correct)
+    tasks = {name: torch.stack([found.correct[label][name] for label in labels]) for name in found.base.val}
+    save_file(tasks, path, metadata={"candidates": json.dumps(labels)})
 
 
 def most_rows(spec: SearchSpec) -> int:
