@@ -102,9 +102,9 @@ def _cut(held: np.ndarray, totals: np.ndarray) -> np.ndarray:
     largest = upper[bisect_left(upper, True, key=lambda size: cut(0, size, widest) is not None)]
     lower = range(below, 0, -1)
     smallest = lower[bisect_left(lower, True, key=lambda size: cut(size, everything, widest) is not None)]
-    steps = range(ceil(4 * log2(widest)) + 1)
-    step = bisect_left(steps, True, key=lambda s: cut(smallest, largest, 2 ** (s / 4)) is not None)
-    pieces = cut(smallest, largest, 2 ** (step / 4))
+    steps = range(ceil(16 * log2(widest)) + 1)
+    step = bisect_left(steps, True, key=lambda s: cut(smallest, largest, 2 ** (s / 16)) is not None)
+    pieces = cut(smallest, largest, 2 ** (step / 16))
     assert pieces is not None
     return pieces
 
