@@ -230,7 +230,7 @@ class Difference(Mapping[str, Tensor]):
     fresh_blocks = True
 
     def __init__(self, base: Tensors, tuned: Tensors, names: Mapping[str, str], dtype: torch.dtype) -> None:
-        self._base, self._tuned, self._names, self._dtype = base, tuned, names, dtype
+        self._base, self.tuned, self._names, self._dtype = base, tuned, names, dtype
         self.device = device_of(base, next(iter(names))) if names else torch.device("cpu")
 
     def __iter__(self) -> Iterator[str]:
@@ -243,7 +243,7 @@ class Difference(Mapping[str, Tensor]):
         return name in self._names
 
     def __getitem__(self, name: str) -> Tensor:
-        tuned = self._tuned[self._names[name]].to(self._dtype)
+        tuned = self.tuned[self._names[name]].to(self._dtype)
         return tuned - self._base[name].to(self._dtype)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -257,8 +257,8 @@ class Difference(Mapping[str, Tensor]):
     def block(self, name: str, start: int, stop: int) -> Tensor:
         """Flat elements [start, stop) of tuned - base."""
         base = block_of(self._base, name, start, stop).to(self._dtype)
-        tuned = block_of(self._tuned, self._names[name], start, stop)
-        fresh = getattr(self._tuned, "fresh_blocks", False)
+        tuned = block_of(self.tuned, self._names[name], start, stop)
+        fresh = getattr(self.tuned, "fresh_blocks", False)
         return tuned.to(base.device, self._dtype, copy=not fresh).sub_(base)
 
     def read_into(self, name: str, start: int, stop: int, out: Tensor) -> None:
@@ -266,5 +266,5 @@ class Difference(Mapping[str, Tensor]):
         if out.dtype != self._dtype:
             out.copy_(self.block(name, start, stop))
             return
-        read_into(self._tuned, self._names[name], start, stop, out)
+        read_into(self.tuned, self._names[name], start, stop, out)
         out.sub_(block_of(self._base, name, start, stop).to(out))

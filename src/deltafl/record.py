@@ -11,7 +11,7 @@ field of a row that says so in its name (`seconds`), and `without_timings` drops
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,8 @@ class RunRecord:
         os.truncate(record.rows_path, len(_whole_lines(record.rows_path)))
         return record
 
-    def append(self, row: Mapping[str, Any]) -> None:
-        """Add one row and hand it to the operating system before returning.
+    def append(self, row: Mapping[str, Any], *, sync: bool = True) -> None:
+        """Add one row and hand it to the operating system before returning; with `sync` also to the disk.
 
         Raises:
             TypeError: a value is not JSON.
@@ -71,7 +71,16 @@ class RunRecord:
         with self.rows_path.open("ab") as file:
             file.write(line.encode())
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
+
+    def rewind(self, keep: Callable[[Row], bool]) -> None:
+        """Drop the rows that `keep` refuses: what came after the state that a resumed run starts from."""
+        rows = self.rows()
+        kept = [row for row in rows if keep(row)]
+        if len(kept) < len(rows):
+            lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in kept]
+            write_atomically(self.rows_path, "".join(lines).encode())
 
     def rows(self) -> list[Row]:
         """Every whole row, in the order in which they were appended."""
@@ -126,8 +135,11 @@ def write_json(path: str | Path, value: Any) -> Path:
 
 
 def without_timings(rows: Iterable[Mapping[str, Any]]) -> list[Row]:
-    """The rows without their `seconds` and `*_seconds` fields: what two runs with one seed have in common."""
-    return [{k: v for k, v in row.items() if k != "seconds" and not k.endswith("_seconds")} for row in rows]
+    """The rows without their `seconds`, `*_seconds` and `peak_memory_bytes`: what two runs with one seed share."""
+    return [
+        {k: v for k, v in row.items() if k not in ("seconds", "peak_memory_bytes") and not k.endswith("_seconds")}
+        for row in rows
+    ]
 
 
 def _whole_lines(path: Path) -> bytes:

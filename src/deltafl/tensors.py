@@ -35,6 +35,43 @@ def is_blocked(tensors: Tensors) -> TypeGuard[Blocked]:
     return hasattr(tensors, "block")
 
 
+class Joined(Mapping[str, Tensor]):
+    """Several mappings, lazy or not, as one; their names differ."""
+
+    def __init__(self, *parts: Tensors) -> None:
+        self._part = {name: part for part in parts for name in part}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._part)
+
+    def __len__(self) -> int:
+        return len(self._part)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._part
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._part[name][name]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the blocks are."""
+        name = next(iter(self._part))
+        return device_of(self._part[name], name)
+
+    def block(self, name: str, start: int, stop: int) -> Tensor:
+        """Flat elements [start, stop) of one tensor."""
+        return block_of(self._part[name], name, start, stop)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor."""
+        return shape_of(self._part[name], name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of one tensor."""
+        return dtype_of(self._part[name], name)
+
+
 def block_of(tensors: Tensors, name: str, start: int, stop: int) -> Tensor:
     """Flat elements [start, stop) of one tensor, (stop - start,), in its own dtype."""
     if is_blocked(tensors):

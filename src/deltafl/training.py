@@ -78,12 +78,14 @@ def train_step(
     label_smoothing: float = 0.0,
     autocast: torch.dtype | None = None,
     reduce: Callable[[Tensor], Tensor] | None = None,
+    on_gradients: Callable[[], None] | None = None,
 ) -> Tensor:
     """One optimiser step on the mean cross-entropy of the batch; the module is left in training mode.
 
     loss = sum_i CE(head(features_i), label_i) / total; the gradient's 2-norm over all trained tensors is scaled down to
     `grad_clip`. `optimiser` holds `model.flat` and, for a trainable head, `head.parameters()`. `reduce` sums a tensor
-    over processes: one call for the whole encoder. Returns the loss, a detached float32 scalar on the device.
+    over processes: one call for the whole encoder. `on_gradients` may change the gradients before they are clipped.
+    Returns the loss, a detached float32 scalar on the device.
     """
     trained = [model.flat, *head.parameters()]
     for parameter in trained:
@@ -105,6 +107,8 @@ def train_step(
             assert parameter.grad is not None
             parameter.grad.copy_(reduce(parameter.grad))
         loss = reduce(loss)
+    if on_gradients is not None:
+        on_gradients()
     if grad_clip is not None:
         nn.utils.clip_grad_norm_(trained, grad_clip)
     for group in optimiser.param_groups:

@@ -18,6 +18,7 @@ COMMANDS = {
     "merge": ("deltafl.cli.merge", "Merge fine-tuned models of one base by one server step."),
     "search": ("deltafl.cli.search", "Choose method and coefficients on validation data, then merge."),
     "inspect": ("deltafl.cli.inspect", "How much the fine-tunes differ: norms, cosines, signs, advice."),
+    "shards": ("deltafl.cli.shards", "Which client would hold which training samples."),
     "rules": ("deltafl.cli.rules", "List every method with its parameters and traits."),
 }
 

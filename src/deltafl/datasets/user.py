@@ -1,15 +1,13 @@
 """`module:attr`: a task made by the user's own code."""
 
 import importlib
-import os
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from deltafl.datasets.source import FAMILIES
 from deltafl.datasets.task import Task
 from deltafl.errors import DeltaflError, did_you_mean
+from deltafl.usercode import importable
 
 
 def user_builder(spec: str) -> Callable[..., Task]:
@@ -22,7 +20,7 @@ def user_builder(spec: str) -> Callable[..., Task]:
             returns no `Task`.
     """
     module_name, _, attr = spec.partition(":")
-    with _importable(os.getcwd()):
+    with importable():
         try:
             module = importlib.import_module(module_name)
         except ModuleNotFoundError as error:
@@ -38,22 +36,10 @@ def user_builder(spec: str) -> Callable[..., Task]:
         raise DeltaflError(f'data set "{spec}": module has no function "{attr}"; {did_you_mean(attr, known)}')
 
     def build(**arguments: Any) -> Task:
-        with _importable(os.getcwd()):
+        with importable():
             task = function(**arguments)
         if not isinstance(task, Task):
             raise DeltaflError(f'data set "{spec}" returned a {type(task).__name__}, not a deltafl.datasets.Task.')
         return task
 
     return build
-
-
-@contextmanager
-def _importable(folder: str) -> Iterator[None]:
-    if folder in sys.path:
-        yield
-        return
-    sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        sys.path.remove(folder)

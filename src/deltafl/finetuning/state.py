@@ -13,7 +13,6 @@ from torch import Tensor
 from deltafl.datasets.task import Task
 from deltafl.errors import DeltaflError
 from deltafl.files import write_atomically
-from deltafl.finetuning.recipe import FinetuneRecipe
 from deltafl.layout import fingerprint, read_layout
 from deltafl.models import LoadedEncoder
 from deltafl.models.heads import LinearHead
@@ -28,8 +27,8 @@ def state_path(out: str | Path) -> Path:
     return out.with_name(f"{out.name}.state")
 
 
-def run_config(encoder: LoadedEncoder, task: Task, recipe: FinetuneRecipe, head: LinearHead | None) -> dict[str, Any]:
-    """All that decides the result, as JSON values: recipe, base, data, and the given head, by hash where large."""
+def run_config(encoder: LoadedEncoder, task: Task, recipe: Any, head: LinearHead | None) -> dict[str, Any]:
+    """All that decides the result, as JSON values: recipe (a dataclass), base, data, head, by hash where large."""
     on_disk = bool(encoder.origin) and (encoder.factory is None or Path(encoder.origin).is_dir())
     return {
         **asdict(recipe),

@@ -1,10 +1,7 @@
 """A user's own encoder: `module:attr`, a callable that returns an nn.Module."""
 
-import importlib
 import json
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +10,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from deltafl.errors import DeltaflError, did_you_mean, shorten
+from deltafl.errors import DeltaflError, shorten
 from deltafl.models.encoder import Factory, InputSpec, LoadedEncoder, assemble
+from deltafl.usercode import find_callable, importable
 
 MODEL_JSON = "deltafl_model.json"
 WEIGHTS = "model.safetensors"
@@ -95,17 +93,8 @@ def _embed(module: nn.Module, images: Tensor) -> Tensor:
 
 def _build(factory: Factory) -> tuple[Any, nn.Module]:
     """The callable behind the name, and the module that it returns."""
-    module_name, _, attribute = factory.ref.partition(":")
-    with _working_directory_importable():
-        try:
-            source = importlib.import_module(module_name)
-        except ImportError as error:
-            raise DeltaflError(f'model "{factory.ref}": module "{module_name}" cannot be imported: {error}') from error
-        builder = getattr(source, attribute, None)
-        if not callable(builder):
-            public = [n for n, v in vars(source).items() if callable(v) and not n.startswith("_")]
-            hint = did_you_mean(attribute, public)
-            raise DeltaflError(f'model "{factory.ref}": "{module_name}" has no callable "{attribute}"; {hint}')
+    builder = find_callable(factory.ref, "model")
+    with importable():
         try:
             module = builder(**factory.kwargs)
         except TypeError as error:
@@ -113,13 +102,3 @@ def _build(factory: Factory) -> tuple[Any, nn.Module]:
     if not isinstance(module, nn.Module):
         raise DeltaflError(f'model "{factory.ref}" returned a {type(module).__name__}, not a torch.nn.Module')
     return builder, module
-
-
-@contextmanager
-def _working_directory_importable() -> Iterator[None]:
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        yield
-    finally:
-        sys.path.remove(here)

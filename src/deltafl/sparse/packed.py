@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deltafl.errors import DeltaflError
 from deltafl.sparse.masks import Mask
-from deltafl.tensors import BLOCK, blocks
+from deltafl.tensors import BLOCK, Tensors, blocks, read_into
 
 STRIDE = 1 << 12
 """Elements between two stored counts: 8 bytes for 512 bytes of bits, and no place is farther from a known count."""
@@ -162,7 +162,8 @@ class PackedDelta(Mapping[str, Tensor]):
     """A delta that is zero but at kept coordinates, as a lazy mapping: only the block that is asked for is expanded.
 
     kept: values (k,), in the order of `index`, on its device. shapes: of all tensors, in the order of the flat vector.
-    Every block equals the dense delta's bit for bit. Many deltas may share one index.
+    Every block equals the dense delta's bit for bit. Many deltas may share one index. onto: a model whose values stand
+    at the other coordinates instead of zero: this is then a trained model, of which only the kept values are held.
 
     Raises:
         DeltaflError: the sizes of values, index and shapes differ.
@@ -170,7 +171,10 @@ class PackedDelta(Mapping[str, Tensor]):
 
     fresh_blocks = True
 
-    def __init__(self, kept: Tensor, index: KeptIndex, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(
+        self, kept: Tensor, index: KeptIndex, shapes: Mapping[str, tuple[int, ...]], onto: Tensors | None = None
+    ) -> None:
+        self._onto = onto
         self.kept, self.index, self._shapes = kept, index, dict(shapes)
         self._starts: dict[str, int] = {}
         total = 0
@@ -212,7 +216,7 @@ class PackedDelta(Mapping[str, Tensor]):
         return self.kept.dtype
 
     def block(self, name: str, start: int, stop: int) -> Tensor:
-        """Flat elements [start, stop) of one tensor, frozen ones exactly 0; the caller's own."""
+        """Flat elements [start, stop) of one tensor, frozen ones exactly 0, or `onto`'s; the caller's own."""
         out = torch.empty(stop - start, dtype=self.kept.dtype, device=self.device)
         self.read_into(name, start, stop, out)
         return out
@@ -222,7 +226,11 @@ class PackedDelta(Mapping[str, Tensor]):
         begin = self._starts[name] + start
         first = self.index.before(begin)
         places = self.index.positions(begin, begin + stop - start)
-        out.zero_().index_copy_(0, places, self.kept[first : first + len(places)].to(out.dtype))
+        if self._onto is None:
+            out.zero_()
+        else:
+            read_into(self._onto, name, start, stop, out)
+        out.index_copy_(0, places, self.kept[first : first + len(places)].to(out.dtype))
 
 
 def packed_difference(

@@ -1,0 +1,135 @@
+"""One round: the chosen clients train, their updates become one by a rule, the server steps."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from deltafl.aggregation import Aggregate, Update
+from deltafl.datasets.task import Split
+from deltafl.errors import DeltaflError
+from deltafl.federated.client import Client, ClientUpdate, Round
+from deltafl.federated.controls import Controls
+from deltafl.federated.recipe import FederatedRecipe
+from deltafl.federated.server import ServerState, choose_clients, round_lr, server_step, steps_of
+from deltafl.sparse.masks import Mask
+from deltafl.tensors import block_of, blocks, numel_of
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """What happened in a round: who took part, whose update was not finite, the mean loss, who took how long."""
+
+    clients: tuple[int, ...]
+    failed: tuple[int, ...]
+    num_steps: int
+    loss: float | None
+    client_seconds: float
+    server_seconds: float
+
+
+@dataclass(frozen=True)
+class World:
+    """What stays the same from round to round: data, shards, who trains, what may move."""
+
+    recipe: FederatedRecipe
+    split: Split
+    shards: Sequence[Tensor]
+    client: Client
+    mask: Mask | None
+    trained: frozenset[str]
+    controls: Controls
+
+
+OnUpdate = Callable[[int, Update], None]
+"""Told of each finite update and its client, before the server's step."""
+
+
+def run_round(
+    state: ServerState, world: World, on_update: OnUpdate = lambda client, update: None
+) -> tuple[ServerState, RoundResult]:
+    """Round `state.round + 1`. An update with NaN or Inf is left out, counted, and its client named.
+
+    Raises:
+        DeltaflError: no finite update is left, or the rule refuses (krum with too few clients).
+    """
+    recipe, number = world.recipe, state.round + 1
+    chosen = choose_clients(recipe, number)
+    updates: list[tuple[int, Update, Tensor | None]] = []
+    failed: list[int] = []
+    client_seconds = 0.0
+    for k in chosen:
+        own = None if state.control is None else world.controls.read(k, state.control_rounds)
+        part = Round(
+            number,
+            k,
+            world.split,
+            world.shards[k],
+            steps_of(recipe, k),
+            round_lr(recipe, number),
+            None if state.control is None else state.control - (0 if own is None else own),
+        )
+        started = time.perf_counter()
+        update = world.client(state.params, world.mask, part)
+        client_seconds += update.seconds if isinstance(update, ClientUpdate) else time.perf_counter() - started
+        if finite(update):
+            updates.append((k, update, own))
+            on_update(k, update)
+        else:
+            logger.warning("round %d: the update of client %d has NaN or Inf and is left out", number, k)
+            failed.append(k)
+    if not updates:
+        raise DeltaflError(f"round {number}: no client's update is finite ({len(failed)} of them); use a smaller lr")
+    started = time.perf_counter()
+    stepped = server_step(state, aggregate([u for _, u, _ in updates], recipe, number), recipe, set(world.trained))
+    stepped = _with_controls(replace(stepped, round=number), updates, world)
+    losses = [u.loss for _, u, _ in updates if isinstance(u, ClientUpdate) and u.loss is not None]
+    result = RoundResult(
+        tuple(chosen),
+        tuple(failed),
+        sum(u.source.num_steps or 0 for _, u, _ in updates),
+        sum(losses) / len(losses) if losses else None,
+        client_seconds,
+        time.perf_counter() - started,
+    )
+    return stepped, result
+
+
+def aggregate(updates: Sequence[Update], recipe: FederatedRecipe, number: int = 0) -> Aggregate:
+    """R of the updates, weighed by examples where the recipe says so and the rule (fedavg) does not do it itself."""
+    sizes = [u.source.num_examples for u in updates]
+    weigh = recipe.client_weights == "examples" and recipe.aggregator != "fedavg" and len(set(sizes)) > 1
+    weights = [float(n or 0) for n in sizes] if weigh else None
+    return Aggregate(recipe.rule(number), updates, weights)
+
+
+def finite(update: Update) -> bool:
+    """Whether no element of the delta is NaN or Inf."""
+    for name in update.delta:
+        for start, stop in blocks(numel_of(update.delta, name)):
+            block = block_of(update.delta, name, start, stop)
+            if not torch.isfinite(block.sum()) and not torch.isfinite(block).all():
+                return False
+    return True
+
+
+def _with_controls(
+    state: ServerState, updates: Sequence[tuple[int, Update, Tensor | None]], world: World
+) -> ServerState:
+    """SCAFFOLD: c <- c + sum_i (c_i+ - c_i) / K, and every c_i+ kept for its client's next round."""
+    control, rounds = state.control, dict(state.control_rounds)
+    if control is None:
+        return state
+    for k, update, own in updates:
+        change = update.control_change if isinstance(update, ClientUpdate) else None
+        if change is None:
+            raise DeltaflError("scaffold needs clients that return a control_change; this one's updates have none")
+        control = control + change / world.recipe.num_clients
+        world.controls.write(k, state.round, change if own is None else own + change)
+        rounds[k] = state.round
+    return replace(state, control=control, control_rounds=rounds)
