@@ -120,6 +120,15 @@ def test_gram_matrix_is_the_one_of_numpy(threads):
     np.testing.assert_allclose(gram.numpy(), flat @ flat.T, rtol=0, atol=1e-14 * np.trace(flat @ flat.T))
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_gram_matrix_does_not_depend_on_the_order_of_the_tensors(threads):
+    deltas = [{"large": torch.tensor([2.0**27]), **{f"t{i}": torch.tensor([1.0]) for i in range(8)}}] * 2
+    there = gram_matrix(rows_of(*deltas), threads)
+    back = gram_matrix(rows_of(*[dict(reversed(d.items())) for d in deltas]), threads)
+    assert torch.equal(there, back)
+    assert there[0, 1] == 2.0**54 + 8  # one by one after the large one, every 1 is lost: the spacing is 4
+
+
 def test_gram_matrix_does_not_overflow():
     """Squares of 6e4 overflow float16, those of 1e30 float32."""
     half = torch.full((1000,), 6e4, dtype=torch.float16)

@@ -44,24 +44,30 @@ def sizes_of(rows: BlockRows) -> list[tuple[str, int]]:
 
 
 def gram_matrix(rows: BlockRows, threads: int = 1, on_elements: OnElements = ignore) -> Tensor:
-    """G_ij = <delta_i, delta_j> over all tensors, (n, n) float64; blocks are summed in order. Raises on NaN and Inf."""
+    """G_ij = <delta_i, delta_j> over all tensors, (n, n) float64. Raises on NaN and Inf.
 
-    def partial(group: list[Piece]) -> Tensor:
-        total = torch.zeros(n, n, dtype=torch.float64)
+    The products of the blocks are added with one rounding: the order of the tensors, which differs between a model in
+    memory and its file, does not matter.
+    """
+
+    def products(group: list[Piece]) -> list[Tensor]:
+        found = []
         for name, start, stop in group:
             block = rows.block(name, start, stop).double()
             part = torch.stack([block @ row for row in block]).cpu()
             if not math.isfinite(part.sum()):
                 rows.refuse_nonfinite(name, start, stop)
-            total += part
-        return total
+            found.append(part)
+        return found
 
     n = len(rows.updates)
-    gram = torch.zeros(n, n, dtype=torch.float64)
+    parts = [torch.zeros(n, n, dtype=torch.float64)]
     groups = list(chunks(sizes_of(rows)))
-    for group, part in zip(groups, in_order(partial, groups, threads), strict=True):
-        gram += part
+    for group, found in zip(groups, in_order(products, groups, threads), strict=True):
+        parts += found
         on_elements(n * length(group))
+    sums = [math.fsum(pair) for pair in torch.stack(parts).reshape(-1, n * n).T.tolist()]
+    gram = torch.tensor(sums, dtype=torch.float64).reshape(n, n)
     return (gram + gram.T) / 2
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -99,14 +100,14 @@ class TaskVector:
         return sum(torch.Size(shape_of(self.tensors, n)).numel() for n in self.tensors)
 
     def dot(self, other: "TaskVector") -> float:
-        """<self, other> over all tensors, summed in float64 block by block."""
+        """<self, other> over all tensors: float64 in each block, the blocks added with one rounding, in any order."""
         self._check_alike(other)
-        total = 0.0
+        parts: list[float] = []
         for name in self.tensors:
             for start, stop in blocks(torch.Size(shape_of(self.tensors, name)).numel()):
                 a = block_of(self.tensors, name, start, stop).double()
-                total += float(a @ block_of(other.tensors, name, start, stop).double())
-        return total
+                parts.append(float(a @ block_of(other.tensors, name, start, stop).double()))
+        return math.fsum(parts)
 
     def norm(self) -> float:
         """The 2-norm over all tensors, in float64."""
