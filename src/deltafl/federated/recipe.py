@@ -12,6 +12,7 @@ from deltafl.sparse.calibration import KINDS
 from deltafl.sparse.masks import MASK_STRATEGIES
 from deltafl.training import SCHEDULES
 
+ENGINES = ("sequential", "vmap")
 LOCAL_ALGORITHMS = ("sgd", "fedprox", "scaffold")
 SERVER_OPTIMIZERS = ("sgd", "fedadam", "fedyogi", "fedadagrad")
 AUGMENTATIONS = ("none", "flip", "crop_flip")
@@ -33,7 +34,8 @@ class FederatedRecipe:
     ridge (Fed3R, from sums of the clients' statistics), probe (logistic regression), linear (random) or a file; it is
     frozen unless train_head. sparsity_ratio: share of frozen coordinates; mask_*, calibration_* and fisher_* say how
     they are chosen, mask_file is a mask that `deltafl mask` wrote. eval_every: rounds between validations; patience:
-    validations without a gain after which the run ends. client: a user's own, `module:attr`.
+    validations without a gain after which the run ends. engine: sequential, one client after the other, or vmap, all
+    of a round stacked (`StackedTraining` says what that serves). client: a user's own, `module:attr`.
     """
 
     num_clients: int = 100
@@ -81,6 +83,7 @@ class FederatedRecipe:
     eval_every: int = 1
     patience: int | None = None
     mixed_precision: str = "no"
+    engine: str = "sequential"
     client: str | None = None
     seed: int = 0
 
@@ -141,6 +144,7 @@ class FederatedRecipe:
                     ("calibration", self.calibration, KINDS),
                     ("fisher_labels", self.fisher_labels, FISHER_LABELS),
                     ("mixed_precision", self.mixed_precision, PRECISIONS),
+                    ("engine", self.engine, ENGINES),
                 )
             ),
         )

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from deltafl.aggregation import Aggregate, Update
 from deltafl.datasets.task import Split
 from deltafl.errors import DeltaflError
-from deltafl.federated.client import Client, ClientUpdate, Round
+from deltafl.federated.client import Client, ClientUpdate, GroupClient, Round
 from deltafl.federated.controls import Controls
 from deltafl.federated.recipe import FederatedRecipe
 from deltafl.federated.server import ServerState, choose_clients, round_lr, server_step, steps_of
@@ -63,20 +63,8 @@ def run_round(
     updates: list[tuple[int, Update, Tensor | None]] = []
     failed: list[int] = []
     client_seconds = 0.0
-    for k in chosen:
-        own = None if state.control is None else world.controls.read(k, state.control_rounds)
-        part = Round(
-            number,
-            k,
-            world.split,
-            world.shards[k],
-            steps_of(recipe, k),
-            round_lr(recipe, number),
-            None if state.control is None else state.control - (0 if own is None else own),
-        )
-        started = time.perf_counter()
-        update = world.client(state.params, world.mask, part)
-        client_seconds += update.seconds if isinstance(update, ClientUpdate) else time.perf_counter() - started
+    for k, own, update, seconds in _trained(state, world, chosen):
+        client_seconds += seconds
         if finite(update):
             updates.append((k, update, own))
             on_update(k, update)
@@ -98,6 +86,37 @@ def run_round(
         time.perf_counter() - started,
     )
     return stepped, result
+
+
+def _trained(
+    state: ServerState, world: World, chosen: Sequence[int]
+) -> Iterator[tuple[int, Tensor | None, Update, float]]:
+    """Each chosen client, its own control variate, its update and the seconds that it took; one client after the
+    other, or all at once where they can be.
+    """
+    recipe, number, client = world.recipe, state.round + 1, world.client
+
+    def part(k: int, own: Tensor | None) -> Round:
+        control = None if state.control is None else state.control - (0 if own is None else own)
+        lr = round_lr(recipe, number)
+        return Round(number, k, world.split, world.shards[k], steps_of(recipe, k), lr, control)
+
+    owns = (None if state.control is None else world.controls.read(k, state.control_rounds) for k in chosen)
+    if isinstance(client, GroupClient):
+        held = list(owns)
+        started = time.perf_counter()
+        parts = [part(k, own) for k, own in zip(chosen, held, strict=True)]
+        updates = client.train_all(state.params, world.mask, parts)
+        seconds = (time.perf_counter() - started) / len(chosen)
+        for k, own, update in zip(chosen, held, updates, strict=True):
+            yield k, own, update, seconds
+        return
+    for k, own in zip(chosen, owns, strict=True):
+        given = part(k, own)
+        started = time.perf_counter()
+        update = client(state.params, world.mask, given)
+        took = update.seconds if isinstance(update, ClientUpdate) else time.perf_counter() - started
+        yield k, own, update, took
 
 
 def aggregate(updates: Sequence[Update], recipe: FederatedRecipe, number: int = 0) -> Aggregate:

@@ -20,6 +20,7 @@ from deltafl.federated.rounds import World, run_round
 from deltafl.federated.saving import save_model, save_update
 from deltafl.federated.server import ServerState
 from deltafl.federated.setup import make_head, make_mask, make_shards
+from deltafl.federated.stacked import StackedTraining
 from deltafl.federated.state import StateWriter, decode
 from deltafl.files import check_output
 from deltafl.finetuning.recipe import PRECISIONS
@@ -173,9 +174,9 @@ def _initial(model: FlatModel, head: LinearHead, recipe: FederatedRecipe) -> Ser
 
 
 def _client(model: FlatModel, head: LinearHead, recipe: FederatedRecipe) -> Client:
-    if recipe.client is not None:
+    if recipe.client is not None and recipe.engine == "sequential":
         return find_callable(recipe.client, "client")(model, head, recipe)
-    return LocalTraining(model, head, recipe)
+    return StackedTraining(model, head, recipe) if recipe.engine == "vmap" else LocalTraining(model, head, recipe)
 
 
 def _validated(
