@@ -236,7 +236,7 @@ def test_heads(head: str, tmp_path: Path):
         ({"epochs": 1.0}, "either steps or epochs"),
         ({"lr": -1.0}, "lr must be positive"),
         ({"optimizer": "adam"}, 'did you mean "adamw"'),
-        ({"schedule": "linear"}, "unknown schedule"),
+        ({"schedule": "triangle"}, "unknown schedule"),
         ({"mixed_precision": "fp16"}, 'unknown mixed_precision "fp16"'),
         ({"label_smoothing": 1.0}, "label_smoothing"),
         ({"few_shot": 3}, "ridge"),

@@ -106,9 +106,22 @@ def test_learning_rates():
     assert rates[100] == pytest.approx(0.0)
     assert all(a >= b for a, b in pairwise(rates[10:]))
     assert [lr_at(s, 5, 0, 2.0, "constant") for s in range(5)] == [2.0] * 5
+    assert [lr_at(s, 4, 0, 2.0, "linear") for s in range(4)] == [2.0, 1.5, 1.0, 0.5]
+    assert [lr_at(s, 12, 2, 2.0, "linear") for s in (0, 1, 2, 7)] == [1.0, 2.0, 2.0, 1.0]
     assert (default_warmup(100), default_warmup(9000)) == (10, 500)
     with pytest.raises(DeltaflError, match='did you mean "cosine"'):
         lr_at(0, 1, 0, 1.0, "cosin")
+
+
+def test_the_step_schedule_is_that_of_torch():
+    """He et al. divide the rate by 10 at 32k and 48k of 64k iterations; here at the same shares of 8 steps."""
+    optimiser = torch.optim.SGD([torch.zeros(1)], lr=3.0)
+    reference = torch.optim.lr_scheduler.MultiStepLR(optimiser, milestones=[4, 6], gamma=0.1)
+    for step in range(8):
+        assert lr_at(step, 8, 0, 3.0, "step") == pytest.approx(optimiser.param_groups[0]["lr"])
+        assert lr_at(step + 5, 13, 5, 3.0, "step") == lr_at(step, 8, 0, 3.0, "step")
+        optimiser.step()
+        reference.step()
 
 
 @pytest.mark.parametrize(("count", "size"), [(50, 16), (48, 16), (5, 16)])

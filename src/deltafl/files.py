@@ -46,7 +46,15 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-MARKS = ("deltafl.json", "deltafl_model.json", "inspect.json", "shards.json", "training.json", "record.jsonl")
+MARKS = (
+    "deltafl.json",
+    "deltafl_model.json",
+    "inspect.json",
+    "mask.json",
+    "shards.json",
+    "training.json",
+    "record.jsonl",
+)
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 

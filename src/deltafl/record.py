@@ -74,6 +74,11 @@ class RunRecord:
             if sync:
                 os.fsync(file.fileno())
 
+    def sync(self) -> None:
+        """Hand to the disk what was appended without `sync`."""
+        with self.rows_path.open("rb") as file:
+            os.fsync(file.fileno())
+
     def rewind(self, keep: Callable[[Row], bool]) -> None:
         """Drop the rows that `keep` refuses: what came after the state that a resumed run starts from."""
         rows = self.rows()
@@ -126,6 +131,14 @@ def read_rows(path: str | Path) -> list[Row]:
             raise DeltaflError(f'"{path}" line {number} holds a {type(row).__name__}, not an object.')
         rows.append(row)
     return rows
+
+
+def killed_at_start(folder: Path) -> bool:
+    """Whether `folder` holds no more than what `RunRecord.create` leaves where it is killed before its last file."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {"no folder"}
+    return all(
+        n == "config.yaml" or (n.startswith((".config.yaml.", ".record.jsonl.")) and n.endswith(".tmp")) for n in names
+    )
 
 
 def write_json(path: str | Path, value: Any) -> Path:

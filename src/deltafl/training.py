@@ -14,7 +14,7 @@ from deltafl.errors import DeltaflError, did_you_mean
 from deltafl.models.flat import FlatModel
 from deltafl.models.heads import LinearHead
 
-SCHEDULES = ("cosine", "constant")
+SCHEDULES = ("cosine", "constant", "linear", "step")
 
 
 def keyed_generator(*key: int | str) -> torch.Generator:
@@ -41,7 +41,12 @@ def default_warmup(total: int) -> int:
 
 def lr_at(step: int, total: int, warmup: int, base_lr: float, schedule: str = "cosine") -> float:
     """Learning rate of step 0 .. total - 1: base_lr (step + 1) / warmup during warm-up, then, with
-    t = (step - warmup) / (total - warmup), base_lr (1 + cos(pi t)) / 2 for "cosine" and base_lr for "constant".
+    t = (step - warmup) / (total - warmup), base_lr times
+
+        cosine      (1 + cos(pi t)) / 2   (arXiv 1608.03983, without restarts)
+        constant    1
+        linear      1 - t
+        step        1 for t < 1/2, 0.1 for t < 3/4, then 0.01   (arXiv 1512.03385, section 4.2)
 
     Raises:
         DeltaflError: unknown schedule.
@@ -50,9 +55,14 @@ def lr_at(step: int, total: int, warmup: int, base_lr: float, schedule: str = "c
         raise DeltaflError(f'unknown schedule "{schedule}"; {did_you_mean(schedule, SCHEDULES)}')
     if step < warmup:
         return base_lr * (step + 1) / warmup
+    done, span = step - warmup, max(1, total - warmup)
     if schedule == "constant":
         return base_lr
-    return base_lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+    if schedule == "linear":
+        return base_lr * (1 - done / span)
+    if schedule == "step":
+        return base_lr * 0.1 ** ((2 * done >= span) + (4 * done >= 3 * span))
+    return base_lr * 0.5 * (1 + math.cos(math.pi * done / span))
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 @click.option("--batch-size", type=int, help="Default: 128, over all processes together.")
 @click.option("--weight-decay", type=float, help="Default: 0.1.")
 @click.option("--warmup", type=int, help="Steps of warm-up. Default: 10 % of the steps, at most 500.")
-@click.option("--schedule", help="cosine (default) or constant.")
+@click.option("--schedule", help="cosine (default), constant, linear or step.")
 @click.option("--optimizer", help="adamw (default) or sgd.")
 @click.option("--momentum", type=float, help="For sgd. Default: 0.")
 @click.option("--grad-clip", type=float, help="Largest gradient norm. Default: 1.")
@@ -83,7 +83,7 @@ def finetune(config: str | None, resume: bool, overwrite: bool, quiet: bool, **o
     if not quiet:
         accuracy, count = done.training["val_accuracy"], done.training["val_examples"]
         click.echo(f"{done.out}: {done.training['num_steps']} steps, {accuracy:.2%} of {count} validation examples")
-    _leave_processes()
+    leave_processes()
 
 
 @click.command(cls=ManyValues)
@@ -212,7 +212,8 @@ def _progress_by_steps(label: str, *, quiet: bool) -> Iterator[Callable[[int, in
         yield advance
 
 
-def _leave_processes() -> None:
+def leave_processes() -> None:
+    """Part from the other processes of an `accelerate launch`."""
     from accelerate import PartialState
 
     if PartialState().num_processes > 1:

@@ -68,8 +68,6 @@ def finetune(
         DeltaflError: bad recipe or head, an output or state that is in the way, a state of another configuration, a
             diverged run.
     """
-    from accelerate import PartialState
-
     out = Path(out)
     if problems := recipe.problems():
         raise DeltaflError(*problems)
@@ -90,18 +88,14 @@ def finetune(
         )
     state = read_state(state_file, config) if resume else None
 
-    if device is not None:
-        device_named(device)
-    processes = PartialState(cpu=device == "cpu")
-    processes.wait_for_everyone()
-    where = device if device is not None and processes.num_processes == 1 else str(processes.device)
+    processes, where = join_processes(device)
     model = FlatModel(encoder.copy_to(where))
     if state is not None:
         weight, bias = state["head"]
         head = LinearHead(weight, bias, task.class_names)
     elif head is None:
         head = make_head(model, task, recipe)
-    head = _shared(head.to(where), processes.num_processes)
+    head = shared_head(head.to(where), processes.num_processes)
     head = head.trainable() if recipe.train_head else head
     optimiser = _optimiser([model.flat, *head.parameters()], recipe)
     start = 0
@@ -112,13 +106,13 @@ def finetune(
         logger.info("resumed from %s at step %d", state_file, start)
 
     def save(done: int) -> None:
-        _check_finite(model, done)
+        check_finite(model, done)
         if processes.is_main_process:
             held = {"module": model.module.state_dict(), "optimiser": optimiser.state_dict()}
             frozen = head.frozen()
             write_state(state_file, config, {"step": done, "head": [frozen.weight, frozen.bias], **held})
 
-    for done, total, loss in _steps(model, head, task, optimiser, recipe, start, processes):
+    for done, total, loss in training_steps(model, head, task.train, optimiser, recipe, start, processes):
         if save_every and done % save_every == 0 and done < total:
             save(done)
         on_progress(done, total, loss)
@@ -133,30 +127,50 @@ def finetune(
     return Finetuned(out, training)
 
 
-def _steps(
+def join_processes(device: str | None) -> tuple[Any, str]:
+    """accelerate's PartialState, once all processes are here, and the device of this one.
+
+    Raises:
+        DeltaflError: no such device.
+    """
+    from accelerate import PartialState
+
+    if device is not None:
+        device_named(device)
+    processes = PartialState(cpu=device == "cpu")
+    processes.wait_for_everyone()
+    return processes, device if device is not None and processes.num_processes == 1 else str(processes.device)
+
+
+def training_steps(
     model: FlatModel,
     head: LinearHead,
-    task: Task,
+    split: Split,
     optimiser: torch.optim.Optimizer,
     recipe: FinetuneRecipe,
     start: int,
     processes: Any,
+    *,
+    change: Callable[[Tensor, int], Tensor] | None = None,
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """Train from step `start` to the end; (steps done, steps in all, loss) after each."""
+    """Train from step `start` to the end; (steps done, steps in all, loss) after each.
+
+    `change` is given the images of a whole batch, uint8 (B, C, H, W), and the step, and returns as many.
+    """
     from accelerate.utils import reduce
 
-    train = Split(task.train.images.to(model.device), task.train.labels.to(model.device))
+    train = Split(split.images.to(model.device), split.labels.to(model.device))
     total, warmup = _lengths(recipe, len(train))
     rank, world = processes.process_index, processes.num_processes
     for step in range(start, total):
-        ids = batch_ids(len(train), recipe.batch_size, recipe.seed, step)
-        mine = ids[rank::world].to(model.device)
-        batch = Batch(train.images[mine], train.labels[mine], total=len(ids))
+        ids = batch_ids(len(train), recipe.batch_size, recipe.seed, step).to(model.device)
+        mine = ids[rank::world]
+        images = train.images[mine] if change is None else change(train.images[ids], step)[rank::world]
         with _keyed_dropout(model.device, recipe.seed, step, rank):
             loss = train_step(
                 model,
                 head,
-                batch,
+                Batch(images, train.labels[mine], total=len(ids)),
                 optimiser,
                 lr=lr_at(step, total, warmup, recipe.lr, recipe.schedule),
                 grad_clip=recipe.grad_clip,
@@ -179,7 +193,7 @@ def _optimiser(parameters: list[Tensor], recipe: FinetuneRecipe) -> torch.optim.
     return torch.optim.AdamW(parameters, recipe.lr, weight_decay=recipe.weight_decay, fused=True)
 
 
-def _shared(head: LinearHead, num_processes: int) -> LinearHead:
+def shared_head(head: LinearHead, num_processes: int) -> LinearHead:
     """The main process's head: fitted apart, two processes' heads may differ in their last bits."""
     if num_processes == 1:
         return head
@@ -202,7 +216,8 @@ def _keyed_dropout(device: torch.device, seed: int, step: int, rank: int) -> Ite
         yield
 
 
-def _check_finite(model: FlatModel, step: int) -> None:
+def check_finite(model: FlatModel, step: int) -> None:
+    """Raise DeltaflError if a weight is NaN or Inf."""
     if not torch.isfinite(model.flat.detach()).all():
         raise DeltaflError(f"training diverged: weights are not finite by step {step}; use a smaller --lr")
 
@@ -212,7 +227,7 @@ def _training(
 ) -> dict[str, Any]:
     """The content of training.json, with the validation accuracy; what a merge reads is at the top level."""
     num_steps, warmup = _lengths(recipe, len(task.train))
-    _check_finite(model, num_steps)
+    check_finite(model, num_steps)
     correct = predict_correct(model, head, task.val, autocast=PRECISIONS[recipe.mixed_precision])
     settings = asdict(recipe)
     del settings["steps"], settings["warmup"]
