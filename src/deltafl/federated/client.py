@@ -1,8 +1,8 @@
 """What a client does in a round: take the server's parameters, train on its own samples, return an update."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -22,7 +22,7 @@ from deltafl.sparse.masks import Mask
 from deltafl.sparse.packed import PackedDelta
 from deltafl.sparse.sgdm import SparseSGDM
 from deltafl.tensors import Joined, Tensors
-from deltafl.training import Batch, batch_ids, keyed_generator, train_step
+from deltafl.training import Batch, batches, keyed_generator, train_step
 
 HEAD = "deltafl_head."
 """Before the names of a trained head's tensors, weight and bias, among the server's parameters."""
@@ -46,11 +46,11 @@ class Round:
 
 @dataclass(frozen=True)
 class ClientUpdate(Update):
-    """An update with the mean training loss, the seconds it took, and for scaffold the change of c_i, (P,)."""
+    """An update with the mean training loss, the seconds it took, and for scaffold the client's new c_i, (P,)."""
 
     loss: float | None = None
     seconds: float = 0.0
-    control_change: Tensor | None = None
+    control: Tensor | None = None
 
 
 class Client(Protocol):
@@ -76,13 +76,12 @@ class GroupClient(Client, Protocol):
 class LocalTraining:
     """SGDM, FedProx (arXiv 1812.06127) or SCAFFOLD (arXiv 1910.06378) on one working model that all clients share.
 
-    The model, its float buffers and a trained head are set from the server's parameters at the start of every call,
-    other buffers to what they were when this was made; momentum starts anew.
+    The model, its float buffers and a trained head are set from the server's parameters at the start of every call;
+    momentum starts anew. Other buffers (counters of batches) are put back at the end: nobody's training is in them.
     """
 
     def __init__(self, model: FlatModel, head: LinearHead, recipe: FederatedRecipe) -> None:
         self.model, self.head, self.recipe = model, head, recipe
-        self._kept = {n: b.clone() for n, b in model.module.named_buffers() if not b.is_floating_point()}
         self._optimiser: SparseSGDM | None = None
         self._mask: Mask | None = None
 
@@ -90,20 +89,18 @@ class LocalTraining:
         """Train and return the update: at frozen coordinates exactly 0, and packed where a mask is given."""
         started = time.perf_counter()
         load_params(self.model, self.head, params)
-        buffers = dict(self.model.module.named_buffers())
-        for name, value in self._kept.items():
-            buffers[name].copy_(value)
         optimiser = self._ready(mask)
         trained = [self.model.flat, *self.head.parameters()]
         anchors = [p.detach().clone() for p in trained] if self.recipe.local_algorithm != "sgd" else []
         adjust = self._adjustment(optimiser, trained, anchors, round)
-        with optimiser.skip_frozen() if mask is not None else nullcontext():
+        skipping = optimiser.skip_frozen() if mask is not None else nullcontext()
+        with skipping, self._buffers_kept():
             loss = self._train(round, optimiser, adjust)
         after = self._after(params, optimiser)
-        change = None
-        if round.control is not None:  # c_i+ = c_i - c + (x - y) / (J lr)
+        control = None
+        if round.control is not None:  # c_i+ = (x - y) / (J lr) - (c - c_i), option II
             moved = torch.cat([(a - p.detach()).reshape(-1) for a, p in zip(anchors, trained, strict=True)])
-            change = moved / (round.num_steps * round.lr) - round.control
+            control = moved / (round.num_steps * round.lr) - round.control
         source = Source(
             f"client {round.client}",
             num_examples=len(round.ids),
@@ -114,7 +111,17 @@ class LocalTraining:
         )
         delta = Difference(params, after, {n: n for n in params}, torch.float32)
         mean = float(loss) / round.num_steps  # reading it makes a GPU finish, so that the time is the client's
-        return ClientUpdate(delta, source, mean, time.perf_counter() - started, change)
+        return ClientUpdate(delta, source, mean, time.perf_counter() - started, control)
+
+    @contextmanager
+    def _buffers_kept(self) -> Iterator[None]:
+        """Buffers that are not float are afterwards what they were."""
+        kept = [(b, b.clone()) for b in self.model.module.buffers() if not b.is_floating_point()]
+        try:
+            yield
+        finally:
+            for buffer, value in kept:
+                buffer.copy_(value)
 
     def _ready(self, mask: Mask | None) -> SparseSGDM:
         """The optimiser for this mask; its buffers serve one client after the other."""
@@ -159,8 +166,7 @@ class LocalTraining:
         r, purpose = self.recipe, f"round {round.number} client {round.client}"
         total = torch.zeros((), device=self.model.device)
         ids = round.ids.to(round.split.images.device)
-        for step in range(round.num_steps):
-            rows = ids[batch_ids(len(ids), r.batch_size, r.seed, step, purpose).to(ids.device)]
+        for step, rows in enumerate(batches(ids, r.batch_size, r.seed, round.num_steps, purpose)):
             images = round.split.images[rows].to(self.model.device)
             if r.augment != "none":
                 images = augmented(images, r.augment, keyed_generator(r.seed, "augment", purpose, step))

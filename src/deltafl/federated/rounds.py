@@ -10,13 +10,13 @@ from torch import Tensor
 
 from deltafl.aggregation import Aggregate, Update
 from deltafl.datasets.task import Split
-from deltafl.errors import DeltaflError
+from deltafl.errors import DeltaflError, shorten
 from deltafl.federated.client import Client, ClientUpdate, GroupClient, Round
 from deltafl.federated.controls import Controls
 from deltafl.federated.recipe import FederatedRecipe
 from deltafl.federated.server import ServerState, choose_clients, round_lr, server_step, steps_of
 from deltafl.sparse.masks import Mask
-from deltafl.tensors import block_of, blocks, numel_of
+from deltafl.tensors import Tensors, block_of, blocks, numel_of, shape_of
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,7 @@ def run_round(
     client_seconds = 0.0
     for k, own, update, seconds in _trained(state, world, chosen):
         client_seconds += seconds
+        _refuse_other_tensors(update, k, state.params)
         if finite(update):
             updates.append((k, update, own))
             on_update(k, update)
@@ -97,11 +98,11 @@ def _trained(
     recipe, number, client = world.recipe, state.round + 1, world.client
 
     def part(k: int, own: Tensor | None) -> Round:
-        control = None if state.control is None else state.control - (0 if own is None else own)
+        control = state.control if own is None or state.control is None else state.control - own
         lr = round_lr(recipe, number)
         return Round(number, k, world.split, world.shards[k], steps_of(recipe, k), lr, control)
 
-    owns = (None if state.control is None else world.controls.read(k, state.control_rounds) for k in chosen)
+    owns = (_own_control(state, world, k) for k in chosen)
     if isinstance(client, GroupClient):
         held = list(owns)
         started = time.perf_counter()
@@ -117,6 +118,23 @@ def _trained(
         update = client(state.params, world.mask, given)
         took = update.seconds if isinstance(update, ClientUpdate) else time.perf_counter() - started
         yield k, own, update, took
+
+
+def _own_control(state: ServerState, world: World, client: int) -> Tensor | None:
+    """c_i where the server's c is; None without scaffold and for a client that never took part."""
+    own = None if state.control is None else world.controls.read(client, state.control_rounds)
+    return None if own is None or state.control is None else own.to(state.control.device)
+
+
+def _refuse_other_tensors(update: Update, client: int, params: Tensors) -> None:
+    """Raise DeltaflError unless the delta has the tensors of the parameters: a user's own client may err."""
+    odd = sorted(update.delta.keys() ^ params.keys())
+    odd = odd or [n for n in params if shape_of(update.delta, n) != shape_of(params, n)]
+    if odd:
+        raise DeltaflError(
+            f"the update of client {client} has not the tensors of the model, or other shapes: {shorten(odd)}; "
+            "a delta holds every name of the parameters that the client was given"
+        )
 
 
 def aggregate(updates: Sequence[Update], recipe: FederatedRecipe, number: int = 0) -> Aggregate:
@@ -145,10 +163,10 @@ def _with_controls(
     if control is None:
         return state
     for k, update, own in updates:
-        change = update.control_change if isinstance(update, ClientUpdate) else None
-        if change is None:
-            raise DeltaflError("scaffold needs clients that return a control_change; this one's updates have none")
-        control = control + change / world.recipe.num_clients
-        world.controls.write(k, state.round, change if own is None else own + change)
+        new = update.control if isinstance(update, ClientUpdate) else None
+        if new is None:
+            raise DeltaflError("scaffold needs clients that return their new control; this one's updates have none")
+        control = control + (new if own is None else new - own) / world.recipe.num_clients
+        world.controls.write(k, state.round, new)
         rounds[k] = state.round
     return replace(state, control=control, control_rounds=rounds)

@@ -12,17 +12,17 @@ from torch import Tensor
 
 from deltafl.datasets.task import Split, Task
 from deltafl.errors import DeltaflError
-from deltafl.federated.client import HEAD, Client, LocalTraining, load_params, moving
+from deltafl.federated.client import HEAD, Client, LocalTraining, load_params
 from deltafl.federated.controls import Controls
 from deltafl.federated.ledger import Ledger
 from deltafl.federated.recipe import FederatedRecipe
-from deltafl.federated.rounds import World, run_round
+from deltafl.federated.rounds import OnUpdate, World, run_round
 from deltafl.federated.saving import save_model, save_update
 from deltafl.federated.server import ServerState
-from deltafl.federated.setup import make_head, make_mask, make_shards
+from deltafl.federated.setup import MASK_FILE, STATE_FILE, Setting, make_shards, set_up
 from deltafl.federated.stacked import StackedTraining
-from deltafl.federated.state import StateWriter, decode
-from deltafl.files import check_output
+from deltafl.federated.state import StateWriter
+from deltafl.files import atomic_folder, check_output
 from deltafl.finetuning.recipe import PRECISIONS
 from deltafl.finetuning.state import require_same_config, run_config
 from deltafl.models import LoadedEncoder
@@ -30,8 +30,8 @@ from deltafl.models.flat import FlatModel
 from deltafl.models.heads import LinearHead
 from deltafl.record import RunRecord, write_json
 from deltafl.sharding import describe
-from deltafl.sparse.masks import Mask, load_mask, model_hash, save_mask
-from deltafl.tensors import device_named
+from deltafl.sparse.masks import model_hash, save_mask
+from deltafl.tensors import Tensors, device_named
 from deltafl.training import predict_correct
 from deltafl.usercode import find_callable
 
@@ -60,10 +60,11 @@ def federate(
     save_client_updates: Collection[int] = (),
     on_round: OnRound = lambda row, total: None,
 ) -> FederatedRun:
-    """Run all rounds and leave in `out` config.yaml, record.jsonl, result.json, head, mask and the best `model/`.
+    """Run all rounds and leave in `out` config.yaml, record.jsonl, result.json, mask.safetensors and the best `model/`.
 
     Validation after every `eval_every` rounds and before the first one; the model of the best one is tested, once.
     Killed at any moment the run goes on with `resume`, on a CPU to the same bits; a finished one is returned as it is.
+    An older run in `out` is replaced, with `overwrite`, when head, mask and client of the new one are ready.
     `save_client_updates`: rounds whose clients' models are written to `updates/`, for merge and inspect. `device` None:
     the GPU where there is one.
 
@@ -78,49 +79,19 @@ def federate(
     where = device_named(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     config = json.loads(json.dumps(run_config(encoder, task, recipe, None)))
     shards = make_shards(task, recipe)
-    record = _open_record(out, config, resume=resume, overwrite=overwrite)
-    if (out / "result.json").is_file():
+    record = _record_to_resume(out, config) if resume else None
+    if record is not None and (out / "result.json").is_file():
+        shutil.rmtree(out / "state", ignore_errors=True)
         return FederatedRun(out, json.loads((out / "result.json").read_text()), tuple(record.rows()))
-    model = FlatModel(encoder.copy_to(where))
-    state, head, mask = _start(model, task, recipe, shards, out)
-    controls = Controls(out / "state" / "controls")
-    writer = StateWriter(out / "state" / "state.safetensors", head_tensors(head), controls)
-    split = Split(task.train.images.to(where), task.train.labels.to(where))
-    client = _client(model, head, recipe)
-    trained = frozenset(n for n in state.params if n in model.slices or n.startswith(HEAD))
-    world = World(recipe, split, shards, client, mask, trained, controls)
-    record.rewind(lambda row: row["round"] <= state.round)
-    ledger = Ledger(recipe, model, head, mask)
-    if state.round == 0 and not record.rows():
-        state = _validated(state, model, head, task, recipe)
-        shape = describe(shards, task.train.labels.cpu(), len(task.class_names))
-        row = {"event": "start", "round": 0, "val_accuracy": state.best_accuracy, "smallest_client": shape.smallest,
-               "largest_client": shape.largest, "classes_per_client": [int(shape.classes.min()),
-               int(shape.classes.max())], "parameters": ledger.parameters, "kept": ledger.kept}  # fmt: skip
-        record.append(row)
-        on_round(row, recipe.num_rounds)
-    elif state.round == 0:
-        state = _validated(state, model, head, task, recipe)
-    try:
-        while state.round < recipe.num_rounds and not _exhausted(state, recipe):
-            saving = state.round + 1 in save_client_updates
-            base, number = state.params, state.round + 1
-
-            def keep(k: int, update: Any, base: Mapping[str, Tensor] = base, number: int = number) -> None:
-                save_update(out / "updates" / f"round-{number:04d}", k, update, base, model, head, task, recipe)
-
-            state, result = run_round(state, world, keep if saving else lambda k, update: None)
-            accuracy = None
-            if state.round % recipe.eval_every == 0 or state.round == recipe.num_rounds:
-                state = _validated(state, model, head, task, recipe)
-                accuracy = state.accuracy
-            row = ledger.row(state.round, result, accuracy)
-            record.append(row, sync=False)
-            writer.offer(state)
-            on_round(row, recipe.num_rounds)
-    finally:
-        writer.finish()
-    result = _finish(state, model, head, task, recipe, out, record, config)
+    if record is None:
+        check_output(out, overwrite=overwrite)
+    setting, state = set_up(FlatModel(encoder.copy_to(where)), task, recipe, shards, None if record is None else out)
+    client = make_client(setting)
+    if record is None:
+        record = _new_record(out, config, setting, overwrite=overwrite)
+    world = make_world(setting, state, client, Controls(out / "state" / "controls"))
+    state = _all_rounds(state, world, setting, record, out, save_client_updates, on_round)
+    result = _finish(state, setting, out, record, config)
     return FederatedRun(out, result, tuple(record.rows()))
 
 
@@ -129,63 +100,104 @@ def head_tensors(head: LinearHead) -> dict[str, Tensor]:
     return {} if head.parameters() else {"weight": head.weight, "bias": head.bias}
 
 
-def _open_record(out: Path, config: Mapping[str, Any], *, resume: bool, overwrite: bool) -> RunRecord:
-    """A new record, or the one to go on with, whose configuration must be the same."""
-    if resume and (out / "record.jsonl").is_file():
-        record = RunRecord.resume(out)
-        require_same_config(record.config(), config, out)
-        return record
-    check_output(out, overwrite=overwrite)
-    if out.exists():
-        shutil.rmtree(out)
-    return RunRecord.create(out, config)
+def _record_to_resume(out: Path, config: Mapping[str, Any]) -> RunRecord | None:
+    """The record to go on with, whose configuration must be the same; None where nothing was begun."""
+    if not (out / "record.jsonl").is_file():
+        return None
+    record = RunRecord.resume(out)
+    require_same_config(record.config(), config, out)
+    return record
 
 
-def _start(
-    model: FlatModel, task: Task, recipe: FederatedRecipe, shards: tuple[Tensor, ...], out: Path
-) -> tuple[ServerState, LinearHead, Mask | None]:
-    """Head and mask, and the state to begin with: the last one that was written, or the model as it is."""
-    file, mask_file = out / "state" / "state.safetensors", out / "mask.safetensors"
-    if file.is_file():  # the head must exist before the state that holds a trained one can be read
-        head = _head_like(model, task, recipe)
-        state, tensors = decode(file, _initial(model, head, recipe))
-        head = replace(head, **{n: t.to(model.device) for n, t in tensors.items()})
-        return state, head, load_mask(mask_file, model_hash(model)) if recipe.sparse else None
-    head = make_head(model, task, shards, recipe)
-    mask = make_mask(model, head, task, shards, recipe)
-    if mask is not None:
-        save_mask(mask, mask_file, model_hash(model), {"strategy": recipe.mask_strategy, "file": recipe.mask_file})
-    return _initial(model, head, recipe), head, mask
+def _new_record(out: Path, config: Mapping[str, Any], setting: Setting, *, overwrite: bool) -> RunRecord:
+    """A folder with an empty record and the mask, in place of an older one, whole or not at all."""
+    recipe = setting.recipe
+    with atomic_folder(out, overwrite=overwrite) as folder:
+        RunRecord.create(folder, config)
+        if setting.mask is not None:
+            about = {"strategy": recipe.mask_strategy, "file": recipe.mask_file}
+            save_mask(setting.mask, folder / MASK_FILE, model_hash(setting.model), about)
+    return RunRecord(out)
 
 
-def _head_like(model: FlatModel, task: Task, recipe: FederatedRecipe) -> LinearHead:
-    count = len(task.class_names)
-    weight = torch.zeros(count, model.encoder.feature_dim, device=model.device)
-    head = LinearHead(weight, torch.zeros(count, device=model.device), task.class_names)
-    return head.trainable() if recipe.train_head else head
-
-
-def _initial(model: FlatModel, head: LinearHead, recipe: FederatedRecipe) -> ServerState:
-    params = {n: t.detach().clone() for n, t in moving(model, head).items()}
-    control = None
-    if recipe.local_algorithm == "scaffold":
-        control = torch.zeros(model.flat.numel() + sum(p.numel() for p in head.parameters()), device=model.device)
-    return ServerState(0, params, control=control)
-
-
-def _client(model: FlatModel, head: LinearHead, recipe: FederatedRecipe) -> Client:
+def make_client(setting: Setting) -> Client:
+    """Who trains: a user's own client, all clients stacked, or one after the other."""
+    parts, recipe = (setting.model, setting.head, setting.recipe), setting.recipe
     if recipe.client is not None and recipe.engine == "sequential":
-        return find_callable(recipe.client, "client")(model, head, recipe)
-    return StackedTraining(model, head, recipe) if recipe.engine == "vmap" else LocalTraining(model, head, recipe)
+        return find_callable(recipe.client, "client")(*parts)
+    return StackedTraining(*parts) if recipe.engine == "vmap" else LocalTraining(*parts)
 
 
-def _validated(
-    state: ServerState, model: FlatModel, head: LinearHead, task: Task, recipe: FederatedRecipe
+def make_world(setting: Setting, state: ServerState, client: Client, controls: Controls) -> World:
+    """What the rounds need, the training split on the model's device."""
+    train, where = setting.task.train, setting.model.device
+    split = Split(train.images.to(where), train.labels.to(where))
+    trained = frozenset(n for n in state.params if n in setting.model.slices or n.startswith(HEAD))
+    return World(setting.recipe, split, setting.shards, client, setting.mask, trained, controls)
+
+
+def _all_rounds(
+    state: ServerState,
+    world: World,
+    setting: Setting,
+    record: RunRecord,
+    out: Path,
+    saved: Collection[int],
+    on_round: OnRound,
 ) -> ServerState:
+    """From `state` to the last round, or to where patience ends; rows after `state` are dropped first."""
+    recipe = setting.recipe
+    ledger = Ledger(recipe, setting.model, setting.head, setting.mask)
+    writer = StateWriter(out / STATE_FILE, head_tensors(setting.head), world.controls, record.sync)
+    record.rewind(lambda row: row["round"] <= state.round)
+    if state.round == 0:
+        state = _validated(state, setting)
+        if not record.rows():
+            record.append(row := _start_row(state, setting, ledger))
+            on_round(row, recipe.num_rounds)
+    try:
+        while state.round < recipe.num_rounds and not _exhausted(state, recipe):
+            state, result = run_round(state, world, _saver(state, setting, out, saved))
+            accuracy = None
+            if state.round % recipe.eval_every == 0 or state.round == recipe.num_rounds:
+                state = _validated(state, setting)
+                accuracy = state.accuracy
+            row = ledger.row(state.round, result, accuracy)
+            record.append(row, sync=False)
+            writer.offer(state)
+            on_round(row, recipe.num_rounds)
+    finally:
+        writer.finish()
+    return state
+
+
+def _saver(state: ServerState, setting: Setting, out: Path, saved: Collection[int]) -> OnUpdate:
+    """What writes each client's model in the round after `state`, if that is one of `saved`."""
+    number = state.round + 1
+    if number not in saved:
+        return lambda client, update: None
+    folder = out / "updates" / f"round-{number:04d}"
+    return lambda client, update: save_update(folder, client, update, state.params, setting)
+
+
+def _start_row(state: ServerState, setting: Setting, ledger: Ledger) -> dict[str, Any]:
+    """The row of step 0."""
+    shape = describe(setting.shards, setting.task.train.labels.cpu(), len(setting.task.class_names))
+    return {
+        "event": "start",
+        "round": 0,
+        "val_accuracy": state.best_accuracy,
+        "smallest_client": shape.smallest,
+        "largest_client": shape.largest,
+        "classes_per_client": [int(shape.classes.min()), int(shape.classes.max())],
+        "parameters": ledger.parameters,
+        "kept": ledger.kept,
+    }
+
+
+def _validated(state: ServerState, setting: Setting) -> ServerState:
     """The state after a validation; of equal accuracies the first is the best."""
-    load_params(model, head, state.params)
-    correct = predict_correct(model, head, task.val, autocast=PRECISIONS[recipe.mixed_precision])
-    accuracy = correct.double().mean().item()
+    accuracy = _accuracy(state.params, setting, setting.task.val)
     if accuracy > state.best_accuracy:
         return replace(
             state, accuracy=accuracy, best=state.params, best_round=state.round, best_accuracy=accuracy, waited=0
@@ -193,29 +205,28 @@ def _validated(
     return replace(state, accuracy=accuracy, waited=state.waited + 1)
 
 
+def _accuracy(params: Tensors, setting: Setting, split: Split) -> float:
+    """Share of the examples that the model with these parameters, which it keeps, gets right."""
+    load_params(setting.model, setting.head, params)
+    autocast = PRECISIONS[setting.recipe.mixed_precision]
+    return predict_correct(setting.model, setting.head, split, autocast=autocast).double().mean().item()
+
+
 def _exhausted(state: ServerState, recipe: FederatedRecipe) -> bool:
     return recipe.patience is not None and state.waited >= recipe.patience
 
 
 def _finish(
-    state: ServerState,
-    model: FlatModel,
-    head: LinearHead,
-    task: Task,
-    recipe: FederatedRecipe,
-    out: Path,
-    record: RunRecord,
-    config: Mapping[str, Any],
+    state: ServerState, setting: Setting, out: Path, record: RunRecord, config: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Test the best model once, write it and the result, drop the state."""
-    load_params(model, head, state.best)
-    correct = predict_correct(model, head, task.test, autocast=PRECISIONS[recipe.mixed_precision])
+    recipe, task = setting.recipe, setting.task
     rows = [r for r in record.rows() if r["event"] == "round"]
     last = rows[-1] if rows else {}
     result = {
         "title": f"{task.name}: {recipe.num_clients} clients, {recipe.aggregator}",
-        "test_accuracy": correct.double().mean().item(),
-        "test_examples": len(correct),
+        "test_accuracy": _accuracy(state.best, setting, task.test),
+        "test_examples": len(task.test),
         "val_accuracy": state.best_accuracy,
         "best_round": state.best_round,
         "rounds": state.round,
@@ -224,7 +235,7 @@ def _finish(
         **{key: sum(r[key] for r in rows) for key in ("client_seconds", "server_seconds")},
         "config": dict(config),
     }
-    save_model(out / "model", model, head, task, recipe, config, steps=sum(r["num_steps"] for r in rows))
+    save_model(out / "model", setting, config, steps=sum(r["num_steps"] for r in rows))
     write_json(out / "result.json", result)
     shutil.rmtree(out / "state", ignore_errors=True)
     return result

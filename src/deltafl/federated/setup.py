@@ -1,6 +1,7 @@
 """Step 0: shards, head and mask, all that is made before the first round."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -8,7 +9,10 @@ from torch import Tensor
 
 from deltafl.datasets.task import Task
 from deltafl.errors import DeltaflError
+from deltafl.federated.client import moving
 from deltafl.federated.recipe import FederatedRecipe
+from deltafl.federated.server import ServerState
+from deltafl.federated.state import decode
 from deltafl.finetuning.recipe import PRECISIONS
 from deltafl.models.flat import FlatModel
 from deltafl.models.heads import LinearHead, check_head, few_per_class, load_head, random_head
@@ -21,7 +25,55 @@ from deltafl.sparse.masks import Mask, load_mask, model_hash
 from deltafl.tensors import Tensors
 from deltafl.training import extract_features, keyed_generator
 
+MASK_FILE = "mask.safetensors"
+STATE_FILE = "state/state.safetensors"
 HEADS = ("ridge", "probe", "linear")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What step 0 makes and the rounds keep.
+
+    model: the one working model, whose values are those of whoever used it last. head: frozen, or trainable with
+    values that come and go likewise. mask None: all coordinates train. shards: rows of `task.train` of each client.
+    """
+
+    recipe: FederatedRecipe
+    task: Task
+    model: FlatModel
+    head: LinearHead
+    mask: Mask | None
+    shards: tuple[Tensor, ...]
+
+
+def set_up(
+    model: FlatModel, task: Task, recipe: FederatedRecipe, shards: tuple[Tensor, ...], begun: Path | None
+) -> tuple[Setting, ServerState]:
+    """Head and mask, and the state to begin with: the last one that a run `begun` wrote, or the model as it is."""
+    if begun is None or not (begun / STATE_FILE).is_file():
+        head = make_head(model, task, shards, recipe)
+        mask = make_mask(model, head, task, shards, recipe)
+        return Setting(recipe, task, model, head, mask, shards), _initial(model, head, recipe)
+    head = _head_like(model, task, recipe)  # must exist before the state that holds a trained one can be read
+    state, tensors = decode(begun / STATE_FILE, _initial(model, head, recipe))
+    head = replace(head, **{n: t.to(model.device) for n, t in tensors.items()})
+    mask = load_mask(begun / MASK_FILE, model_hash(model)) if recipe.sparse else None
+    return Setting(recipe, task, model, head, mask, shards), state
+
+
+def _head_like(model: FlatModel, task: Task, recipe: FederatedRecipe) -> LinearHead:
+    count = len(task.class_names)
+    weight = torch.zeros(count, model.encoder.feature_dim, device=model.device)
+    head = LinearHead(weight, torch.zeros(count, device=model.device), task.class_names)
+    return head.trainable() if recipe.train_head else head
+
+
+def _initial(model: FlatModel, head: LinearHead, recipe: FederatedRecipe) -> ServerState:
+    params = {n: t.detach().clone() for n, t in moving(model, head).items()}
+    control = None
+    if recipe.local_algorithm == "scaffold":
+        control = torch.zeros(model.flat.numel() + sum(p.numel() for p in head.parameters()), device=model.device)
+    return ServerState(0, params, control=control)
 
 
 def make_shards(task: Task, recipe: FederatedRecipe) -> tuple[Tensor, ...]:

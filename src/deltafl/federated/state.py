@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from deltafl.federated.server import ServerState
 from deltafl.files import write_atomically
 
 PARTS = ("params", "m", "v", "best")
+NUMBERS = ("round", "control_rounds", "best_round", "best_accuracy", "waited")
 
 
 def encode(state: ServerState, head: Mapping[str, Tensor]) -> bytes:
@@ -29,13 +30,7 @@ def encode(state: ServerState, head: Mapping[str, Tensor]) -> bytes:
     tensors |= {f"head/{n}": t for n, t in head.items()}
     if state.control is not None:
         tensors["control"] = state.control
-    numbers = {
-        "round": state.round,
-        "control_rounds": dict(state.control_rounds),
-        "best_round": state.best_round,
-        "best_accuracy": state.best_accuracy,
-        "waited": state.waited,
-    }
+    numbers = {name: getattr(state, name) for name in NUMBERS}
     return save({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, {"state": json.dumps(numbers)})
 
 
@@ -47,7 +42,7 @@ def decode(path: Path, like: ServerState) -> tuple[ServerState, dict[str, Tensor
     """
     try:
         with safe_open(path, "pt") as file:
-            numbers: dict[str, Any] = json.loads(file.metadata()["state"])
+            numbers: dict[str, Any] = {key: json.loads(file.metadata()["state"])[key] for key in NUMBERS}
             held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise DeltaflError(f'"{path}" is not the state of a run ({error}); delete the folder to start again') from None
@@ -76,11 +71,14 @@ def decode(path: Path, like: ServerState) -> tuple[ServerState, dict[str, Tensor
 class StateWriter:
     """Writes states in the background. A state is immutable, so nothing is copied and rounds go on meanwhile.
 
-    While one is being written the next ones are not: a resumed run repeats those rounds, to the same bits.
+    While one is being written the next ones are not: a resumed run repeats those rounds, to the same bits. `before` is
+    called first, in the background too: what the state counts on must be on the disk earlier.
     """
 
-    def __init__(self, path: Path, head: Mapping[str, Tensor], controls: Controls) -> None:
-        self.path, self.head, self.controls = path, head, controls
+    def __init__(
+        self, path: Path, head: Mapping[str, Tensor], controls: Controls, before: Callable[[], None] = lambda: None
+    ) -> None:
+        self.path, self.head, self.controls, self.before = path, head, controls, before
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -102,6 +100,7 @@ class StateWriter:
 
     def _write(self, state: ServerState) -> None:
         try:
+            self.before()
             write_atomically(self.path, encode(state, self.head))
             self.controls.prune(state.control_rounds)
         except BaseException as error:
