@@ -16,7 +16,7 @@ from deltafl.errors import DeltaflError
 
 Tensors: TypeAlias = Mapping[str, Tensor]
 
-BLOCK = 1 << 17
+BLOCK = 1 << 18
 """Elements in one block: few enough for the caches, enough that the calls for one cost little beside its arithmetic."""
 
 

@@ -14,11 +14,15 @@ from deltafl.version import __version__
 COMMANDS = {
     "quickstart": ("deltafl.cli.quickstart", "The whole story offline in about a minute, with a report."),
     "finetune": ("deltafl.cli.train", "Fine-tune a model on a task."),
+    "centralized": ("deltafl.cli.centralized", "Train on all samples in one place, what federated runs compare with."),
     "evaluate": ("deltafl.cli.train", "Accuracy of models on a task."),
     "merge": ("deltafl.cli.merge", "Merge fine-tuned models of one base by one server step."),
     "search": ("deltafl.cli.search", "Choose method and coefficients on validation data, then merge."),
     "inspect": ("deltafl.cli.inspect", "How much the fine-tunes differ: norms, cosines, signs, advice."),
     "shards": ("deltafl.cli.shards", "Which client would hold which training samples."),
+    "federate": ("deltafl.cli.federate", "Federated training: rounds of local steps, each ended by one server step."),
+    "mask": ("deltafl.cli.mask", "Make or describe a mask: which coordinates would train."),
+    "suite": ("deltafl.cli.suite", "Federated runs compared: heterogeneity, local steps, masks, rules."),
     "rules": ("deltafl.cli.rules", "List every method with its parameters and traits."),
 }
 

@@ -48,7 +48,7 @@ def merge_options(command: Any) -> Any:
 @click.option("--hash", is_flag=True, default=None, help="Record the sha256 of every input file.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")
 @click.option("--quiet", is_flag=True, help="No progress, no summary.")
-@rule_options
+@rule_options()
 def merge(recipe: str | None, dry_run: bool, quiet: bool, **options: Any) -> None:
     """Merge fine-tuned models of one base: theta = theta0 + server_lr * rule(deltas).
 

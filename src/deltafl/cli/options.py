@@ -41,26 +41,37 @@ def _is_number(arg: str) -> bool:
     return True
 
 
-def rule_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator: one option for every parameter of every rule, so that a new rule's parameters are there by itself."""
+def rule_options(*taken: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: one option for every parameter of every rule, so that a new rule's parameters are there by itself.
+
+    `taken`: parameters that the command has an option of its own for.
+    """
     uses: dict[str, list[tuple[str, Any, Any]]] = {}
     rules = load_rules()
     for name in rules:
         for key, (hint, default) in parameters(rules[name]).items():
             uses.setdefault(key, []).append((name, hint, default))
-    for key, users in reversed(uses.items()):
-        told = []
-        for name, _, default in users:
-            required = default is dataclasses.MISSING and key != "inner"
-            shown = "required" if required else "" if default is dataclasses.MISSING else f"default {default}"
-            told.append(f"{name} ({shown})" if shown else name)
-        hint = users[0][1]
-        option = click.option(
-            f"--{key.replace('_', '-')}", key, type=_click_type(hint), is_flag=hint is bool or None,
-            default=None, help=f"For {', '.join(told)}.",
-        )  # fmt: skip
-        command = option(command)
-    return command
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for key, users in reversed(uses.items()):
+            if key not in taken:
+                command = _rule_option(key, users)(command)
+        return command
+
+    return decorate
+
+
+def _rule_option(key: str, users: Sequence[tuple[str, Any, Any]]) -> Callable[..., Any]:
+    told = []
+    for name, _, default in users:
+        required = default is dataclasses.MISSING and key != "inner"
+        shown = "required" if required else "" if default is dataclasses.MISSING else f"default {default}"
+        told.append(f"{name} ({shown})" if shown else name)
+    hint = users[0][1]
+    return click.option(
+        f"--{key.replace('_', '-')}", key, type=_click_type(hint), is_flag=hint is bool or None,
+        default=None, help=f"For {', '.join(told)}.",
+    )  # fmt: skip
 
 
 def rule_parameter_names() -> set[str]:

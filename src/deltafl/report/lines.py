@@ -52,10 +52,15 @@ def rounds_curve(
     """Accuracy against rounds (or steps, or bytes), one line per run."""
 
     def draw(width: int) -> "Drawing":
-        return _line_chart(runs, width, f"{score_name}, %", x_label, markers=False)[0]
+        return draw_lines(runs, width, f"{score_name}, %", x_label, markers=False)
 
     ends = ", ".join(f"{name} {100 * points[-1][1]:.1f}%" for name, points in runs.items() if points)
     return drawn(draw, caption, f"{score_name} against {x_label}. At the end: {ends}.")
+
+
+def draw_lines(lines: Mapping[str, Curve], width: int, title: str, x_label: str, *, markers: bool = True) -> "Drawing":
+    """A drawing of lines alone, for a file."""
+    return _line_chart(lines, width, title, x_label, markers=markers)[0]
 
 
 def _line_chart(

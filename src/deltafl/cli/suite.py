@@ -1,0 +1,185 @@
+"""`deltafl suite`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from deltafl.cli.federate import HELP, federate_settings, recipe_of, task_options
+from deltafl.cli.options import ManyValues, progress_by_stage, rule_options
+from deltafl.cli.settings import recipe_options
+from deltafl.errors import DeltaflError
+from deltafl.experiments.federated_suites import SuiteOptions, check_suites, suite_names
+from deltafl.federated.recipe import FederatedRecipe
+from deltafl.models.heads import HEAD_FILE
+
+QUICK: dict[str, Any] = {
+    "num_clients": 20,
+    "participation_rate": 0.25,
+    "num_rounds": 8,
+    "batch_size": 32,
+    "lr": 0.01,
+    "eval_every": 2,
+}
+"""Of `--quick`, under what is given."""
+
+BUNDLED = "digits:outlined"
+"""The task without --data: images on which the bundled base model, with its own head, is poor at first."""
+
+FULL: dict[str, Any] = {"num_clients": 100, "participation_rate": 0.1, "num_rounds": 500, "eval_every": 10}
+"""Of `--full`, under what is given."""
+
+VALUES = {
+    "nc_values": ("--nc-values", int, "Classes per client: heterogeneity; the second value is used by the others."),
+    "j_values": ("--j-values", int, "Local steps: local-steps."),
+    "sparsity_ratios": ("--sparsity-ratio", float, "Shares of frozen coordinates; the middle one is used by others."),
+    "calibration_values": ("--calibration-values", int, "Rounds of scoring: calibration-rounds."),
+}
+
+
+def value_options(command: Any) -> Any:
+    """Decorator: the lists of values that suites go through."""
+    for name, (flag, kind, text) in reversed(VALUES.items()):
+        default = " ".join(str(v) for v in getattr(SuiteOptions, name))
+        command = click.option(flag, name, type=kind, multiple=True, help=f"{text} Default: {default}.")(command)
+    return command
+
+
+@click.command(cls=ManyValues)
+@click.argument("names", nargs=-1)
+@task_options
+@click.option("--out", help="The folder to write. Default: deltafl-suite.")
+@value_options
+@recipe_options(FederatedRecipe, HELP, skip=("aggregator_params", "sparsity_ratio"))
+@rule_options("seed")
+@click.option("--quick", is_flag=True, help="Small settings: minutes on 2 cores.")
+@click.option("--full", is_flag=True, help="The settings of the assignment: hours on a GPU.")
+@click.option("--num-runs", type=click.IntRange(min=1), default=1, show_default=True, help="Seeds of every row.")
+@click.option("--resume", is_flag=True, help="Continue a suite: finished runs are kept.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+@click.option("--quiet", is_flag=True, help="No progress, no tables.")
+def suite(
+    names: tuple[str, ...],
+    config: str | None,
+    quick: bool,
+    full: bool,
+    num_runs: int,
+    resume: bool,
+    overwrite: bool,
+    quiet: bool,
+    nc_values: tuple[int, ...],
+    j_values: tuple[int, ...],
+    sparsity_ratios: tuple[float, ...],
+    calibration_values: tuple[int, ...],
+    **options: Any,
+) -> None:
+    """Compare federated runs: heterogeneity, local-steps, sparsity, calibration-rounds, mask-strategies, aggregators.
+
+    Without --model and --data a small ViT is pre-trained on scikit-learn's digits, offline.
+
+    \b
+    deltafl suite all --quick
+    deltafl suite heterogeneity --nc-values 1 5 10 50 --full --num-runs 3 --model facebook/dino-vits16 --data DATA
+    """
+    if quick and full:
+        raise DeltaflError("--quick and --full are two sizes; give one of them")
+    chosen = suite_names(names)
+    bundled = _bundled(config, options)
+    options = {**options, "out": options["out"] or _out_of(config) or "deltafl-suite"}
+    if bundled:
+        options |= {"model": "", "data": BUNDLED} | ({"head": ""} if options["head"] is None else {})
+    held = federate_settings(config, options, QUICK if quick else FULL if full else {})
+    given = {"nc_values": nc_values, "j_values": j_values, "sparsity_ratios": sparsity_ratios}
+    given |= {"calibration_values": calibration_values}
+    small: dict[str, Any] = {"nc_values": (1, 2, 5), "calibration_values": (1, 2, 4)} if bundled else {}
+    values = SuiteOptions(**(small | {k: v for k, v in given.items() if v}))
+    run_suites(chosen, held, values, num_runs=num_runs, resume=resume, overwrite=overwrite, quiet=quiet)
+
+
+def run_suites(
+    names: list[str],
+    held: dict[str, Any],
+    values: SuiteOptions | None = None,
+    *,
+    num_runs: int = 1,
+    resume: bool,
+    overwrite: bool,
+    quiet: bool,
+) -> None:
+    """Run suites with the settings `held` and write tables, figures and the report."""
+    out = Path(held["out"])
+    bundled = not held["model"]
+    if bundled:
+        held = held | {"model": str(out / "base"), "head": held["head"] or str(out / "base" / HEAD_FILE)}
+    cells = check_suites(names, recipe_of(held), values or SuiteOptions())
+    from deltafl.cli.federate import load_encoder_of, load_task_of
+    from deltafl.experiments.suite_runs import Bench, run_suite
+    from deltafl.files import check_output
+    from deltafl.report import to_markdown
+    from deltafl.report.suites import suite_table
+
+    if not resume:
+        check_output(out, overwrite=overwrite)
+        _clear(out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "suite.json").touch()
+    with progress_by_stage(quiet=quiet) as show:
+        if bundled:
+            _pretrain(out / "base", held["seed"], show)
+        encoder = load_encoder_of(held)
+        bench = Bench(encoder, lambda seed: load_task_of(held, encoder, seed), out / "runs", num_runs, held["device"])
+        suites = {name: run_suite(name, cells[name], bench, show) for name in names}
+    task = load_task_of(held, encoder, held["seed"]).name
+    model = "A small ViT, pre-trained on digits," if bundled else held["model"]
+    write_suites({"model": model, "task": task, "num_runs": num_runs, "suites": suites}, out)
+    if not quiet:
+        for name, summaries in suites.items():
+            click.echo(to_markdown(suite_table(name, summaries)))
+        click.echo(f"report: {out / 'report.html'}")
+
+
+def write_suites(result: dict[str, Any], out: Path) -> None:
+    """suite.json, report.html, and SUITE/table.md, .csv, .tex and figures."""
+    from deltafl.files import write_atomically
+    from deltafl.record import write_json
+    from deltafl.report import render, to_csv, to_latex, to_markdown
+    from deltafl.report.suites import best, suite_figure, suite_table, suites_page
+
+    for name, summaries in result["suites"].items():
+        table = suite_table(name, summaries)
+        for suffix, text in (("md", to_markdown(table)), ("csv", to_csv(table)), ("tex", to_latex(table))):
+            write_atomically(out / name / f"table.{suffix}", text.encode())
+        if best(summaries):
+            for key in ("by_round", "by_bytes"):
+                write_atomically(out / name / f"{key}.png", suite_figure(summaries, key))
+    write_atomically(out / "report.html", render(suites_page(result)).encode())
+    write_json(out / "suite.json", result)
+
+
+def _bundled(config: str | None, options: dict[str, Any]) -> bool:
+    """Whether neither model nor data is named."""
+    from deltafl.config import load_yaml
+
+    held = (load_yaml(config) if config else {}) | {k: v for k, v in options.items() if v is not None}
+    return "model" not in held and "data" not in held
+
+
+def _out_of(config: str | None) -> Any:
+    from deltafl.config import load_yaml
+
+    return load_yaml(config).get("out") if config else None
+
+
+def _pretrain(base: Path, seed: int, show: Any) -> None:
+    """The quickstart's base, made once."""
+    from deltafl.experiments.quickstart import pretrain
+
+    if not (base / "training.json").is_file():
+        pretrain(base, seed, show)
+
+
+def _clear(out: Path) -> None:
+    import shutil
+
+    if out.exists():
+        shutil.rmtree(out)

@@ -1,0 +1,104 @@
+"""Run the cells of suites, each finished run kept by the content of its configuration, and sum them up."""
+
+import hashlib
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from deltafl.datasets import Task
+from deltafl.errors import DeltaflError
+from deltafl.experiments.federated_suites import Cell
+from deltafl.federated import federate
+from deltafl.finetuning.state import run_config
+from deltafl.models import LoadedEncoder
+from deltafl.record import read_rows
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every run of a suite shares: the model, the task of a seed, where runs are kept, how many of each cell."""
+
+    encoder: LoadedEncoder
+    task: Callable[[int], Task]
+    folder: Path
+    num_runs: int
+    device: str | None = None
+
+
+OnRun = Callable[[str, int, int], None]
+"""Told (suite, runs done, runs in all)."""
+
+
+def run_suite(name: str, cells: Sequence[Cell], bench: Bench, on_run: OnRun) -> list[dict[str, Any]]:
+    """One summary per cell: labels, mean and spread of test accuracy over seeds, bytes, and the mean curve.
+
+    A run whose configuration was run before, in any suite of the same folder, is read and not repeated; a killed one
+    goes on. A cell that cannot be run (krum with too few clients) says why, and the others go on.
+    """
+    done, total = 0, len(cells) * bench.num_runs
+    summaries = []
+    for cell in cells:
+        runs: list[tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]]] = []
+        failed = None
+        for seed in range(cell.recipe.seed, cell.recipe.seed + bench.num_runs):
+            try:
+                runs.append(_one(replace(cell.recipe, seed=seed), bench))
+            except DeltaflError as error:
+                failed = str(error)
+            done += 1
+            on_run(name, done, total)
+        summaries.append(summarise(cell, runs, failed))
+    return summaries
+
+
+def _one(recipe: Any, bench: Bench) -> tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]]:
+    """Result and rows of one run, from disk where it was finished before."""
+    task = bench.task(recipe.seed)
+    config = run_config(bench.encoder, task, recipe, None)
+    key = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+    folder = bench.folder / key
+    if (folder / "result.json").is_file():
+        return json.loads((folder / "result.json").read_text()), read_rows(folder / "record.jsonl")
+    run = federate(bench.encoder, task, recipe, folder, resume=True, overwrite=True, device=bench.device)
+    return run.result, run.rows
+
+
+def summarise(
+    cell: Cell, runs: Sequence[tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]]], failed: str | None
+) -> dict[str, Any]:
+    """Plain values of one cell; spread is the sample standard deviation over seeds, None for one run."""
+    if not runs:
+        return {"labels": dict(cell.labels), "name": cell.name, "runs": 0, "failed": failed}
+    results = [result for result, _ in runs]
+    tests = [result["test_accuracy"] for result in results]
+    return {
+        "labels": dict(cell.labels),
+        "name": cell.name,
+        "runs": len(runs),
+        "failed": failed,
+        "test": statistics.mean(tests),
+        "spread": statistics.stdev(tests) if len(tests) > 1 else None,
+        "val": statistics.mean(result["val_accuracy"] for result in results),
+        "best_round": statistics.mean(result["best_round"] for result in results),
+        "megabytes_up": statistics.mean(result["bytes_up_total"] for result in results) / 1e6,
+        "seconds": sum(result["client_seconds"] + result["server_seconds"] for result in results),
+        "left_out": sum(result["failed_updates"] for result in results),
+        "by_round": mean_curve([rows for _, rows in runs], "round"),
+        "by_bytes": mean_curve([rows for _, rows in runs], "bytes_up_total"),
+    }
+
+
+def mean_curve(runs: Sequence[Sequence[Mapping[str, Any]]], key: str) -> list[tuple[float, float]]:
+    """(mean of `key`, mean validation accuracy) over runs, at the rounds that every run validated."""
+    by_round = [{row["round"]: row for row in rows if row["val_accuracy"] is not None} for rows in runs]
+    shared = sorted(set.intersection(*(set(rows) for rows in by_round)))
+    return [
+        (
+            statistics.mean(rows[number].get(key, 0) for rows in by_round),
+            statistics.mean(rows[number]["val_accuracy"] for rows in by_round),
+        )
+        for number in shared
+    ]
