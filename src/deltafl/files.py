@@ -52,6 +52,7 @@ MARKS = (
     "inspect.json",
     "mask.json",
     "shards.json",
+    "suite.json",
     "training.json",
     "record.jsonl",
 )

@@ -156,7 +156,7 @@ def federate(
 def federate_settings(
     config: str | None, options: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Every setting: `defaults`, the file over them, the options on top; parameters of rules go to aggregator_params."""
+    """Every setting: `defaults`, the file, the options on top; parameters of rules go to aggregator_params."""
     names = rule_parameter_names() - {"seed"}
     given = {key: value for key, value in options.items() if value is not None}
     params = {key: given.pop(key) for key in names & given.keys()}
