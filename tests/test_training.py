@@ -13,6 +13,7 @@ from deltafl.training import (
     Batch,
     Scorer,
     batch_ids,
+    batches,
     default_warmup,
     extract_features,
     keyed_generator,
@@ -133,6 +134,15 @@ def test_an_epoch_is_a_permutation(count: int, size: int):
     assert not torch.equal(epochs[0], epochs[1])
     assert not torch.equal(batch_ids(count, size, 3, 0), batch_ids(count, size, 4, 0))
     assert not torch.equal(batch_ids(count, size, 3, 0), batch_ids(count, size, 3, 0, purpose="calibration"))
+
+
+@pytest.mark.parametrize(("count", "size", "steps"), [(50, 16, 9), (48, 16, 3), (5, 16, 4), (7, 7, 1)])
+def test_batches_are_those_of_each_step(count: int, size: int, steps: int):
+    ids = torch.arange(count) * 3 + 1
+    drawn = list(batches(ids, size, 3, steps, "client 2"))
+    expected = [ids[batch_ids(count, size, 3, step, "client 2")] for step in range(steps)]
+    assert len(drawn) == steps
+    assert all(torch.equal(a, b) for a, b in zip(drawn, expected, strict=True))
 
 
 def test_generators_are_keyed():

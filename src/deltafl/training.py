@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,6 +33,14 @@ def batch_ids(num_examples: int, batch_size: int, seed: int, step: int, purpose:
     epoch, position = divmod(step, per_epoch)
     order = torch.randperm(num_examples, generator=keyed_generator(seed, purpose, epoch))
     return order[position * batch_size : (position + 1) * batch_size]
+
+
+def batches(ids: Tensor, batch_size: int, seed: int, steps: int, purpose: str = "train") -> Iterator[Tensor]:
+    """`ids[batch_ids(len(ids), batch_size, seed, step, purpose)]` of steps 0 .. steps - 1; one draw for each epoch."""
+    per_epoch = math.ceil(len(ids) / batch_size)
+    for epoch in range(math.ceil(steps / per_epoch)):
+        order = torch.randperm(len(ids), generator=keyed_generator(seed, purpose, epoch)).to(ids.device)
+        yield from ids[order].split(batch_size)[: steps - epoch * per_epoch]
 
 
 def default_warmup(total: int) -> int:
@@ -103,13 +112,15 @@ def train_step(
             parameter.grad.zero_()
         else:
             parameter.grad = torch.zeros_like(parameter)
-    model.module.train()
+    if not model.module.training:
+        model.module.train()
     loss = torch.zeros((), device=model.device)
     if len(batch.labels):
-        with torch.autocast(model.device.type, autocast, enabled=autocast is not None):
+        with nullcontext() if autocast is None else torch.autocast(model.device.type, autocast):
             logits = head.logits(model.features(batch.images)).float()
-        loss = nn.functional.cross_entropy(logits, batch.labels, reduction="sum", label_smoothing=label_smoothing)
-        loss = loss / (batch.total or len(batch.labels))
+        loss = nn.functional.cross_entropy(logits, batch.labels, label_smoothing=label_smoothing)
+        if batch.total is not None:
+            loss = loss * (len(batch.labels) / batch.total)
         loss.backward()
     loss = loss.detach()
     if reduce is not None:

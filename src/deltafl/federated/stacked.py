@@ -18,7 +18,7 @@ from deltafl.rules import Source
 from deltafl.sparse.masks import Mask
 from deltafl.sparse.sgdm import sgdm_
 from deltafl.tensors import Tensors
-from deltafl.training import batch_ids, keyed_generator
+from deltafl.training import batches, keyed_generator
 
 
 class StackedTraining:
@@ -81,8 +81,11 @@ class StackedTraining:
                  "nesterov": r.nesterov}  # fmt: skip
         totals = torch.zeros(count, device=self.model.device)
         self.model.module.train()
-        for step in range(steps):
-            images, labels, shares = self._batch(rounds, step)
+        own_batches = (
+            batches(p.ids, r.batch_size, r.seed, steps, f"round {p.number} client {p.client}") for p in rounds
+        )
+        for step, chosen in enumerate(zip(*own_batches, strict=True)):
+            images, labels, shares = self._batch(rounds, chosen, step)
             gradients.zero_()
             losses = self._losses(leaves, images, labels, shares)
             losses.sum().backward()
@@ -108,16 +111,12 @@ class StackedTraining:
             updates.append(ClientUpdate(delta, source, means[k], seconds))
         return updates
 
-    def _batch(self, rounds: Sequence[Round], step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalised images (K, B, C, H, W), labels (K, B) and shares in the mean (K, B).
+    def _batch(self, rounds: Sequence[Round], chosen: Sequence[Tensor], step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised images (K, B, C, H, W), labels (K, B) and shares in the mean (K, B) of each client's rows.
 
         A client whose batch is shorter than B repeats its first example with share 0.
         """
         r, split = self.recipe, rounds[0].split
-        chosen: list[Tensor] = []
-        for part in rounds:
-            purpose = f"round {part.number} client {part.client}"
-            chosen.append(part.ids[batch_ids(len(part.ids), r.batch_size, r.seed, step, purpose).to(part.ids.device)])
         size = max(map(len, chosen))
         rows = torch.stack([torch.cat([ids, ids[:1].expand(size - len(ids))]) for ids in chosen])
         sizes = torch.tensor([[len(ids)] for ids in chosen])

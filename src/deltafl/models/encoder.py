@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, TypeAlias
 
 import torch
@@ -35,8 +36,15 @@ class InputSpec:
                 f"the images are {tuple(images.shape[1:])} (channels, height, width), the model takes {expected}; "
                 f"load the data with image_size={self.image_size}, channels={self.channels}"
             )
-        mean, std = (torch.tensor(v, device=images.device).view(1, -1, 1, 1) for v in (self.mean, self.std))
-        return (images.float() / 255 - mean) / std
+        mean, std = _per_channel(self.mean, images.device), _per_channel(self.std, images.device)
+        return images.to(torch.float32, copy=True).div_(255).sub_(mean).div_(std)
+
+
+@cache
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """float32 (1, C, 1, 1), made once for each device."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device).view(1, -1, 1, 1)
 
 
 @dataclass(frozen=True)
