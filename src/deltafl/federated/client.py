@@ -15,6 +15,7 @@ from deltafl.datasets.task import Split
 from deltafl.datasets.transforms import random_crop, random_flip
 from deltafl.federated.recipe import FederatedRecipe
 from deltafl.finetuning.recipe import PRECISIONS
+from deltafl.finetuning.run import keyed_dropout
 from deltafl.models.flat import FlatModel
 from deltafl.models.heads import LinearHead
 from deltafl.rules import Source
@@ -94,7 +95,8 @@ class LocalTraining:
         anchors = [p.detach().clone() for p in trained] if self.recipe.local_algorithm != "sgd" else []
         adjust = self._adjustment(optimiser, trained, anchors, round)
         skipping = optimiser.skip_frozen() if mask is not None else nullcontext()
-        with skipping, self._buffers_kept():
+        dropout = keyed_dropout(self.model.device, self.recipe.seed, round.number, round.client)
+        with skipping, dropout, self._buffers_kept():
             loss = self._train(round, optimiser, adjust)
         after = self._after(params, optimiser)
         control = None

@@ -166,7 +166,7 @@ def training_steps(
         ids = batch_ids(len(train), recipe.batch_size, recipe.seed, step).to(model.device)
         mine = ids[rank::world]
         images = train.images[mine] if change is None else change(train.images[ids], step)[rank::world]
-        with _keyed_dropout(model.device, recipe.seed, step, rank):
+        with keyed_dropout(model.device, recipe.seed, step, rank):
             loss = train_step(
                 model,
                 head,
@@ -204,8 +204,11 @@ def shared_head(head: LinearHead, num_processes: int) -> LinearHead:
 
 
 @contextmanager
-def _keyed_dropout(device: torch.device, seed: int, step: int, rank: int) -> Iterator[None]:
-    """Dropout as a function of (seed, step, rank), so that a resumed run draws the same; global state is kept."""
+def keyed_dropout(device: torch.device, seed: int, step: int, rank: int) -> Iterator[None]:
+    """Dropout as a function of (seed, step, rank), so that a resumed run draws the same; global state is kept.
+
+    A federated client has its round and its own number for the last two.
+    """
     key = keyed_generator(seed, "dropout", step, rank).initial_seed()
     cuda = device.type == "cuda"
     with torch.random.fork_rng(devices=[device] if cuda else []):
