@@ -215,14 +215,14 @@ def mask_meta(path: str | Path) -> dict[str, Any]:
     return _read(path)[0]["meta"]
 
 
-def load_mask(path: str | Path, model_hash: str) -> dict[str, Tensor]:
-    """The mask of a file, on the CPU, for the model that has this hash.
+def load_mask(path: str | Path, model_hash: str | None) -> dict[str, Tensor]:
+    """The mask of a file, on the CPU, for the model that has this hash; None: of whatever model, to describe it.
 
     Raises:
         DeltaflError: no such file, not a mask, damaged, or made for another model.
     """
     about, packed = _read(path)
-    if about["model_hash"] != model_hash:
+    if model_hash is not None and about["model_hash"] != model_hash:
         raise DeltaflError(
             f'mask "{path}" was made for another model, or other weights of it; make a mask for this one'
         )
