@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from deltafl.datasets import Split
-from deltafl.federated import ClientUpdate, FederatedRecipe, choose_clients, run_round
+from deltafl.federated import ClientUpdate, FederatedRecipe, choose_clients, federate, run_round
 from deltafl.federated import client as client_module
 from deltafl.federated.client import LocalTraining, Round
 from deltafl.models import load_encoder
@@ -232,8 +232,6 @@ def test_dropout_is_keyed_and_leaves_the_global_generator_alone(tmp_path: Path) 
 
 
 def test_augmentation_is_of_training_batches_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from deltafl.federated import federate
-
     recipe: FederatedRecipe = replace(RECIPE, augment="crop_flip", num_rounds=2)
     seen: list[Tensor] = []
     original = client_module.augmented

@@ -1,0 +1,288 @@
+"""Runs that are killed and go on, and outputs that are in the way."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from deltafl.errors import DeltaflError
+from deltafl.federated import FederatedRecipe, federate
+from deltafl.federated import run as federated_run
+from deltafl.federated.controls import Controls
+from deltafl.federated.server import ServerState
+from deltafl.federated.state import StateWriter, decode, encode
+from deltafl.record import read_rows, without_timings
+from federated.worlds import RECIPE, assert_same, normed, plain
+from tiny_models import tiny_task
+
+LONG = replace(RECIPE, num_rounds=8)
+RECIPES: dict[str, FederatedRecipe] = {
+    "scaffold": replace(LONG, local_algorithm="scaffold", momentum=0.0, train_head=True),
+    "fedadam, mask": replace(LONG, server_optimizer="fedadam", sparsity_ratio=0.6, server_lr=0.02, eval_every=2),
+    "trained head, patience": replace(LONG, train_head=True, patience=3, server_momentum=0.5, lr=0.2),
+    "ridge, fednova": replace(LONG, head="ridge", aggregator="fednova", local_steps_spread=2.0),
+}
+
+TURNS = 2
+EVENTS = 90
+"""About as many writes, syncs and renames as a whole run makes; a kill may also find it finished."""
+
+
+def run(name: str, out: Path, **options) -> None:
+    federate(normed(), tiny_task(), RECIPES[name], out, device="cpu", **options)
+
+
+def killed_at(event: int, name: str, out: Path) -> int:
+    """Run, or resume, in a child that kills itself at its event-th touch of the disk; the child's exit status."""
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1]
+    try:
+        left = [event]
+
+        def counting(original):
+            def call(*arguments, **options):
+                left[0] -= 1
+                if left[0] == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return original(*arguments, **options)
+
+            return call
+
+        for function in ("fsync", "replace", "rename", "truncate", "unlink", "mkdir"):
+            setattr(os, function, counting(getattr(os, function)))
+        Path.open = counting(Path.open)  # type: ignore[method-assign]
+        run(name, out, resume=True)
+        os._exit(0)
+    except BaseException as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def kill_again_and_again(folder: Path) -> None:
+    """For each recipe runs that are killed up to five times, each time where they stand, until they finish."""
+    draw = random.Random(0)
+    kills = 0
+    for name in RECIPES:  # what is imported on the way is then there in every child
+        run(name, folder / f"whole {name}")
+    for name in RECIPES:
+        for turn in range(TURNS):
+            out = folder / f"{name} {turn}"
+            for _ in range(5):
+                status = killed_at(draw.randint(1, EVENTS), name, out)
+                kills += os.WIFSIGNALED(status)
+                assert os.WIFSIGNALED(status) or status == 0, (name, turn, status)
+            assert killed_at(10**9, name, out) == 0
+    print(kills)
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    """The folder of the killed runs, made in a process of one thread, and how many kills there were."""
+    folder = tmp_path_factory.mktemp("killed")
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    code = f"from pathlib import Path; from federated.test_resume import *; kill_again_and_again(Path({str(folder)!r}))"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder, int(done.stdout)
+
+
+def test_there_were_kills(killed: tuple[Path, int]) -> None:
+    assert killed[1] > 20
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_killed_run_ends_as_one_that_was_not(name: str, killed: tuple[Path, int]) -> None:
+    whole = killed[0] / f"whole {name}"
+    rows = without_timings(read_rows(whole / "record.jsonl"))
+    assert len(rows) > 4
+    for turn in range(TURNS):
+        out = killed[0] / f"{name} {turn}"
+        for file in ("model.safetensors", "head.safetensors", "training.json"):
+            assert (out / "model" / file).read_bytes() == (whole / "model" / file).read_bytes(), (file, turn)
+        assert without_timings(read_rows(out / "record.jsonl")) == rows
+        results = [json.loads((f / "result.json").read_text()) for f in (out, whole)]
+        assert without_timings(results[:1]) == without_timings(results[1:])
+        assert sorted(f.name for f in out.iterdir()) == sorted(f.name for f in whole.iterdir())
+        assert not list(out.rglob("*.tmp"))
+
+
+class Stop(Exception):
+    pass
+
+
+def stopped(recipe: FederatedRecipe, out: Path, after: int = 3) -> None:
+    """A run that ended, with its state written, after so many rounds."""
+
+    def stop(row, total) -> None:
+        if row["round"] == after:
+            raise Stop
+
+    with pytest.raises(Stop):
+        federate(plain(), tiny_task(), recipe, out, device="cpu", on_round=stop)
+    assert (out / "state" / "state.safetensors").is_file()
+
+
+def test_another_configuration_is_refused_by_the_keys_that_differ(tmp_path: Path) -> None:
+    stopped(RECIPE, tmp_path / "run")
+    with pytest.raises(DeltaflError) as error:
+        federate(
+            plain(), tiny_task(), replace(RECIPE, lr=0.06, momentum=0.5), tmp_path / "run", resume=True, device="cpu"
+        )
+    lines = error.value.problems
+    assert [x for x in lines if "lr = 0.05, now it is 0.06" in x]
+    assert [x for x in lines if "momentum = 0.9, now it is 0.5" in x]
+    assert len(lines) == 3
+    with pytest.raises(DeltaflError, match="num_examples = 50, now it is 40"):
+        federate(plain(), tiny_task(train=40), RECIPE, tmp_path / "run", resume=True, device="cpu")
+    federate(plain(), tiny_task(), RECIPE, tmp_path / "run", resume=True, device="cpu")
+
+
+@pytest.mark.parametrize("damage", ["cut in the header", "cut in the data", "empty", "garbage", "no numbers", "other"])
+def test_a_torn_state_is_one_clear_line(damage: str, tmp_path: Path) -> None:
+    stopped(RECIPE, tmp_path / "run")
+    file = tmp_path / "run" / "state" / "state.safetensors"
+    data = file.read_bytes()
+    state = ServerState(0, {"first.weight": torch.zeros(2)}, best_round=1)
+    file.write_bytes(
+        {
+            "cut in the header": data[:100],
+            "cut in the data": data[:-1],
+            "empty": b"",
+            "garbage": b"\xff" * len(data),
+            "no numbers": data.replace(b'\\"best_round\\"', b'\\"worst_roun\\"'),
+            "other": encode(state, {}),
+        }[damage]
+    )
+    assert file.read_bytes() != data
+    with pytest.raises(DeltaflError, match=r'"[^"]*state\.safetensors".*delete the folder to start again') as error:
+        federate(plain(), tiny_task(), RECIPE, tmp_path / "run", resume=True, device="cpu")
+    assert len(error.value.problems) == 1
+    assert "\n" not in str(error.value)
+
+
+def test_resuming_what_is_finished_returns_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = federate(plain(), tiny_task(), RECIPE, tmp_path / "run", device="cpu")
+    files = {f: f.read_bytes() for f in (tmp_path / "run").rglob("*") if f.is_file()}
+    monkeypatch.setattr(federated_run, "run_round", None)
+    again = federate(plain(), tiny_task(), RECIPE, tmp_path / "run", resume=True, device="cpu")
+    assert again == done
+    assert {f: f.read_bytes() for f in (tmp_path / "run").rglob("*") if f.is_file()} == files
+
+
+def test_resuming_what_was_never_begun_begins_it(tmp_path: Path) -> None:
+    first = federate(plain(), tiny_task(), RECIPE, tmp_path / "a", resume=True, device="cpu")
+    second = federate(plain(), tiny_task(), RECIPE, tmp_path / "b", device="cpu")
+    assert without_timings(first.rows) == without_timings(second.rows)
+
+
+def test_an_output_is_replaced_only_when_asked(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    federate(plain(), tiny_task(), RECIPE, out, device="cpu", save_client_updates={2})
+    with pytest.raises(DeltaflError, match="exists.*--overwrite"):
+        federate(plain(), tiny_task(), RECIPE, out, device="cpu")
+    assert (out / "updates" / "round-0002").is_dir()
+    new = federate(plain(), tiny_task(), replace(RECIPE, seed=9), out, device="cpu", overwrite=True)
+    assert not (out / "updates").exists()
+    assert new.result["config"]["seed"] == 9
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    for options in ({"overwrite": True}, {"resume": True}):
+        with pytest.raises(DeltaflError):
+            federate(plain(), tiny_task(), RECIPE, tmp_path / "mine", device="cpu", **options)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lr": -1.0},
+        {"head": "no/such/head.safetensors"},
+        {"sharding": "non_iid", "nc": 4},
+        {"num_clients": 51},
+        {"sparsity_ratio": 0.5, "calibration_rounds": 3},
+        {"mask_file": "no/such/mask.safetensors"},
+        {"client": "no_such_module:client"},
+        {"engine": "vmap", "train_head": True},
+    ],
+    ids=str,
+)
+def test_a_bad_recipe_leaves_an_older_run_alone(changes: dict, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    federate(plain(), tiny_task(), RECIPE, out, device="cpu")
+    before = {f: f.read_bytes() for f in out.rglob("*") if f.is_file()}
+    with pytest.raises(DeltaflError):
+        federate(plain(), tiny_task(), replace(RECIPE, **changes), out, device="cpu", overwrite=True)
+    assert {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == before
+
+
+def test_the_state_of_an_older_run_is_not_read_by_the_one_that_replaces_it(tmp_path: Path) -> None:
+    stopped(RECIPE, tmp_path / "run")
+    other = replace(RECIPE, lr=0.01)
+    new = federate(plain(), tiny_task(), other, tmp_path / "run", device="cpu", overwrite=True)
+    fresh = federate(plain(), tiny_task(), other, tmp_path / "fresh", device="cpu")
+    assert without_timings(new.rows) == without_timings(fresh.rows)
+
+
+def full_state() -> ServerState:
+    def tensors(seed: int) -> dict[str, torch.Tensor]:
+        draw = torch.Generator().manual_seed(seed)
+        return {"w": torch.randn(3, 2, generator=draw), "b": torch.randn(4, generator=draw)}
+
+    return ServerState(
+        5, tensors(0), tensors(1), tensors(2), control=torch.randn(10), control_rounds={3: 2, 11: 5}, best=tensors(4),
+        best_round=2, best_accuracy=0.1 + 0.2, waited=3,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("best_round", [2, 5])
+def test_a_state_comes_back_bit_for_bit(best_round: int, tmp_path: Path) -> None:
+    state = replace(full_state(), best_round=best_round)
+    state = replace(state, best=state.params) if best_round == 5 else state
+    (tmp_path / "state").write_bytes(encode(state, {"weight": torch.ones(2, 3)}))
+    empty = {n: torch.zeros_like(t) for n, t in state.params.items()}
+    found, head = decode(tmp_path / "state", ServerState(0, empty, control=torch.zeros(10)))
+    for part in ("params", "m", "v", "best"):
+        assert_same(getattr(found, part), getattr(state, part))
+    assert torch.equal(found.control, state.control)
+    assert {n: getattr(found, n) for n in ("round", "control_rounds", "best_round", "best_accuracy", "waited")} == {
+        n: getattr(state, n) for n in ("round", "control_rounds", "best_round", "best_accuracy", "waited")
+    }
+    assert_same(head, {"weight": torch.ones(2, 3)})
+
+
+def test_the_record_is_on_the_disk_before_the_state_that_counts_on_it(tmp_path: Path) -> None:
+    seen: list[bool] = []
+    file = tmp_path / "state.safetensors"
+    writer = StateWriter(file, {}, Controls(tmp_path), lambda: seen.append(file.exists()))
+    assert writer.offer(full_state())
+    writer.finish()
+    assert seen == [False]
+    assert file.exists()
+
+
+def test_a_state_that_cannot_be_written_ends_the_run(tmp_path: Path) -> None:
+    (tmp_path / "state").write_text("a file where a folder must be")
+    writer = StateWriter(tmp_path / "state" / "state.safetensors", {}, Controls(tmp_path))
+    writer.offer(full_state())
+    with pytest.raises(OSError, match="state"):
+        writer.finish()
+
+
+def test_controls_that_no_state_refers_to_are_deleted(tmp_path: Path) -> None:
+    controls = Controls(tmp_path)
+    for client, number in ((1, 1), (1, 3), (1, 4), (2, 2)):
+        controls.write(client, number, torch.full((3,), float(10 * client + number)))
+    controls.prune({1: 3})
+    assert sorted(f.name for f in tmp_path.iterdir()) == [
+        "client-1-round-3.safetensors", "client-1-round-4.safetensors", "client-2-round-2.safetensors",
+    ]  # fmt: skip
+    assert torch.equal(controls.read(1, {1: 3}), torch.full((3,), 13.0))
+    assert controls.read(9, {1: 3}) is None
