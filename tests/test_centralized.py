@@ -238,6 +238,29 @@ def test_a_torn_state_is_refused(tmp_path: Path):
         run(RECIPE, out, resume=True)
 
 
+@pytest.mark.slow
+def test_two_processes_are_one_up_to_rounding(tmp_path: Path):
+    """50 examples in batches of 16 leave a last batch of 2: one example for each process."""
+    script = tmp_path / "script.py"
+    recipe = replace(RECIPE, augment="crop_flip", patience=2)
+    script.write_text(
+        "import sys\nfrom tiny_models import tiny_task, tiny_vit\nfrom accelerate import PartialState\n"
+        "from deltafl.centralized import CentralizedRecipe, centralize\n"
+        f"centralize(tiny_vit(), tiny_task(), {recipe!r}, sys.argv[1], device='cpu')\n"
+        "print(f'<{PartialState().num_processes}>')\n"
+    )
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, tmp_path / "two"]
+    two = subprocess.run([sys.executable, *map(str, launch)], env=env, capture_output=True, text=True)
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count("<2>") == 2
+    one = run(recipe, tmp_path / "one")
+    rows = [json.loads(line) for line in (tmp_path / "two" / "record.jsonl").read_text().splitlines()]
+    assert [row["val_accuracy"] for row in rows] == [row["val_accuracy"] for row in one.rows]
+    for name, tensor in weights(tmp_path / "one").items():
+        torch.testing.assert_close(weights(tmp_path / "two")[name], tensor, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("augment", ["none", "crop_flip"])
 def test_a_run_without_gain_stops_early_and_validation_is_not_augmented(augment: str, tmp_path: Path):
     """At a rate of 1e-12 the model stays as it is, and so must its accuracy on the same images."""

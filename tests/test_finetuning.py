@@ -187,11 +187,11 @@ def test_a_state_file_that_is_none(base: Path, tmp_path: Path):
 def test_two_processes_are_one_up_to_rounding(base: Path, tmp_path: Path):
     """50 examples in batches of 16 leave a last batch of 2: one example for each process."""
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1")
-    launcher += ("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", str(script))
+    script.write_text(SCRIPT + "\nfrom accelerate import PartialState\nprint(f'<{PartialState().num_processes}>')\n")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script))
     two = run_script(str(base), str(tmp_path / "two"), launcher=launcher)
     assert two.returncode == 0, two.stderr
+    assert two.stdout.count("<2>") == 2  # on CPUs `accelerate launch` starts one process, however many are asked for
     finetune(load_encoder(base), tiny_task(), replace(RECIPE, train_head=True), tmp_path / "one", device="cpu")
     ours, theirs = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name, tensor in ours.items():
