@@ -114,7 +114,7 @@ def test_a_killed_run_ends_as_one_that_was_not(name: str, killed: tuple[Path, in
         assert not list(out.rglob("*.tmp"))
 
 
-class Stop(Exception):
+class StopHereError(Exception):
     pass
 
 
@@ -123,9 +123,9 @@ def stopped(recipe: FederatedRecipe, out: Path, after: int = 3) -> None:
 
     def stop(row, total) -> None:
         if row["round"] == after:
-            raise Stop
+            raise StopHereError
 
-    with pytest.raises(Stop):
+    with pytest.raises(StopHereError):
         federate(plain(), tiny_task(), recipe, out, device="cpu", on_round=stop)
     assert (out / "state" / "state.safetensors").is_file()
 
@@ -186,7 +186,7 @@ def test_resuming_what_was_never_begun_begins_it(tmp_path: Path) -> None:
 def test_an_output_is_replaced_only_when_asked(tmp_path: Path) -> None:
     out = tmp_path / "run"
     federate(plain(), tiny_task(), RECIPE, out, device="cpu", save_client_updates={2})
-    with pytest.raises(DeltaflError, match="exists.*--overwrite"):
+    with pytest.raises(DeltaflError, match=r"exists.*--overwrite"):
         federate(plain(), tiny_task(), RECIPE, out, device="cpu")
     assert (out / "updates" / "round-0002").is_dir()
     new = federate(plain(), tiny_task(), replace(RECIPE, seed=9), out, device="cpu", overwrite=True)
