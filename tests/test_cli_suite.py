@@ -1,0 +1,111 @@
+"""`deltafl suite` from the outside."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from checkpoints import refused, succeed
+from deltafl.experiments.federated_suites import SUITES, SuiteOptions, check_suites, suite_names
+from deltafl.federated.recipe import FederatedRecipe
+from deltafl.rules import load_rules
+from deltafl.sparse.masks import MASK_STRATEGIES
+
+MODEL = "vit:hidden=16,layers=1,heads=2,patch=4,image_size=8,channels=1"
+SMALL = (
+    "--model", MODEL, "--data", "digits", "--num-clients", 8, "--participation-rate", 0.5, "--num-rounds", 2,
+    "--local-steps", 2, "--batch-size", 16, "--lr", 0.01, "--nc-values", 2, "--limit", 200,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("suite") / "out"
+    succeed(
+        "suite", "heterogeneity", "calibration-rounds", *SMALL, "--sparsity-ratio", 0.5, "--calibration-values", 1, 3,
+        "--num-runs", 2, "--out", out,
+    )  # fmt: skip
+    return out
+
+
+def test_a_suite_leaves_tables_figures_and_a_report(suite: Path) -> None:
+    for name in ("heterogeneity", "calibration-rounds"):
+        assert sorted(f.name for f in (suite / name).iterdir()) == [
+            "by_bytes.png", "by_round.png", "table.csv", "table.md", "table.tex",
+        ]  # fmt: skip
+    page = (suite / "report.html").read_text()
+    assert "Heterogeneity" in page
+    assert "Calibration-rounds" in page
+
+
+def test_the_table_is_the_mean_and_spread_of_the_runs(suite: Path) -> None:
+    with (suite / "heterogeneity" / "table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["sharding"] for row in rows] == ["IID", "Nc = 2"]
+    for row, sharding in zip(rows, ("iid", "non_iid"), strict=True):
+        found = [
+            result["test_accuracy"]
+            for result in map(json.loads, (f.read_text() for f in suite.glob("runs/*/result.json")))
+            if (c := result["config"])["sharding"] == sharding and c["sparsity_ratio"] == 0
+        ]
+        assert len(found) == 2
+        assert float(row["test %"]) == pytest.approx(sum(found) / 2)
+        assert float(row["± %"]) == pytest.approx(abs(found[0] - found[1]) / 2**0.5)
+        assert row["runs"] == "2"
+
+
+def test_a_cell_that_cannot_run_says_why_and_the_others_go_on(suite: Path) -> None:
+    result = json.loads((suite / "suite.json").read_text())
+    cells = {s["name"]: s for s in result["suites"]["calibration-rounds"]}
+    assert {name: cell["runs"] for name, cell in cells.items()} == {
+        "average, 1": 2, "average, 3": 0, "progressive, 1": 2, "progressive, 3": 0,
+    }  # fmt: skip
+    assert "fresh clients" in cells["average, 3"]["failed"]
+    assert "fresh clients" in (suite / "report.html").read_text()
+
+
+def test_a_resumed_suite_repeats_no_run_and_gives_the_same_tables(suite: Path) -> None:
+    stamps = {f: f.stat().st_mtime_ns for f in suite.glob("runs/*/result.json")}
+    before = (suite / "heterogeneity" / "table.csv").read_text()
+    succeed("suite", "heterogeneity", *SMALL, "--sparsity-ratio", 0.5, "--num-runs", 2, "--resume", "--out", suite)
+    assert {f: f.stat().st_mtime_ns for f in suite.glob("runs/*/result.json")} == stamps
+    assert (suite / "heterogeneity" / "table.csv").read_text() == before
+
+
+@pytest.mark.parametrize("flag", ["--heterogeneity-experiment", "--local-steps-experiment", "--compare-strategies"])
+def test_the_spellings_of_the_course_work_start_a_suite(
+    flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr("deltafl.cli.suite.run_suites", lambda names, held, **rest: asked.extend(names))
+    succeed("federate", "--model", MODEL, "--data", "digits", flag, "--out", tmp_path / "x")
+    assert asked == [{"--het": "heterogeneity", "--loc": "local-steps", "--com": "mask-strategies"}[flag[:5]]]
+
+
+def test_equal_work_for_every_number_of_local_steps() -> None:
+    cells = SUITES["local-steps"](FederatedRecipe(num_rounds=40), SuiteOptions(j_values=(4, 8, 16)))
+    assert {c.recipe.local_steps * c.recipe.num_rounds for c in cells} == {160}
+
+
+def test_every_strategy_and_rule_is_compared() -> None:
+    base = FederatedRecipe(num_clients=100)
+    strategies = [c.recipe.mask_strategy for c in SUITES["mask-strategies"](base, SuiteOptions())[1:]]
+    assert sorted(strategies) == sorted(MASK_STRATEGIES)
+    rules = {c.recipe.aggregator for c in SUITES["aggregators"](base, SuiteOptions())}
+    assert rules == set(load_rules())
+    assert all(cells for cells in check_suites(suite_names(["all"]), base, SuiteOptions()).values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "name a suite: heterogeneity"),
+        (("heterogenity",), 'no suite "heterogenity"; did you mean "heterogeneity"?'),
+        (("all", "--quick", "--full"), "give one of them"),
+        (("heterogeneity", *SMALL, "--lr", -1), "lr must be positive"),
+        (("heterogeneity", *SMALL, "--num-runs", 0), "num-runs"),
+    ],
+)
+def test_bad_input_is_one_clear_line(arguments: tuple[object, ...], message: str, tmp_path: Path) -> None:
+    assert message in "\n".join(refused(tmp_path, "suite", *arguments, "--out", tmp_path / "out"))
