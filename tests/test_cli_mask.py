@@ -113,7 +113,7 @@ def test_the_file_and_the_table_tell_what_is_kept(made: Path):
     )
     assert (made / "figure.png").read_bytes().startswith(b"\x89PNG\r\n")
     page = (made / "report.html").read_text()
-    assert "softmax is shift-invariant" in page
+    assert "k_proj.bias</code> in 2 layers: an attention key bias: softmax is shift-invariant" in page
     assert page.count('class="wide"') == page.count('class="narrow"') == 1
 
 

@@ -1,6 +1,7 @@
 """The page and the figure of `deltafl mask`: what share of each tensor is kept."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -60,7 +61,8 @@ def mask_page(result: Mapping[str, Any]) -> Page:
     )
     sections = [Section("In numbers", "", [facts]), Section("Where it is kept", "", [_figure(result)])]
     if result["excluded"]:
-        rows = [f"`{name}`: {why}" for name, why in result["excluded"].items()]
+        counts = Counter((NUMBER.sub("*", name, count=1), why) for name, why in result["excluded"].items())
+        rows = [f"`{kind}`{f' in {n} layers' if n > 1 else ''}: {why}" for (kind, why), n in counts.items()]
         text = "These coordinates cannot be kept, whatever the strategy, and do not count as eligible."
         sections.append(Section("What is excluded", text, [Listing(rows)]))
     sections.append(Section("By kind", "", [kinds_table(result)]))

@@ -23,7 +23,7 @@ def training_page(result: Mapping[str, Any], rows: Rows) -> Page:
     facts = Facts(
         [
             ("test accuracy, once", percent(result["test_accuracy"])),
-            ("validation, best", f"{percent(result['val_accuracy'])} (epoch {result['best_epoch']})"),
+            (f"validation, best (epoch {result['best_epoch']})", percent(result["val_accuracy"])),
             ("before the first epoch", percent(start.get("val_accuracy"))),
             ("epochs", str(result["epochs"])),
             ("seconds of training", f"{result['seconds']:.0f}"),
