@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from checkpoints import cli, make_world, save, toy, tuned
+from checkpoints import cli, make_world, refusal, save, toy, tuned
 from deltafl.config import MergeRecipe, ModelEntry, load_yaml, parse
 from deltafl.config_search import SearchEntry, SearchRecipe
 from deltafl.experiments.quickstart import TASKS
@@ -38,7 +38,7 @@ def own_rule() -> Iterator[Any]:
 
 
 def test_every_example_is_tested_here():
-    assert [path.stem for path in EXAMPLES] == ["one_server_step", "own_rule", "task_vector_algebra"]
+    assert [path.stem for path in EXAMPLES] == ["one_server_step", "own_rule", "realdata", "task_vector_algebra"]
 
 
 def test_task_vectors_add_forget_and_carry_over():
@@ -106,7 +106,7 @@ def rows(page: str) -> list[list[str]]:
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/python.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/python.md", "docs/federated.md"])
 def test_the_snippets_run(page, tmp_path, monkeypatch):
     base = toy()
     save(tmp_path / "base", base)
@@ -118,7 +118,14 @@ def test_the_snippets_run(page, tmp_path, monkeypatch):
     names: dict[str, Any] = {}
     for snippet in snippets:
         exec(snippet, names)
-    assert names["weights"].keys() == base.keys()
+    assert "weights" not in names or names["weights"].keys() == base.keys()
+
+
+def test_the_real_data_plug_in_says_which_variable_it_needs(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("DELTAFL_REALDATA", raising=False)
+    run = ("federate", "--config", "configs/realdata-quick.yaml", "--out", tmp_path / "run")
+    assert "DELTAFL_REALDATA is not set" in refusal(tmp_path, *run)  # runs examples/realdata.py
 
 
 def test_the_page_on_rules_shows_the_own_rule_as_it_is():

@@ -26,7 +26,7 @@ HELP = {
     "nesterov": "Nesterov momentum in local SGD.",
     "grad_clip": "Largest gradient norm, over the kept coordinates.",
     "label_smoothing": "Of the training loss.",
-    "lr_schedule": "Of the local learning rate, over rounds: constant or cosine.",
+    "lr_schedule": "Of the local learning rate, over rounds: constant, cosine, linear or step.",
     "augment": "none, flip or crop_flip, of training images only.",
     "local_algorithm": "sgd, fedprox or scaffold.",
     "prox_mu": "Of fedprox.",
