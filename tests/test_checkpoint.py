@@ -1,5 +1,6 @@
 """Reading: directories, shards, single files and state dicts give the same tensors; code in a pickle never runs."""
 
+import json
 import os
 import pickle
 from pathlib import Path
@@ -245,3 +246,29 @@ def test_entries_of_a_dict_say_what_entries_of_a_file_say(tmp_path: Path) -> Non
         assert set(in_file) == set(in_memory)
         for name in held:
             assert (in_file[name].dtype, in_file[name].shape) == (in_memory[name].dtype, in_memory[name].shape)
+
+
+def test_a_state_dict_with_a_dtype_that_no_merge_knows_is_refused(tmp_path: Path) -> None:
+    file = state_dict(tmp_path / "x.pt", {"w": torch.zeros(2, dtype=torch.complex128)})
+    with pytest.raises(DeltaflError, match=r'"w" has dtype torch\.complex128'):
+        open_tensors(file)
+
+
+def test_pickled_shards_that_hold_a_tensor_twice_are_refused(tmp_path: Path) -> None:
+    state_dict(tmp_path / "x/pytorch_model-1.bin", {"a": torch.zeros(1), "b": torch.zeros(1)})
+    state_dict(tmp_path / "x/pytorch_model-2.bin", {"b": torch.ones(1)})
+    weight_map = {"a": "pytorch_model-1.bin", "b": "pytorch_model-2.bin"}
+    (tmp_path / "x/pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(DeltaflError, match=r'"b".*another file of the checkpoint'):
+        open_tensors(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"dtype": []}, {"data_offsets": [0, 1e999]}, {"shape": [1e999]}], ids=["dtype", "offset", "shape"]
+)
+def test_a_header_of_wrong_kinds_is_one_clear_line(tmp_path: Path, wrong: dict[str, object]) -> None:
+    entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} | wrong
+    raw = json.dumps({"w": entry}).encode()
+    (tmp_path / "x.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw + b"\0" * 4)
+    with pytest.raises(DeltaflError, match=r"header is corrupt|not supported"):
+        read_layout(tmp_path / "x.safetensors")

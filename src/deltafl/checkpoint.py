@@ -13,7 +13,7 @@ from torch import Tensor
 
 from deltafl import layout as layouts
 from deltafl.align import Alignment
-from deltafl.errors import DeltaflError
+from deltafl.errors import DeltaflError, shorten
 from deltafl.layout import SIZES, Entry, Layout
 from deltafl.tensors import Tensors, block_of, blocks, device_of, numel_of, read_into, shape_of
 
@@ -115,7 +115,10 @@ def open_tensors(ref: str | os.PathLike[str] | Layout) -> Tensors:
         return Checkpoint(layout)
     tensors: dict[str, Tensor] = {}
     for file in layout.files:
-        tensors |= _state_dict(file)
+        held = _state_dict(file)
+        if twice := sorted(tensors.keys() & held.keys()):
+            raise DeltaflError(f'"{file}": holds {shorten(twice)}, as another file of the checkpoint does; remove one')
+        tensors |= held
     return tensors
 
 
@@ -134,6 +137,9 @@ def _state_dict(file: Path) -> dict[str, Tensor]:
             held = held[key]
     if not isinstance(held, Mapping) or not all(isinstance(v, Tensor) for v in held.values()):
         raise DeltaflError(f'"{file}": is not a state dict (a mapping from names to tensors)')
+    for name, tensor in held.items():
+        if tensor.dtype not in NAMES:
+            raise DeltaflError(f'"{file}": tensor "{name}" has dtype {tensor.dtype}, which is not supported')
     return {str(name): tensor.detach() for name, tensor in held.items()}
 
 

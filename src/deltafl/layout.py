@@ -175,11 +175,11 @@ def read_header(file: Path) -> dict[str, Entry]:
             )
             for name, info in sorted(header.items(), key=lambda item: item[1]["data_offsets"])
         }
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError):
         raise DeltaflError(f'"{file}": its header is corrupt; download it again') from None
     end = offset
     for name, entry in entries.items():
-        if entry.dtype not in SIZES:
+        if not isinstance(entry.dtype, str) or entry.dtype not in SIZES:
             raise DeltaflError(f'"{file}": tensor "{name}" has dtype {entry.dtype}, which is not supported')
         if entry.start != end or entry.stop - entry.start != entry.numel * SIZES[entry.dtype]:
             raise DeltaflError(f'"{file}": its header is corrupt (the bytes of "{name}"); download it again')

@@ -19,7 +19,7 @@ from deltafl.tensors import Tensors, block_of
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 INDEX = "model.safetensors.index.json"
-COMPANIONS = (".json", ".txt", ".model", ".jinja", ".py")
+COMPANIONS = (".json", ".txt", ".model", ".tiktoken", ".jinja", ".py")
 NOT_COPIED = frozenset({INDEX, "pytorch_model.bin.index.json", "training.json", "deltafl.json"})
 
 
