@@ -153,6 +153,34 @@ def test_bytes_of_a_sparse_run(algorithm: str, tmp_path: Path) -> None:
     assert result["bytes_up_total"] / result["dense_bytes_up_total"] == pytest.approx(0.1, rel=1 / kept)
 
 
+FEATURES, CLASSES = 5, 3
+STATISTICS = 8 * ((FEATURES + 1) ** 2 + (FEATURES + 1) * CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("changes", "up", "down"),
+    [
+        ({}, 0, 6 * 4 * HEAD_VALUES),
+        ({"head": "ridge"}, 6 * STATISTICS, 6 * 4 * HEAD_VALUES),
+        ({"head": "probe"}, 50 * (4 * FEATURES + 8), 6 * 4 * HEAD_VALUES),
+        ({"head": "ridge", "train_head": True}, 6 * STATISTICS, 0),
+        ({"sparsity_ratio": 0.5}, 3 * 4 * PARAMETERS, 6 * 4 * HEAD_VALUES),
+        ({"sparsity_ratio": 0.5, "calibration_rounds": 2, "train_head": True}, 6 * 4 * PARAMETERS, 6 * 4 * HEAD_VALUES),
+        ({"sparsity_ratio": 0.5, "mask_strategy": "random", "train_head": True}, 0, 0),
+        (
+            {"sparsity_ratio": 0.5, "calibration": "progressive", "calibration_rounds": 2, "attenuate": 0.5},
+            6 * 4 * PARAMETERS,
+            6 * 4 * HEAD_VALUES + 3 * -(-PARAMETERS // 8),
+        ),
+    ],
+    ids=str,
+)
+def test_bytes_of_step_zero_are_told_apart(changes: dict, up: int, down: int, tmp_path: Path) -> None:
+    run = federate(plain(), tiny_task(), replace(RECIPE, num_rounds=1, **changes), tmp_path / "run", device="cpu")
+    for told in (run.rows[0], run.result):
+        assert (told["setup_bytes_up"], told["setup_bytes_down"]) == (up, down)
+
+
 def test_what_a_client_sends_is_what_the_ledger_counts(tmp_path: Path) -> None:
     begun = begin(tmp_path, replace(RECIPE, sparsity_ratio=0.9, momentum=0.0))
     sent: list[int] = []

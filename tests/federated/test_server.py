@@ -7,12 +7,13 @@ import torch
 
 from deltafl.aggregation import Update
 from deltafl.errors import DeltaflError
-from deltafl.federated import FederatedRecipe, ServerState, choose_clients, run_round
+from deltafl.federated import FederatedRecipe, ServerState, choose_clients, federate, run_round
 from deltafl.federated.recipe import SERVER_OPTIMIZERS
 from deltafl.federated.rounds import aggregate
 from deltafl.federated.server import round_lr, server_step, steps_of
 from deltafl.rules import Source
-from federated.worlds import RECIPE, begin, normed
+from federated.worlds import RECIPE, begin, normed, plain
+from tiny_models import tiny_task
 
 
 def reference(recipe: FederatedRecipe, theta: np.ndarray, deltas: list[np.ndarray]) -> np.ndarray:
@@ -186,6 +187,10 @@ GOOD = FederatedRecipe(num_clients=10, participation_rate=0.5)
         ({"mask_scope": "globl"}, 'did you mean "global"'),
         ({"calibration": "averag"}, 'did you mean "average"'),
         ({"fisher_labels": "sample"}, 'did you mean "sampled"'),
+        ({"sparsity_ratio": 0.5, "mask_file": "mask"}, "give one of them"),
+        ({"engine": "vmap", "sparsity_ratio": 0.5}, "engine vmap does not serve a mask"),
+        ({"engine": "vmap", "client": "mine:client"}, "engine vmap does not serve a client of your own"),
+        ({"engine": "vmap", "mask_file": "mask"}, "engine vmap does not serve a mask"),
         ({"mixed_precision": "fp8"}, 'unknown mixed_precision "fp8"'),
         ({"aggregator": "fedavgg"}, 'did you mean "fedavg"'),
         ({"aggregator": "cclip"}, "method cclip needs --rho"),
@@ -203,7 +208,9 @@ def test_a_wrong_value_is_one_line(changes: dict, words: str) -> None:
 
 def test_all_wrong_values_are_told_at_once() -> None:
     assert len(replace(GOOD, lr=-1.0, batch_size=0, aggregator="no").problems()) == 3
-    assert "num_clients must be 1 or more, not 0" in replace(GOOD, num_clients=0).problems()
+    assert replace(GOOD, num_clients=0).problems() == ["num_clients must be 1 or more, not 0"]
+    many = replace(GOOD, num_clients=4, participation_rate=0.5, sparsity_ratio=0.5, calibration_rounds=3, engine="vmap")
+    assert len(many.problems()) == 2
 
 
 def test_weights_are_examples_or_none() -> None:
@@ -218,3 +225,11 @@ def test_a_rule_that_refuses_ends_the_run(tmp_path: Path) -> None:
     begun = begin(tmp_path, replace(RECIPE, aggregator="krum", aggregator_params={"num_byzantine": 2}))
     with pytest.raises(DeltaflError, match="needs at least 2f \\+ 3 = 7 models"):
         run_round(begun.state, begun.world)
+
+
+def test_a_rule_that_must_refuse_says_so_before_step_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deltafl.federated.run.set_up", None)
+    recipe = replace(RECIPE, aggregator="krum", aggregator_params={"num_byzantine": 1})
+    with pytest.raises(DeltaflError, match=r"3 models .* needs at least 2f \+ 3 = 5 models"):
+        federate(plain(), tiny_task(), recipe, tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()

@@ -15,7 +15,7 @@ from deltafl.models.flat import FlatModel
 from deltafl.models.heads import few_per_class, random_head, save_head
 from deltafl.models.probe import probe_head
 from deltafl.models.ridge import RidgeStatistics, ridge_head, solve
-from deltafl.sparse.masks import MASK_STRATEGIES, load_mask, model_hash, save_mask
+from deltafl.sparse.masks import MASK_STRATEGIES, load_mask, mask_meta, model_hash, save_mask
 from deltafl.training import extract_features, keyed_generator, predict_correct
 from federated.worlds import RECIPE, assert_same, begin, plain
 from tiny_models import NAMES, tiny_task
@@ -184,9 +184,20 @@ def test_fisher_sums_are_added_over_examples_and_not_averaged_over_clients(tmp_p
     assert sum(int(m.sum()) for m in many.values()) == round(0.4 * sum(m.numel() for m in many.values()))
 
 
-def test_more_calibration_rounds_than_fresh_clients_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DeltaflError, match="5 calibration rounds of 2 fresh clients each need more than the 8 clients"):
-        begin(tmp_path, replace(CALIBRATED, calibration_rounds=5))
+def test_more_calibration_rounds_than_fresh_clients_is_an_error() -> None:
+    (problem,) = replace(CALIBRATED, calibration_rounds=5).problems()
+    assert "5 calibration rounds of 2 fresh clients each need more than the 8 clients" in problem
+
+
+@pytest.mark.parametrize("strategy", [n for n in MASK_STRATEGIES if not MASK_STRATEGIES[n].needs_scores])
+def test_a_strategy_without_scores_asks_no_client_and_ignores_the_rounds(strategy: str, tmp_path: Path) -> None:
+    recipe = replace(CALIBRATED, mask_strategy=strategy, calibration_rounds=5)
+    assert recipe.problems() == []
+    assert calibration_clients(recipe) == []
+    many, one = (begin(tmp_path, replace(recipe, calibration_rounds=rounds)).setting.mask for rounds in (5, 1))
+    assert many is not None
+    assert one is not None
+    assert_same(many, one)
 
 
 @pytest.mark.parametrize("strategy", list(MASK_STRATEGIES))
@@ -211,6 +222,7 @@ def test_a_mask_from_a_file_is_used_and_one_of_another_model_refused(tmp_path: P
     assert_same(held, mask)
     run = federate(plain(), tiny_task(), recipe, tmp_path / "run", device="cpu")
     assert run.rows[0]["kept"] == 5
+    assert mask_meta(tmp_path / "run" / "mask.safetensors") == {"strategy": None, "file": str(tmp_path / "mask")}
     other = plain()
     with torch.no_grad():
         other.module.last.bias[0] += 1

@@ -117,6 +117,10 @@ def federate(
     \b
     deltafl federate --model facebook/dino-vits16 --data hub:tanganke/cifar100 --sharding non_iid --nc 5 --out DIR
     """
+    from deltafl.tensorboard import check_installed, write_scalars
+
+    if tensorboard:
+        check_installed()
     asked = [name for flag, name in EXPERIMENTS.items() if options.pop(flag)]
     held = federate_settings(config, options)
     if asked:
@@ -146,8 +150,6 @@ def federate(
         )
     write_report(done.out, done.result, done.rows)
     if tensorboard:
-        from deltafl.tensorboard import write_scalars
-
         write_scalars(done.out)
     if not quiet:
         click.echo(summary(done.result, done.out))
@@ -224,6 +226,7 @@ def summary(result: Mapping[str, Any], out: Path) -> str:
         ("rounds", str(result["rounds"])),
         ("sent by clients", as_bytes(result["bytes_up_total"])),
         ("sent by the server", as_bytes(result["bytes_down_total"])),
+        ("in step 0", f"{as_bytes(result['setup_bytes_up'])} up, {as_bytes(result['setup_bytes_down'])} down"),
         ("updates left out", str(result["failed_updates"])),
     ]
     return f"{table(('federated run', ''), facts)}\nmodel: {out / 'model'}\nreport: {out / 'report.html'}"

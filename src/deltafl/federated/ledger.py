@@ -8,8 +8,10 @@ from deltafl.federated.client import moving
 from deltafl.federated.recipe import FederatedRecipe
 from deltafl.federated.rounds import RoundResult
 from deltafl.federated.server import choose_clients
+from deltafl.federated.setup import Setting, calibration_clients
 from deltafl.models.flat import FlatModel
 from deltafl.models.heads import LinearHead
+from deltafl.sparse.eligible import eligible
 from deltafl.sparse.masks import Mask
 from deltafl.sparse.packed import index_of
 
@@ -18,7 +20,8 @@ class Ledger:
     """Bytes that go over the network, per round and in all, with the mask and as if there were none.
 
     A client gets and sends 4 bytes for each kept coordinate and each float buffer and head value; scaffold doubles
-    the trained ones. The mask's bits go to a client once. The pre-trained model is at the clients already.
+    the trained ones. The mask's bits go to a client once. The pre-trained model is at the clients already; what
+    step 0 sends is `setup_bytes`.
     """
 
     def __init__(self, recipe: FederatedRecipe, model: FlatModel, head: LinearHead, mask: Mask | None) -> None:
@@ -68,6 +71,32 @@ class Ledger:
             "server_seconds": result.server_seconds,
             "peak_memory_bytes": peak_memory(),
         }
+
+
+def setup_bytes(setting: Setting) -> dict[str, int]:
+    """Bytes of step 0, `setup_bytes_up` and `setup_bytes_down`, of all clients together; no round counts them.
+
+    Up: for a ridge head every client's A and b, ((D+1)^2 + (D+1) C) float64 for D features and C classes; for a probe
+    D float32 and an int64 label of every example; of each client of a calibration a float32 Fisher sum for each
+    eligible coordinate. Down: a frozen head to every client once, a trained one to the clients of a calibration, since
+    rounds count it; with `attenuate` the mask so far, a bit for each coordinate, to those of all calibration rounds
+    but the first.
+    """
+    recipe, model, head = setting.recipe, setting.model, setting.head
+    features, classes = model.encoder.feature_dim, len(head.class_names)
+    up = 0
+    if recipe.head == "ridge":
+        up += recipe.num_clients * 8 * ((features + 1) ** 2 + (features + 1) * classes)
+    elif recipe.head == "probe":
+        up += sum(len(rows) for rows in setting.shards) * (4 * features + 8)
+    groups = calibration_clients(recipe)
+    asked = sum(len(group) for group in groups)
+    if asked:
+        up += asked * 4 * eligible(model).total
+    down = 4 * classes * (features + 1) * (asked if recipe.train_head else recipe.num_clients)
+    if recipe.attenuate is not None:
+        down += sum(len(group) for group in groups[1:]) * -(-model.flat.numel() // 8)
+    return {"setup_bytes_up": up, "setup_bytes_down": down}
 
 
 def peak_memory() -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 from deltafl.errors import DeltaflError, did_you_mean
 from deltafl.finetuning.recipe import PRECISIONS
-from deltafl.rules import Rule, build_rule, load_rules, parameters
+from deltafl.rules import Rule, Source, build_rule, check_rule, load_rules, parameters
 from deltafl.sharding import SHARDINGS, Dirichlet, Iid, NonIid, Sharding
 from deltafl.sparse.calibration import KINDS
 from deltafl.sparse.masks import MASK_STRATEGIES
@@ -89,14 +89,14 @@ class FederatedRecipe:
 
     def problems(self) -> list[str]:
         """What is wrong with the values, one line each."""
-        chosen = round(self.participation_rate * self.num_clients)
+        chosen = self.clients_per_round
         rules = (
             (self.num_clients >= 1, f"num_clients must be 1 or more, not {self.num_clients}"),
             (0 < self.participation_rate <= 1, f"participation_rate must be in (0, 1], not {self.participation_rate}"),
             (
-                chosen >= 1 or not 0 < self.participation_rate <= 1,
+                chosen >= 1 or self.num_clients < 1 or not 0 < self.participation_rate <= 1,
                 f"participation_rate {self.participation_rate} of {self.num_clients} clients selects no client; "
-                f"take at least {1 / max(self.num_clients, 1):g}",
+                f"take at least {1 / (self.num_clients or 1):g}",
             ),
             (self.local_steps >= 1, f"local_steps must be 1 or more, not {self.local_steps}"),
             (self.local_steps_spread >= 1, f"local_steps_spread is a factor from 1, not {self.local_steps_spread}"),
@@ -153,12 +153,54 @@ class FederatedRecipe:
             self.rule()
         except DeltaflError as error:
             problems += error.problems
-        return problems
+        return problems or self._conflicts()
+
+    def _conflicts(self) -> list[str]:
+        """What values that are good one by one cannot do together."""
+        asked = self.clients_per_round * self.calibration_rounds
+        rules = (
+            (
+                not self.calibrated or asked <= self.num_clients,
+                f"{self.calibration_rounds} calibration rounds of {self.clients_per_round} fresh clients each need "
+                f"more than the {self.num_clients} clients; lower calibration_rounds or participation_rate",
+            ),
+            (
+                self.mask_file is None or self.sparsity_ratio == 0,
+                "mask_file is a finished mask, and sparsity_ratio asks for another; give one of them",
+            ),
+            *(
+                (self.engine != "vmap", f"engine vmap does not serve {what}; use engine sequential")
+                for what in self.needs_sequential()
+            ),
+        )
+        return [problem for good, problem in rules if not good]
+
+    def needs_sequential(self) -> list[str]:
+        """What of the recipe `--engine vmap` does not serve."""
+        wrong = {
+            f"local_algorithm {self.local_algorithm}": self.local_algorithm != "sgd",
+            "a mask": self.sparse,
+            "train_head": self.train_head,
+            f"mixed_precision {self.mixed_precision}": self.mixed_precision != "no",
+            "a client of your own": self.client is not None,
+        }
+        return [what for what, is_wrong in wrong.items() if is_wrong]
+
+    @property
+    def clients_per_round(self) -> int:
+        """round(C K)."""
+        return round(self.participation_rate * self.num_clients)
 
     @property
     def sparse(self) -> bool:
         """Whether a mask is used."""
         return self.sparsity_ratio > 0 or self.mask_file is not None
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether clients are asked for Fisher sums: there is a mask to make, and its strategy needs scores."""
+        wanted = self.sparsity_ratio > 0 and self.mask_file is None
+        return wanted and MASK_STRATEGIES[self.mask_strategy].needs_scores
 
     def rule(self, number: int = 0) -> Rule:
         """The aggregation rule of a round; one that draws (dare) draws anew in each, unless its seed is given.
@@ -169,6 +211,13 @@ class FederatedRecipe:
         if "seed" in parameters(load_rules()[self.aggregator]):
             params.setdefault("seed", self.seed + number)
         return build_rule(self.aggregator, params)
+
+    def check_clients(self) -> None:
+        """Raise DeltaflError if the rule cannot work with the clients of a round, as `LocalTraining` describes them."""
+        if self.client is None:
+            mu = self.prox_mu if self.local_algorithm == "fedprox" else None
+            source = Source("client", num_examples=1, num_steps=1, lr=self.lr, momentum=self.momentum, prox_mu=mu)
+            check_rule(self.rule(), [source] * self.clients_per_round)
 
     def shards(self) -> Sharding:
         """The sharding with its parameters."""

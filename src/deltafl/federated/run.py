@@ -14,7 +14,7 @@ from deltafl.datasets.task import Split, Task
 from deltafl.errors import DeltaflError
 from deltafl.federated.client import HEAD, Client, LocalTraining, load_params
 from deltafl.federated.controls import Controls
-from deltafl.federated.ledger import Ledger
+from deltafl.federated.ledger import Ledger, setup_bytes
 from deltafl.federated.recipe import FederatedRecipe
 from deltafl.federated.rounds import OnUpdate, World, run_round
 from deltafl.federated.saving import save_model, save_update
@@ -76,6 +76,7 @@ def federate(
         raise DeltaflError(*problems)
     if not len(task.val) or not len(task.test):
         raise DeltaflError(f'task "{task.name}" has {len(task.val)} validation and {len(task.test)} test examples')
+    recipe.check_clients()
     where = device_named(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     config = json.loads(json.dumps(run_config(encoder, task, recipe, None)))
     shards = make_shards(task, recipe)
@@ -115,7 +116,8 @@ def _new_record(out: Path, config: Mapping[str, Any], setting: Setting, *, overw
     with atomic_folder(out, overwrite=overwrite) as folder:
         RunRecord.create(folder, config)
         if setting.mask is not None:
-            about = {"strategy": recipe.mask_strategy, "file": recipe.mask_file}
+            drawn = recipe.mask_strategy if recipe.mask_file is None else None
+            about = {"strategy": drawn, "file": recipe.mask_file}
             save_mask(setting.mask, folder / MASK_FILE, model_hash(setting.model), about)
     return RunRecord(out)
 
@@ -192,6 +194,7 @@ def _start_row(state: ServerState, setting: Setting, ledger: Ledger) -> dict[str
         "classes_per_client": [int(shape.classes.min()), int(shape.classes.max())],
         "parameters": ledger.parameters,
         "kept": ledger.kept,
+        **setup_bytes(setting),
     }
 
 
@@ -232,6 +235,7 @@ def _finish(
         "rounds": state.round,
         "failed_updates": sum(len(r["failed"]) for r in rows),
         **{key: last.get(key, 0) for key in ("bytes_up_total", "bytes_down_total", "dense_bytes_up_total")},
+        **setup_bytes(setting),
         **{key: sum(r[key] for r in rows) for key in ("client_seconds", "server_seconds")},
         "config": dict(config),
     }

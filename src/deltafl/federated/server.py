@@ -37,8 +37,7 @@ class ServerState:
 def choose_clients(recipe: FederatedRecipe, number: int) -> list[int]:
     """round(C K) clients without replacement, ascending; a function of (seed, round)."""
     generator = keyed_generator(recipe.seed, "clients", number)
-    count = round(recipe.participation_rate * recipe.num_clients)
-    return sorted(torch.randperm(recipe.num_clients, generator=generator)[:count].tolist())
+    return sorted(torch.randperm(recipe.num_clients, generator=generator)[: recipe.clients_per_round].tolist())
 
 
 def steps_of(recipe: FederatedRecipe, client: int) -> int:

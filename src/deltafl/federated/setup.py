@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from deltafl.datasets.task import Task
-from deltafl.errors import DeltaflError
 from deltafl.federated.client import moving
 from deltafl.federated.recipe import FederatedRecipe
 from deltafl.federated.server import ServerState
@@ -135,7 +134,7 @@ def make_mask(
     round, each for up to `calibration_examples` of its samples, drawn anew; sums are added, not averaged over clients.
 
     Raises:
-        DeltaflError: a file of another model, or more rounds than there are groups of fresh clients.
+        DeltaflError: a file of another model.
     """
     if not recipe.sparse:
         return None
@@ -178,16 +177,9 @@ def make_mask(
 
 
 def calibration_clients(recipe: FederatedRecipe) -> list[list[int]]:
-    """The clients of each calibration round: no client is asked twice.
-
-    Raises:
-        DeltaflError: there are not enough clients for that.
-    """
-    size = round(recipe.participation_rate * recipe.num_clients)
-    if size * recipe.calibration_rounds > recipe.num_clients:
-        raise DeltaflError(
-            f"{recipe.calibration_rounds} calibration rounds of {size} fresh clients each need more than the "
-            f"{recipe.num_clients} clients; lower calibration_rounds or participation_rate"
-        )
+    """The clients of each calibration round: no client is asked twice; no rounds where no scores are needed."""
+    if not recipe.calibrated:
+        return []
+    size = recipe.clients_per_round
     order = torch.randperm(recipe.num_clients, generator=keyed_generator(recipe.seed, "calibration clients")).tolist()
     return [sorted(order[r * size : (r + 1) * size]) for r in range(recipe.calibration_rounds)]

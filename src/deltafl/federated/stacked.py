@@ -158,14 +158,9 @@ class StackedTraining:
 
 def unsupported(model: FlatModel, head: LinearHead, recipe: FederatedRecipe) -> list[str]:
     """What of a run needs sequential training."""
-    wrong = {
-        f"local_algorithm {recipe.local_algorithm}": recipe.local_algorithm != "sgd",
-        "a mask": recipe.sparse,
-        "train_head": bool(head.parameters()),
-        f"mixed_precision {recipe.mixed_precision}": recipe.mixed_precision != "no",
-        "a client of your own": recipe.client is not None,
-    }
-    problems = [what for what, is_wrong in wrong.items() if is_wrong]
+    problems = recipe.needs_sequential()
+    if head.parameters() and not recipe.train_head:
+        problems.append("train_head")
     for name, module in model.module.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             problems.append(f'batch norm in training ("{name}")')

@@ -24,6 +24,7 @@ def federated_page(result: Mapping[str, Any], rows: Rows) -> Page:
             ("validation, best", f"{100 * result['val_accuracy']:.1f} % (round {result['best_round']})"),
             ("before the first round", f"{100 * start['val_accuracy']:.1f} %" if start else "–"),
             ("sent by clients", _bytes(result["bytes_up_total"])),
+            ("sent in step 0", f"{_bytes(result['setup_bytes_up'])} up, {_bytes(result['setup_bytes_down'])} down"),
             ("updates left out", str(result["failed_updates"])),
         ]
     )
