@@ -154,6 +154,35 @@ def test_options_go_before_the_recipe(trained: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "no").exists()
 
 
+def test_a_race_chooses_what_an_exhaustive_search_does_and_says_what_it_saved(trained: Path, tmp_path: Path) -> None:
+    file = recipe(trained, tmp_path, scaling_coefs=[0.1, 0.3, 0.5, 0.8, 5.0, 20.0])
+    succeed("search", file, "--out", tmp_path / "whole")
+    said = succeed("search", file, "--strategy", "racing", "--confidence", 0.9, "--out", tmp_path / "raced").out
+    whole, raced = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "raced"))
+    names = ("method", "params", "scaling_coef", "val", "value")
+    assert [raced["best"][k] for k in names] == [whole["best"][k] for k in names]
+    assert (tmp_path / "raced/merged/model.safetensors").read_bytes() == (
+        tmp_path / "whole/merged/model.safetensors"
+    ).read_bytes()
+    held = yaml.safe_load((tmp_path / "raced/config.yaml").read_text())
+    assert (held["strategy"], held["confidence"]) == ("racing", 0.9)
+    images = raced["images"]
+    assert whole["images"] == {"evaluated": images["exhaustive"], "exhaustive": images["exhaustive"]}
+    rows = [r for r in read_rows(tmp_path / "raced/record.jsonl") if r["event"] == "candidate"]
+    assert sum(r["evaluated"] or 0 for r in rows) == images["evaluated"] < images["exhaustive"]
+    dropped = [r for r in rows if r["dropped_at"] is not None]
+    assert len(rows) == len(whole["candidates"]) > len(dropped) > 0
+    with safe_open(tmp_path / "raced/scores.safetensors", "pt") as scores:
+        kept = json.loads(scores.metadata()["candidates"])
+    assert len(kept) == sum(r["dropped_at"] is None and r["same_as"] is None for r in rows)
+    ratio = images["exhaustive"] / images["evaluated"]
+    assert f"racing: {images['evaluated']:,} images evaluated, {ratio:.1f} times fewer than" in said
+    page = (tmp_path / "raced/report.html").read_text()
+    assert f"{len(dropped)} of {len(rows)} candidates were dropped" in page
+    assert f"{images['evaluated']:,} images were evaluated" in page
+    assert "The search raced" not in (tmp_path / "whole/report.html").read_text()
+
+
 def test_without_methods_every_rule_of_the_paper_is_searched(trained: Path, tmp_path: Path) -> None:
     from deltafl.config import load_yaml, parse
     from deltafl.config_search import SearchRecipe
@@ -188,6 +217,10 @@ def test_without_methods_every_rule_of_the_paper_is_searched(trained: Path, tmp_
         ({"scaling_coefs": [float("nan")]}, "scaling_coefs: nan is not a finite number"),
         ({"grid": "papr"}, "grid: "),
         ({"metric": "best"}, "metric: "),
+        ({"strategy": "rasing"}, 'strategy: unknown "rasing"; did you mean "racing"?'),
+        ({"confidence": 1.0}, "confidence: 1 is not between 0 and 1"),
+        ({"confidence": 0.0}, "confidence: 0 is not between 0 and 1"),
+        ({"confidence": "high"}, "confidence: "),
         ({"memory": "much"}, 'memory: "much" is not a size'),
         ({"batch_size": 0}, "batch_size: "),
         ({"seed": "x"}, "seed: "),

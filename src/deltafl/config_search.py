@@ -9,7 +9,7 @@ from deltafl.config import MergeRecipe, ModelEntry, Strict, check_params, parse_
 from deltafl.errors import DeltaflError
 from deltafl.experiments.one_shot import SearchSpec, TaskModel
 from deltafl.experiments.quickstart import METHODS
-from deltafl.search import LAMBDAS
+from deltafl.search import LAMBDAS, check_strategy
 
 
 class SearchEntry(ModelEntry):
@@ -24,7 +24,7 @@ class SearchRecipe(Strict):
 
     methods: names, or mappings with `method` and its parameters, of which each may be a list; default: every rule of
     arXiv 2411.18607. grid "default": scaling_coefs multiply the sum of deltas for all methods; "paper": each method's
-    own convention.
+    own convention. strategy "racing": drop a candidate as soon as a bound of this confidence says that it cannot win.
     """
 
     base: str
@@ -33,6 +33,8 @@ class SearchRecipe(Strict):
     scaling_coefs: list[float] = Field(list(LAMBDAS), min_length=1)
     grid: Literal["default", "paper"] = "default"
     metric: Literal["normalized", "absolute"] = "normalized"
+    strategy: str = "exhaustive"
+    confidence: float = 0.95
     weights: list[float] | None = None
     scope: str = ""
     include: list[str] = Field([])
@@ -48,6 +50,7 @@ class SearchRecipe(Strict):
 
     def spec(self) -> SearchSpec:
         """What the library takes. Raises DeltaflError with every mistake."""
+        check_strategy(self.strategy, self.confidence)
         plain = MergeRecipe(
             base=self.base,
             models=[ModelEntry(**e.model_dump(exclude={"data", "head"})) for e in self.models],
@@ -63,6 +66,8 @@ class SearchRecipe(Strict):
             lambdas=tuple(self.scaling_coefs),
             native_scale=self.grid == "paper",
             metric=self.metric,
+            strategy=self.strategy,
+            confidence=self.confidence,
             memory=_memory(self.memory),
             batch_size=self.batch_size,
             seed=self.seed,

@@ -1,101 +1,44 @@
-"""Choose method and coefficients on validation data, exhaustively; look at the test split once.
+"""Choose method and coefficients on validation data, exhaustively or by racing; look at the test split once.
 
 A candidate is (method, its parameters, lambda). Everything a search knows of tasks are per-example scores. The update
 of a method is computed once and reused for every lambda; two updates with the same bits are one, whatever methods and
 parameters they come from (most of a rho grid of FedGMA gives the same few updates).
 """
 
-import hashlib
-import itertools
-import logging
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from deltafl.aggregation import Aggregate, Rows, Stepped, Update, Weights, WeightsLike, as_weights, sum_scale
-from deltafl.errors import DeltaflError
+from deltafl.aggregation import Aggregate, Rows, Stepped, as_weights, sum_scale
+from deltafl.candidates import Held, Planned, Row, Shelf, check_methods, grid_of, planned
+from deltafl.errors import DeltaflError, did_you_mean
+from deltafl.judging import Goal, Judged, Metric, Problem, Scorer, Working, metric_value, single_scores
+from deltafl.racing import Finish, check_confidence, race
 from deltafl.reductions import gram_matrix
-from deltafl.rules import Rule, Source, build_rule, check_rule
-from deltafl.streaming import chunks, in_order
-from deltafl.tensors import Tensors, shape_of
+from deltafl.rules import Rule
+from deltafl.tensors import Tensors
 
-logger = logging.getLogger(__name__)
+__all__ = [
+    "LAMBDAS", "STRATEGIES", "Goal", "Metric", "Problem", "Row", "Scorer", "SearchResult", "Working", "check_methods",
+    "check_strategy", "curves", "grid_of", "metric_value", "search", "test_once", "test_singles",
+]  # fmt: skip
 
 LAMBDAS = tuple(round(0.05 * i, 2) for i in range(1, 41))
 """The grid of arXiv 2411.18607."""
 
-RHOS = tuple(round(0.1 * i, 1) for i in range(1, 10))
-NORM_LEVELS = 10
-
-Metric = Literal["normalized", "absolute"]
-
-
-class Working(Protocol):
-    """A model in memory that takes other weights and that scorers judge."""
-
-    def load(self, tensors: Tensors) -> object: ...
-
-
-class Scorer(Protocol):
-    """`(model, ids) -> per-example scores`; see `deltafl.training.Scorer`."""
-
-    def __len__(self) -> int: ...
-
-    def __call__(self, model: Any, ids: Tensor) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class Goal:
-    """One task: how it is scored on validation and on test data, and the model that was fine-tuned for it."""
-
-    name: str
-    val: Scorer
-    test: Scorer
-    single: Tensors
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Base, deltas and goals, and the working model into which every candidate is loaded."""
-
-    model: Working
-    base: Tensors
-    updates: Sequence[Update]
-    goals: Sequence[Goal]
-    weights: WeightsLike = None
-    threads: int = 1
-
-
-@dataclass(frozen=True)
-class Row:
-    """One candidate: its scale in both conventions, mean score per task on validation, and the metric's value.
-
-    same_as: an earlier row whose model has the same bits, so that it was not evaluated again.
-    """
-
-    method: str
-    params: Mapping[str, Any]
-    scaling_coef: float
-    server_lr: float
-    val: Mapping[str, float] = field(default_factory=dict)
-    value: float = 0.0
-    same_as: str | None = None
-
-    @property
-    def label(self) -> str:
-        """`fedgma rho=0.6 lambda=0.3`, in full precision: no other candidate has it."""
-        return " ".join([self.method, *(f"{k}={v}" for k, v in self.params.items()), f"lambda={self.scaling_coef}"])
+STRATEGIES = ("exhaustive", "racing")
 
 
 @dataclass(frozen=True)
 class SearchResult:
     """Every row in the order tried, the best of all and of each method, and what they are measured against.
 
-    single: task -> validation score of its own model. correct: label of an evaluated row -> task -> scores (N,).
+    single: task -> validation score of its own model. correct: label of a row that was evaluated on all validation
+    data -> task -> scores (N,). The best of a method whose every row was dropped is the one that lasted longest.
+    images: images that candidates were evaluated on; exhaustive_images: those that an exhaustive search takes.
     """
 
     best: Row
@@ -106,44 +49,8 @@ class SearchResult:
     correct: Mapping[str, Mapping[str, Tensor]]
     norms: tuple[float, ...]
     gram: Tensor
-
-
-def grid_of(method: str, params: Mapping[str, Any], norms: Sequence[float]) -> list[dict[str, Any]]:
-    """All combinations of a method's parameters: a list is a grid; rho has the paper's grid where it is not given.
-
-    fedgma: 0.1 .. 0.9; cclip: `NORM_LEVELS` values from the smallest to the largest norm, both included: the largest
-    clips nothing. Raises DeltaflError if a list is empty.
-    """
-    given = dict(params)
-    if method == "fedgma":
-        given.setdefault("rho", list(RHOS))
-    if method == "cclip" and given.get("unit", "absolute") == "absolute":
-        low, high = min(norms), max(norms)
-        levels = [low + (high - low) * i / (NORM_LEVELS - 1) for i in range(NORM_LEVELS - 1)]
-        given.setdefault("rho", [*levels, high * (1 + 1e-12)])  # rounding must not clip the longest delta
-    for key, value in given.items():
-        if value == []:
-            raise DeltaflError(f"methods: {method}: {key} is an empty list; name at least one value")
-    axes = [[(k, v) for v in (value if isinstance(value, list) else [value])] for k, value in given.items()]
-    return [dict(point) for point in itertools.product(*axes)]
-
-
-def check_methods(
-    methods: Sequence[tuple[str, Mapping[str, Any]]], lambdas: Sequence[float], sources: Sequence[Source]
-) -> None:
-    """Raise DeltaflError with every reason why these methods and coefficients cannot be searched with these models."""
-    problems = [f"scaling_coefs: {value} is not a finite number" for value in lambdas if not math.isfinite(value)]
-    names = [method for method, _ in methods]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    problems += [f"methods: {name} is named twice; give one entry, whose parameters are lists" for name in twice]
-    for method, params in methods:
-        try:
-            for point in grid_of(method, params, (1.0, 1.0)):
-                check_rule(build_rule(method, point), sources)
-        except DeltaflError as error:
-            problems += [p for p in error.problems if p not in problems]
-    if problems:
-        raise DeltaflError(*problems)
+    images: int
+    exhaustive_images: int
 
 
 def search(
@@ -153,105 +60,126 @@ def search(
     lambdas: Sequence[float] = LAMBDAS,
     native_scale: bool = False,
     metric: Metric = "normalized",
+    strategy: str = "exhaustive",
+    confidence: float = 0.95,
+    seed: int = 0,
+    memory: int = 8_000_000_000,
     on_row: Callable[[Row], None] = lambda row: None,
 ) -> SearchResult:
-    """Evaluate every candidate on the validation data; the base (lambda 0) is one.
+    """Evaluate the candidates on the validation data; the base (lambda 0) is one.
 
     native_scale: read the grid in each method's own convention (`grid: paper`): a rule whose paper averages has
     server_lr = value; otherwise the grid is lambda, on the sum, for all. metric "normalized": mean over tasks of
     score / score of the task's own model; "absolute": mean score. Of equal values the first row wins.
 
+    strategy "exhaustive": every candidate on all validation data. "racing": see `deltafl.racing.race`, which
+    `confidence` and `seed` (of the subsets) are for; rows that are dropped hold estimates and are not chosen. memory:
+    bytes of updates that a race holds; those above it are computed again at every look. on_row is told of a row as
+    soon as it is known: in order, or, of a race, as it is dropped or has finished.
+
     Raises:
-        DeltaflError: a method or parameter does not fit, or a single-task model scores 0 under "normalized".
+        DeltaflError: a method, parameter, strategy or confidence does not fit, or a single-task model scores 0 under
+            "normalized".
     """
+    check_strategy(strategy, confidence)
     check_methods(methods, lambdas, [u.source for u in problem.updates])
     weights = as_weights(problem.weights, len(problem.updates))
     gram = gram_matrix(Rows(problem.updates, weights), problem.threads)
     norms = tuple(gram.diagonal().sqrt().tolist())
-    plan = [(m, point, build_rule(m, point)) for m, params in methods for point in grid_of(m, params, norms)]
-    total = sum(map(abs, weights.default))
-    single = _single_scores(problem, metric)
-    correct: dict[str, dict[str, Tensor]] = {}
+    single = single_scores(problem, metric)
+    plan = planned(
+        methods,
+        lambdas,
+        lambda rule: Aggregate(rule, problem.updates, weights, threads=problem.threads),
+        norms,
+        native_scale=native_scale,
+        threads=problem.threads,
+    )
+    judged = Judged(problem, single, metric)
+    if strategy == "racing":
+        rows = _race(judged, plan, Shelf(memory, problem.threads), confidence, seed, on_row)
+    else:
+        rows = _exhaust(judged, plan, on_row)
+    best_of = {m: max((r for r in rows if r.method == m), key=lambda r: r.rank) for m, _ in methods}
+    best = max(rows, key=lambda r: r.rank)
+    images = [r.evaluated for r in rows if r.evaluated is not None]
+    whole = len(images) * sum(len(g.val) for g in problem.goals)
+    return SearchResult(best, tuple(rows), best_of, rows[0], single, judged.correct, norms, gram, sum(images), whole)
 
-    def judge(row: Row, tensors: Tensors) -> Row:
-        problem.model.load(tensors)
-        scores = {g.name: g.val(problem.model, torch.arange(len(g.val))) for g in problem.goals}
-        correct[row.label] = scores
-        val = {name: float(s.double().mean()) for name, s in scores.items()}
-        return replace(row, val=val, value=metric_value(val, single, metric))
 
-    base = judge(Row("base", {}, 0.0, 0.0), problem.base)
-    rows = [base]
+def check_strategy(strategy: str, confidence: float) -> None:
+    """Raise DeltaflError if there is no such strategy, or the confidence is not between 0 and 1."""
+    if strategy not in STRATEGIES:
+        raise DeltaflError(f'strategy: unknown "{strategy}"; {did_you_mean(strategy, STRATEGIES)}')
+    check_confidence(confidence)
+
+
+BASE = Row("base", {}, 0.0, 0.0)
+
+
+def _exhaust(judged: Judged, plan: Iterable[Planned], on_row: Callable[[Row], None]) -> list[Row]:
+    """Every row, evaluated on everything, in order."""
+    ids = [torch.arange(len(g.val)) for g in judged.problem.goals]
+    count = sum(map(len, ids))
+    base = judged.row(BASE, Finish(tuple(judged.scores(BASE, None, ids)), count, None))
+    rows, seen = [base], {}
     on_row(base)
-    seen: dict[tuple[str, tuple[float, ...]], Row] = {}
-    for method, point, rule in plan:
-        update, digest = materialize(
-            Aggregate(rule, problem.updates, weights, threads=problem.threads), problem.threads
-        )
-        for value in lambdas:
-            coef = value / total if native_scale and rule.traits.native_scale == "mean" else value
-            row = Row(method, point, coef, coef * total)
-            bits = (digest, _factors(weights, coef))
-            twin = seen.get(bits) if coef else base
-            if twin is None:
-                stepped = Stepped(problem.base, update, sum_scale(weights, coef))
-                row = judge(row, dict(stepped))
-                seen[bits] = row
-            else:
-                row = replace(row, val=twin.val, value=twin.value, same_as=twin.label)
-            rows.append(row)
-            on_row(row)
-    best_of = {m: max((r for r in rows if r.method == m), key=_rank) for m, _ in methods}
-    best = max(rows, key=_rank)
-    return SearchResult(best, tuple(rows), best_of, base, single, correct, norms, gram)
+    for row, bits, _, update in plan:
+        twin = seen.get(bits) if row.scaling_coef else base
+        if twin is None:
+            row = seen[bits] = judged.row(row, Finish(tuple(judged.scores(row, update, ids)), count, None))
+        else:
+            row = row.twin_of(twin)
+        rows.append(row)
+        on_row(row)
+    return rows
 
 
-def _rank(row: Row) -> float:
-    """The value; NaN (a model that overflows) is worse than anything."""
-    return -math.inf if math.isnan(row.value) else row.value
+def _race(
+    judged: Judged, plan: Iterable[Planned], shelf: Shelf, confidence: float, seed: int, on_row: Callable[[Row], None]
+) -> list[Row]:
+    """Every row, in order, of which those that lasted are evaluated on everything."""
+    rows, runners, updates = [BASE], [0], dict[str, Held]()
+    digest_of: dict[int, str] = {}
+    first: dict[tuple[str, tuple[float, ...]], int] = {}
+    twins: dict[int, list[int]] = {}
+    for row, bits, aggregate, update in plan:
+        at = len(rows)
+        rows.append(row)
+        twin = first.setdefault(bits, at) if row.scaling_coef else 0
+        if twin != at:
+            twins.setdefault(twin, []).append(at)
+            continue
+        runners.append(at)
+        digest_of[at] = bits[0]
+        if bits[0] not in updates:
+            updates[bits[0]] = shelf.put(aggregate, update, bits[0])
 
+    def judge(alive: Sequence[int], ids: Sequence[Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
+        by_update: dict[str, list[int]] = {}
+        for runner in alive:
+            by_update.setdefault(digest_of.get(runners[runner], ""), []).append(runner)
+        for digest, held in updates.items():
+            if digest not in by_update:
+                shelf.drop(held)
+        for digest, members in by_update.items():
+            update = shelf.get(updates[digest]) if digest else None
+            for runner in members:
+                yield runner, judged.scores(rows[runners[runner]], update, ids)
 
-def _factors(weights: Weights, scaling_coef: float) -> tuple[float, ...]:
-    """The float32 factors that a coefficient stands for: where they are equal, one update gives one model."""
-    totals = [sum(map(abs, row)) for row in (weights.default, *(row for _, row in weights.patterns))]
-    return tuple(torch.tensor([scaling_coef * total for total in totals], dtype=torch.float32).tolist())
+    def settle(runner: int, finish: Finish) -> None:
+        at = runners[runner]
+        rows[at] = judged.row(rows[at], finish)
+        on_row(rows[at])
+        for twin in twins.get(at, ()):
+            rows[twin] = rows[twin].twin_of(rows[at])
+            on_row(rows[twin])
 
-
-def _single_scores(problem: Problem, metric: Metric) -> dict[str, float]:
-    """Validation score of each task's own model, measured once."""
-    single = {}
-    for goal in problem.goals:
-        problem.model.load(goal.single)
-        single[goal.name] = float(goal.val(problem.model, torch.arange(len(goal.val))).double().mean())
-        if metric == "normalized" and not single[goal.name] > 0:
-            raise DeltaflError(
-                f'task "{goal.name}": its own model scores {single[goal.name]:g} on validation data, so scores cannot '
-                "be normalised by it; use metric: absolute, or check model, head and data"
-            )
-    return single
-
-
-def metric_value(scores: Mapping[str, float], single: Mapping[str, float], metric: Metric) -> float:
-    """Mean over tasks of score / single-task score, or of the score."""
-    values = [s / single[n] if metric == "normalized" else s for n, s in scores.items()]
-    return sum(values) / len(values)
-
-
-def materialize(aggregate: Aggregate, threads: int) -> tuple[dict[str, Tensor], str]:
-    """The update as tensors in memory, float32, and a digest of its bits."""
-    tensors = {n: torch.empty(shape_of(aggregate, n)) for n in aggregate}
-    flat = {n: t.reshape(-1) for n, t in tensors.items()}
-
-    def fill(group: list[tuple[str, int, int]]) -> None:
-        for name, start, stop in group:
-            flat[name][start:stop] = aggregate.block(name, start, stop)
-
-    for _ in in_order(fill, list(chunks([(n, t.numel()) for n, t in flat.items()])), threads):
-        pass
-    digest = hashlib.sha256()
-    for tensor in flat.values():
-        digest.update((tensor + 0.0).numpy())  # type: ignore[arg-type]  # + 0.0: -0 is 0
-    return tensors, digest.hexdigest()
+    goals, single = judged.problem.goals, judged.single
+    scale = [1 / single[g.name] if judged.metric == "normalized" else 1.0 for g in goals]
+    sizes = [len(g.val) for g in goals]
+    race(judge, len(runners), sizes, scale, confidence=confidence, seed=seed, on_finish=settle)
+    return rows
 
 
 def test_once(problem: Problem, row: Row, rule: Rule | None) -> dict[str, float]:

@@ -14,6 +14,8 @@ from deltafl.cli.options import progress_by_count, table
 @click.option("--overwrite", is_flag=True, default=None, help="Replace an existing output.")
 @click.option("--grid", type=click.Choice(["default", "paper"]), help="Convention of the coefficients (see docs).")
 @click.option("--metric", type=click.Choice(["normalized", "absolute"]), help="Default: normalized.")
+@click.option("--strategy", help="exhaustive (default) or racing: drop early what cannot win.")
+@click.option("--confidence", type=float, help="With which racing keeps the best candidate. Default: 0.95.")
 @click.option("--device", help="cpu (default) or cuda.")
 @click.option("--threads", type=int, help="Default: one for each core.")
 @click.option("--memory", help="Hold checkpoints up to this size rather than read them again. Default: 8GB.")
@@ -49,6 +51,8 @@ def search(recipe: str, quiet: bool, **options: Any) -> None:
                 write_result(result | {"command": f"deltafl search {recipe}"}, folder, held.model_dump())
     if not quiet:
         click.echo(results(result))
+        if result["strategy"] == "racing":
+            click.echo(race_line(result["images"]))
         if held.out is not None:
             merged = f"merged model: {Path(held.out) / 'merged'}"
             kept = "no merged model: on validation data no candidate is better than the base"
@@ -73,6 +77,12 @@ def write_result(result: dict[str, Any], folder: Path, config: dict[str, Any], *
         (folder / f"table.{suffix}").write_text(write(numbers))
     page = quickstart_page(result) if story else search_page(result)
     (folder / "report.html").write_text(render(page))
+
+
+def race_line(images: dict[str, int]) -> str:
+    """How much a race evaluated, against an exhaustive search."""
+    evaluated, whole = images["evaluated"], images["exhaustive"]
+    return f"racing: {evaluated:,} images evaluated, {whole / evaluated:.1f} times fewer than all {whole:,}"
 
 
 def results(result: dict[str, Any]) -> str:

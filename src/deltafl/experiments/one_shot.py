@@ -28,6 +28,7 @@ from deltafl.search import (
     Row,
     SearchResult,
     check_methods,
+    check_strategy,
     curves,
     grid_of,
     search,
@@ -54,7 +55,8 @@ class SearchSpec:
     """Everything that decides a search. `merge`: base, scope, weights and the like; its method is what wins.
 
     methods: (name, parameters; a list is a grid). memory: bytes up to which checkpoints are held rather than read
-    again. seed: of the validation splits, None: the one that each model was trained with.
+    again; a race holds as much again of updates. seed: of the validation splits, None: the one that each model was
+    trained with; and of a race's subsets, None: 0. strategy, confidence: see `deltafl.search.search`.
     """
 
     merge: MergeSpec
@@ -63,6 +65,8 @@ class SearchSpec:
     lambdas: tuple[float, ...] = LAMBDAS
     native_scale: bool = False
     metric: Metric = "normalized"
+    strategy: str = "exhaustive"
+    confidence: float = 0.95
     memory: int = 8_000_000_000
     batch_size: int = 256
     seed: int | None = None
@@ -88,6 +92,7 @@ def run_search(
     plan = plan_merge(
         replace(spec.merge, models=tuple(m.model for m in spec.models), method="task_arithmetic", params={})
     )
+    check_strategy(spec.strategy, spec.confidence)
     check_methods(spec.methods, spec.lambdas, plan.sources)
     encoder = load_encoder(spec.merge.base)
     tasks = [_task(entry, plan, encoder, spec) for entry in spec.models]
@@ -101,6 +106,10 @@ def run_search(
             lambdas=spec.lambdas,
             native_scale=spec.native_scale,
             metric=spec.metric,
+            strategy=spec.strategy,
+            confidence=spec.confidence,
+            seed=spec.seed or 0,
+            memory=spec.memory,
             on_row=lambda row: on_row(row, most_rows(spec)),
         )
         result = describe(spec, plan, problem, found)
@@ -115,7 +124,7 @@ def run_search(
 
 
 def save_scores(found: SearchResult, path: Path) -> None:
-    """One safetensors file: task -> (C, N), the score of every evaluated candidate on every validation example.
+    """One safetensors file: task -> (C, N), the score of every candidate that saw all validation examples on each.
 
     Its metadata hold the labels of the C candidates, in order (JSON).
     """
@@ -173,6 +182,8 @@ def describe(spec: SearchSpec, plan: Plan, problem: Problem, found: SearchResult
         "seed": spec.seed,
         "tasks": [g.name for g in problem.goals],
         "metric": spec.metric,
+        "strategy": spec.strategy,
+        "images": {"evaluated": found.images, "exhaustive": found.exhaustive_images},
         "single": single,
         "single_val": dict(found.single),
         "rows": rows,
@@ -214,4 +225,5 @@ def _trained(task: str, source: Source, norm: float, training: Mapping[str, Any]
 def candidate(row: Row) -> dict[str, Any]:
     """One row of the search as plain values."""
     return {"method": row.method, "params": dict(row.params), "scaling_coef": row.scaling_coef,
-            "server_lr": row.server_lr, "val": dict(row.val), "value": row.value, "same_as": row.same_as}  # fmt: skip
+            "server_lr": row.server_lr, "val": dict(row.val), "value": row.value, "same_as": row.same_as,
+            "evaluated": row.evaluated, "dropped_at": row.dropped_at}  # fmt: skip

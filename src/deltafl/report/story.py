@@ -100,7 +100,21 @@ def _search(result: Result) -> Section:
         f"How far to go along the merged delta is the one choice that matters most. For every rule, λ was tried at"
         f"{tried} and scored on validation images, which neither training nor the final test uses.{rho}"
     )
-    return Section("What was searched", text, search_figures(result))
+    return Section("What was searched", text + _raced(result), search_figures(result))
+
+
+def _raced(result: Result) -> str:
+    """What a race evaluated; "" for an exhaustive search."""
+    if result.get("strategy") != "racing":
+        return ""
+    evaluated, whole = result["images"]["evaluated"], result["images"]["exhaustive"]
+    dropped = sum(row["dropped_at"] is not None for row in result["candidates"])
+    return (
+        f"\n\nThe search raced: {dropped} of {len(result['candidates'])} candidates were dropped on part of the "
+        f"images, so that {evaluated:,} images were evaluated rather than {whole:,} ({whole / evaluated:.1f} times "
+        "fewer). Their points on the curves are estimates from those images, and none of them was chosen; the winner's "
+        "value is exact."
+    )
 
 
 def _next_steps() -> list[Item]:
