@@ -24,7 +24,7 @@ def federated_page(result: Mapping[str, Any], rows: Rows) -> Page:
             ("validation, best", f"{100 * result['val_accuracy']:.1f} % (round {result['best_round']})"),
             ("before the first round", f"{100 * start['val_accuracy']:.1f} %" if start else "–"),
             ("sent by clients", _bytes(result["bytes_up_total"])),
-            ("sent in step 0", f"{_bytes(result['setup_bytes_up'])} up, {_bytes(result['setup_bytes_down'])} down"),
+            ("sent before that, in step 0", _bytes(result.get("setup_bytes_up", 0))),
             ("updates left out", str(result["failed_updates"])),
         ]
     )
@@ -44,10 +44,11 @@ def _told(result: Mapping[str, Any], start: Mapping[str, Any]) -> str:
         f" Of {start['parameters']:,} parameters {start['kept']:,} were trained and sent; a dense run would have sent "
         f"{_bytes(result['dense_bytes_up_total'])}."
     )  # fmt: skip
+    before = f" Before the first round the server sent {_bytes(result.get('setup_bytes_down', 0))}."
     return (
         f"{config['num_clients']} clients, {100 * config['participation_rate']:g} % of them in each of "
         f"{result['rounds']} rounds, about {config['local_steps']} local steps each. The round was chosen on "
-        f"validation data; the test images were used once, for that round's model.{share}"
+        f"validation data; the test images were used once, for that round's model.{before}{share}"
     )
 
 

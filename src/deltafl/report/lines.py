@@ -47,20 +47,41 @@ def lambda_curves(
 
 
 def rounds_curve(
-    runs: Mapping[str, Curve], x_label: str = "round", *, score_name: str = "Accuracy", caption: str = ""
+    runs: Mapping[str, Curve],
+    x_label: str = "round",
+    *,
+    score_name: str = "Accuracy",
+    caption: str = "",
+    log_x: bool = False,
 ) -> Figure:
-    """Accuracy against rounds (or steps, or bytes), one line per run."""
+    """Accuracy against rounds (or steps, or bytes), one line per run; `log_x` as in `draw_lines`."""
 
     def draw(width: int) -> "Drawing":
-        return draw_lines(runs, width, f"{score_name}, %", x_label, markers=False)
+        return draw_lines(runs, width, f"{score_name}, %", x_label, markers=False, log_x=log_x)
 
     ends = ", ".join(f"{name} {100 * points[-1][1]:.1f}%" for name, points in runs.items() if points)
     return drawn(draw, caption, f"{score_name} against {x_label}. At the end: {ends}.")
 
 
-def draw_lines(lines: Mapping[str, Curve], width: int, title: str, x_label: str, *, markers: bool = True) -> "Drawing":
-    """A drawing of lines alone, for a file."""
-    return _line_chart(lines, width, title, x_label, markers=markers)[0]
+def draw_lines(
+    lines: Mapping[str, Curve], width: int, title: str, x_label: str, *, markers: bool = True, log_x: bool = False
+) -> "Drawing":
+    """A drawing of lines alone, for a file. `log_x`: a logarithmic axis, on which points at 0 have no place."""
+    if not log_x:
+        return _line_chart(lines, width, title, x_label, markers=markers)[0]
+    placed = {name: [point for point in points if point[0] > 0] for name, points in lines.items()}
+    held = {name: points for name, points in placed.items() if points}
+    return _line_chart(held, width, title, f"{x_label} (logarithmic)", markers=markers, log_x=True)[0]
+
+
+def _log_axis(axes: "Axes") -> None:
+    """A logarithmic x axis with plain numbers at 1, 2 and 5."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
 
 
 def _line_chart(
@@ -71,6 +92,7 @@ def _line_chart(
     *,
     markers: bool = True,
     floor: tuple[str, float | None] = ("", None),
+    log_x: bool = False,
 ) -> tuple["Drawing", "Axes"]:
     """Lines with their names beside them, or below on a phone; `floor` is a level to compare with, and its name."""
     narrow = width <= NARROW
@@ -92,7 +114,10 @@ def _line_chart(
     axes.grid(axis="y")
     axes.margins(x=0.02, y=0.08)
     axes.locator_params(axis="y", nbins=6)
-    axes.locator_params(axis="x", nbins=6 if narrow else 10)
+    if log_x:
+        _log_axis(axes)
+    else:
+        axes.locator_params(axis="x", nbins=6 if narrow else 10)
     if narrow:
         legend_below(drawing, axes)
     else:

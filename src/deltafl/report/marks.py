@@ -46,6 +46,8 @@ def direct_labels(axes: "Axes", height: float) -> None:
     axes.set_xlim(left, right)
     lines = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
     ends = [np.asarray(line.get_xydata(), dtype=float)[-1] for line in lines]
+    if axes.get_xscale() == "log":
+        ends, left, right = [(np.log(x), y) for x, y in ends], np.log(left), np.log(right)
     starts = [((x - left) / (right - left), (y - low) / (high - low)) for x, y in ends]
     rows = spread([y for _, y in starts], 17 / height)
     for line, (x, y), row in zip(lines, starts, rows, strict=True):

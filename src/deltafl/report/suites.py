@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
 
 Summaries = Sequence[Mapping[str, Any]]
+SPREAD = 4
+"""Runs whose bytes differ by this factor are drawn over a logarithmic axis."""
+
 LINES = 8
 """Most lines in one figure; of more cells the best are drawn."""
 
@@ -43,7 +46,7 @@ def suite_table(name: str, summaries: Summaries) -> Table:
         ]
         for s in summaries
     ]
-    caption = f"{name}. Test accuracy once per run, at the round chosen on validation; ± is the standard deviation."
+    caption = "Test accuracy once per run, at the round chosen on validation; ± is the standard deviation over runs."
     return Table(columns, rows, caption)
 
 
@@ -59,10 +62,17 @@ def suite_section(name: str, summaries: Summaries) -> Section:
     items: list[Item] = [suite_table(name, summaries)]
     if drawn:
         items.append(rounds_curve(by_round, score_name=what, caption=f"Mean over seeds, after each round.{more}"))
+        caption = f"By what the clients sent.{more}"
         items.append(
-            rounds_curve(by_bytes, "MB sent by clients", score_name=what, caption=f"By what the clients sent.{more}")
+            rounds_curve(by_bytes, "MB sent by clients", score_name=what, caption=caption, log_x=apart(by_bytes))
         )
-    return Section(name.capitalize(), text, items)
+    return Section(name.capitalize().replace("-", " "), text, items)
+
+
+def apart(lines: Mapping[str, Sequence[Sequence[float]]]) -> bool:
+    """Whether the lines' last bytes differ so much that the short ones would be lost at the left of a plain axis."""
+    ends = [points[-1][0] for points in lines.values() if points]
+    return len(ends) > 1 and 0 < SPREAD * min(ends) <= max(ends)
 
 
 def best(summaries: Summaries) -> list[Mapping[str, Any]]:
@@ -74,8 +84,9 @@ def best(summaries: Summaries) -> list[Mapping[str, Any]]:
 
 def suites_page(result: Mapping[str, Any]) -> Page:
     """All suites of one run of the command."""
+    runs = "one run" if result["num_runs"] == 1 else f"{result['num_runs']} runs"
     lead = (
-        f"{result['model']} on {result['task']}; {result['num_runs']} run(s) of every row. Every run chose its round "
+        f"{result['model']} on {result['task']}; {runs} of every row. Every run chose its round "
         "on validation data and touched the test images once."
     )
     sections = [suite_section(name, summaries) for name, summaries in result["suites"].items()]
@@ -88,6 +99,7 @@ def suite_figure(summaries: Summaries, key: str) -> bytes:
     lines = {s["name"]: [(factor * x, y) for x, y in s[key]] for s in best(summaries)}
 
     def draw(width: int) -> "Drawing":
-        return draw_lines(lines, width, "Validation accuracy, %", label, markers=False)
+        log_x = key == "by_bytes" and apart(lines)
+        return draw_lines(lines, width, "Validation accuracy, %", label, markers=False, log_x=log_x)
 
     return to_png(draw, WIDE)
