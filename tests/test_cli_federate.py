@@ -1,6 +1,7 @@
 """`deltafl federate` from the outside."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,8 @@ def test_every_field_of_the_recipe_has_an_option_with_a_text() -> None:
         (("--client", "nowhere:Client"), "nowhere"),
         (("--save-client-updates", 9), "--save-client-updates: 9; name rounds from 1 to 3"),
         (("--calibration-rounds", 5, "--sparsity-ratio", 0.5), "fresh clients"),
+        (("--aggregator", "krum", "--num-byzantine", 1), "needs at least 2f + 3 = 5 models"),
+        (("--engine", "vmap", "--sparsity-ratio", 0.5), "engine vmap does not serve a mask"),
         (("--num-client", 3), "--num-client"),
     ],
 )
@@ -125,6 +128,15 @@ def test_the_bundled_configurations_are_recipes_without_a_problem() -> None:
     for name in ("default.yaml", "realdata-quick.yaml"):
         held = federate_settings(str(ROOT / "configs" / name), {"out": "x"})
         assert recipe_of(held).problems() == []
+
+
+@pytest.mark.parametrize("command", [("federate",), ("federate", "--compare-strategies"), ("suite", "heterogeneity")])
+def test_without_tensorboard_the_flag_is_refused_before_anything_runs(
+    command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    said = refusal(tmp_path, *command, *SMALL, "--tensorboard", "--out", tmp_path / "run")
+    assert 'pip install "deltafl[tensorboard]"' in said
 
 
 @pytest.mark.realdata

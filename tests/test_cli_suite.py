@@ -2,15 +2,21 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from checkpoints import refused, succeed
-from deltafl.experiments.federated_suites import SUITES, SuiteOptions, check_suites, suite_names
+from checkpoints import cli, problems_of, refused, succeed
+from deltafl.experiments.federated_suites import SUITES, Cell, SuiteOptions, check_suites, suite_names
+from deltafl.experiments.suite_runs import Bench, run_suite
 from deltafl.federated.recipe import FederatedRecipe
+from deltafl.report.page import Figure
+from deltafl.report.suites import apart, suite_section
 from deltafl.rules import load_rules
 from deltafl.sparse.masks import MASK_STRATEGIES
+from federated.worlds import plain
+from tiny_models import tiny_task
 
 MODEL = "vit:hidden=16,layers=1,heads=2,patch=4,image_size=8,channels=1"
 SMALL = (
@@ -23,7 +29,7 @@ SMALL = (
 def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("suite") / "out"
     succeed(
-        "suite", "heterogeneity", "calibration-rounds", *SMALL, "--sparsity-ratio", 0.5, "--calibration-values", 1, 3,
+        "suite", "heterogeneity", "calibration-rounds", *SMALL, "--sparsity-ratio", 0.5, "--calibration-values", 1, 2,
         "--num-runs", 2, "--out", out,
     )  # fmt: skip
     return out
@@ -36,7 +42,7 @@ def test_a_suite_leaves_tables_figures_and_a_report(suite: Path) -> None:
         ]  # fmt: skip
     page = (suite / "report.html").read_text()
     assert "Heterogeneity" in page
-    assert "Calibration-rounds" in page
+    assert "Calibration rounds" in page
 
 
 def test_the_table_is_the_mean_and_spread_of_the_runs(suite: Path) -> None:
@@ -55,14 +61,65 @@ def test_the_table_is_the_mean_and_spread_of_the_runs(suite: Path) -> None:
         assert row["runs"] == "2"
 
 
-def test_a_cell_that_cannot_run_says_why_and_the_others_go_on(suite: Path) -> None:
-    result = json.loads((suite / "suite.json").read_text())
-    cells = {s["name"]: s for s in result["suites"]["calibration-rounds"]}
-    assert {name: cell["runs"] for name, cell in cells.items()} == {
-        "average, 1": 2, "average, 3": 0, "progressive, 1": 2, "progressive, 3": 0,
-    }  # fmt: skip
-    assert "fresh clients" in cells["average, 3"]["failed"]
-    assert "fresh clients" in (suite / "report.html").read_text()
+def test_a_cell_that_cannot_run_says_why_and_the_others_go_on(tmp_path: Path) -> None:
+    base = FederatedRecipe(num_clients=4, participation_rate=0.5, num_rounds=1, head="linear")
+    cells = [Cell({"rule": rule}, replace(base, aggregator=rule)) for rule in ("krum", "median")]
+    bench = Bench(plain(), lambda seed: tiny_task(), tmp_path / "runs", 2, "cpu", None)
+    krum, median = run_suite("aggregators", cells, bench, lambda *told: None)
+    assert (krum["runs"], median["runs"]) == (0, 2)
+    assert "needs at least 2f + 3 = 3 models" in krum["failed"]
+    section = suite_section("aggregators", [krum, median])
+    assert "krum: krum: 2 models" in section.text
+    assert check_suites(["aggregators"], base, SuiteOptions())["aggregators"]
+
+
+def test_event_files_of_every_run_lie_under_its_suite_and_cell(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    cells = [Cell({"rule": "median"}, FederatedRecipe(4, 0.5, num_rounds=1, head="linear"))]
+    bench = Bench(plain(), lambda seed: tiny_task(), tmp_path / "runs", 2, "cpu", tmp_path / "metrics")
+    run_suite("aggregators", cells, bench, lambda *told: None)
+    for seed in (0, 1):
+        assert len(list((tmp_path / "metrics" / "aggregators" / "median" / f"seed-{seed}").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("heterogeneity", "--nc-values", 2, 11), "heterogeneity, Nc = 11: non_iid: nc is 11"),
+        (("heterogeneity", "--num-clients", 5000), "heterogeneity, IID: num_clients is 5000"),
+        (("calibration-rounds", "--calibration-values", 1, 3), "calibration-rounds, average, 3: 3 calibration rounds"),
+        (("sparsity", "--mask-file", "mask"), "mask_file is a finished mask"),
+        (("heterogeneity", "--engine", "vmap", "--train-head"), "engine vmap does not serve train_head"),
+        (("heterogeneity", "--aggregator", "krum", "--num-byzantine", 2), "needs at least 2f + 3 = 7 models"),
+        (("heterogeneity", "--device", "cuda:7"), "cuda:7"),
+        (("heterogeneity", "--client", "nowhere:Client"), "nowhere"),
+        (("heterogeneity", "--model", "no/such/model"), "no/such/model"),
+    ],
+    ids=str,
+)
+def test_what_can_be_told_is_told_before_an_older_suite_is_replaced(
+    suite: Path, arguments: tuple[object, ...], message: str
+) -> None:
+    lines = refused(suite.parent, "suite", *SMALL, *arguments, "--overwrite", "--out", suite)
+    assert any(message in line for line in lines), lines
+
+
+def test_a_suite_none_of_whose_runs_can_be_made_is_an_error(tmp_path: Path) -> None:
+    outcome = cli("suite", "heterogeneity", *SMALL, "--head", "no/such/head", "--out", tmp_path / "out")
+    assert len(problems_of(outcome)) == 1
+    assert "no/such/head" in outcome.err
+
+
+def test_bytes_that_differ_much_are_drawn_over_a_logarithmic_axis() -> None:
+    dense, sparse = [(0.0, 0.1), (4.0, 0.3), (8.0, 0.4)], [(0.0, 0.1), (0.4, 0.3), (0.8, 0.35)]
+    assert apart({"dense": dense, "sparse": sparse})
+    assert not apart({"dense": dense, "other": dense})
+    assert not apart({"dense": dense})
+    labels = {"labels": {"sparsity": 0.9}, "runs": 1, "by_round": dense, "failed": None}
+    rows = [{**labels, "name": n, "test": 0.4, "by_bytes": [(1e6 * x, y) for x, y in c]}
+            for n, c in (("dense", dense), ("sparse", sparse))]  # fmt: skip
+    drawings = [item.svg for item in suite_section("sparsity", rows).items if isinstance(item, Figure)]
+    assert ["(logarithmic)" in svg for svg in drawings] == [False, True]
 
 
 def test_a_resumed_suite_repeats_no_run_and_gives_the_same_tables(suite: Path) -> None:

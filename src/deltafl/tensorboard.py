@@ -1,6 +1,6 @@
 """A run's record as TensorBoard event files."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,13 @@ def write_scalars(folder: str | Path) -> Path:
         DeltaflError: no record there, or tensorboard is not installed.
     """
     check_installed()
-    rows = RunRecord(folder).rows()
+    return write_rows(RunRecord(folder).rows(), Path(folder) / METRICS)
+
+
+def write_rows(rows: Sequence[Mapping[str, Any]], metrics: Path) -> Path:
+    """Every number in `rows`, by its name, into event files in the folder `metrics`, in place of older ones."""
     from torch.utils.tensorboard import SummaryWriter
 
-    metrics = Path(folder) / METRICS
     for old in metrics.glob("events.out.tfevents.*"):
         old.unlink()
     with SummaryWriter(str(metrics)) as writer:

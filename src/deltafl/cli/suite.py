@@ -55,6 +55,7 @@ def value_options(command: Any) -> Any:
 @click.option("--quick", is_flag=True, help="Small settings: minutes on 2 cores.")
 @click.option("--full", is_flag=True, help="The settings of the assignment: hours on a GPU.")
 @click.option("--num-runs", type=click.IntRange(min=1), default=1, show_default=True, help="Seeds of every row.")
+@click.option("--tensorboard", is_flag=True, help="Write OUT/metrics for TensorBoard too, a folder for each run.")
 @click.option("--resume", is_flag=True, help="Continue a suite: finished runs are kept.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @click.option("--quiet", is_flag=True, help="No progress, no tables.")
@@ -64,6 +65,7 @@ def suite(
     quick: bool,
     full: bool,
     num_runs: int,
+    tensorboard: bool,
     resume: bool,
     overwrite: bool,
     quiet: bool,
@@ -93,7 +95,16 @@ def suite(
     given |= {"calibration_values": calibration_values}
     small: dict[str, Any] = {"nc_values": (1, 2, 5), "calibration_values": (1, 2, 4)} if bundled else {}
     values = SuiteOptions(**(small | {k: v for k, v in given.items() if v}))
-    run_suites(chosen, held, values, num_runs=num_runs, resume=resume, overwrite=overwrite, quiet=quiet)
+    run_suites(
+        chosen,
+        held,
+        values,
+        num_runs=num_runs,
+        tensorboard=tensorboard,
+        resume=resume,
+        overwrite=overwrite,
+        quiet=quiet,
+    )
 
 
 def run_suites(
@@ -102,36 +113,56 @@ def run_suites(
     values: SuiteOptions | None = None,
     *,
     num_runs: int = 1,
+    tensorboard: bool = False,
     resume: bool,
     overwrite: bool,
     quiet: bool,
 ) -> None:
-    """Run suites with the settings `held` and write tables, figures and the report."""
+    """Run suites with the settings `held` and write tables, figures and the report.
+
+    Raises:
+        DeltaflError: what can be told before anything runs, and then nothing has changed; or no run could be made.
+    """
     out = Path(held["out"])
     bundled = not held["model"]
     if bundled:
         held = held | {"model": str(out / "base"), "head": held["head"] or str(out / "base" / HEAD_FILE)}
     cells = check_suites(names, recipe_of(held), values or SuiteOptions())
     from deltafl.cli.federate import load_encoder_of, load_task_of
-    from deltafl.experiments.suite_runs import Bench, run_suite
+    from deltafl.experiments.suite_runs import Bench, preflight, run_suite
     from deltafl.files import check_output
     from deltafl.report import to_markdown
     from deltafl.report.suites import suite_table
+    from deltafl.tensorboard import METRICS, check_installed
 
+    if tensorboard:
+        check_installed()
     if not resume:
         check_output(out, overwrite=overwrite)
+    encoder = None if bundled else load_encoder_of(held)
+    task = _bundled_task(held) if encoder is None else load_task_of(held, encoder, held["seed"])
+    preflight(cells, task, held["device"])
+    if not resume:
         _clear(out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "suite.json").touch()
     with progress_by_stage(quiet=quiet) as show:
-        if bundled:
+        if encoder is None:
             _pretrain(out / "base", held["seed"], show)
-        encoder = load_encoder_of(held)
-        bench = Bench(encoder, lambda seed: load_task_of(held, encoder, seed), out / "runs", num_runs, held["device"])
+            encoder = load_encoder_of(held)
+        bench = Bench(
+            encoder,
+            lambda seed: load_task_of(held, encoder, seed),
+            out / "runs",
+            num_runs,
+            held["device"],
+            out / METRICS if tensorboard else None,
+        )
         suites = {name: run_suite(name, cells[name], bench, show) for name in names}
-    task = load_task_of(held, encoder, held["seed"]).name
+    if not any(s["runs"] for summaries in suites.values() for s in summaries):
+        raise DeltaflError(*dict.fromkeys(s["failed"] for summaries in suites.values() for s in summaries))
     model = "A small ViT, pre-trained on digits," if bundled else held["model"]
-    write_suites({"model": model, "task": task, "num_runs": num_runs, "suites": suites}, out)
+    write_suites({"model": model, "task": task.name, "num_runs": num_runs, "suites": suites}, out)
     if not quiet:
         for name, summaries in suites.items():
             click.echo(to_markdown(suite_table(name, summaries)))
@@ -168,6 +199,14 @@ def _out_of(config: str | None) -> Any:
     from deltafl.config import load_yaml
 
     return load_yaml(config).get("out") if config else None
+
+
+def _bundled_task(held: dict[str, Any]) -> Any:
+    """The task in the size of the base model that is not there yet."""
+    from deltafl.datasets import load_task
+    from deltafl.experiments.quickstart import IMAGE_SIZE
+
+    return load_task(held["data"], image_size=IMAGE_SIZE, channels=1, seed=held["seed"], limit=held["limit"])
 
 
 def _pretrain(base: Path, seed: int, show: Any) -> None:

@@ -15,21 +15,54 @@ from deltafl.federated import federate
 from deltafl.finetuning.state import run_config
 from deltafl.models import LoadedEncoder
 from deltafl.record import read_rows
+from deltafl.sharding import Sharding, shard
+from deltafl.tensorboard import write_rows
+from deltafl.tensors import device_named
+from deltafl.training import keyed_generator
+from deltafl.usercode import find_callable
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What every run of a suite shares: the model, the task of a seed, where runs are kept, how many of each cell."""
+    """What every run of a suite shares: the model, the task of a seed, where runs are kept, how many of each cell.
+
+    metrics: a folder for event files, SUITE/CELL/seed-N; None writes none.
+    """
 
     encoder: LoadedEncoder
     task: Callable[[int], Task]
     folder: Path
     num_runs: int
     device: str | None = None
+    metrics: Path | None = None
 
 
 OnRun = Callable[[str, int, int], None]
 """Told (suite, runs done, runs in all)."""
+
+
+def preflight(suites: Mapping[str, Sequence[Cell]], task: Task, device: str | None) -> None:
+    """Raise DeltaflError with what some run could only say when its turn comes: no such GPU or client, no such shards.
+
+    Shards are made for the seed of each recipe, once for all cells that share them.
+    """
+    if device is not None:
+        device_named(device)
+    shardings: dict[tuple[int, int, Sharding], str] = {}
+    for name, cells in suites.items():
+        for cell in cells:
+            r = cell.recipe
+            if r.client is not None:
+                find_callable(r.client, "client")
+            shardings.setdefault((r.num_clients, r.seed, r.shards()), f"{name}, {cell.name}")
+    problems = []
+    for (num_clients, seed, sharding), where in shardings.items():
+        try:
+            shard(task.train.labels.cpu(), num_clients, sharding, keyed_generator(seed, "shards"))
+        except DeltaflError as error:
+            problems += [f"{where}: {problem}" for problem in error.problems]
+    if problems:
+        raise DeltaflError(*problems)
 
 
 def run_suite(name: str, cells: Sequence[Cell], bench: Bench, on_run: OnRun) -> list[dict[str, Any]]:
@@ -46,6 +79,8 @@ def run_suite(name: str, cells: Sequence[Cell], bench: Bench, on_run: OnRun) -> 
         for seed in range(cell.recipe.seed, cell.recipe.seed + bench.num_runs):
             try:
                 runs.append(_one(replace(cell.recipe, seed=seed), bench))
+                if bench.metrics is not None:
+                    write_rows(runs[-1][1], bench.metrics / name / cell.name / f"seed-{seed}")
             except DeltaflError as error:
                 failed = str(error)
             done += 1
