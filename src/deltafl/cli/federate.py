@@ -126,7 +126,7 @@ def federate(
     if asked:
         from deltafl.cli.suite import run_suites
 
-        run_suites(asked, held, resume=resume, overwrite=overwrite, quiet=quiet)
+        run_suites(asked, held, tensorboard=tensorboard, resume=resume, overwrite=overwrite, quiet=quiet)
         return
     recipe = recipe_of(held)
     rounds = _rounds(save_client_updates, recipe.num_rounds)
