@@ -176,7 +176,7 @@ def test_a_class_without_training_examples_is_reported(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("digit", 'neither a folder here nor a registered family; did you mean "digits"'),
+        ("digit", 'neither a folder here, a registered family nor a task by name; did you mean "digits"'),
         ("digit:inverted", 'no module "digit" .* did you mean "digits"'),
         ("no/such/folder", 'there is no folder "no/such/folder"'),
         ("digits?lable=x", 'unknown option "lable"; did you mean "label"'),

@@ -50,7 +50,7 @@ def write_best(
     out = record.folder
     model.module.load_state_dict(progress.best["module"])
     weight, bias = (t.to(model.device) for t in progress.best["head"])
-    head = LinearHead(weight, bias, task.class_names)
+    head = LinearHead(weight, bias, task.class_names, progress.best.get("normalised", False))
     correct = predict_correct(model, head, task.test, autocast=PRECISIONS[recipe.mixed_precision])
     rows = [row for row in record.rows() if row["event"] == "epoch"]
     result = {

@@ -90,7 +90,7 @@ def centralize(
         head = _head(model, task, recipe)
     else:
         weight, bias = state["head"]
-        head = LinearHead(weight, bias, task.class_names)
+        head = LinearHead(weight, bias, task.class_names, state.get("normalised", False))
     head = shared_head(head.frozen().to(where), count)
     head = head.trainable() if recipe.train_head else head
     optimiser = torch.optim.SGD(
@@ -115,6 +115,7 @@ def centralize(
         if accuracy > progress.best_accuracy:
             kept = {n: t.clone() for n, t in model.module.state_dict().items()}
             best = {"module": kept, "head": [t.detach().clone() for t in (head.weight, head.bias)]}
+            best["normalised"] = head.normalised
             return replace(progress, best=best, best_epoch=epoch, best_accuracy=accuracy, waited=0), accuracy
         return replace(progress, waited=progress.waited + 1), accuracy
 
@@ -128,7 +129,8 @@ def centralize(
         if processes.is_main_process:
             own = {"module": model.module.state_dict(), "optimiser": optimiser.state_dict()}
             frozen = head.frozen()
-            write_state(state_file, config, {**vars(progress), **own, "head": [frozen.weight, frozen.bias]})
+            own |= {"head": [frozen.weight, frozen.bias], "normalised": frozen.normalised}
+            write_state(state_file, config, {**vars(progress), **own})
 
     if state is None:
         progress, accuracy = validated(progress, 0)

@@ -26,7 +26,7 @@ HELP = {
     "augment": "none, flip or crop_flip, of training images only.",
     "grad_clip": "Largest gradient norm. Default: no clipping.",
     "label_smoothing": "Of the training loss.",
-    "head": "ridge (closed form), probe (logistic regression), linear (random) or a head.safetensors.",
+    "head": "ridge, probe (logistic regression), linear (random), zero-shot (CLIP) or a head.safetensors.",
     "few_shot": "Fit the ridge head on so many examples per class only.",
     "train_head": "Train the head too. Default: it is frozen.",
     "patience": "Epochs without a gain on validation after which to stop. Default: never.",
@@ -36,6 +36,7 @@ HELP = {
 EXTRA: dict[str, tuple[Any, Any]] = {
     "model": (str, ...),
     "data": (str, ...),
+    "data_dir": (str | None, None),
     "out": (str, ...),
     "limit": (int | None, None),
     "device": (str | None, None),

@@ -42,7 +42,7 @@ HELP = {
     "server_momentum": "Of the server's optimiser. Default: 0 for sgd, 0.9 for the others.",
     "server_beta2": "Of fedadam and fedyogi.",
     "server_tau": "Of the adaptive server optimisers.",
-    "head": "ridge, probe, linear or a head.safetensors.",
+    "head": "ridge, probe, linear, zero-shot (CLIP) or a head.safetensors.",
     "few_shot": "Fit the ridge head on so many examples per class only.",
     "train_head": "Train the head in the rounds. Default: it is frozen.",
     "sparsity_ratio": "Share of frozen coordinates.",
@@ -65,6 +65,7 @@ HELP = {
 EXTRA: dict[str, tuple[Any, Any]] = {
     "model": (str, ...),
     "data": (str, ...),
+    "data_dir": (str | None, None),
     "out": (str, ...),
     "limit": (int | None, None),
     "device": (str | None, None),
@@ -80,7 +81,8 @@ def task_options(command: Any) -> Any:
     """Decorator: model, data and where to run, shared by federate and suite."""
     options = [
         click.option("--model", "--base", "model", help="Folder, hub id, module:attr, or vit:hidden=..,layers=.. ."),
-        click.option("--data", help="The task: digits, a folder, hub:owner/name, module:attr."),
+        click.option("--data", help="The task: digits, a folder, a name (cifar100), hub:owner/name, module:attr."),
+        click.option("--data-dir", help="The folder that holds tasks by name; without it they come from the hub."),
         click.option("--limit", type=int, help="Keep at most so many examples of each split."),
         click.option("--device", help="cpu, cuda, cuda:1. Default: the GPU where there is one."),
         click.option("--config", help="A YAML file with the same names (num_clients: 100); options go before it."),
@@ -193,7 +195,14 @@ def load_task_of(held: Mapping[str, Any], encoder: Any, seed: int) -> Any:
     from deltafl.datasets import load_task
 
     size, channels = encoder.input.image_size, encoder.input.channels
-    return load_task(held["data"], image_size=size, channels=channels, seed=seed, limit=held["limit"])
+    return load_task(
+        held["data"],
+        image_size=size,
+        channels=channels,
+        seed=seed,
+        limit=held["limit"],
+        data_dir=held["data_dir"],
+    )
 
 
 @contextmanager

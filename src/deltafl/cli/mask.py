@@ -72,6 +72,7 @@ def mask(config: str | None, out: str | None, describe: str | None, overwrite: b
 EXTRA: dict[str, tuple[Any, Any]] = {
     "model": (str, ...),
     "data": (str, ...),
+    "data_dir": (str | None, None),
     "out": (str | None, None),
     "limit": (int | None, None),
     "device": (str | None, None),

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 @click.option(
     "--base", "--model", "base", help="Folder, hub id, module:attr, or vit:hidden=..,layers=.. for a new one."
 )
-@click.option("--data", help="The task: digits, a folder, hub:owner/name, module:attr.")
+@click.option("--data", help="The task: digits, a folder, a name (cifar100), hub:owner/name, module:attr.")
+@click.option("--data-dir", help="The folder that holds tasks by name; without it they come from the hub.")
 @click.option("--out", help="The folder to write.")
 @click.option("--lr", type=float, help="Peak learning rate. Default: 1e-5.")
 @click.option("--steps", type=int, help="Optimiser steps; or give --epochs. 0 writes the base with a head.")
@@ -35,8 +36,9 @@ if TYPE_CHECKING:
 @click.option("--momentum", type=float, help="For sgd. Default: 0.")
 @click.option("--grad-clip", type=float, help="Largest gradient norm. Default: 1.")
 @click.option("--label-smoothing", type=float, help="Default: 0.")
-@click.option("--head", help="ridge (default, closed form), linear (random weights) or a head.safetensors.")
+@click.option("--head", help="ridge (default, closed form), linear (random), zero-shot (CLIP) or a head.safetensors.")
 @click.option("--few-shot", type=int, help="Fit the ridge head on so many examples per class only.")
+@click.option("--templates", help="Prompts for the zero-shot head: a file, one on each line, {} for the class.")
 @click.option("--train-head", is_flag=True, default=None, help="Train the head too. Default: it is frozen.")
 @click.option("--mixed-precision", help="no (default) or bf16.")
 @click.option("--seed", type=int, help="Of batches, random heads and the validation split. Default: 0.")
@@ -66,7 +68,7 @@ def finetune(config: str | None, resume: bool, overwrite: bool, quiet: bool, **o
         check_output(held["out"], overwrite=overwrite)
     encoder = load_encoder(held["base"])
     size, channels = encoder.input.image_size, encoder.input.channels
-    task = load_task(held["data"], image_size=size, channels=channels, seed=recipe.seed)
+    task = load_task(held["data"], image_size=size, channels=channels, seed=recipe.seed, data_dir=held["data_dir"])
     quiet = quiet or int(os.environ.get("RANK", 0)) > 0
     with _progress_by_steps(task.name, quiet=quiet) as on_progress:
         done = run(
@@ -89,8 +91,10 @@ def finetune(config: str | None, resume: bool, overwrite: bool, quiet: bool, **o
 @click.command(cls=ManyValues)
 @click.option("--models", multiple=True, required=True, help="Folders that finetune or merge wrote.")
 @click.option("--data", required=True, help="The task, as finetune takes it.")
+@click.option("--data-dir", help="The folder that holds tasks by name; without it they come from the hub.")
 @click.option("--split", type=click.Choice(["test", "val"]), default="test", show_default=True)
-@click.option("--head", help="A head.safetensors. Default: the one in each model's folder.")
+@click.option("--head", help="A head.safetensors, or zero-shot (CLIP). Default: the one in each model's folder.")
+@click.option("--templates", help="Prompts for the zero-shot head: a file, one on each line, {} for the class.")
 @click.option("--seed", type=int, help="Of the validation split. Default: the one that the model was trained with.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=256, show_default=True)
 @click.option("--mixed-precision", type=click.Choice(["no", "bf16"]), default="no", show_default=True)
@@ -100,8 +104,10 @@ def finetune(config: str | None, resume: bool, overwrite: bool, quiet: bool, **o
 def evaluate(
     models: tuple[str, ...],
     data: str,
+    data_dir: str | None,
     split: str,
     head: str | None,
+    templates: str | None,
     seed: int | None,
     batch_size: int,
     mixed_precision: str,
@@ -124,9 +130,16 @@ def evaluate(
         encoder = load_encoder(model)
         size, channels = encoder.input.image_size, encoder.input.channels
         chosen = _trained_seed(model) if seed is None else seed
-        task = load_task(data, image_size=size, channels=channels, seed=chosen)
+        task = load_task(data, image_size=size, channels=channels, seed=chosen, data_dir=data_dir)
         found = run(
-            encoder, task, split, head=head, batch_size=batch_size, device=device, mixed_precision=mixed_precision
+            encoder,
+            task,
+            split,
+            head=head,
+            templates=templates,
+            batch_size=batch_size,
+            device=device,
+            mixed_precision=mixed_precision,
         )
         correct = found.correct.tolist()
         rows.append({"model": model, "accuracy": found.accuracy, "n": len(correct), "correct": correct})
@@ -156,6 +169,7 @@ def _settings(config: str | None, options: dict[str, Any]) -> dict[str, Any]:
         __base__=Strict,
         base=(str, ...),
         data=(str, ...),
+        data_dir=(str | None, None),
         out=(str, ...),
         device=(str | None, None),
         save_every=(int, 500),

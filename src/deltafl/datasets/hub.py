@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from deltafl.datasets.huggingface import quiet, raw_task
+from deltafl.datasets.huggingface import Columns, quiet, raw_task
 from deltafl.datasets.source import RawTask, Source
 from deltafl.errors import DeltaflError
 
 
-def hub_source(target: str, image_column: str, label_column: str, revision: str | None = None) -> Source:
+def hub_source(target: str, image_column: Columns, label_column: Columns, revision: str | None = None) -> Source:
     """Find `owner/name[:config]` with the `datasets` library, which downloads it once into its own cache.
 
     Raises:
@@ -34,7 +34,7 @@ def hub_source(target: str, image_column: str, label_column: str, revision: str 
     if not isinstance(tables, DatasetDict):
         raise DeltaflError(f'data set "hub:{target}" has no named splits; a task needs "train" and "test".')
     places = {str(split): f'split "{split}" of hub:{target}' for split in tables}
-    fingerprint = " ".join([image_column, label_column, *(table._fingerprint for table in tables.values())])
+    fingerprint = " ".join([str(image_column), str(label_column), *(table._fingerprint for table in tables.values())])
 
     def opened(scratch: Path) -> RawTask:
         return raw_task(tables, places, image_column, label_column)

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 SPLIT_NAMES = {"train": "train", "validation": "val", "valid": "val", "val": "val", "dev": "val", "test": "test"}
 """Names of splits in the wild -> ours."""
+
+Columns: TypeAlias = str | tuple[str, ...]
+"""The name of a column, or names of which the first that a table has counts."""
 
 
 @contextlib.contextmanager
@@ -34,8 +37,8 @@ def quiet() -> Iterator[None]:
 def raw_task(
     tables: "DatasetDict",
     where: Mapping[str, str],
-    image_column: str,
-    label_column: str,
+    image_column: Columns,
+    label_column: Columns,
     class_names: Sequence[str] | None = None,
 ) -> RawTask:
     """Raw splits of a `DatasetDict`, whose keys are any of `SPLIT_NAMES`; `where` names each split's place.
@@ -51,32 +54,39 @@ def raw_task(
     for key, table in tables.items():
         if (split := str(key)) not in SPLIT_NAMES:
             continue
-        for column, option in ((image_column, "image"), (label_column, "label")):
-            if column not in table.column_names:
-                raise DeltaflError(
-                    f'{where[split]} has no column "{column}"; {did_you_mean(column, table.column_names)} '
-                    f'Name it with "?{option}=COLUMN".'
-                )
-        own = getattr(table.features[label_column], "names", None)
+        image = _present(table, image_column, "image", where[split])
+        label = _present(table, label_column, "label", where[split])
+        own = getattr(table.features[label], "names", None)
         if own is not None:
             if names is not None and len(own) != len(names):
                 raise DeltaflError(
-                    f'{where[split]}: column "{label_column}" declares {len(own)} classes, but there are '
+                    f'{where[split]}: column "{label}" declares {len(own)} classes, but there are '
                     f"{len(names)} class names. Correct the list of class names."
                 )
             names = names or tuple(own)
-        splits[SPLIT_NAMES[split]] = _raw_split(table, where[split], image_column, label_column)
+        splits[SPLIT_NAMES[split]] = _raw_split(table, where[split], image, label)
     if names is None:
         largest = max((int(split.labels.max(initial=0)) for split in splits.values()), default=0)
         names = tuple(str(label) for label in range(largest + 1))
     return RawTask(splits, names)
 
 
+def _present(table: "Dataset", columns: Columns, option: str, where: str) -> str:
+    wanted = (columns,) if isinstance(columns, str) else columns
+    for column in wanted:
+        if column in table.column_names:
+            return column
+    raise DeltaflError(
+        f'{where} has no column "{wanted[0]}"; {did_you_mean(wanted[0], table.column_names)} '
+        f'Name it with "?{option}=COLUMN".'
+    )
+
+
 def _raw_split(table: "Dataset", where: str, image_column: str, label_column: str) -> RawSplit:
     from datasets import Image
 
     labels = np.asarray(table.select_columns([label_column]).with_format("numpy")[:][label_column])
-    if not np.issubdtype(labels.dtype, np.integer) or labels.ndim != 1:
+    if not (np.issubdtype(labels.dtype, np.integer) or labels.dtype == np.bool_) or labels.ndim != 1:
         raise DeltaflError(
             f'{where}: column "{label_column}" holds {labels.dtype}, not one integer a row. '
             'Name the column of class numbers with "?label=COLUMN".'

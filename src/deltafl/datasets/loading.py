@@ -36,8 +36,9 @@ def load_task(
     val_most: int = 5000,
     seed: int = 0,
     limit: int | None = None,
-    image_column: str = "image",
-    label_column: str = "label",
+    image_column: str | None = None,
+    label_column: str | None = None,
+    data_dir: str | Path | None = None,
     cache_dir: Path | None = None,
 ) -> Task:
     """The task that `spec` names, decoded and resized once to uint8 (N, channels, image_size, image_size).
@@ -49,10 +50,15 @@ def load_task(
     - a registered family, `digits` or `digits:VARIANT`;
     - PATH, a folder with `train*.parquet` and `test*.parquet` or with `train/CLASS/*.png` and `test/CLASS/*.png`;
       `PATH/NAME` takes `NAME_train.parquet`, `NAME_test.parquet` and `NAME_classes.json` out of a folder of many;
+    - the name of a task in `deltafl.datasets.catalogue`, such as `cifar100`: its hub set and columns;
     - `module:attr`, a function `(image_size, channels, seed) -> Task` importable from the working directory.
 
-    `?image=COLUMN&label=COLUMN&revision=REVISION` after any of the first four overrides the columns' names, and the
-    revision of a hub set.
+    With `data_dir` (or `?data_dir=DIR` after the name) a task by name comes from `data_dir/NAME`, a folder of Parquet
+    files or images, or from `data_dir/NAME_train.parquet` and the like. That goes before a folder of that name in the
+    working directory; what is not a name is then a mistake.
+
+    `?image=COLUMN&label=COLUMN&revision=REVISION` after any but a family and a function overrides `image_column` and
+    `label_column` (None: "image" and "label", or the catalogue's) and the revision of a hub set.
 
     The test split is the data's own. So is val where there is one ("validation", "valid", "val", "dev"); else it is
     held out of train: stratified, min(val_fraction * N, val_most) rows, chosen by `seed`. `limit` then keeps a
@@ -73,7 +79,7 @@ def load_task(
             "the counts are positive."
         )
     geometry, selection = Geometry(image_size, channels, resize), Selection(val_fraction, val_most, seed, limit)
-    found = find(spec, {"image": image_column, "label": label_column})
+    found = find(spec, {"image": image_column, "label": label_column}, data_dir)
     if isinstance(found, Source):
         return _from_source(found, geometry, selection, cache_dir or cache.default_cache_dir())
     return _limited(_checked(found(image_size=image_size, channels=channels, seed=seed), geometry), selection)

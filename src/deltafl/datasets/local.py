@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from deltafl.datasets.huggingface import SPLIT_NAMES, quiet, raw_task
+from deltafl.datasets.huggingface import SPLIT_NAMES, Columns, quiet, raw_task
 from deltafl.datasets.source import RawSplit, RawTask, Source
 from deltafl.errors import DeltaflError, did_you_mean
 
@@ -21,7 +21,7 @@ PARQUET_NAME = re.compile(rf"(?:(?P<prefix>.+)[-_.])?(?P<split>{'|'.join(SPLIT_N
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
-def local_source(path: Path, image_column: str, label_column: str) -> Source:
+def local_source(path: Path, image_column: Columns, label_column: Columns) -> Source:
     """The data set in folder `path`, or the set `path.name` among several in folder `path.parent`.
 
     Raises:
@@ -52,7 +52,7 @@ def parquet_sets(folder: Path) -> dict[str, dict[str, list[Path]]]:
     return sets
 
 
-def _parquet_source(name: str, files: Mapping[str, list[Path]], image_column: str, label_column: str) -> Source:
+def _parquet_source(name: str, files: Mapping[str, list[Path]], image_column: Columns, label_column: Columns) -> Source:
     folder = next(iter(files.values()))[0].parent
     sidecars = [path for path in (folder / f"{name}_classes.json", folder / "classes.json") if path.is_file()][:1]
     places = {

@@ -12,9 +12,10 @@ from deltafl.federated.client import moving
 from deltafl.federated.recipe import FederatedRecipe
 from deltafl.federated.server import ServerState
 from deltafl.federated.state import decode
+from deltafl.finetuning.evaluation import zero_shot_for
 from deltafl.finetuning.recipe import PRECISIONS
 from deltafl.models.flat import FlatModel
-from deltafl.models.heads import LinearHead, check_head, few_per_class, load_head, random_head
+from deltafl.models.heads import ZERO_SHOT, LinearHead, check_head, few_per_class, load_head, random_head
 from deltafl.models.ridge import RidgeStatistics, ridge_head
 from deltafl.sharding import shard
 from deltafl.sparse.calibration import calibrate
@@ -63,7 +64,8 @@ def set_up(
 def _head_like(model: FlatModel, task: Task, recipe: FederatedRecipe) -> LinearHead:
     count = len(task.class_names)
     weight = torch.zeros(count, model.encoder.feature_dim, device=model.device)
-    head = LinearHead(weight, torch.zeros(count, device=model.device), task.class_names)
+    normalised = recipe.head not in HEADS and (recipe.head == ZERO_SHOT or load_head(Path(recipe.head)).normalised)
+    head = LinearHead(weight, torch.zeros(count, device=model.device), task.class_names, normalised)
     return head.trainable() if recipe.train_head else head
 
 
@@ -86,6 +88,7 @@ def make_head(model: FlatModel, task: Task, shards: Sequence[Tensor], recipe: Fe
 
     ridge: every client's (A, b) of its own samples, added by the server: the closed form of the union, strength and
     temperature chosen on validation. probe: logistic regression on all features, its strength chosen on validation.
+    zero-shot: CLIP's text tower, with the catalogue's prompts.
 
     Raises:
         DeltaflError: a head from a file that does not fit.
@@ -110,6 +113,8 @@ def make_head(model: FlatModel, task: Task, shards: Sequence[Tensor], recipe: Fe
                 total = own if total is None else total + own
             assert total is not None
             head = ridge_head(total, val, val_labels, names)
+    elif recipe.head == ZERO_SHOT:
+        head = zero_shot_for(model.encoder, task, device=model.device)
     else:
         head = load_head(Path(recipe.head))
         check_head(head, dim, names, recipe.head)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from deltafl.errors import did_you_mean
+from deltafl.models.heads import ZERO_SHOT
 from deltafl.training import SCHEDULES
 
 OPTIMIZERS = ("adamw", "sgd")
@@ -18,8 +19,9 @@ class FinetuneRecipe:
     """How to fine-tune; the defaults are those of the task-arithmetic papers for CLIP and ViT.
 
     Exactly one of `steps` and `epochs` is given. `warmup` None: min(500, 10 % of the steps). `grad_clip` None: no
-    clipping. `momentum` counts for sgd. `head`: "ridge", "linear" (random weights) or the path of a head.safetensors;
-    `few_shot`: fit the ridge head on so many examples per class instead of all. `mixed_precision`: "no" or "bf16".
+    clipping. `momentum` counts for sgd. `head`: "ridge", "linear" (random weights), "zero-shot" (CLIP's text tower)
+    or the path of a head.safetensors; `few_shot`: fit the ridge head on so many examples per class instead of all;
+    `templates`: a file of prompts for the zero-shot head, one on each line. `mixed_precision`: "no" or "bf16".
     """
 
     steps: int | None = None
@@ -35,6 +37,7 @@ class FinetuneRecipe:
     label_smoothing: float = 0.0
     head: str = "ridge"
     few_shot: int | None = None
+    templates: str | None = None
     train_head: bool = False
     mixed_precision: str = "no"
     seed: int = 0
@@ -53,6 +56,7 @@ class FinetuneRecipe:
             (self.grad_clip is None or self.grad_clip > 0, f"grad_clip must be positive, not {self.grad_clip}"),
             (0 <= self.label_smoothing < 1, f"label_smoothing must be in [0, 1), not {self.label_smoothing}"),
             (self.few_shot is None or self.head == "ridge", "few_shot is about the ridge head"),
+            (self.templates is None or self.head == ZERO_SHOT, "templates are about the zero-shot head"),
             *(
                 (value in known, f'unknown {kind} "{value}"; {did_you_mean(value, known)}')
                 for kind, value, known in (

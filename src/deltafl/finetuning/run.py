@@ -92,7 +92,7 @@ def finetune(
     model = FlatModel(encoder.copy_to(where))
     if state is not None:
         weight, bias = state["head"]
-        head = LinearHead(weight, bias, task.class_names)
+        head = LinearHead(weight, bias, task.class_names, state.get("normalised", False))
     elif head is None:
         head = make_head(model, task, recipe)
     head = shared_head(head.to(where), processes.num_processes)
@@ -110,7 +110,8 @@ def finetune(
         if processes.is_main_process:
             held = {"module": model.module.state_dict(), "optimiser": optimiser.state_dict()}
             frozen = head.frozen()
-            write_state(state_file, config, {"step": done, "head": [frozen.weight, frozen.bias], **held})
+            held |= {"head": [frozen.weight, frozen.bias], "normalised": frozen.normalised}
+            write_state(state_file, config, {"step": done, **held})
 
     for done, total, loss in training_steps(model, head, task.train, optimiser, recipe, start, processes):
         if save_every and done % save_every == 0 and done < total:

@@ -32,7 +32,7 @@ def run_config(encoder: LoadedEncoder, task: Task, recipe: Any, head: LinearHead
     on_disk = bool(encoder.origin) and (encoder.factory is None or Path(encoder.origin).is_dir())
     return {
         **asdict(recipe),
-        **({} if head is None else {"head": f"given, {_sha256(head.weight, head.bias)}"}),
+        **({} if head is None else {"head": _told(head)}),
         "base": encoder.origin,
         "base_fingerprint": fingerprint(read_layout(encoder.origin)) if on_disk else None,
         "task": task.name,
@@ -86,3 +86,7 @@ def _sha256(*tensors: Tensor) -> str:
     for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _told(head: LinearHead) -> str:
+    return f"given, {_sha256(head.weight, head.bias)}" + (", normalised" if head.normalised else "")

@@ -1,4 +1,4 @@
-"""Linear heads on frozen features: with random weights, read from a file, or (ridge.py) in closed form."""
+"""Linear heads on features: random, or from a file; in closed form: ridge.py; from text: zero_shot.py."""
 
 import json
 from collections.abc import Sequence
@@ -14,10 +14,15 @@ from deltafl.errors import DeltaflError
 
 HEAD_FILE = "head.safetensors"
 
+ZERO_SHOT = "zero-shot"
+"""What a recipe calls the head of zero_shot.py."""
+
 
 @dataclass(frozen=True)
 class LinearHead:
     """`logits = features @ weight^T + bias`; weight float32 (K, D), bias float32 (K,), one class name per row.
+
+    normalised: each feature vector is divided by its L2 norm first, as CLIP's zero-shot head wants it.
 
     Raises:
         DeltaflError: the shapes and the number of names do not fit together.
@@ -26,6 +31,7 @@ class LinearHead:
     weight: Tensor
     bias: Tensor
     class_names: tuple[str, ...]
+    normalised: bool = False
 
     def __post_init__(self) -> None:
         classes = len(self.class_names)
@@ -42,6 +48,8 @@ class LinearHead:
 
     def logits(self, features: Tensor) -> Tensor:
         """(B, D) -> (B, K)."""
+        if self.normalised:
+            features = nn.functional.normalize(features, dim=-1)
         return nn.functional.linear(features, self.weight, self.bias)
 
     def to(self, device: torch.device | str) -> "LinearHead":
@@ -84,12 +92,14 @@ def few_per_class(labels: Tensor, count: int, generator: torch.Generator) -> Ten
 
 
 def save_head(head: LinearHead, path: Path) -> None:
-    """One safetensors file: `weight`, `bias`, and the class names (JSON) in its metadata.
+    """One safetensors file: `weight`, `bias`, `normalised` where that is so, and the class names (JSON) as metadata.
 
     The names are all of the metadata: safetensors writes several keys in random order, and equal heads should be
     equal files.
     """
     tensors = {"weight": head.weight.detach().contiguous().cpu(), "bias": head.bias.detach().contiguous().cpu()}
+    if head.normalised:
+        tensors["normalised"] = torch.ones(1, dtype=torch.uint8)
     save_file(tensors, path, metadata={"class_names": json.dumps(head.class_names)})
 
 
@@ -102,7 +112,8 @@ def load_head(path: Path) -> LinearHead:
     try:
         with safe_open(path, framework="pt") as file:
             names = json.loads(file.metadata()["class_names"])
-            return LinearHead(file.get_tensor("weight").float(), file.get_tensor("bias").float(), tuple(names))
+            weight, bias = (file.get_tensor(name).float() for name in ("weight", "bias"))
+            return LinearHead(weight, bias, tuple(names), "normalised" in set(file.keys()))
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise DeltaflError(f'head "{path}" cannot be read: {error}; `deltafl finetune` writes such files') from error
 

@@ -55,8 +55,8 @@ def load_pretrained(ref: str) -> LoadedEncoder:
     """
     import transformers
 
-    with _quiet():
-        config = _attempt(ref, transformers.AutoConfig.from_pretrained, ref)
+    with quiet():
+        config = attempt(ref, transformers.AutoConfig.from_pretrained, ref)
         if config.model_type not in _FAMILIES:
             raise DeltaflError(
                 f'model "{ref}" is a "{config.model_type}", known are {", ".join(_FAMILIES)}; '
@@ -68,7 +68,7 @@ def load_pretrained(ref: str) -> LoadedEncoder:
         if config.model_type == "clip":
             config.vision_config.projection_dim = config.projection_dim
             config = config.vision_config
-        module, info = _attempt(
+        module, info = attempt(
             ref,
             getattr(transformers, class_name).from_pretrained,
             ref,
@@ -149,7 +149,7 @@ def new_vit_from(text: str) -> LoadedEncoder:
 
 def save_pretrained(encoder: LoadedEncoder, directory: Path) -> None:
     """config.json, model.safetensors and, where the origin has one, its preprocessor file, copied."""
-    with _quiet():
+    with quiet():
         encoder.module.save_pretrained(directory)  # pyright: ignore[reportCallIssue]
     preprocessor = _preprocessor(encoder.origin) if encoder.origin else None
     if preprocessor is not None:
@@ -181,7 +181,7 @@ def _preprocessor(ref: str) -> Path | None:
     return Path(found) if found else None
 
 
-def _attempt(ref: str, call: Any, *args: Any, **kwargs: Any) -> Any:
+def attempt(ref: str, call: Any, *args: Any, **kwargs: Any) -> Any:
     """`call(...)`, its complaints as one line of ours."""
     from safetensors import SafetensorError
 
@@ -193,7 +193,7 @@ def _attempt(ref: str, call: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """transformers without its progress bars and reports: what matters of them is raised or logged here."""
     from transformers.utils import logging as hf
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -131,7 +131,7 @@ class _Classifier(nn.Module):
         self.loaded = encoder
         one = next(p for p in encoder.module.parameters() if p.is_floating_point())
         self.device, self.dtype = one.device, one.dtype
-        self.weight, self.bias = (t.detach().to(one) for t in (head.weight, head.bias))
+        self.head = replace(head, weight=head.weight.detach().to(one), bias=head.bias.detach().to(one))
 
     def batch(self, split: Split, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs and labels of the examples at `ids`, on the encoder's device."""
@@ -141,7 +141,7 @@ class _Classifier(nn.Module):
         )
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return nn.functional.linear(self.loaded.embed(self.encoder, inputs), self.weight, self.bias)
+        return self.head.logits(self.loaded.embed(self.encoder, inputs))
 
 
 def _targets(logits: Tensor, given: Tensor, labels: Labels, uniform: Tensor | None) -> list[Target]:

@@ -1,0 +1,161 @@
+"""Zero-shot heads: what CLIP's text tower says of the classes' names. transformers is imported late."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from deltafl.datasets.cache import content_hash, default_cache_dir, key_of, writing_to
+from deltafl.datasets.named import prompt_names, prompt_templates
+from deltafl.errors import DeltaflError, shorten
+from deltafl.files import write_atomically
+from deltafl.layout import Layout, read_layout
+from deltafl.models.heads import LinearHead
+from deltafl.models.pretrained import attempt, quiet
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Raise it when the same inputs should give other embeddings: cached ones are then not found."""
+
+BATCH = 256
+
+
+def zero_shot_head(
+    ref: str,
+    task: str,
+    class_names: Sequence[str],
+    *,
+    templates: Sequence[str] | None = None,
+    device: torch.device | str = "cpu",
+    cache_dir: Path | None = None,
+) -> LinearHead:
+    """A head on L2-normalised image embeddings of the CLIP model `ref`, made from its text tower.
+
+    For class c, w_c = exp(s) * u / |u| with u the mean over templates t of e(t, c) / |e(t, c)|, where e is the
+    projected text embedding and s the model's logit scale; bias 0, weight float32 (K, D). `logits(features)` is then
+    CLIPModel's `logits_per_image` for the projected image embeddings that the encoder gives. Source: arXiv 2103.00020,
+    section 3.1.
+
+    ref: a directory or hub id of a whole CLIP model with its tokenizer. task, class_names: of the data; the prompts
+    speak of `prompt_names` of them. templates: prompts with {} for the class; None: the catalogue's. Embeddings are
+    kept under `cache_dir`/zero-shot (default: the data's cache) by the content of the model, task, names and templates.
+
+    Raises:
+        DeltaflError: no CLIP model, no text tower, no tokenizer, another number of classes than the catalogue's, a
+            template without {}.
+    """
+    names = prompt_names(task, class_names)
+    chosen = tuple(templates) if templates is not None else prompt_templates(task)
+    if wrong := [t for t in chosen if "{}" not in t]:
+        raise DeltaflError(f"template {shorten(wrong)} has no {{}}; write {{}} where the name of the class goes")
+    if not chosen:
+        raise DeltaflError("no templates; write one on each line, with {} for the name of the class")
+    layout = _clip_layout(ref)
+    folder = cache_dir or default_cache_dir()
+    with writing_to(folder):
+        content = content_hash(_files(layout), folder)
+    made_of = {"model": content, "task": task, "names": names, "templates": chosen, "format": FORMAT}
+    file = folder / "zero-shot" / f"{key_of(made_of)}.safetensors"
+    weight = _cached(file, len(names))
+    if weight is None:
+        weight = _weights(str(layout.folder), ref, names, chosen, device)
+        with writing_to(file.parent):
+            write_atomically(file, save({"weight": weight}))
+    return LinearHead(weight, torch.zeros(len(names)), tuple(class_names), normalised=True)
+
+
+def read_templates(file: str | Path) -> tuple[str, ...]:
+    """The lines of a file that are not blank.
+
+    Raises:
+        DeltaflError: no such file, or nothing in it.
+    """
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DeltaflError(f'templates "{file}" cannot be read: {error}; give a text file, one on each line') from error
+    if not any(line.strip() for line in lines):
+        raise DeltaflError(f'templates "{file}" holds none; write one on each line, with {{}} for the class')
+    return tuple(line.strip() for line in lines if line.strip())
+
+
+def _clip_layout(ref: str) -> Layout:
+    """Where the model's files are, which must be those of a whole CLIP model and its tokenizer."""
+    import transformers
+
+    with quiet():
+        config = attempt(ref, transformers.AutoConfig.from_pretrained, ref)
+    if config.model_type != "clip":
+        raise DeltaflError(
+            f'model "{ref}" is a "{config.model_type}" and no CLIP model with a text tower, which a zero-shot head '
+            "needs; start from a CLIP model, or give another head"
+        )
+    layout = read_layout(ref)
+    if not any(name.startswith("text_model.") for name in layout.entries):
+        raise DeltaflError(f'model "{ref}" holds no text tower, which a zero-shot head needs; use the base model')
+    held = {file.name for file in layout.folder.iterdir()}
+    if not ("tokenizer.json" in held or {"vocab.json", "merges.txt"} <= held):  # transformers would make an empty one
+        raise DeltaflError(
+            f'model "{ref}" has no tokenizer (tokenizer.json, or vocab.json and merges.txt), which a zero-shot head '
+            "needs; copy it from the model's origin"
+        )
+    return layout
+
+
+def _files(layout: Layout) -> list[Path]:
+    """Weights, configuration and tokenizer: all that decides an embedding."""
+    texts = {*layout.folder.glob("*.json"), *layout.folder.glob("*.txt")}
+    return [*layout.files, *sorted(texts - set(layout.files))]
+
+
+def _cached(file: Path, classes: int) -> Tensor | None:
+    """The weights in a cache file; None where there is none or not an intact one."""
+    if not file.is_file():
+        return None
+    try:
+        weight = load_file(file)["weight"]
+        if len(weight) != classes:
+            raise ValueError(f"{len(weight)} rows for {classes} classes")
+    except Exception as error:  # safetensors has its own and the file system's
+        logger.warning("cached head %s is damaged (%s); it is made again", file, error)
+        return None
+    logger.info("zero-shot head from the cache, %s", file)
+    return weight
+
+
+@torch.no_grad()
+def _weights(
+    folder: str, ref: str, names: Sequence[str], templates: Sequence[str], device: torch.device | str
+) -> Tensor:
+    """float32 (K, D) on the CPU."""
+    import transformers
+
+    with quiet():
+        tokenizer = attempt(ref, transformers.AutoTokenizer.from_pretrained, folder)
+        model, info = attempt(
+            ref, transformers.CLIPModel.from_pretrained, folder, dtype=torch.float32, output_loading_info=True
+        )
+    needed = ("text_model.", "text_projection.", "logit_scale")
+    if missing := sorted(key for key in info["missing_keys"] if key.startswith(needed)):
+        raise DeltaflError(f'model "{ref}": {shorten(missing)} missing in the file; is it complete?')
+    model.to(device).eval()
+    prompts = [template.replace("{}", name) for name in names for template in templates]
+    length = model.config.text_config.max_position_embeddings
+    parts = [
+        _embedded(model, tokenizer, prompts[start : start + BATCH], length) for start in range(0, len(prompts), BATCH)
+    ]
+    each = torch.cat(parts).view(len(names), len(templates), -1)
+    mean = torch.nn.functional.normalize(each.mean(1), dim=-1)
+    return (mean * model.logit_scale.double().exp().cpu()).float().contiguous()
+
+
+def _embedded(model: Any, tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:
+    """Normalised text embeddings, float64 (B, D) on the CPU."""
+    tokens = tokenizer(list(prompts), padding=True, truncation=True, max_length=length, return_tensors="pt")
+    pooled = model.text_model(**tokens.to(model.device)).pooler_output
+    return torch.nn.functional.normalize(model.text_projection(pooled).double(), dim=-1).cpu()
