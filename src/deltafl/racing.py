@@ -15,8 +15,8 @@ from torch import Tensor
 from deltafl.errors import DeltaflError
 from deltafl.training import keyed_generator
 
-FIRST = 16
-"""Examples of each task at the first look; every further look doubles them."""
+FIRST = 8
+"""Examples of each task at the first look; every further look adds half as many again."""
 
 ROUNDING = 1e-12
 """Sums of equal worth may differ by this much in float64; no candidate is dropped for it."""
@@ -46,49 +46,53 @@ def orders(sizes: Sequence[int], seed: int) -> list[Tensor]:
 
 
 def looks(sizes: Sequence[int], first: int = FIRST) -> list[list[int]]:
-    """Examples of each task seen by each look: first, 2 first, 4 first, .., a task's own size at most, all at last."""
+    """Examples of each task seen by each look: first, then half as many again, a task's size at most, all at last."""
     found, count = [], first
     while count < max(sizes):
         found.append([min(count, size) for size in sizes])
-        count *= 2
+        count = max(count + 1, count * 3 // 2)
     return [*found, list(sizes)]
 
 
-def critical_value(confidence: float, candidates: int, inexact_looks: int) -> float:
-    """z with 1 - Phi(z) = (1 - confidence) / ((C - 1) K), for C candidates and K looks before the exact one.
+def critical_value(confidence: float, inexact_looks: int) -> float:
+    """z with 1 - Phi(z) = (1 - confidence) / (K (K - 1) / 2), for K looks before the exact one.
 
-    Bonferroni over who leads and when. The best candidate can be lost only by a wrong comparison of itself with one of
-    the C - 1 others, whichever leads, at one of K looks; comparisons between two others cannot lose it. So K (C - 1)
-    statements have to hold together, though who leads is known only from the data. Infinite where 1 - confidence
-    vanishes in float64.
+    The leader after look j is compared with everyone at each later look k, by examples drawn after it was chosen.
+    Given the first j looks it is one fixed candidate, so the best candidate takes part in a single comparison for each
+    pair j < k: Bonferroni over pairs of looks holds for any number of candidates, though who leads is known only from
+    the data. Infinite where 1 - confidence vanishes in float64.
     """
-    share = (1 - confidence) / (max(candidates - 1, 1) * max(inexact_looks, 1))
+    share = (1 - confidence) / max(inexact_looks * (inexact_looks - 1) / 2, 1)
     return -NormalDist().inv_cdf(share) if share > 0 else math.inf
 
 
 def upper_bounds(
-    differences: Sequence[Tensor], sizes: Sequence[int], scale: Sequence[float], z: float
-) -> tuple[Tensor, Tensor]:
-    """Mean and upper confidence bound of (candidate - leader) on the full validation data, each float64 (C,).
+    differences: Sequence[Tensor], known: Sequence[int], sizes: Sequence[int], scale: Sequence[float], z: float
+) -> Tensor:
+    """Upper confidence bounds of (candidate - leader) on the full validation data, float64 (C,).
 
-        mean  = 1/T sum_t a_t mean_i d_ti
-        bound = mean + z sqrt(1/T^2 sum_t a_t^2 (1 - n_t / N_t) q_t / n_t),   q_t = mean_i d_ti^2
+        bound = 1/T sum_t a_t m_t + z sqrt(1/T^2 sum_t a_t^2 v_t)
+        m_t   = (sum of the first k_t d_ti + (N_t - k_t) mean of the others) / N_t
+        v_t   = ((N_t - k_t) / N_t)^2 (1 - f_t / (N_t - k_t)) q_t / f_t,   q_t = mean of all n_t d_ti^2
 
     differences: for each of T tasks (C, n_t), paired, on n_t of its N_t = sizes[t] examples drawn without
-    replacement. scale: a_t, the worth of a unit of the task's score. A normal approximation; 1 - n / N is the
-    correction for a finite population: at n_t = N_t the mean is exact and the bound is the mean. q_t is taken about
-    zero, as in McNemar's test, and not about the mean: it is never smaller than the variance, and it does not vanish
-    where a few examples all differ by the same.
+    replacement. known: k_t, how many of them, the first, were seen when the leader was chosen: they count as they are,
+    and the f_t = n_t - k_t others estimate the rest. scale: a_t, the worth of a unit of the task's score. A normal
+    approximation, with the correction for a finite population: at n_t = N_t the bound is the mean. q_t is taken about
+    zero, as in McNemar's test, and not about the mean: it is not below the variance, and it does not vanish where a
+    few examples all differ by the same.
     """
-    tasks = len(sizes)
-    mean = torch.stack([a * d.mean(1) for a, d in zip(scale, differences, strict=True)]).sum(0) / tasks
+    mean = torch.zeros(len(differences[0]), dtype=torch.float64)
     variance = torch.zeros_like(mean)
-    for d, size, a in zip(differences, sizes, scale, strict=True):
-        n = d.shape[1]
-        variance += (a / tasks) ** 2 * (1 - n / size) / n * d.square().mean(1)
-    if not variance.any():
-        return mean, mean
-    return mean, mean + torch.where(variance > 0, z * variance.sqrt(), 0.0)
+    for d, k, size, a in zip(differences, known, sizes, scale, strict=True):
+        old, fresh = d[:, :k].sum(1), d[:, k:]
+        rest, count = size - k, fresh.shape[1]
+        if count:
+            mean += a * (old + rest * fresh.mean(1)) / size
+            variance += (a * rest / size) ** 2 * (1 - count / rest) / count * d.square().mean(1)
+        else:
+            mean += a * old / k
+    return (mean + torch.where(variance > 0, z * variance.sqrt(), 0.0)) / len(sizes)
 
 
 def check_confidence(confidence: float) -> None:
@@ -109,11 +113,12 @@ def race(
 ) -> list[Finish]:
     """Evaluate `candidates` (at least 1) on growing subsets; after each look drop those with an upper bound below 0.
 
-    A candidate's value is the mean over tasks of scale[t] * mean score. The leader is the candidate with the highest
-    mean so far, the first of equal ones; it is never dropped, nor is one whose scores equal the leader's. Those that
-    are left see all N_t = sizes[t] examples of each task. With `confidence` (see `critical_value`, `upper_bounds` for
-    what is approximate) the candidate that is best on the full data is among them. A score that is not a number drops
-    its candidate at once: its mean over all examples is none either.
+    A candidate's value is the mean over tasks of scale[t] * mean score. The leader after a look is the candidate with
+    the highest mean so far, the first of equal ones; neither it nor an equal one is dropped then. At every later look
+    all are compared with it by the examples seen since (see `critical_value`, `upper_bounds` for what is approximate).
+    Those that are left at last see all N_t = sizes[t] examples of each task; with `confidence`, the candidate that is
+    best on the full data is among them. A score that is not a number drops its candidate at once: its mean over all
+    examples is none either.
 
     Raises:
         DeltaflError: confidence is not between 0 and 1, or a task has no examples.
@@ -122,7 +127,8 @@ def race(
     if min(sizes) < 1:
         raise DeltaflError("a task has no validation examples; a search needs at least one of each task")
     drawn, plan = orders(sizes, seed), looks(sizes)
-    z = critical_value(confidence, candidates, len(plan) - 1)
+    z = critical_value(confidence, len(plan) - 1)
+    leaders: list[tuple[int, list[int]]] = []
     seen: dict[int, list[Tensor]] = {}
     finished: dict[int, Finish] = {}
     before = [0] * len(sizes)
@@ -145,7 +151,19 @@ def race(
         before = counts
         if look == len(plan):
             break
-        lost = _lost([seen[c] for c in alive], sizes, scale, z)
+        stacks = [torch.stack([seen[c][task] for c in alive]).double() for task in range(len(sizes))]
+        values = torch.stack([a * s.mean(1) for a, s in zip(scale, stacks, strict=True)]).sum(0)
+        ranked = values.masked_fill(values.isnan(), -math.inf)
+        gone_now = values.isnan()
+        for leader, known in leaders:
+            if leader in alive:
+                differences = [s - s[alive.index(leader)] for s in stacks]
+                gone_now |= upper_bounds(differences, known, sizes, scale, z) < -ROUNDING
+        first = int(ranked.argmax())
+        gone_now &= values != values[first]
+        gone_now[first] = False
+        leaders.append((alive[first], counts))
+        lost = gone_now.tolist()
         for candidate, gone in zip(alive, lost, strict=True):
             if gone:
                 finish(candidate, look)
@@ -153,15 +171,3 @@ def race(
     for candidate in alive:
         finish(candidate, None)
     return [finished[c] for c in range(candidates)]
-
-
-def _lost(seen: Sequence[Sequence[Tensor]], sizes: Sequence[int], scale: Sequence[float], z: float) -> list[bool]:
-    """Which candidates cannot win any more."""
-    stacks = [torch.stack([s[task] for s in seen]).double() for task in range(len(sizes))]
-    values = torch.stack([a * s.mean(1) for a, s in zip(scale, stacks, strict=True)]).sum(0)
-    broken = values.isnan()
-    leader = int(values.masked_fill(broken, -math.inf).argmax())
-    _, upper = upper_bounds([s - s[leader] for s in stacks], sizes, scale, z)
-    lost = (upper < -ROUNDING) | broken
-    lost[leader] = False
-    return lost.tolist()
