@@ -21,11 +21,11 @@ def federated_page(result: Mapping[str, Any], rows: Rows) -> Page:
     facts = Facts(
         [
             ("test accuracy, once", f"{100 * result['test_accuracy']:.1f} %"),
-            ("validation, best", f"{100 * result['val_accuracy']:.1f} % (round {result['best_round']})"),
+            (f"validation, best (round {result['best_round']})", f"{100 * result['val_accuracy']:.1f} %"),
             ("before the first round", f"{100 * start['val_accuracy']:.1f} %" if start else "–"),
             ("sent by clients", _bytes(result["bytes_up_total"])),
             ("sent before that, in step 0", _bytes(result.get("setup_bytes_up", 0))),
-            ("updates left out", str(result["failed_updates"])),
+            ("peak memory", _bytes(max((row.get("peak_memory_bytes", 0) for row in rows), default=0))),
         ]
     )
     sections = [
@@ -44,11 +44,13 @@ def _told(result: Mapping[str, Any], start: Mapping[str, Any]) -> str:
         f" Of {start['parameters']:,} parameters {start['kept']:,} were trained and sent; a dense run would have sent "
         f"{_bytes(result['dense_bytes_up_total'])}."
     )  # fmt: skip
+    failed = result["failed_updates"]
+    left_out = f" Updates left out, being NaN or Inf: {failed}." if failed else " No update was left out."
     before = f" Before the first round the server sent {_bytes(result.get('setup_bytes_down', 0))}."
     return (
         f"{config['num_clients']} clients, {100 * config['participation_rate']:g} % of them in each of "
         f"{result['rounds']} rounds, about {config['local_steps']} local steps each. The round was chosen on "
-        f"validation data; the test images were used once, for that round's model.{before}{share}"
+        f"validation data; the test images were used once, for that round's model.{before}{share}{left_out}"
     )
 
 
@@ -77,11 +79,19 @@ def federated_figure(rows: Rows) -> bytes:
 
 
 def rounds_table(rows: Rows) -> Table:
-    """One row for each round, or an even choice of them."""
+    """Step 0 with its own bytes, then one row for each round, or for an even choice of them."""
+    zero = [row for row in rows if row["event"] == "start"]
     rounds = [row for row in rows if row["event"] == "round"]
     step = -(-len(rounds) // SHOWN) or 1
     chosen = [row for i, row in enumerate(rounds) if i % step == 0 or row is rounds[-1]]
-    cells = [
+    cells: list[list[Any]] = [
+        [
+            "0", row["val_accuracy"], None, None, None,
+            row.get("setup_bytes_up", 0) / 1e6, row.get("setup_bytes_down", 0) / 1e6, None, None,
+        ]
+        for row in zero
+    ]  # fmt: skip
+    cells += [
         [
             str(row["round"]),
             row["val_accuracy"],
@@ -92,7 +102,6 @@ def rounds_table(rows: Rows) -> Table:
             row["bytes_down"] / 1e6,
             row["client_seconds"],
             row["server_seconds"],
-            row["peak_memory_bytes"] / 1e6,
         ]
         for row in chosen
     ]
@@ -106,7 +115,6 @@ def rounds_table(rows: Rows) -> Table:
         Column("MB down", "number", 2),
         Column("client s", "number", 2),
         Column("server s", "number", 3),
-        Column("peak MB", "number", 0),
     ]
     caption = "Rounds" if step == 1 else f"Every {step}th of {len(rounds)} rounds, and the last"
     return Table(columns, cells, f"{caption}. Bytes are all clients' together; seconds are of this machine.")
@@ -119,4 +127,5 @@ def settings_table(config: Mapping[str, Any]) -> Table:
 
 
 def _bytes(count: float) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+    unit, name = next(((u, n) for u, n in ((1e9, "GB"), (1e6, "MB")) if count >= u), (1e3, "kB"))
+    return f"{count / unit:.2f} {name}"
