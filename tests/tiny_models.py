@@ -1,5 +1,7 @@
 """A model and a task that train in a second, and a plug-in factory, for the tests of training."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
@@ -58,3 +60,26 @@ def tied_net() -> Net:
 
 def tiny_task_factory(image_size: int, channels: int, seed: int) -> Task:
     return tiny_task()
+
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:'\"-"
+TOWER = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+def tiny_clip(folder: Path, seed: int = 0):
+    """A tiny CLIP with a tokenizer of single letters; returns transformers' model and tokenizer as they load again."""
+    import transformers as t
+
+    words = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
+    t.CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[]).save_pretrained(folder)
+    end = len(words) - 1
+    text = TOWER | {"vocab_size": len(words), "bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end}
+    text |= {"max_position_embeddings": 48}
+    vision = TOWER | {"image_size": 8, "patch_size": 4}
+    torch.manual_seed(seed)
+    model = t.CLIPModel(t.CLIPConfig(text_config=text, vision_config=vision, projection_dim=12))
+    for parameter in model.parameters():  # the small initial weights make all texts nearly alike
+        if parameter.ndim > 1:
+            parameter.data.normal_(std=0.3)
+    model.save_pretrained(folder)
+    return t.CLIPModel.from_pretrained(folder).eval(), t.AutoTokenizer.from_pretrained(folder)

@@ -44,6 +44,7 @@ class SearchRecipe(Strict):
     memory: int | str = "8GB"
     batch_size: int = Field(256, ge=1)
     seed: int | None = None
+    data_dir: str | None = None
     allow_other_base: bool = False
     out: str | None = None
     overwrite: bool = False
@@ -71,6 +72,7 @@ class SearchRecipe(Strict):
             memory=_memory(self.memory),
             batch_size=self.batch_size,
             seed=self.seed,
+            data_dir=self.data_dir,
         )
 
 

@@ -18,37 +18,16 @@ from deltafl.models.flat import FlatModel
 from deltafl.models.heads import LinearHead, load_head, save_head
 from deltafl.models.zero_shot import read_templates, zero_shot_head
 from deltafl.sparse.fisher import diagonal_fisher
-from tiny_models import tiny_vit
+from tiny_models import tiny_clip, tiny_vit
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:'\"-"
-TOWER = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 NAMES = ("ant", "bee", "blue tit")
 TEMPLATES = ("a photo of a {}.", "{}", "one small {} here")
-
-
-def build(folder: Path, seed: int = 0):
-    """A tiny CLIP with a tokenizer of single letters; returns transformers' model and tokenizer as they load again."""
-    import transformers as t
-
-    words = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
-    t.CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[]).save_pretrained(folder)
-    end = len(words) - 1
-    text = TOWER | {"vocab_size": len(words), "bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end}
-    text |= {"max_position_embeddings": 48}
-    vision = TOWER | {"image_size": 8, "patch_size": 4}
-    torch.manual_seed(seed)
-    model = t.CLIPModel(t.CLIPConfig(text_config=text, vision_config=vision, projection_dim=12))
-    for parameter in model.parameters():  # the small initial weights make all texts nearly alike
-        if parameter.ndim > 1:
-            parameter.data.normal_(std=0.3)
-    model.save_pretrained(folder)
-    return t.CLIPModel.from_pretrained(folder).eval(), t.AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clip")
-    return folder, *build(folder)
+    return folder, *tiny_clip(folder)
 
 
 @pytest.fixture
@@ -124,7 +103,7 @@ def test_a_head_is_computed_once_for_each_model_task_and_templates(clip, monkeyp
     head(names=("ant", "bee", "wasp"))
     head(name="animals")
     assert len(made_for) == 4
-    build(clip, seed=1)
+    tiny_clip(clip, seed=1)
     assert not torch.equal(head().weight, first.weight)
     assert len(made_for) == 5
     for file in (tmp_path / "cache" / "zero-shot").iterdir():

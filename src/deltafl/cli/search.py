@@ -12,6 +12,7 @@ from deltafl.cli.options import progress_by_count, table
 @click.argument("recipe")
 @click.option("--out", help="The folder for the merged model, every row, tables and report.html.")
 @click.option("--overwrite", is_flag=True, default=None, help="Replace an existing output.")
+@click.option("--data-dir", help="The folder that holds tasks by name; without it they come from the hub.")
 @click.option("--grid", type=click.Choice(["default", "paper"]), help="Convention of the coefficients (see docs).")
 @click.option("--metric", type=click.Choice(["normalized", "absolute"]), help="Default: normalized.")
 @click.option("--strategy", help="exhaustive (default) or racing: drop early what cannot win.")

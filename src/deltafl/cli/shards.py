@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("task")
+@click.option("--data-dir", help="The folder that holds tasks by name; without it they come from the hub.")
 @click.option("--num-clients", type=int, default=100, show_default=True, help="Clients to divide the samples among.")
 @click.option("--sharding", default="iid", show_default=True, help="iid, non_iid or dirichlet.")
 @click.option("--nc", type=int, help="For non_iid: classes per client.")
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 def shards(
     task: str,
+    data_dir: str | None,
     num_clients: int,
     sharding: str,
     seed: int,
@@ -38,7 +40,7 @@ def shards(
     overwrite: bool,
     **options: Any,
 ) -> None:
-    """Which client would hold which training samples of TASK: digits, a folder, hub:owner/name, module:attr.
+    """Which client would hold which training samples of TASK: digits, a folder, a name, hub:owner/name, module:attr.
 
     \b
     deltafl shards digits --num-clients 10 --sharding non_iid --nc 2 --out DIR
@@ -51,7 +53,7 @@ def shards(
 
     if out is not None:
         check_output(out, overwrite=overwrite)
-    loaded = load_task(task, image_size=image_size, channels=channels, seed=seed)
+    loaded = load_task(task, image_size=image_size, channels=channels, seed=seed, data_dir=data_dir)
     labels = loaded.train.labels
     positions = shard(labels, num_clients, chosen, keyed_generator(seed, "shards"))
     told = describe(positions, labels, len(loaded.class_names))

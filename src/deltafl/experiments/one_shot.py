@@ -13,10 +13,11 @@ from safetensors.torch import save_file
 
 from deltafl.datasets import Task, load_task
 from deltafl.errors import DeltaflError
+from deltafl.finetuning.evaluation import zero_shot_for
 from deltafl.merge import run_merge
 from deltafl.models import LoadedEncoder, load_encoder
 from deltafl.models.flat import FlatModel
-from deltafl.models.heads import HEAD_FILE, check_head, load_head
+from deltafl.models.heads import HEAD_FILE, ZERO_SHOT, check_head, load_head
 from deltafl.opening import Opened, open_updates
 from deltafl.preflight import MergeSpec, Model, Plan, plan_merge, read_training
 from deltafl.rules import Source, build_rule
@@ -56,7 +57,8 @@ class SearchSpec:
 
     methods: (name, parameters; a list is a grid). memory: bytes up to which checkpoints are held rather than read
     again; a race holds as much again of updates. seed: of the validation splits, None: the one that each model was
-    trained with; and of a race's subsets, None: 0. strategy, confidence: see `deltafl.search.search`.
+    trained with; and of a race's subsets, None: 0. strategy, confidence: see `deltafl.search.search`. data_dir: where
+    tasks by name are.
     """
 
     merge: MergeSpec
@@ -70,6 +72,7 @@ class SearchSpec:
     memory: int = 8_000_000_000
     batch_size: int = 256
     seed: int | None = None
+    data_dir: str | None = None
     cache_dir: Path | None = None
 
 
@@ -144,7 +147,12 @@ def _task(entry: TaskModel, plan: Plan, encoder: LoadedEncoder, spec: SearchSpec
     if seed is None:
         seed = int(read_training(plan.layouts[entry.model.name]).get("seed") or 0)
     return load_task(
-        entry.data, image_size=given.image_size, channels=given.channels, seed=seed, cache_dir=spec.cache_dir
+        entry.data,
+        image_size=given.image_size,
+        channels=given.channels,
+        seed=seed,
+        data_dir=spec.data_dir,
+        cache_dir=spec.cache_dir,
     )
 
 
@@ -153,7 +161,7 @@ def _problem(spec: SearchSpec, plan: Plan, opened: Opened, encoder: LoadedEncode
     for entry, task in zip(spec.models, tasks, strict=True):
         path = Path(entry.head) if entry.head else plan.layouts[entry.model.name].folder / HEAD_FILE
         try:
-            head = load_head(path)
+            head = zero_shot_for(encoder, task) if entry.head == ZERO_SHOT else load_head(path)
             check_head(head, encoder.feature_dim, task.class_names, str(path))
         except DeltaflError as error:
             problems.extend(error.problems)
