@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -61,7 +62,7 @@ def measure_all(world: World, options: argparse.Namespace) -> dict[tuple[str, st
         for turn in range(options.repeats):
             for contender in contenders(world, peer=options.mergekit_repeats > 0):
                 label = f"{contender.group} {contender.name}"
-                if (contender.slow and turn >= options.mergekit_repeats) or options.only not in label:
+                if (contender.slow and turn >= options.mergekit_repeats) or not re.search(options.only, label):
                     continue
                 sample = measure(contender, world, cache)
                 results.setdefault((contender.group, contender.name, cache), []).append(sample)
@@ -110,7 +111,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--mergekit-repeats", type=int, default=1, help="0: without mergekit")
     parser.add_argument("--cache", nargs="+", default=["warm", "cold"], choices=["warm", "cold"])
-    parser.add_argument("--only", default="", help="contenders whose name holds this")
+    parser.add_argument("--only", default="", help="a pattern that finds the contenders wanted")
     parser.add_argument("--no-doubled", action="store_true", help="skip the memory check at twice the size")
     parser.add_argument("--no-rounding", action="store_true", help="skip the comparison with float64")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
