@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from deltafl.centralized.recipe import CentralizedRecipe
+from deltafl.cli.federate import EXTRA as RUN_SETTINGS
 from deltafl.cli.federate import load_model_and_task, task_options
 from deltafl.cli.options import progress_by_stage, table
 from deltafl.cli.settings import read_settings, recipe_options
@@ -33,15 +34,7 @@ HELP = {
     "mixed_precision": "no or bf16.",
     "seed": "Of everything that is random.",
 }
-EXTRA: dict[str, tuple[Any, Any]] = {
-    "model": (str, ...),
-    "data": (str, ...),
-    "data_dir": (str | None, None),
-    "out": (str, ...),
-    "limit": (int | None, None),
-    "device": (str | None, None),
-    "save_every": (int, 500),
-}
+EXTRA = RUN_SETTINGS | {"save_every": (int, 500)}
 
 
 @click.command()
