@@ -244,13 +244,13 @@ def test_augmentation_is_of_training_batches_only(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(client_module, "augmented", recorded)
     begun = begin(tmp_path, recipe)
     task = begun.setting.task
-    run = federate(begun.setting.model.encoder, task, recipe, tmp_path / "run", device="cpu")
+    run = federate(begun.setting.model.encoder, task, recipe, tmp_path / "run", device="cpu", workers=1)
     assert len(seen) == sum(r["num_steps"] for r in run.rows if r["event"] == "round") == 2 * 3 * 3
     train = {bytes(x.numpy()) for x in task.train.images}
     assert all(bytes(x.numpy()) in train for images in seen for x in images)
     seen.clear()
     plain = federate(
-        begun.setting.model.encoder, task, replace(recipe, augment="none"), tmp_path / "plain", device="cpu"
+        begun.setting.model.encoder, task, replace(recipe, augment="none"), tmp_path / "plain", device="cpu", workers=1
     )
     assert not seen
     assert plain.rows[0]["val_accuracy"] == run.rows[0]["val_accuracy"]

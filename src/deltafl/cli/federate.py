@@ -70,6 +70,7 @@ EXTRA: dict[str, tuple[Any, Any]] = {
     "limit": (int | None, None),
     "device": (str | None, None),
 }
+WORKERS: dict[str, tuple[Any, Any]] = {"workers": (int | None, None)}
 EXPERIMENTS = {
     "heterogeneity_experiment": "heterogeneity",
     "local_steps_experiment": "local-steps",
@@ -97,6 +98,7 @@ def task_options(command: Any) -> Any:
 @click.option("--out", help="The folder to write.")
 @recipe_options(FederatedRecipe, HELP, skip=("aggregator_params",))
 @rule_options("seed")
+@click.option("--workers", type=int, help="Processes that train clients; no result depends on it. Default: one a core.")
 @click.option("--save-client-updates", multiple=True, help="Rounds (or all) whose clients' models are written.")
 @click.option("--heterogeneity-experiment", is_flag=True, help="Run `deltafl suite heterogeneity` instead.")
 @click.option("--local-steps-experiment", is_flag=True, help="Run `deltafl suite local-steps` instead.")
@@ -147,6 +149,7 @@ def federate(
             resume=resume,
             overwrite=overwrite,
             device=held["device"],
+            workers=held["workers"],
             save_client_updates=rounds,
             on_round=on_round,
         )
@@ -164,7 +167,7 @@ def federate_settings(
     names = rule_parameter_names() - {"seed"}
     given = {key: value for key, value in options.items() if value is not None}
     params = {key: given.pop(key) for key in names & given.keys()}
-    held = read_settings(FederatedRecipe, config, given, EXTRA, defaults)
+    held = read_settings(FederatedRecipe, config, given, EXTRA | WORKERS, defaults)
     held["aggregator_params"] = dict(held["aggregator_params"]) | params
     return held
 
@@ -196,12 +199,7 @@ def load_task_of(held: Mapping[str, Any], encoder: Any, seed: int) -> Any:
 
     size, channels = encoder.input.image_size, encoder.input.channels
     return load_task(
-        held["data"],
-        image_size=size,
-        channels=channels,
-        seed=seed,
-        limit=held["limit"],
-        data_dir=held["data_dir"],
+        held["data"], image_size=size, channels=channels, seed=seed, limit=held["limit"], data_dir=held["data_dir"]
     )
 
 

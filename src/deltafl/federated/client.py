@@ -20,7 +20,7 @@ from deltafl.models.flat import FlatModel
 from deltafl.models.heads import LinearHead
 from deltafl.rules import Source
 from deltafl.sparse.masks import Mask
-from deltafl.sparse.packed import PackedDelta
+from deltafl.sparse.packed import KeptIndex, PackedDelta
 from deltafl.sparse.sgdm import SparseSGDM
 from deltafl.tensors import Joined, Tensors
 from deltafl.training import Batch, batches, keyed_generator, train_step
@@ -114,6 +114,10 @@ class LocalTraining:
         delta = Difference(params, after, {n: n for n in params}, torch.float32)
         mean = float(loss) / round.num_steps  # reading it makes a GPU finish, so that the time is the client's
         return ClientUpdate(delta, source, mean, time.perf_counter() - started, control)
+
+    def index(self, mask: Mask) -> KeptIndex | None:
+        """Where the kept values of every update with this mask belong; None if all are kept."""
+        return self._ready(mask).index
 
     @contextmanager
     def _buffers_kept(self) -> Iterator[None]:

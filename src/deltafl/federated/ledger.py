@@ -69,7 +69,7 @@ class Ledger:
             "dense_bytes_up_total": self._dense,
             "client_seconds": result.client_seconds,
             "server_seconds": result.server_seconds,
-            "peak_memory_bytes": peak_memory(),
+            "peak_memory_bytes": peak_memory() + result.worker_bytes,
         }
 
 

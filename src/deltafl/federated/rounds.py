@@ -2,7 +2,8 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,10 +12,11 @@ from torch import Tensor
 from deltafl.aggregation import Aggregate, Update
 from deltafl.datasets.task import Split
 from deltafl.errors import DeltaflError, shorten
-from deltafl.federated.client import Client, ClientUpdate, GroupClient, Round
+from deltafl.federated.client import Client, ClientUpdate, GroupClient, LocalTraining, Round
 from deltafl.federated.controls import Controls
 from deltafl.federated.recipe import FederatedRecipe
 from deltafl.federated.server import ServerState, choose_clients, round_lr, server_step, steps_of
+from deltafl.federated.workers import Workers, one_thread
 from deltafl.sparse.masks import Mask
 from deltafl.tensors import Tensors, block_of, blocks, numel_of, shape_of
 
@@ -23,7 +25,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RoundResult:
-    """What happened in a round: who took part, whose update was not finite, the mean loss, who took how long."""
+    """What happened in a round: who took part, whose update was not finite, the mean loss, who took how long.
+
+    client_seconds are those of all clients together, also of clients that trained at the same time. worker_bytes: what
+    the workers have needed at most, beside what they share with this process.
+    """
 
     clients: tuple[int, ...]
     failed: tuple[int, ...]
@@ -31,11 +37,15 @@ class RoundResult:
     loss: float | None
     client_seconds: float
     server_seconds: float
+    worker_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class World:
-    """What stays the same from round to round: data, shards, who trains, what may move."""
+    """What stays the same from round to round: data, shards, who trains, what may move.
+
+    workers: processes in which the clients train; None: in this one. The results are the same bits.
+    """
 
     recipe: FederatedRecipe
     split: Split
@@ -44,6 +54,7 @@ class World:
     mask: Mask | None
     trained: frozenset[str]
     controls: Controls
+    workers: Workers | None = None
 
 
 OnUpdate = Callable[[int, Update], None]
@@ -85,6 +96,7 @@ def run_round(
         sum(losses) / len(losses) if losses else None,
         client_seconds,
         time.perf_counter() - started,
+        0 if world.workers is None else sum(world.workers.memory.values()),
     )
     return stepped, result
 
@@ -92,38 +104,67 @@ def run_round(
 def _trained(
     state: ServerState, world: World, chosen: Sequence[int]
 ) -> Iterator[tuple[int, Tensor | None, Update, float]]:
-    """Each chosen client, its own control variate, its update and the seconds that it took; one client after the
-    other, or all at once where they can be.
+    """Each chosen client, its own control variate, its update and the seconds that it took, in the order of `chosen`:
+    trained one after the other, several at a time, or all in one.
     """
-    recipe, number, client = world.recipe, state.round + 1, world.client
-
-    def part(k: int, own: Tensor | None) -> Round:
-        control = state.control if own is None or state.control is None else state.control - own
-        lr = round_lr(recipe, number)
-        return Round(number, k, world.split, world.shards[k], steps_of(recipe, k), lr, control)
-
-    owns = (_own_control(state, world, k) for k in chosen)
+    number, client = state.round + 1, world.client
+    owns = (_own_control(world, state.control, k, state.control_rounds) for k in chosen)
     if isinstance(client, GroupClient):
         held = list(owns)
         started = time.perf_counter()
-        parts = [part(k, own) for k, own in zip(chosen, held, strict=True)]
+        parts = [_part(world, number, k, state.control, own) for k, own in zip(chosen, held, strict=True)]
         updates = client.train_all(state.params, world.mask, parts)
         seconds = (time.perf_counter() - started) / len(chosen)
         for k, own, update in zip(chosen, held, updates, strict=True):
             yield k, own, update, seconds
+    elif world.workers is not None:
+        for k, own, (update, seconds) in zip(chosen, owns, world.workers.train(state, chosen), strict=True):
+            yield k, own, update, seconds
+    else:
+        for k, own in zip(chosen, owns, strict=True):
+            yield k, own, *_train(world, state.params, _part(world, number, k, state.control, own))
+
+
+@contextmanager
+def in_workers(world: World, state: ServerState, count: int) -> Iterator[World]:
+    """The same world, whose clients train in `count` processes while the block lasts; with 1 in this one."""
+    if count == 1:
+        yield world
         return
-    for k, own in zip(chosen, owns, strict=True):
-        given = part(k, own)
-        started = time.perf_counter()
-        update = client(state.params, world.mask, given)
-        took = update.seconds if isinstance(update, ClientUpdate) else time.perf_counter() - started
-        yield k, own, update, took
+    client, known = world.client, {}
+    if isinstance(client, LocalTraining) and world.mask is not None:
+        known["index"] = client.index(world.mask)  # one object for all updates, as in one process
+
+    def train(params: Tensors, control: Tensor | None, number: int, k: int, own_round: int) -> tuple[Update, float]:
+        own = _own_control(world, control, k, {} if own_round < 0 else {k: own_round})
+        return _train(world, params, _part(world, number, k, control, own))
+
+    workers = Workers(count, train, state, world.recipe.clients_per_round, known)
+    try:
+        yield replace(world, workers=workers)
+    finally:
+        workers.close()
 
 
-def _own_control(state: ServerState, world: World, client: int) -> Tensor | None:
+def _train(world: World, params: Tensors, part: Round) -> tuple[Update, float]:
+    """One client's update and the seconds that it took."""
+    started = time.perf_counter()
+    with one_thread(part.split.images.device):
+        update = world.client(params, world.mask, part)
+    return update, update.seconds if isinstance(update, ClientUpdate) else time.perf_counter() - started
+
+
+def _part(world: World, number: int, k: int, control: Tensor | None, own: Tensor | None) -> Round:
+    """What client k is given in round `number`: of scaffold c - c_i, where `own` None is c_i = 0."""
+    rest = control if own is None or control is None else control - own
+    steps, lr = steps_of(world.recipe, k), round_lr(world.recipe, number)
+    return Round(number, k, world.split, world.shards[k], steps, lr, rest)
+
+
+def _own_control(world: World, control: Tensor | None, client: int, rounds: Mapping[int, int]) -> Tensor | None:
     """c_i where the server's c is; None without scaffold and for a client that never took part."""
-    own = None if state.control is None else world.controls.read(client, state.control_rounds)
-    return None if own is None or state.control is None else own.to(state.control.device)
+    own = None if control is None else world.controls.read(client, rounds)
+    return None if own is None or control is None else own.to(control.device)
 
 
 def _refuse_other_tensors(update: Update, client: int, params: Tensors) -> None:

@@ -16,12 +16,13 @@ from deltafl.federated.client import HEAD, Client, LocalTraining, load_params
 from deltafl.federated.controls import Controls
 from deltafl.federated.ledger import Ledger, setup_bytes
 from deltafl.federated.recipe import FederatedRecipe
-from deltafl.federated.rounds import OnUpdate, World, run_round
+from deltafl.federated.rounds import OnUpdate, World, in_workers, run_round
 from deltafl.federated.saving import save_model, save_update
 from deltafl.federated.server import ServerState
 from deltafl.federated.setup import MASK_FILE, STATE_FILE, Setting, make_shards, set_up
 from deltafl.federated.stacked import StackedTraining
 from deltafl.federated.state import StateWriter
+from deltafl.federated.workers import count_workers
 from deltafl.files import atomic_folder, check_output
 from deltafl.finetuning.recipe import PRECISIONS
 from deltafl.finetuning.state import require_same_config, run_config
@@ -57,6 +58,7 @@ def federate(
     resume: bool = False,
     overwrite: bool = False,
     device: str | None = None,
+    workers: int | None = None,
     save_client_updates: Collection[int] = (),
     on_round: OnRound = lambda row, total: None,
 ) -> FederatedRun:
@@ -66,7 +68,8 @@ def federate(
     Killed at any moment the run goes on with `resume`, on a CPU to the same bits; a finished one is returned as it is.
     An older run in `out` is replaced, with `overwrite`, when head, mask and client of the new one are ready.
     `save_client_updates`: rounds whose clients' models are written to `updates/`, for merge and inspect. `device` None:
-    the GPU where there is one.
+    the GPU where there is one. `workers`: processes that train the clients of a round, None for as many as there are
+    threads where that is possible; the results are the same bits for any number.
 
     Raises:
         DeltaflError: a bad recipe, an output in the way, a run of another configuration, no finite update.
@@ -78,6 +81,7 @@ def federate(
         raise DeltaflError(f'task "{task.name}" has {len(task.val)} validation and {len(task.test)} test examples')
     recipe.check_clients()
     where = device_named(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    count = count_workers(workers, recipe, where)
     config = json.loads(json.dumps(run_config(encoder, task, recipe, None)))
     shards = make_shards(task, recipe)
     record = _record_to_resume(out, config) if resume else None
@@ -91,7 +95,8 @@ def federate(
     if record is None:
         record = _new_record(out, config, setting, overwrite=overwrite)
     world = make_world(setting, state, client, Controls(out / "state" / "controls"))
-    state = _all_rounds(state, world, setting, record, out, save_client_updates, on_round)
+    with in_workers(world, state, count) as world:
+        state = _all_rounds(state, world, setting, record, out, save_client_updates, on_round)
     result = _finish(state, setting, out, record, config)
     return FederatedRun(out, result, tuple(record.rows()))
 
