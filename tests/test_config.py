@@ -58,6 +58,8 @@ def test_what_a_model_entry_says_reaches_the_spec() -> None:
 def test_weight_patterns_keep_their_order() -> None:
     spec = parse(MergeRecipe, LEAST | {"weight_patterns": {"*.z": [1, 2], "*.a": [3, 4]}}).spec()
     assert spec.weight_patterns == (("*.z", (1.0, 2.0)), ("*.a", (3.0, 4.0)))
+    spec = parse(MergeRecipe, LEAST | {"scale_patterns": {"*.z": 1, "*.a": 3}}).spec()
+    assert spec.scale_patterns == (("*.z", 1.0), ("*.a", 3.0))
 
 
 def test_defaults_are_those_of_the_library() -> None:

@@ -29,7 +29,7 @@ def way(request, monkeypatch):
 def kth(values: Tensor, density: float) -> tuple[float, float]:
     """(threshold, fraction that is >= it) by sorting."""
     magnitudes = np.abs(values.float().numpy())
-    k = round(density * len(magnitudes))
+    k = max(1, int(density * len(magnitudes))) if density > 0 else 0
     if k == 0:
         return np.inf, 0.0
     threshold = np.sort(magnitudes)[::-1][k - 1]
@@ -89,6 +89,14 @@ def test_each_delta_and_with_per_tensor_each_tensor_has_its_own():
         assert whole["a"][i] == whole["b"][i]
         assert [single["a"][i], single["b"][i]] == [kth(delta[n].flatten(), 0.4)[0] for n in ("a", "b")]
         assert single["none"][i] == np.inf
+
+
+@pytest.mark.usefixtures("way")
+def test_each_delta_may_have_a_density_of_its_own():
+    deltas = make(3, 0).deltas
+    thresholds, kept = magnitude_thresholds(rows_of(*deltas), {"*": [0.1, 0.0, 0.7]}, per_tensor=False)
+    found = [(thresholds["layer.weight"][i], kept[i]) for i in range(3)]
+    assert found == [kth(flatten(d), density) for d, density in zip(deltas, (0.1, 0.0, 0.7), strict=True)]
 
 
 @pytest.mark.usefixtures("way")

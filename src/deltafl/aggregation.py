@@ -5,6 +5,7 @@ scaled aggregate is another. Whoever consumes it (a file writer, a dict, the fed
 streaming, in-memory and federated results are the same bits by construction.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from deltafl.reductions import gram_matrix, magnitude_thresholds
 from deltafl.rules import LinearRule, Rule, Source, Stats, Transform, check_rule, core_of
 from deltafl.streaming import OnElements, ignore
 from deltafl.tensors import Tensors, block_of, blocks, device_of, dtype_of, read_into, round_once, shape_of
-from deltafl.weights import Weights, WeightsLike, as_weights, shares
+from deltafl.weights import Weights, WeightsLike, as_weights, first_match, shares
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,12 @@ class Rows:
     transforms: tuple[tuple[Transform, Mapping[str, Sequence[float]] | None], ...] = ()
     names: tuple[str, ...] = field(init=False)
     device: torch.device = field(init=False)
+    weights_of: Mapping[str, tuple[float, ...]] = field(init=False)
 
     def __post_init__(self) -> None:
         first = self.updates[0]
         self.names = tuple(first.delta)
+        self.weights_of = {name: self.weights.of(name) for name in self.names}  # once: blocks are many
         self.device = device_of(first.delta, self.names[0]) if self.names else torch.device("cpu")
         problems = []
         for update in self.updates[1:]:
@@ -86,7 +89,7 @@ class Rows:
 
     def _transformed(self, row: Tensor, i: int, name: str, start: int) -> Tensor:
         """Delta i from element `start` on, signed and transformed; `row` may be overwritten."""
-        if self.weights.of(name)[i] < 0:
+        if self.weights_of[name][i] < 0:
             row.neg_()
         for transform, thresholds in self.transforms:
             threshold = thresholds[name][i] if thresholds else 0.0
@@ -171,7 +174,7 @@ class Aggregate(Mapping[str, Tensor]):
 
     def block(self, name: str, start: int, stop: int) -> Tensor:
         """R on flat elements [start, stop) of one tensor, in float32 (float64 if exact)."""
-        weights = self.weights.of(name)
+        weights = self._rows.weights_of[name]
         if not any(weights):
             return torch.zeros(stop - start, dtype=self._rows.dtype)
         if self._is_linear:
@@ -276,9 +279,14 @@ class Stepped(Mapping[str, Tensor]):
         return rounded
 
 
-def sum_scale(weights: Weights, scaling_coef: float) -> Callable[[str], float]:
-    """The scale that turns lambda, which multiplies sum_i w_i delta_i, into server_lr: lambda * sum_i |w_i|."""
-    return lambda name: scaling_coef * weights.total(name)
+def sum_scale(
+    weights: Weights, scaling_coef: float, patterns: Sequence[tuple[str, float]] = ()
+) -> Callable[[str], float]:
+    """The scale that turns lambda, which multiplies sum_i w_i delta_i, into server_lr: lambda * sum_i |w_i|.
+
+    patterns: (glob on the tensor name, lambda); the first match goes before `scaling_coef`.
+    """
+    return functools.cache(lambda name: first_match(name, patterns, scaling_coef) * weights.total(name))
 
 
 def aggregate(rule: Rule, updates: Sequence[Update], weights: WeightsLike = None) -> Iterator[tuple[str, Tensor]]:

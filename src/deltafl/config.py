@@ -43,6 +43,7 @@ class MergeRecipe(BaseModel):
     scaling_coef: float | None = None
     weights: list[float] | None = None
     weight_patterns: dict[str, list[float]] = {}
+    scale_patterns: dict[str, float] = {}
     num_steps: list[int] | None = None
     num_examples: list[int] | None = None
     scope: str = ""
@@ -79,6 +80,7 @@ class MergeRecipe(BaseModel):
             scaling_coef=self.scaling_coef,
             weights=tuple(weights) if weights is not None else None,
             weight_patterns=tuple((p, tuple(w)) for p, w in self.weight_patterns.items()),
+            scale_patterns=tuple(self.scale_patterns.items()),
             scope=self.scope,
             include=tuple(self.include),
             exclude=tuple(self.exclude),
@@ -223,11 +225,18 @@ _BRANCHES = ("str", "int", "ModelEntry")
 
 def _siblings(kind: type[BaseModel], keys: list[str]) -> set[str]:
     """The keys that may stand where an unknown one was found."""
-    if keys[0] != "models" or len(keys) == 1:
-        return set(kind.model_fields)
-    entry = get_args(kind.model_fields["models"].annotation)[0]
-    kinds = [k for k in (entry, *get_args(entry)) if isinstance(k, type) and issubclass(k, BaseModel)]
-    return {name for k in kinds for name in k.model_fields}
+    kinds = [kind]
+    for key in keys[:-1]:
+        if not key.isdigit():
+            fields = [k.model_fields[key] for k in kinds if key in k.model_fields]
+            kinds = [k for field in fields for k in _recipes_in(field.annotation)]
+    return {field.alias or name for k in kinds for name, field in k.model_fields.items()}
+
+
+def _recipes_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [k for part in get_args(annotation) for k in _recipes_in(part)]
 
 
 def _said(item: Any) -> str:

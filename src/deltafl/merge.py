@@ -1,6 +1,7 @@
 """One-shot merging: one server step over checkpoints on disk, written and recorded."""
 
 import dataclasses
+import functools
 import json
 import platform
 from collections.abc import Callable, Sequence
@@ -17,14 +18,16 @@ from deltafl.files import atomic_folder
 from deltafl.opening import Opened, large_deltas, open_updates
 from deltafl.preflight import MergeSpec, Plan
 from deltafl.version import __version__
+from deltafl.weights import first_match
 from deltafl.writing import copy_companions, plan_shards, write_tensors
 
 
-def step_scale(spec: MergeSpec, weights: Weights) -> float | Callable[[str], float]:
-    """What multiplies the mean-scale update: server_lr, by default 1, or lambda's equivalent."""
+def step_scale(spec: MergeSpec, weights: Weights) -> Callable[[str], float]:
+    """What multiplies the mean-scale update of a tensor: server_lr, by default 1, or lambda's equivalent."""
     if spec.scaling_coef is not None:
-        return sum_scale(weights, spec.scaling_coef)
-    return 1.0 if spec.server_lr is None else spec.server_lr
+        return sum_scale(weights, spec.scaling_coef, spec.scale_patterns)
+    server_lr = 1.0 if spec.server_lr is None else spec.server_lr
+    return functools.cache(lambda name: first_match(name, spec.scale_patterns, server_lr))
 
 
 def run_merge(
@@ -94,6 +97,7 @@ def describe(plan: Plan, opened: Opened, aggregate: Aggregate, warnings: Sequenc
         "params": dict(spec.params),
         "server_lr": server_lr,
         "scaling_coef": server_lr / total if total else spec.scaling_coef,
+        "scale_patterns": [list(pair) for pair in spec.scale_patterns],
         "weights": list(opened.weights.default),
         "weight_patterns": [[pattern, list(row)] for pattern, row in opened.weights.patterns],
         "scope": spec.scope,

@@ -31,7 +31,8 @@ class MergeSpec:
     """Everything that decides a merge. Give `server_lr` or `scaling_coef`; with neither, server_lr is 1 (the mean).
 
     weights: one number for each model, None: equal; weight_patterns: (glob on tensor names, numbers), first match
-    wins. dtype: safetensors' spelling of the output's, None: the base's. exact: float64 and one correct rounding.
+    wins; scale_patterns: (glob, number) that goes before server_lr or scaling_coef. dtype: safetensors' spelling of
+    the output's, None: the base's. exact: float64 and one correct rounding.
     """
 
     base: str
@@ -42,6 +43,7 @@ class MergeSpec:
     scaling_coef: float | None = None
     weights: tuple[float, ...] | None = None
     weight_patterns: tuple[tuple[str, tuple[float, ...]], ...] = ()
+    scale_patterns: tuple[tuple[str, float], ...] = ()
     scope: str = ""
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -90,12 +92,13 @@ def plan_merge(spec: MergeSpec) -> Plan:
     rule = attempt(lambda: build_rule(spec.method, spec.params))
     base = attempt(lambda: layouts.read_layout(spec.base))
     found = {m.name: attempt(lambda m=m: layouts.read_layout(m.ref)) for m in spec.models}
-    entries = {label: attempt(lambda x=x: _entries(x)) for label, x in {"": base, **found}.items() if x}
+    entries = {label: attempt(lambda x=x: entries_in(x)) for label, x in {"": base, **found}.items() if x}
     if not spec.models:
         problems.append("no models to merge; name them with --models")
     if spec.server_lr is not None and spec.scaling_coef is not None:
         problems.append("--server-lr and --scaling-coef are two ways to say one thing; give one of them")
-    for option, scale in (("--server-lr", spec.server_lr), ("--scaling-coef", spec.scaling_coef)):
+    scales = [("--server-lr", spec.server_lr), ("--scaling-coef", spec.scaling_coef)]
+    for option, scale in [*scales, *((f'scale of "{pattern}"', x) for pattern, x in spec.scale_patterns)]:
         if scale is not None and not math.isfinite(scale):
             problems.append(f"{option}: {scale} is not a finite number")
     sources, notes = [], []
@@ -120,8 +123,9 @@ def plan_merge(spec: MergeSpec) -> Plan:
     )
     problems += alignment.problems
     problems += [
-        f'weights of "{pattern}": the pattern matches no merged tensor'
-        for pattern, _ in spec.weight_patterns
+        f'{what} of "{pattern}": the pattern matches no merged tensor'
+        for what, patterns in (("weights", spec.weight_patterns), ("scale", spec.scale_patterns))
+        for pattern, _ in patterns
         if alignment.merged and not any(fnmatchcase(name, pattern) for name in alignment.merged)
     ]
     if problems:
@@ -162,7 +166,8 @@ def _plan(
     )
 
 
-def _entries(layout: Layout) -> Mapping[str, Any]:
+def entries_in(layout: Layout) -> Mapping[str, Any]:
+    """Name -> entry of every tensor; a torch state dict is opened for it."""
     if not layout.pickled:
         return layout.entries
     from deltafl.checkpoint import entries_of, open_tensors

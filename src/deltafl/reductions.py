@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from deltafl.streaming import OnElements, Piece, chunks, ignore, in_order, length
+from deltafl.weights import PerModel, numbers_of
 
 BINS = 1 << 21
 """Bins of a histogram at most; only those that count something take memory."""
@@ -72,20 +73,21 @@ def gram_matrix(rows: BlockRows, threads: int = 1, on_elements: OnElements = ign
 
 
 def magnitude_thresholds(
-    rows: BlockRows, density: float, per_tensor: bool, threads: int = 1, on_elements: OnElements = ignore
+    rows: BlockRows, density: PerModel, per_tensor: bool, threads: int = 1, on_elements: OnElements = ignore
 ) -> tuple[dict[str, list[float]], list[float]]:
-    """The magnitude of the k-th largest element, k = round(density * size), exactly, in bounded memory.
+    """The magnitude of the k-th largest element, k = int(density * size), at least 1, exactly, in bounded memory.
 
     Returns tensor -> n thresholds, and the fraction of each delta that is >= its threshold: values equal to it are
-    all kept, so that can be more than `density`. Magnitudes are compared as float32. k = 0: threshold infinite.
+    all kept, so that can be more than `density`. Magnitudes are compared as float32. Density 0: threshold infinite.
     """
     sizes = sizes_of(rows)
-    groups = [[s] for s in sizes] if per_tensor else [sizes]
+    groups = [[s] for s in sizes] if per_tensor or not sizes else [sizes]
     thresholds: dict[str, list[float]] = {name: [] for name, _ in sizes}
     kept = [0] * len(rows.updates)
     for group in groups:
-        k = round(density * sum(size for _, size in group))
-        for i, (value, count) in enumerate(kth_magnitudes(rows, group, k, threads, on_elements)):
+        size = sum(size for _, size in group)
+        ks = [max(1, int(d * size)) if d > 0 else 0 for d in numbers_of(density, group[0][0], len(kept))]
+        for i, (value, count) in enumerate(kth_magnitudes(rows, group, ks, threads, on_elements)):
             kept[i] += count
             for name, _ in group:
                 thresholds[name].append(value)
@@ -94,21 +96,28 @@ def magnitude_thresholds(
 
 
 def kth_magnitudes(
-    rows: BlockRows, sizes: Sequence[tuple[str, int]], k: int, threads: int = 1, on_elements: OnElements = ignore
+    rows: BlockRows,
+    sizes: Sequence[tuple[str, int]],
+    ks: Sequence[int],
+    threads: int = 1,
+    on_elements: OnElements = ignore,
 ) -> list[tuple[float, int]]:
-    """(k-th largest magnitude over these tensors, number of elements >= it) of each delta.
+    """(k-th largest magnitude over these tensors, number of elements >= it) of each delta, each with a k of its own.
 
     The bits of a non-negative float32, read as an integer, have its order. Each pass counts what lies above a range
     of bit patterns and takes a histogram inside it; the range comes from a sample first, and shrinks until one bin is
     one value. Almost always one pass, over all deltas at once.
     """
     n, numel, groups = len(rows.updates), sum(size for _, size in sizes), list(chunks(sizes))
-    if k <= 0 or numel <= AT_ONCE:
+    found = dict.fromkeys((i for i, k in enumerate(ks) if k <= 0 or not numel), (math.inf, 0))
+    left = [i for i in range(n) if i not in found]
+    if not left or numel <= AT_ONCE:
         on_elements(n * numel)
-        return [_select(rows, i, groups, numel - k + 1) if k > 0 else (math.inf, 0) for i in range(n)]
-    searches = [Search(*sampled_range(rows, i, groups, k / numel)) for i in range(n)]
+        found |= {i: _select(rows, i, groups, numel - ks[i] + 1) for i in left}
+        return [found[i] for i in range(n)]
+    searches = {i: Search(*sampled_range(rows, i, groups, ks[i] / numel)) for i in left}
     told = on_elements
-    while pending := [(i, s) for i, s in enumerate(searches) if s.found is None]:
+    while pending := [(i, s) for i, s in searches.items() if s.found is None]:
 
         def count(group: list[Piece], pending: list[tuple[int, Search]] = pending) -> None:
             for piece in group:
@@ -119,9 +128,10 @@ def kth_magnitudes(
         for group, _ in zip(groups, in_order(count, groups, threads), strict=True):
             told(n * length(group))
         told = ignore
-        for _, search in pending:
-            search.narrow(k)
-    return [s.found for s in searches if s.found]
+        for i, search in pending:
+            search.narrow(ks[i])
+    found |= {i: s.found for i, s in searches.items() if s.found}
+    return [found[i] for i in range(n)]
 
 
 def _select(rows: BlockRows, i: int, groups: Sequence[list[Piece]], place: int) -> tuple[float, int]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, runtime_checkabl
 
 from deltafl.errors import DeltaflError, did_you_mean
 from deltafl.registry import Registry
+from deltafl.weights import PerModel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,12 +61,13 @@ class Stats:
 class Transform(Protocol):
     """A per-delta, block-wise change before anything is reduced or combined (trimming, random dropping).
 
-    `density`: kept fraction whose magnitude threshold the engine finds exactly, or None if no threshold is needed.
+    `density`: kept fraction whose magnitude threshold the engine finds exactly, or None if no threshold is needed;
+    by tensor only if `per_tensor`.
     `per_tensor`: one threshold for each tensor instead of one for the whole delta.
     """
 
     @property
-    def density(self) -> float | None: ...
+    def density(self) -> PerModel | None: ...
 
     @property
     def per_tensor(self) -> bool: ...
@@ -130,9 +132,11 @@ def check_rule(rule: Rule, sources: Sequence[Source]) -> None:
     """Raise DeltaflError if the rule cannot work with these sources."""
     if not sources:
         raise DeltaflError("no models to merge")
-    core = core_of(rule)
-    if isinstance(core, Checked):
-        core.check(sources)
+    part: Any = rule
+    while part is not None:
+        if isinstance(part, Checked):
+            part.check(sources)
+        part = getattr(part, "inner", None)
 
 
 RULES: Registry[Any] = Registry("method")
@@ -183,6 +187,15 @@ def build_rule(name: str, params: Mapping[str, Any]) -> Rule:
 
 
 NO_TRANSFORMS: tuple[Transform, ...] = ()
+
+
+def all_in_range(rule: str, name: str, value: PerModel, low: float, high: float) -> None:
+    """`in_range` of every number; raise DeltaflError too unless the last of the patterns is "*"."""
+    if isinstance(value, Mapping) and list(value)[-1:] != ["*"]:
+        raise DeltaflError(f'{rule}: {name} by tensor needs "*" as its last pattern, for all the others')
+    for row in value.values() if isinstance(value, Mapping) else [[value]]:
+        for one in row:
+            in_range(rule, name, one, low, high)
 
 
 def in_range(rule: str, name: str, value: float, low: float, high: float, *, open_high: bool = False) -> None:

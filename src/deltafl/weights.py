@@ -1,11 +1,34 @@
-"""Per-model weights, for all tensors or by patterns on their names."""
+"""Per-model numbers, above all weights, for all tensors or by patterns on their names."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 from deltafl.errors import DeltaflError
+
+T = TypeVar("T")
+
+PerModel: TypeAlias = float | Mapping[str, Sequence[float]]
+"""One number for all models, or glob on tensor names -> one for each model: the first match counts, "*" is the last."""
+
+
+def first_match(name: str, patterns: Iterable[tuple[str, T]], default: T) -> T:
+    """The value of the first glob that matches `name`."""
+    return next((value for pattern, value in patterns if fnmatchcase(name, pattern)), default)
+
+
+def numbers_of(value: PerModel, name: str, n: int) -> tuple[float, ...]:
+    """The numbers (n,) of one tensor."""
+    return tuple(first_match(name, value.items(), ())) if isinstance(value, Mapping) else (value,) * n
+
+
+def check_per_model(what: str, value: PerModel, n: int) -> None:
+    """Raise DeltaflError unless every pattern has a number for each of n models."""
+    if isinstance(value, Mapping):
+        wrong = [f'{what} of "{k}": {len(row)} numbers for {n} models' for k, row in value.items() if len(row) != n]
+        if wrong:
+            raise DeltaflError(*wrong)
 
 
 @dataclass(frozen=True)
@@ -20,7 +43,7 @@ class Weights:
 
     def of(self, name: str) -> tuple[float, ...]:
         """The weights (n,) of one tensor."""
-        return next((w for pattern, w in self.patterns if fnmatchcase(name, pattern)), self.default)
+        return first_match(name, self.patterns, self.default)
 
     def total(self, name: str) -> float:
         """sum_i |w_i|: the factor between the sum convention (scaling_coef) and the mean one (server_lr)."""

@@ -74,3 +74,16 @@ def test_nan_and_inf_are_refused_even_where_they_are_dropped(value):
 def test_a_drop_rate_outside_0_to_1_is_refused(rate):
     with pytest.raises(DeltaflError, match="dare: drop_rate is"):
         Dare(rate)
+
+
+def test_a_drop_rate_for_each_model_and_tensor():
+    rates = {"a": [0.0, 0.5], "*": [0.75, 0.0]}
+    ones = [Update({"a": torch.ones(MANY), "b": torch.ones(MANY)}, Source(name)) for name in ("first", "second")]
+    for i, (a, b) in enumerate([(1.0, 0.25), (0.5, 1.0)]):
+        found = dict(Aggregate(Dare(rates), ones, [float(i == 0), float(i == 1)]))
+        for name, kept in (("a", a), ("b", b)):
+            assert set(found[name].unique().tolist()) == ({1.0} if kept == 1 else {0.0, 1 / kept})
+            share = float((found[name] > 0).double().mean())
+            assert abs(share - kept) <= 5 * np.sqrt(kept * (1 - kept) / MANY)
+    with pytest.raises(DeltaflError, match=r'dare: drop_rate of "a": 2 numbers for 1 models'):
+        Aggregate(Dare(rates, Ties()), ones[:1])

@@ -14,8 +14,8 @@ def bfloat16_rows(n: int, m: int = 300) -> np.ndarray:
 
 
 def trimmed(row: np.ndarray, density: float) -> np.ndarray:
-    """The k = round(density * size) largest magnitudes, by sorting; those equal to the last are kept."""
-    k = round(density * len(row))
+    """The k = int(density * size), at least 1, largest magnitudes, by sorting; those equal to the last are kept."""
+    k = max(1, int(density * len(row))) if density > 0 else 0
     if k == 0:
         return np.zeros_like(row)
     return np.where(np.abs(row) >= np.sort(np.abs(row))[::-1][k - 1], row, 0)
@@ -82,3 +82,38 @@ def test_a_density_outside_0_to_1_is_refused(density):
 def test_an_unknown_merge_is_refused():
     with pytest.raises(DeltaflError, match="mean or sum"):
         Ties(merge="max")  # type: ignore[arg-type]
+
+
+def test_a_density_for_each_model_and_tensor():
+    deltas = rows(3)
+    found = apply(Ties({"a": [0.5, 0.25, 1.0], "*": [0.1, 1.0, 0.0]}, per_tensor=True), deltas)
+    densities = [(0.5, 0.1), (0.25, 1.0), (1.0, 0.0)]
+    kept = [
+        np.concatenate([trimmed(row[:SPLIT], a), trimmed(row[SPLIT:], b)])
+        for row, (a, b) in zip(deltas, densities, strict=True)
+    ]
+    assert_close(found, expected(np.array(kept), 1.0))
+    whole = [trimmed(row, density) for row, density in zip(deltas, (0.5, 0.1, 0.0), strict=True)]
+    assert_close(apply(Ties({"*": [0.5, 0.1, 0.0]}), deltas), expected(np.array(whole), 1.0))
+
+
+def test_a_zero_sum_elects_plus_if_so_asked():
+    deltas = np.tile(np.array([[1.0], [-3.0], [2.0]]), 6)
+    assert not apply(Ties(1.0), deltas).any()
+    assert_close(apply(Ties(1.0, zero_sum="positive"), deltas), np.full(6, 1.5))
+    assert not apply(Ties(1.0, zero_sum="positive"), 0 * deltas).any()
+
+
+@pytest.mark.parametrize(
+    ("rule", "line"),
+    [
+        (lambda: Ties({"a": [1, 1]}), r'ties: density by tensor needs "\*" as its last pattern'),
+        (lambda: Ties({"a": [1, 1], "*": [1, 1]}), "ties: density by tensor needs per_tensor"),
+        (lambda: Ties({"*": [1, 2]}), "ties: density is 2"),
+        (lambda: apply(Ties({"*": [0.5, 0.5]}), rows(3)), r'ties: density of "\*": 2 numbers for 3 models'),
+        (lambda: Ties(zero_sum="negative"), 'ties: zero_sum is "negative"; it must be none or positive'),
+    ],
+)
+def test_densities_that_do_not_fit(rule, line):
+    with pytest.raises(DeltaflError, match=line):
+        rule()

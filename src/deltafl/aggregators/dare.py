@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from deltafl.aggregators.task_arithmetic import TaskArithmetic
 from deltafl.aggregators.ties import Ties
-from deltafl.rules import RULES, Rule, Traits, Transform, in_range
+from deltafl.rules import RULES, Rule, Source, Traits, Transform, all_in_range
+from deltafl.weights import PerModel, check_per_model, numbers_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,13 +20,13 @@ LEVELS = 1 << 16
 
 @dataclass(frozen=True)
 class Drop:
-    """Zero each coordinate with probability p and scale the rest by 1 / (1 - p).
+    """Zero each coordinate with probability p (its model's, and tensor's) and scale the rest by 1 / (1 - p).
 
     The draws are keyed by (seed, model, tensor, block) and have 16 bits: p is rounded to a multiple of 2^-16, and the
     scale is that of the rounded p, so the expectation is exact. NaN and Inf are not dropped: they are to be refused.
     """
 
-    drop_rate: float
+    drop_rate: PerModel
     seed: int
 
     density = None
@@ -37,7 +38,7 @@ class Drop:
 
         key = hashlib.blake2b(f"{self.seed}/{model}/{start}/{name}".encode(), digest_size=16).digest()
         draws = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
-        cut = round(self.drop_rate * LEVELS)
+        cut = round(numbers_of(self.drop_rate, name, model + 1)[model] * LEVELS)
         kept = torch.from_numpy(draws.integers(0, LEVELS, len(block), dtype=np.uint16) >= cut)
         return block.mul_(kept.to(block).mul_(LEVELS / (LEVELS - cut)))
 
@@ -47,12 +48,12 @@ class Drop:
 class Dare:
     """R = inner rule of the dropped and rescaled deltas; the inner rule's reductions see those too."""
 
-    drop_rate: float
+    drop_rate: PerModel
     inner: Rule = field(default_factory=TaskArithmetic)
     seed: int = 0
 
     def __post_init__(self) -> None:
-        in_range("dare", "drop_rate", self.drop_rate, 0, 1 - 1 / LEVELS)
+        all_in_range("dare", "drop_rate", self.drop_rate, 0, 1 - 1 / LEVELS)
 
     @property
     def traits(self) -> Traits:
@@ -66,3 +67,6 @@ class Dare:
     @classmethod
     def examples(cls) -> Iterable[Dare]:
         return (cls(0.5), cls(0.9, Ties(0.5)))
+
+    def check(self, sources: Sequence[Source]) -> None:
+        check_per_model("dare: drop_rate", self.drop_rate, len(sources))

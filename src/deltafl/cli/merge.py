@@ -54,7 +54,7 @@ def merge(recipe: str | None, dry_run: bool, quiet: bool, **options: Any) -> Non
 
     \b
     deltafl merge --base B --models M1 M2 --method fedgma --rho 0.6 --scaling-coef 0.3 --out DIR
-    deltafl merge RECIPE.yaml
+    deltafl merge RECIPE.yaml              ours, or mergekit's
     """
     held = read_recipe(recipe, options)
     out, overwrite = held.out, held.overwrite
@@ -80,13 +80,19 @@ def merge(recipe: str | None, dry_run: bool, quiet: bool, **options: Any) -> Non
 
 
 def read_recipe(recipe: str | None, options: dict[str, Any]) -> Any:
-    """The recipe file with the options on top, checked as one."""
+    """The recipe file, ours or mergekit's, with the options on top, checked as one."""
     from deltafl.config import MergeRecipe, load_yaml, parse
 
     held = load_yaml(recipe) if recipe else {}
+    if "merge_method" in held:
+        from deltafl.mergekit import translate
+
+        held, notes = translate(held)
+        for note in notes:
+            click.echo(f"note: {note}", err=True)
     given = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items() if v not in (None, ())}
     if given.keys() & SCALES:
-        held = {k: v for k, v in held.items() if k not in SCALES}
+        held = {k: v for k, v in held.items() if k not in (*SCALES, "scale_patterns")}
     held |= given
     if "base" not in held or "models" not in held:
         raise DeltaflError("name the base with --base and the fine-tuned models with --models, or give a recipe")
