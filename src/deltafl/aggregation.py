@@ -5,7 +5,6 @@ scaled aggregate is another. Whoever consumes it (a file writer, a dict, the fed
 streaming, in-memory and federated results are the same bits by construction.
 """
 
-import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from deltafl.reductions import gram_matrix, magnitude_thresholds
 from deltafl.rules import LinearRule, Rule, Source, Stats, Transform, check_rule, core_of
 from deltafl.streaming import OnElements, ignore
 from deltafl.tensors import Tensors, block_of, blocks, device_of, dtype_of, read_into, round_once, shape_of
-from deltafl.weights import Weights, WeightsLike, as_weights, first_match, shares
+from deltafl.weights import Weights, WeightsLike, as_weights, shares
 
 
 @dataclass(frozen=True)
@@ -279,14 +278,9 @@ class Stepped(Mapping[str, Tensor]):
         return rounded
 
 
-def sum_scale(
-    weights: Weights, scaling_coef: float, patterns: Sequence[tuple[str, float]] = ()
-) -> Callable[[str], float]:
-    """The scale that turns lambda, which multiplies sum_i w_i delta_i, into server_lr: lambda * sum_i |w_i|.
-
-    patterns: (glob on the tensor name, lambda); the first match goes before `scaling_coef`.
-    """
-    return functools.cache(lambda name: first_match(name, patterns, scaling_coef) * weights.total(name))
+def sum_scale(weights: Weights, scaling_coef: float) -> Callable[[str], float]:
+    """The scale that turns lambda, which multiplies sum_i w_i delta_i, into server_lr: lambda * sum_i |w_i|."""
+    return lambda name: scaling_coef * weights.total(name)
 
 
 def aggregate(rule: Rule, updates: Sequence[Update], weights: WeightsLike = None) -> Iterator[tuple[str, Tensor]]:

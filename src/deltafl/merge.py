@@ -24,10 +24,13 @@ from deltafl.writing import copy_companions, plan_shards, write_tensors
 
 def step_scale(spec: MergeSpec, weights: Weights) -> Callable[[str], float]:
     """What multiplies the mean-scale update of a tensor: server_lr, by default 1, or lambda's equivalent."""
-    if spec.scaling_coef is not None:
-        return sum_scale(weights, spec.scaling_coef, spec.scale_patterns)
-    server_lr = 1.0 if spec.server_lr is None else spec.server_lr
-    return functools.cache(lambda name: first_match(name, spec.scale_patterns, server_lr))
+    given = spec.server_lr if spec.scaling_coef is None else spec.scaling_coef
+
+    def scale(name: str) -> float:
+        number = first_match(name, spec.scale_patterns, 1.0 if given is None else given)
+        return number if spec.scaling_coef is None else sum_scale(weights, number)(name)
+
+    return functools.cache(scale)
 
 
 def run_merge(

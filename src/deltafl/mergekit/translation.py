@@ -18,7 +18,6 @@ from deltafl.layout import read_layout
 from deltafl.mergekit.format import METHODS, Mergekit, OfAll, OfModel, scopes_of
 from deltafl.preflight import entries_in
 
-Row: TypeAlias = tuple[float, ...]
 Layers: TypeAlias = Mapping[str, tuple[int, int]]
 """Tensor -> (its layer, the number of layers)."""
 
@@ -58,8 +57,8 @@ def interpolated(values: Sequence[float], t: float) -> float:
 class Values:
     """What holds for one tensor: a weight and a density for each model beside the base, lambda, and normalize."""
 
-    weights: Row
-    densities: Row
+    weights: tuple[float, ...]
+    densities: tuple[float, ...]
     scale: float
     normalize: bool
 
@@ -228,11 +227,10 @@ def patterns_of(table: Mapping[str, Any], layers: Layers) -> tuple[Any, dict[str
         groups.setdefault(match[0] if match else name, {})[name] = value
     found = {}
     for group, held in groups.items():
-        values = list(held.values())
-        whole = group not in held and all(value == values[0] for value in values)
-        for name, value in [(group, values[0])] if whole else held.items():
-            if value != default:
-                found[glob.escape(name) + "*" * whole] = value
+        first = next(iter(held.values()))
+        whole = group not in held and all(value == first for value in held.values())
+        named = {glob.escape(group) + "*": first} if whole else {glob.escape(n): value for n, value in held.items()}
+        found |= {pattern: value for pattern, value in named.items() if value != default}
     return default, found
 
 
