@@ -5,14 +5,15 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from deltafl.errors import DeltaflError
 
 
-def write_atomically(path: str | Path, data: bytes) -> Path:
-    """Write `data` to `path` so that a reader, or a later run, finds the old file or the new one and never a part.
+def write_atomically(path: str | Path, data: bytes | Sequence[bytes | memoryview]) -> Path:
+    """Write `data`, or its parts one after the other, to `path` so that a reader, or a later run, finds the old file or
+    the new one and never a piece of it.
 
     The bytes go to a temporary name in the same folder, are synced, and take the final name; the folder is synced
     too, so that the name survives a power cut. Missing parent folders are made. Returns the path.
@@ -25,7 +26,7 @@ def write_atomically(path: str | Path, data: bytes) -> Path:
     temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
     try:
         with temporary.open("xb") as file:
-            file.write(data)
+            file.writelines([data] if isinstance(data, bytes) else data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from deltafl.errors import DeltaflError
 from deltafl.federated import FederatedRecipe, federate
 from deltafl.federated import run as federated_run
+from deltafl.federated import state as federated_state
 from deltafl.federated.controls import Controls
 from deltafl.federated.server import ServerState
 from deltafl.federated.state import StateWriter, decode, encode
@@ -39,7 +41,7 @@ def run(name: str, out: Path, **options) -> None:
     federate(normed(), tiny_task(), RECIPES[name], out, device="cpu", **options)
 
 
-def killed_at(event: int, name: str, out: Path) -> int:
+def killed_at(event: int, name: str, out: Path, workers: int) -> int:
     """Run, or resume, in a child that kills itself at its event-th touch of the disk; the child's exit status."""
     child = os.fork()
     if child:
@@ -59,7 +61,8 @@ def killed_at(event: int, name: str, out: Path) -> int:
         for function in ("fsync", "replace", "rename", "truncate", "unlink", "mkdir"):
             setattr(os, function, counting(getattr(os, function)))
         Path.open = counting(Path.open)  # type: ignore[method-assign]
-        run(name, out, resume=True)
+        federated_state.PAUSE = 0
+        run(name, out, resume=True, workers=workers)
         os._exit(0)
     except BaseException as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
@@ -76,10 +79,10 @@ def kill_again_and_again(folder: Path) -> None:
         for turn in range(TURNS):
             out = folder / f"{name} {turn}"
             for _ in range(5):
-                status = killed_at(draw.randint(1, EVENTS), name, out)
+                status = killed_at(draw.randint(1, EVENTS), name, out, workers=1 + turn)
                 kills += os.WIFSIGNALED(status)
                 assert os.WIFSIGNALED(status) or status == 0, (name, turn, status)
-            assert killed_at(10**9, name, out) == 0
+            assert killed_at(10**9, name, out, workers=1) == 0
     print(kills)
 
 
@@ -158,7 +161,7 @@ def test_a_torn_state_is_one_clear_line(damage: str, tmp_path: Path) -> None:
             "empty": b"",
             "garbage": b"\xff" * len(data),
             "no numbers": data.replace(b'\\"best_round\\"', b'\\"worst_roun\\"'),
-            "other": encode(state, {}),
+            "other": b"".join(encode(state, {})),
         }[damage]
     )
     assert file.read_bytes() != data
@@ -246,7 +249,7 @@ def full_state() -> ServerState:
 def test_a_state_comes_back_bit_for_bit(best_round: int, tmp_path: Path) -> None:
     state = replace(full_state(), best_round=best_round)
     state = replace(state, best=state.params) if best_round == 5 else state
-    (tmp_path / "state").write_bytes(encode(state, {"weight": torch.ones(2, 3)}))
+    (tmp_path / "state").write_bytes(b"".join(encode(state, {"weight": torch.ones(2, 3)})))
     empty = {n: torch.zeros_like(t) for n, t in state.params.items()}
     found, head = decode(tmp_path / "state", ServerState(0, empty, control=torch.zeros(10)))
     for part in ("params", "m", "v", "best"):
@@ -266,6 +269,31 @@ def test_the_record_is_on_the_disk_before_the_state_that_counts_on_it(tmp_path: 
     writer.finish()
     assert seen == [False]
     assert file.exists()
+
+
+def test_states_are_written_in_a_fiftieth_of_the_time_and_the_first_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(federated_state.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(federated_state, "write_atomically", lambda path, data: now.__setitem__(0, now[0] + 2))
+    writer = StateWriter(tmp_path / "state.safetensors", {}, Controls(tmp_path))
+    assert writer.offer(full_state())
+    writer.finish()
+    for passed, writes in ((0, False), (99, False), (1, True)):
+        now[0] += passed
+        assert writer.offer(full_state()) == writes
+        writer.finish()
+
+
+def test_the_file_of_a_state_has_every_tensor_where_its_header_says(tmp_path: Path) -> None:
+    kinds = (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool)
+    params = {str(kind): torch.arange(15).reshape(3, 5).T.to(kind) for kind in kinds} | {"scalar": torch.tensor(2.5)}
+    file = tmp_path / "state.safetensors"
+    file.write_bytes(b"".join(encode(ServerState(4, params), {"empty": torch.empty(0, 3)})))
+    held = load_file(file)
+    assert held.pop("head/empty").shape == (0, 3)
+    assert_same(held, {f"params/{n}": t for n, t in params.items()})
 
 
 def test_a_state_that_cannot_be_written_ends_the_run(tmp_path: Path) -> None:

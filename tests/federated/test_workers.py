@@ -291,6 +291,22 @@ def test_processes_see_what_the_parent_writes_before_each_round() -> None:
         workers.close()
 
 
+def test_a_run_does_not_wait_for_the_compiler() -> None:
+    """Making an optimiser of torch imports it, which takes as long as many rounds."""
+    code = (
+        "import sys, tempfile, pathlib\n"
+        "from federated.worlds import *\n"
+        "from deltafl.federated import run_round\n"
+        "with tempfile.TemporaryDirectory() as folder:\n"
+        "    begun = begin(pathlib.Path(folder), RECIPE)\n"
+        "    run_round(begun.state, begun.world)\n"
+        "print(sorted({'torch._dynamo', 'torch._inductor'} & sys.modules.keys()))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
+
+
 def test_the_command_line_takes_workers(tmp_path: Path) -> None:
     arguments = ["--model", "vit:hidden=16,layers=1,heads=2,patch=4,image_size=8,channels=1", "--data", "digits"]
     done = cli("federate", *arguments, "--limit", "40", "--workers", "0", "--out", tmp_path / "none")

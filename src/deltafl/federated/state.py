@@ -2,15 +2,17 @@
 
 import json
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
+from deltafl.checkpoint import NAMES as DTYPE_NAMES
 from deltafl.errors import DeltaflError
 from deltafl.federated.controls import Controls
 from deltafl.federated.server import ServerState
@@ -20,18 +22,32 @@ PARTS = ("params", "m", "v", "best")
 NUMBERS = ("round", "control_rounds", "best_round", "best_accuracy", "waited")
 
 
-def encode(state: ServerState, head: Mapping[str, Tensor]) -> bytes:
-    """A safetensors file: `PART/NAME` for each tensor, the numbers as JSON in its metadata.
+PAUSE = 50
+"""A state is not begun before so many times as long as the last one took, so that writing takes 2 % of the time."""
 
-    `head`: the tensors of a frozen head; a trained one is among the parameters.
+
+def encode(state: ServerState, head: Mapping[str, Tensor]) -> list[bytes | memoryview]:
+    """The parts of a safetensors file: `PART/NAME` for each tensor, the numbers as JSON in its metadata.
+
+    `head`: the tensors of a frozen head; a trained one is among the parameters. On the CPU no tensor is copied.
     """
     parts = [part for part in PARTS if part != "best" or state.best_round != state.round]
-    tensors = {f"{part}/{n}": t for part in parts for n, t in getattr(state, part).items()}
-    tensors |= {f"head/{n}": t for n, t in head.items()}
+    held = {f"{part}/{n}": t for part in parts for n, t in getattr(state, part).items()}
+    held |= {f"head/{n}": t for n, t in head.items()}
     if state.control is not None:
-        tensors["control"] = state.control
+        held["control"] = state.control
     numbers = {name: getattr(state, name) for name in NUMBERS}
-    return save({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, {"state": json.dumps(numbers)})
+    header: dict[str, Any] = {"__metadata__": {"state": json.dumps(numbers)}}
+    data: list[bytes | memoryview] = []
+    stop = 0
+    for name, tensor in sorted(held.items(), key=lambda item: -item[1].element_size()):
+        flat = tensor.detach().cpu().reshape(-1).view(torch.uint8)
+        start, stop = stop, stop + len(flat)
+        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, stop]}
+        data.append(memoryview(flat.numpy()))  # type: ignore[arg-type]
+    raw = json.dumps(header).encode()
+    raw += b" " * (-len(raw) % 8)
+    return [len(raw).to_bytes(8, "little") + raw, *data]
 
 
 def decode(path: Path, like: ServerState) -> tuple[ServerState, dict[str, Tensor]]:
@@ -71,8 +87,9 @@ def decode(path: Path, like: ServerState) -> tuple[ServerState, dict[str, Tensor
 class StateWriter:
     """Writes states in the background. A state is immutable, so nothing is copied and rounds go on meanwhile.
 
-    While one is being written the next ones are not: a resumed run repeats those rounds, to the same bits. `before` is
-    called first, in the background too: what the state counts on must be on the disk earlier.
+    While one is being written, and `PAUSE` times as long after it, the next ones are not: a resumed run repeats those
+    rounds, to the same bits. `before` is called first, in the background too: what the state counts on must be on the
+    disk earlier.
     """
 
     def __init__(
@@ -81,10 +98,11 @@ class StateWriter:
         self.path, self.head, self.controls, self.before = path, head, controls, before
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._next = 0.0
 
     def offer(self, state: ServerState) -> bool:
-        """Start to write `state` unless another one is being written; whether it did."""
-        if self._thread is not None and self._thread.is_alive():
+        """Start to write `state` unless it is too soon after another one; whether it did."""
+        if time.monotonic() < self._next or (self._thread is not None and self._thread.is_alive()):
             return False
         self.finish()
         self._thread = threading.Thread(target=self._write, args=(state,))
@@ -99,9 +117,12 @@ class StateWriter:
             raise self._error
 
     def _write(self, state: ServerState) -> None:
+        started = time.monotonic()
         try:
             self.before()
             write_atomically(self.path, encode(state, self.head))
             self.controls.prune(state.control_rounds)
+            done = time.monotonic()
+            self._next = done + PAUSE * (done - started)
         except BaseException as error:
             self._error = error

@@ -59,6 +59,11 @@ class SparseSGDM(torch.optim.Optimizer):
         }
         super().__init__([model.flat, *extra], defaults)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's, without the wrapper around it that imports the compiler, which takes seconds."""
+        add = torch.optim.Optimizer.add_param_group
+        getattr(add, "__wrapped__", add)(self, param_group)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step; parameters without a gradient are left alone."""
