@@ -11,7 +11,8 @@ import subprocess
 import sys
 import time
 import venv
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -21,12 +22,13 @@ import torch
 from measure import machine, run
 from mlp import Mlp, Setting, bare_round, make_data, make_head, shards, shuffled
 from ours_run import NAMES, recipe_of
+from turns import in_turns, ratios, spread
 
 from deltafl.datasets.task import Split
 from deltafl.federated import LocalTraining, ServerState, run_round
 from deltafl.federated.client import moving
 from deltafl.federated.controls import Controls
-from deltafl.federated.rounds import World
+from deltafl.federated.rounds import World, in_workers
 from deltafl.federated.stacked import StackedTraining
 from deltafl.federated.state import StateWriter
 from deltafl.models import load_encoder
@@ -37,6 +39,7 @@ from deltafl.training import batch_ids
 HERE = Path(__file__).parent
 WORK = HERE / "work"
 PEER = ("flwr[simulation]", "torch==2.13.0")
+CORES = os.cpu_count() or 1
 LARGE = 6000
 """Width of the network of about five million parameters."""
 
@@ -49,29 +52,12 @@ def install_peer() -> None:
         subprocess.run([folder / "bin" / "pip", "install", "--quiet", *PEER], check=True)
 
 
-def seconds(function: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    function()
-    return time.perf_counter() - started
-
-
-def in_turns(contenders: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every contender in every turn; each turn starts with another; two turns beforehand do not count."""
-    names = list(contenders)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(-2, repeats):
-        for i in range(len(names)):
-            name = names[(turn + i) % len(names)]
-            took = seconds(contenders[name])
-            if turn >= 0:
-                times[name].append(took)
-    return times
-
-
 class Rounds:
-    """Rounds by deltafl that all start from the same state."""
+    """Rounds by deltafl that all start from the same state; `stack` ends the workers."""
 
-    def __init__(self, setting: Setting, engine: str = "sequential", width: int = 32) -> None:
+    def __init__(
+        self, setting: Setting, stack: ExitStack, *, engine: str = "sequential", width: int = 32, workers: int = 1
+    ) -> None:
         recipe = recipe_of(setting, engine=engine)
         model = FlatModel(load_encoder("mlp:Mlp", {"width": width}))
         head = LinearHead(*make_head(), NAMES)
@@ -80,7 +66,8 @@ class Rounds:
         split = Split(*make_data(setting.clients * setting.examples))
         controls = Controls(WORK / "controls")
         self.state = ServerState(0, params)
-        self.world = World(recipe, split, tuple(shards(setting)), client, None, frozenset(params), controls)
+        world = World(recipe, split, tuple(shards(setting)), client, None, frozenset(params), controls)
+        self.world = stack.enter_context(in_workers(world, self.state, workers))
 
     def __call__(self) -> ServerState:
         return run_round(self.state, self.world)[0]
@@ -101,24 +88,30 @@ class Bare:
         return bare_round(self.net, self.server, self.head, self.images, self.labels, batches, self.setting)
 
 
-def check_same(ours: Rounds, stacked: Rounds, bare: Bare, setting: Setting) -> None:
-    """All three compute the same model when they are given the same batches."""
-    size, seed = setting.batch, ours.world.recipe.seed
+def check_same(ours: Sequence[Rounds], bare: Bare, setting: Setting) -> None:
+    """All compute the same model as the bare loop when that is given the same batches."""
+    size, seed = setting.batch, ours[0].world.recipe.seed
     batches = [
         iter([rows[batch_ids(len(rows), size, seed, s, f"round 1 client {k}")] for s in range(setting.steps)])
         for k, rows in enumerate(shards(setting))
     ]
     expected = bare.on(batches)
-    for rounds in (ours, stacked):
+    for rounds in ours:
         for name, value in rounds().params.items():
             torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-5)
 
 
 def measure_rounds(setting: Setting, repeats: int) -> dict[str, list[float]]:
-    """Part (a) and (c)."""
-    contenders = {"bare loop": Bare(setting), "deltafl": Rounds(setting), "deltafl, vmap": Rounds(setting, "vmap")}
-    check_same(contenders["deltafl"], contenders["deltafl, vmap"], contenders["bare loop"], setting)
-    return in_turns(contenders, repeats)
+    """Part (a) and (c), and a round whose clients train in a process for each core."""
+    with ExitStack() as stack:
+        bare = Bare(setting)
+        ours = {
+            "deltafl": Rounds(setting, stack),
+            "deltafl, vmap": Rounds(setting, stack, engine="vmap"),
+            f"deltafl, {CORES} workers": Rounds(setting, stack, workers=CORES),
+        }
+        check_same(list(ours.values()), bare, setting)
+        return in_turns({"bare loop": bare, **ours}, repeats)
 
 
 def measure_state(setting: Setting, repeats: int, block: int) -> dict[str, dict[str, list[float]]]:
@@ -127,8 +120,9 @@ def measure_state(setting: Setting, repeats: int, block: int) -> dict[str, dict[
     The wait for the last file, once in a run, does not count; the file of one block is never written during the next.
     """
     results = {}
-    for width, own in ((32, setting), (LARGE, Setting(steps=5))):
-        rounds = Rounds(own, width=width)
+    for width, own, workers in ((32, setting, 1), (LARGE, Setting(steps=5), 1), (LARGE, Setting(steps=5), CORES)):
+        stack = ExitStack()
+        rounds = Rounds(own, stack, width=width, workers=workers)
 
         def plain(rounds: Rounds = rounds) -> float:
             state = rounds.state
@@ -153,7 +147,9 @@ def measure_state(setting: Setting, repeats: int, block: int) -> dict[str, dict[
         for turn in range(repeats):
             for name in ("off", "on") if turn % 2 else ("on", "off"):
                 times[name].append(plain() if name == "off" else written())
-        results[f"{sum(t.numel() for t in rounds.state.params.values()):,} parameters"] = times
+        stack.close()
+        count = sum(t.numel() for t in rounds.state.params.values())
+        results[f"{count:,} parameters, workers: {workers}"] = times
     (WORK / "state.safetensors").unlink(missing_ok=True)
     return results
 
@@ -161,9 +157,14 @@ def measure_state(setting: Setting, repeats: int, block: int) -> dict[str, dict[
 def measure_runs(setting: Setting, repeats: int) -> dict[str, tuple[list[float], list[float]]]:
     """Part (b): name -> (wall seconds of whole processes, steady seconds of a round), in turns."""
     os.environ |= {"FEDERATED_SETTING": json.dumps(asdict(setting)), "PYTHONPATH": str(HERE)}
-    flower = [str(WORK / "flower" / "bin" / "python"), "flower_run.py", str(os.cpu_count())]
+    flower = [str(WORK / "flower" / "bin" / "python"), "flower_run.py", str(CORES)]
     own = [sys.executable, "ours_run.py", str(WORK / "run")]
-    commands = {"Flower": flower, "deltafl": [*own, "sequential"], "deltafl, vmap": [*own, "vmap"]}
+    commands = {
+        "Flower": flower,
+        f"deltafl, {CORES} workers": [*own, "sequential", str(CORES)],
+        "deltafl, one process": [*own, "sequential", "1"],
+        "deltafl, vmap": [*own, "vmap", "1"],
+    }
     results: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in commands}
     for turn in range(repeats):
         for name, command in commands.items():
@@ -178,22 +179,11 @@ def measure_runs(setting: Setting, repeats: int) -> dict[str, tuple[list[float],
     return results
 
 
-def ratios(times: Mapping[str, Sequence[float]], over: str, under: str) -> list[float]:
-    """over / under in each turn."""
-    return [a / b for a, b in zip(times[over], times[under], strict=True)]
-
-
-def spread(values: Sequence[float], digits: int = 3) -> str:
-    """Median and, in brackets, the quartiles."""
-    low, high = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.25, 0.75], dtype=torch.float64))
-    return f"{median(values):.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=40, help="turns of single rounds")
     parser.add_argument("--state-repeats", type=int, default=8, help="turns with and without the state file; 0: none")
-    parser.add_argument("--state-block", type=int, default=5, help="rounds of such a turn")
+    parser.add_argument("--state-block", type=int, default=10, help="rounds of such a turn")
     parser.add_argument("--flower-repeats", type=int, default=3, help="whole runs; 0: without Flower")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
     return parser.parse_args()
@@ -205,9 +195,8 @@ def main() -> int:
     WORK.mkdir(exist_ok=True)
     os.chdir(HERE)
     checks: list[tuple[str, float, float]] = []
-    lines = [
-        f"`{' '.join(['python benchmarks/federated.py', *sys.argv[1:]])}`, {date.today()}, {machine()}, one thread."
-    ]
+    command = " ".join(["python benchmarks/federated.py", *sys.argv[1:]])
+    lines = [f"`{command}`, {date.today()}, {machine()}, one thread a process."]
 
     times = measure_rounds(setting, options.repeats)
     lines += ["", "| one round | seconds | times the bare loop |", "|---|--:|--:|"]
@@ -232,10 +221,12 @@ def main() -> int:
             "|---|--:|--:|",
         ]
         lines += [f"| {name} | {spread(wall, 2)} | {spread(steady)} |" for name, (wall, steady) in runs.items()]
+        ours = f"deltafl, {CORES} workers"
         for i, (what, target) in enumerate((("wall time of 13 rounds", 4.0), ("steady round", 3.5))):
-            factor = median(runs["Flower"][i]) / median(runs["deltafl"][i])
+            factor = median(runs["Flower"][i]) / median(runs[ours][i])
             lines.append(
-                ("\n" if i == 0 else "") + f"- {what}: Flower takes {factor:.2f} times as long; target {target}."
+                ("\n" if i == 0 else "")
+                + f"- {what}: Flower takes {factor:.2f} times as long as {ours}; target {target}."
             )
             checks.append((f"{what}, deltafl / Flower", 1 / factor, 1 / target))
 

@@ -27,7 +27,8 @@ def recipe_of(setting: Setting, **changes: object) -> FederatedRecipe:
 
 
 def main() -> None:
-    setting, out, engine = Setting(**json.loads(os.environ["FEDERATED_SETTING"])), Path(sys.argv[1]), sys.argv[2]
+    setting = Setting(**json.loads(os.environ["FEDERATED_SETTING"]))
+    out, engine, workers = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     torch.set_num_threads(1)
     train = Split(*make_data(setting.clients * setting.examples))
     task = Task("noise", train, Split(*make_data(100, 1)), Split(*make_data(100, 2)), NAMES)
@@ -36,7 +37,7 @@ def main() -> None:
     recipe = recipe_of(setting, head=str(out / "head.safetensors"), engine=engine)
     ends: list[float] = []
     federate(
-        load_encoder("mlp:Mlp"), task, recipe, out / "run", device="cpu",
+        load_encoder("mlp:Mlp"), task, recipe, out / "run", device="cpu", workers=workers,
         on_round=lambda row, total: ends.append(time.perf_counter()),
     )  # fmt: skip
     ends = ends[1:]  # the first row is the start's
