@@ -73,19 +73,27 @@ class Checkpoint(Mapping[str, Tensor]):
     def read_into(self, name: str, start: int, stop: int, out: Tensor) -> None:
         """Write flat elements [start, stop) into `out`, in its dtype; each thread reads into one buffer of its own."""
         entry = self.layout.entries[name]
-        size = SIZES[entry.dtype] * (stop - start)
-        held = getattr(self._local, "buffer", None)
-        if held is None or len(held) < size:
-            held = self._local.buffer = torch.empty(size, dtype=torch.uint8)
-            self._local.view = memoryview(held.numpy())  # type: ignore[arg-type]
-        self._read(name, entry, start, self._local.view[:size])
-        out.copy_(held[:size].view(DTYPES[entry.dtype]))
+        wanted = (entry.dtype, stop - start)
+        if getattr(self._local, "held", None) != wanted:  # blocks are of one size, and cutting a view takes as long as
+            self._cut(*wanted)  # an operation
+        self._read(name, entry, start, self._local.view)
+        out.copy_(self._local.values)
+
+    def _cut(self, dtype: str, count: int) -> None:
+        """Make this thread's buffer one of `count` elements of `dtype`."""
+        size = SIZES[dtype] * count
+        buffer = getattr(self._local, "buffer", None)
+        if buffer is None or len(buffer) < size:
+            buffer = self._local.buffer = torch.empty(size, dtype=torch.uint8)
+        self._local.view = memoryview(buffer[:size].numpy())  # type: ignore[arg-type]
+        self._local.values = buffer[:size].view(DTYPES[dtype])
+        self._local.held = (dtype, count)
 
     def _read(self, name: str, entry: Entry, start: int, into: memoryview) -> None:
         """Fill `into` from element `start` on. Raises DeltaflError if the file is shorter than its header said."""
-        at = entry.start + start * SIZES[entry.dtype]
-        while len(into):
-            count = os.preadv(self._files[entry.file], [into], at)
+        at, handle = entry.start + start * SIZES[entry.dtype], self._files[entry.file]
+        while into.nbytes:
+            count = os.preadv(handle, [into], at)
             if not count:
                 raise DeltaflError(f'"{entry.file}": ended while tensor "{name}" was read; was it changed meanwhile?')
             into, at = into[count:], at + count
@@ -217,14 +225,15 @@ class Latest(Mapping[str, Tensor]):
     def block(self, name: str, start: int, stop: int) -> Tensor:
         """Flat elements [start, stop) in `dtype`; not to be overwritten."""
         key = (name, start, stop)
-        if getattr(self._local, "key", None) != key:
-            held = getattr(self._local, "block", None)
-            if held is None or len(held) != stop - start:
-                held = self._local.block = torch.empty(stop - start, dtype=self._dtype, device=self.device)
-            self._local.key = None  # while it is being filled
-            read_into(self._tensors, name, start, stop, held)
-            self._local.key = key
-        return self._local.block
+        local = self._local
+        if getattr(local, "key", None) != key:
+            if getattr(local, "count", None) != stop - start:
+                local.block = torch.empty(stop - start, dtype=self._dtype, device=self.device)
+                local.count = stop - start
+            local.key = None  # while it is being filled
+            read_into(self._tensors, name, start, stop, local.block)
+            local.key = key
+        return local.block
 
 
 class Difference(Mapping[str, Tensor]):
@@ -273,4 +282,5 @@ class Difference(Mapping[str, Tensor]):
             out.copy_(self.block(name, start, stop))
             return
         read_into(self.tuned, self._names[name], start, stop, out)
-        out.sub_(block_of(self._base, name, start, stop).to(out))
+        base = block_of(self._base, name, start, stop)
+        out.sub_(base if base.dtype == out.dtype and base.device == out.device else base.to(out))

@@ -62,10 +62,11 @@ def measure(rows: Rows, threads: int = 1, on_elements: Callable[[int], None] = l
             agreeing += (product + both) / 2
         return gram, moved, agreeing
 
+    processes = rows.device.type == "cpu"
     groups = list(chunks([(name, numel_of(rows.updates[0].delta, name)) for name in rows.names]))
     total: dict[str, Tensor] = {}
     moved, agreeing = torch.zeros(n, n, dtype=torch.float64), torch.zeros(n, n, dtype=torch.float64)
-    for group, (gram, more, same) in zip(groups, in_order(partial, groups, threads), strict=True):
+    for group, (gram, more, same) in zip(groups, in_order(partial, groups, threads, processes=processes), strict=True):
         for layer, part in gram.items():
             total[layer] = total[layer] + part if layer in total else part
         moved += more

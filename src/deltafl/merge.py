@@ -65,7 +65,14 @@ def run_merge(
         stepped = Stepped(opened.base, aggregate, scale, dtype=dtype, working=opened.working)
         shards = plan_shards(entries_of(opened.base), spec.dtype, spec.max_shard_size)
         n = len(opened.updates)
-        write_tensors(stepped, shards, folder, threads=plan.threads, on_elements=lambda count: on_elements(n * count))
+        write_tensors(
+            stepped,
+            shards,
+            folder,
+            threads=plan.threads,
+            processes=opened.working.device.type == "cpu",  # type: ignore[attr-defined]
+            on_elements=lambda count: on_elements(n * count),
+        )
         if any((plan.base.folder / mark).exists() for mark in ("config.json", "deltafl_model.json")):
             copy_companions(plan.base.folder, folder, spec.dtype)
         record = describe(plan, opened, aggregate, warnings)

@@ -1,9 +1,8 @@
 """Reductions over whole deltas in one streaming pass each: the Gram matrix, and exact magnitude thresholds."""
 
 import math
-import threading
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ class BlockRows(Protocol):
     """n deltas that are read block by block."""
 
     names: tuple[str, ...]
+    device: torch.device
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 
@@ -44,6 +44,11 @@ def sizes_of(rows: BlockRows) -> list[tuple[str, int]]:
     return [(name, math.prod(rows.shape(name))) for name in rows.names]
 
 
+def on_cpu(rows: BlockRows) -> bool:
+    """Whether forked processes can compute the blocks."""
+    return rows.device.type == "cpu"
+
+
 def gram_matrix(rows: BlockRows, threads: int = 1, on_elements: OnElements = ignore) -> Tensor:
     """G_ij = <delta_i, delta_j> over all tensors, (n, n) float64. Raises on NaN and Inf.
 
@@ -51,7 +56,7 @@ def gram_matrix(rows: BlockRows, threads: int = 1, on_elements: OnElements = ign
     memory and its file, does not matter.
     """
 
-    def products(group: list[Piece]) -> list[Tensor]:
+    def products(group: list[Piece]) -> "np.ndarray[Any, np.dtype[np.float64]]":
         found = []
         for name, start, stop in group:
             block = rows.block(name, start, stop).double()
@@ -59,15 +64,16 @@ def gram_matrix(rows: BlockRows, threads: int = 1, on_elements: OnElements = ign
             if not math.isfinite(part.sum()):
                 rows.refuse_nonfinite(name, start, stop)
             found.append(part)
-        return found
+        return torch.stack(found).numpy()
 
     n = len(rows.updates)
-    parts = [torch.zeros(n, n, dtype=torch.float64)]
+    parts = [np.zeros((1, n, n))]
     groups = list(chunks(sizes_of(rows)))
-    for group, found in zip(groups, in_order(products, groups, threads), strict=True):
-        parts += found
+    found = in_order(products, groups, threads, processes=on_cpu(rows))
+    for group, part in zip(groups, found, strict=True):
+        parts.append(part)
         on_elements(n * length(group))
-    sums = [math.fsum(pair) for pair in torch.stack(parts).reshape(-1, n * n).T.tolist()]
+    sums = [math.fsum(pair) for pair in np.concatenate(parts).reshape(-1, n * n).T.tolist()]
     gram = torch.tensor(sums, dtype=torch.float64).reshape(n, n)
     return (gram + gram.T) / 2
 
@@ -115,17 +121,23 @@ def kth_magnitudes(
         on_elements(n * numel)
         found |= {i: _select(rows, i, groups, numel - ks[i] + 1) for i in left}
         return [found[i] for i in range(n)]
-    searches = {i: Search(*sampled_range(rows, i, groups, ks[i] / numel)) for i in left}
+    processes = on_cpu(rows)
+    ranges = in_order(lambda i: sampled_range(rows, i, groups, ks[i] / numel), left, threads, processes=processes)
+    searches = {i: Search(*found) for i, found in zip(left, ranges, strict=True)}
     told = on_elements
     while pending := [(i, s) for i, s in searches.items() if s.found is None]:
 
-        def count(group: list[Piece], pending: list[tuple[int, Search]] = pending) -> None:
+        def count(group: list[Piece], pending: list[tuple[int, Search]] = pending) -> list[Counted]:
+            seen: list[list[Counted]] = [[] for _ in pending]
             for piece in group:
                 bits = magnitude_bits(rows.block(*piece)).cpu().numpy()
-                for i, search in pending:
-                    search.count(bits[i])
+                for (i, search), more in zip(pending, seen, strict=True):
+                    more.append(search.count(bits[i]))
+            return [(sum(above for above, _ in s), np.concatenate([bins for _, bins in s])) for s in seen]
 
-        for group, _ in zip(groups, in_order(count, groups, threads), strict=True):
+        for group, counted in zip(groups, in_order(count, groups, threads, processes=processes), strict=True):
+            for (_, search), more in zip(pending, counted, strict=True):
+                search.add(*more)
             told(n * length(group))
         told = ignore
         for i, search in pending:
@@ -141,15 +153,15 @@ def _select(rows: BlockRows, i: int, groups: Sequence[list[Piece]], place: int) 
     return float_of(int(value)), int((bits >= value).sum())
 
 
-class Search:
-    """The bit patterns [low, high) that are thought to hold one delta's k-th largest magnitude, and what was counted.
+Counted: TypeAlias = "tuple[int, np.ndarray[Any, np.dtype[np.uint32]]]"
+"""Elements above the range, and the bin of each element inside."""
 
-    Counts are integers: the order in which threads add theirs does not matter.
-    """
+
+class Search:
+    """The bit patterns [low, high) that are thought to hold one delta's k-th largest magnitude, and the counts."""
 
     def __init__(self, low: int, high: int) -> None:
         self.found: tuple[float, int] | None = None
-        self._lock = threading.Lock()
         self._begin(low, high)
 
     def _begin(self, low: int, high: int) -> None:
@@ -157,15 +169,17 @@ class Search:
         self._shift = max(0, (high - low - 1).bit_length() - (BINS.bit_length() - 1))
         self._bins = np.zeros(((high - low - 1) >> self._shift) + 1, dtype=np.int64)
 
-    def count(self, bits: "np.ndarray[Any, np.dtype[np.int32]]") -> None:
-        """Count a block; `bits` is overwritten."""
+    def count(self, bits: "np.ndarray[Any, np.dtype[np.int32]]") -> Counted:
+        """What a block adds; `bits` is overwritten."""
         above = int(np.count_nonzero(bits >= self._high))
         bits -= np.int32(self._low)
         offsets = bits.view(np.uint32)
-        inside = select(offsets, self._high - self._low)
-        with self._lock:
-            self._above += above
-            np.add.at(self._bins, (inside >> self._shift).astype(np.intp), 1)
+        return above, select(offsets, self._high - self._low) >> np.uint32(self._shift)
+
+    def add(self, above: int, bins: "np.ndarray[Any, np.dtype[np.uint32]]") -> None:
+        """Add what was counted."""
+        self._above += above
+        np.add.at(self._bins, bins.astype(np.intp), 1)
 
     def narrow(self, k: int) -> None:
         """After a pass: the result, or a smaller (if the guess was wrong, another) range for the next one."""

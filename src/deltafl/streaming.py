@@ -1,4 +1,4 @@
-"""The order in which tensors are visited, and the few threads that visit them."""
+"""The order in which tensors are visited, and the few threads or processes that visit them."""
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -6,12 +6,14 @@ from typing import TypeAlias, TypeVar
 
 import torch
 
+from deltafl.processes import can_fork, forked
 from deltafl.tensors import blocks
 
+G = TypeVar("G")
 T = TypeVar("T")
 
-CHUNK = 1 << 22
-"""Elements in one unit of work for a thread."""
+CHUNK = 1 << 21
+"""Elements in one unit of work for a thread or process."""
 
 Piece: TypeAlias = tuple[str, int, int]
 """Tensor, first flat element, last + 1."""
@@ -56,12 +58,23 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def in_order(work: Callable[[list[Piece]], T], groups: Sequence[list[Piece]], threads: int) -> Generator[T, None, None]:
+def in_order(
+    work: Callable[[G], T], groups: Sequence[G], threads: int, *, processes: bool = False
+) -> Generator[T, None, None]:
     """`work` of each group, in order, by a few threads that use one core each.
 
-    One core for each: torch then splits no operation, and the result does not depend on the number of threads. At
-    most two groups for each thread are ahead of the consumer, so results do not pile up.
+    One core for each: torch then splits no operation, and the result does not depend on the number of threads. Few
+    groups are ahead of the consumer, so results do not pile up.
+
+    processes: `work` changes nothing in memory, its results can be pickled, and it computes on the CPU. Forked
+    processes then take the place of the threads, which lose a third of their time to the interpreter's lock, where
+    that is safe.
     """
+    workers = min(threads, len(groups))
+    if processes and workers > 1 and can_fork():
+        _keep_freed_memory()
+        yield from forked(lambda number: work(groups[number]), len(groups), workers, _one_thread)
+        return
     mine = torch.get_num_threads()
     _keep_freed_memory()
     pool = ThreadPoolExecutor(threads, initializer=_one_thread)

@@ -5,7 +5,8 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from deltafl.streaming import OnElements, Piece, chunks, ignore, in_order, lengt
 from deltafl.tensors import Tensors, block_of
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+SYNC = 1 << 27
+"""Bytes after which what has been written is sent to the disk, while the next blocks are computed."""
+
 INDEX = "model.safetensors.index.json"
 COMPANIONS = (".json", ".txt", ".model", ".tiktoken", ".jinja", ".py")
 NOT_COPIED = frozenset({INDEX, "pytorch_model.bin.index.json", "training.json", "deltafl.json"})
@@ -80,6 +84,7 @@ def write_tensors(
     folder: Path,
     *,
     threads: int,
+    processes: bool = False,
     on_elements: OnElements = ignore,
 ) -> None:
     """Compute and write all tensors, block by block, each block where it belongs; then sync the files.
@@ -109,11 +114,19 @@ def write_tensors(
 
         sizes = [(name, entries[name].numel) for name in tensors]
         groups = list(chunks(sizes))
-        with contextlib.closing(in_order(write, groups, threads)) as results:  # no thread writes once it is left
-            for group, _ in zip(groups, results, strict=True):
-                on_elements(length(group))
-        for handle in handles.values():
-            os.fsync(handle)
+        with ThreadPoolExecutor(1) as background:
+            sent, unsent = Future[None](), 0
+            sent.set_result(None)
+            # closing: nobody writes once it is left
+            with contextlib.closing(in_order(write, groups, threads, processes=processes)) as results:
+                for group, _ in zip(groups, results, strict=True):
+                    on_elements(length(group))
+                    unsent += sum((stop - start) * SIZES[entries[name].dtype] for name, start, stop in group)
+                    if unsent >= SYNC and sent.done():
+                        sent.result()
+                        sent, unsent = background.submit(_sync, handles.values()), 0
+            sent.result()
+        _sync(handles.values())
     except OSError as error:
         if error.errno not in FULL:
             raise
@@ -130,6 +143,11 @@ def write_tensors(
         total = sum(e.stop - e.start for s in shards for e in s.entries.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2))
+
+
+def _sync(handles: Collection[int]) -> None:
+    for handle in handles:
+        os.fsync(handle)
 
 
 def _write_all(handle: int, data: memoryview, at: int) -> None:
