@@ -1,5 +1,6 @@
 """Merging in forked processes: the same bits and the same errors as in this one, and nothing is left behind."""
 
+import contextlib
 import errno
 import json
 import os
@@ -119,15 +120,18 @@ def test_a_worker_that_is_killed_is_one_clear_line_and_leaves_nothing(
 
 def test_an_interrupt_leaves_nothing(tmp_path: Path, forks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     world = make_world(tmp_path)
-    parent, pwrite = os.getpid(), os.pwrite
+    parent, pwrite, once = os.getpid(), os.pwrite, Path(tmp_path / "once")
 
     def interrupting(*arguments) -> int:
         if os.getpid() != parent:
-            os.kill(parent, signal.SIGINT)
+            with contextlib.suppress(FileNotFoundError):
+                once.unlink()
+                os.kill(parent, signal.SIGINT)
         return pwrite(*arguments)
 
     monkeypatch.setattr(os, "pwrite", interrupting)
     before = files_in(world.root)
+    once.touch()
     outcome = cli(*world.args, "--threads", 2)
     assert (outcome.code, outcome.err.strip()) == (130, "interrupted; nothing half-written is left")
     assert forks

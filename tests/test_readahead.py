@@ -1,35 +1,40 @@
 """Reading ahead is a hint: it touches what it is told to, within its budget, and never fails aloud."""
 
 import os
-import threading
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from deltafl import readahead
-from deltafl.readahead import STEP, read_ahead
+from deltafl.readahead import STEP, reading_ahead
 
 needs_fadvise = pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system has no posix_fadvise")
 
 
 @pytest.fixture
-def advised(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+def advised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[tuple[str, int]]]:
     """What the kernel is asked for: file name, offset."""
-    asked: list[tuple[str, int]] = []
+    log = tmp_path / "log"
+    log.touch()
 
     def advise(handle: int, at: int, length: int, kind: int) -> None:
         assert (length, kind) == (STEP, os.POSIX_FADV_WILLNEED)
-        asked.append((Path(os.readlink(f"/proc/self/fd/{handle}")).name, at))
+        with log.open("a") as file:
+            file.write(f"{Path(os.readlink(f'/proc/self/fd/{handle}')).name} {at}\n")
 
     monkeypatch.setattr(os, "posix_fadvise", advise)
-    return asked
+    monkeypatch.setattr(readahead, "can_fork", lambda: True)
+    return lambda: [(name, int(at)) for name, at in map(str.split, log.read_text().splitlines())]
 
 
 def run(files: list[Path], share: float = 0.5) -> None:
-    before = set(threading.enumerate())
-    read_ahead(files, share)
-    for thread in set(threading.enumerate()) - before:
-        thread.join()
+    """Read ahead to the end."""
+    with reading_ahead(files, share):
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
 
 
 def sparse(path: Path, size: int) -> Path:
@@ -39,30 +44,69 @@ def sparse(path: Path, size: int) -> Path:
 
 
 @needs_fadvise
-def test_files_are_read_in_turns(tmp_path: Path, advised: list[tuple[str, int]]) -> None:
+def test_files_are_read_in_turns(tmp_path: Path, advised: Callable[[], list[tuple[str, int]]]) -> None:
     run([sparse(tmp_path / "a", 2 * STEP + 1), sparse(tmp_path / "b", STEP)])
-    assert advised == [("a", 0), ("b", 0), ("a", STEP), ("a", 2 * STEP)]
+    assert advised() == [("a", 0), ("b", 0), ("a", STEP), ("a", 2 * STEP)]
 
 
 @needs_fadvise
 def test_no_more_than_the_share_of_free_memory_is_asked_for(
-    tmp_path: Path, advised: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, advised: Callable[[], list[tuple[str, int]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(readahead, "_available", lambda: 4 * STEP)
     run([sparse(tmp_path / "a", 9 * STEP)], share=0.5)
-    assert advised == [("a", 0), ("a", STEP)]
+    assert advised() == [("a", 0), ("a", STEP)]
 
 
 @needs_fadvise
-@pytest.mark.filterwarnings("error")  # a thread that dies warns
-def test_a_file_that_is_gone_is_left_to_whoever_reads_it(tmp_path: Path, advised: list[tuple[str, int]]) -> None:
+def test_a_file_that_is_gone_is_left_to_whoever_reads_it(
+    tmp_path: Path, advised: Callable[[], list[tuple[str, int]]]
+) -> None:
     before = len(os.listdir("/proc/self/fd"))
     run([sparse(tmp_path / "a", 5), tmp_path / "gone"])
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+@needs_fadvise
+def test_it_ends_with_the_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readahead, "can_fork", lambda: True)
+    monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: time.sleep(60))
+    with reading_ahead([sparse(tmp_path / "a", STEP)]):
+        pass
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+PARENT = """
+import os, sys, time
+from pathlib import Path
+from deltafl.readahead import reading_ahead
+
+os.posix_fadvise = lambda *arguments: time.sleep(0.01)
+with reading_ahead([Path(sys.argv[1])], 1e6):
+    print(flush=True)
+    time.sleep(60)
+"""
+
+
+@needs_fadvise
+def test_it_ends_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    file = sparse(tmp_path / "a", 10**6 * STEP)
+    with subprocess.Popen([sys.executable, "-c", PARENT, str(file)], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout
+        parent.stdout.readline()
+        parent.kill()
+        assert not parent.stdout.read()  # ends when whoever holds the other end has gone
+
+
+@needs_fadvise
+def test_a_thread_beside_keeps_it_from_forking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readahead, "can_fork", lambda: False)
+    with reading_ahead([sparse(tmp_path / "a", STEP)]), pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
 def test_a_system_without_the_call_does_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "posix_fadvise", raising=False)
-    before = threading.active_count()
-    read_ahead([tmp_path / "none"])
-    assert threading.active_count() == before
+    with reading_ahead([tmp_path / "none"]), pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)

@@ -45,7 +45,7 @@ def forked(
     try:
         for _ in range(workers):
             mine, theirs = Pipe(duplex=False)
-            child = _fork()
+            child = fork()
             if not child:
                 os.close(tickets_in)
                 for other in (mine, *children):
@@ -79,7 +79,7 @@ def forked(
             connection.close()
 
 
-def _fork() -> int:
+def fork() -> int:
     """As os.fork; the child ignores interrupts: the parent is interrupted too, and ends it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:

@@ -8,7 +8,7 @@ import click
 from deltafl.cli.merge import merge_options, outside, read_recipe
 from deltafl.cli.options import ManyValues, progress_by_bytes, table
 from deltafl.preflight import plan_merge
-from deltafl.readahead import read_ahead
+from deltafl.readahead import reading_ahead
 
 
 @click.command(cls=ManyValues)
@@ -31,13 +31,13 @@ def inspect(recipe: str | None, out: str | None, overwrite: bool, quiet: bool, *
 
         refuse_inputs_as_output(plan, Path(out))
         check_output(out, overwrite=overwrite)
-    read_ahead([f for layout in (plan.base, *plan.layouts.values()) for f in layout.files])
-    from deltafl.inspection import inspect_models
-    from deltafl.opening import open_updates
-
     total, size = plan.num_elements * len(plan.sources), plan.bytes_read / plan.passes
-    with progress_by_bytes("reading", size, quiet=quiet) as advance, open_updates(plan) as opened:
-        result = inspect_models(plan, opened, lambda count: advance(count * size / max(total, 1)))
+    with reading_ahead([f for layout in (plan.base, *plan.layouts.values()) for f in layout.files]):
+        from deltafl.inspection import inspect_models
+        from deltafl.opening import open_updates
+
+        with progress_by_bytes("reading", size, quiet=quiet) as advance, open_updates(plan) as opened:
+            result = inspect_models(plan, opened, lambda count: advance(count * size / max(total, 1)))
     click.echo(text(result))
     click.echo("\n".join(outside(plan)))
     if out is not None:

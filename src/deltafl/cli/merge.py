@@ -8,7 +8,7 @@ from deltafl.cli.options import ManyValues, as_bytes, progress_by_bytes, rule_op
 from deltafl.errors import DeltaflError
 from deltafl.files import check_output
 from deltafl.preflight import Plan, plan_merge
-from deltafl.readahead import read_ahead
+from deltafl.readahead import reading_ahead
 
 SCALES = {"server_lr", "scaling_coef"}
 """Two ways to say one thing: an option replaces whichever of them a recipe holds."""
@@ -65,14 +65,13 @@ def merge(recipe: str | None, dry_run: bool, quiet: bool, **options: Any) -> Non
     if out is None:
         raise DeltaflError("no output; name a folder with --out")
     check_output(out, overwrite=overwrite)
-    read_ahead([f for layout in (plan.base, *plan.layouts.values()) for f in layout.files])
-    from deltafl.merge import run_merge
-
     total = plan.num_elements * len(plan.sources) * plan.passes
-    with progress_by_bytes("merging", plan.bytes_read, quiet=quiet) as advance:
-        record = run_merge(
-            plan, out, overwrite=overwrite, on_elements=lambda count: advance(count * plan.bytes_read / max(total, 1))
-        )
+    with reading_ahead([f for layout in (plan.base, *plan.layouts.values()) for f in layout.files]):
+        from deltafl.merge import run_merge
+
+        with progress_by_bytes("merging", plan.bytes_read, quiet=quiet) as advance:
+            share = plan.bytes_read / max(total, 1)
+            record = run_merge(plan, out, overwrite=overwrite, on_elements=lambda count: advance(count * share))
     for warning in record["warnings"]:
         click.echo(f"warning: {warning}", err=True)
     if not quiet:

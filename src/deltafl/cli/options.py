@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+import time
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -103,9 +104,19 @@ def progress_by_bytes(label: str, total: float, *, quiet: bool) -> Iterator[Call
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    # no thread that draws: the work may be done in forked processes
+    with Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False) as bar:
         task = bar.add_task(label, total=total)
-        yield lambda count: bar.advance(task, count)
+        drawn = 0.0
+
+        def advance(count: float) -> None:
+            nonlocal drawn
+            bar.advance(task, count)
+            if time.monotonic() - drawn >= 0.1:
+                drawn = time.monotonic()
+                bar.refresh()
+
+        yield advance
 
 
 @contextmanager
