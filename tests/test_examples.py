@@ -15,8 +15,11 @@ from safetensors.torch import load_file
 from checkpoints import cli, make_world, refusal, save, toy, tuned
 from deltafl.config import MergeRecipe, ModelEntry, load_yaml, parse
 from deltafl.config_search import SearchEntry, SearchRecipe
+from deltafl.datasets.catalogue import CATALOGUE
 from deltafl.experiments.quickstart import TASKS
+from deltafl.preflight import source_of
 from deltafl.rules import RULES, load_rules, parameters
+from deltafl.search import check_methods
 from laws import laws
 from laws.worlds import make
 
@@ -94,6 +97,15 @@ def test_the_search_recipe_is_read():
         (f"quickstart/models/{task.variant}", f"digits:{task.variant}") for task in TASKS
     ]
     assert spec.merge.base == "quickstart/base"
+
+
+def test_the_recipe_of_published_checkpoints_holds_every_rule_and_task():
+    spec = parse(SearchRecipe, load_yaml(ROOT / "configs" / "clip-vit-b-32-ta8.yaml")).spec()
+    assert sorted(name for name, _ in spec.methods) == list(load_rules())
+    assert all(entry.head == "zero-shot" and entry.data in CATALOGUE for entry in spec.models)
+    names = [entry.model.ref.removeprefix("tanganke/clip-vit-base-patch32_") for entry in spec.models]
+    assert [name.replace("-", "_") for name in names] == [entry.data for entry in spec.models]
+    check_methods(spec.methods, spec.lambdas, [source_of(entry.model, {}) for entry in spec.models])
 
 
 def blocks(page: str, language: str) -> list[str]:

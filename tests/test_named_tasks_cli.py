@@ -82,3 +82,20 @@ def test_an_unknown_name_is_one_line(command: str, data: Path, tmp_path: Path) -
     said = refusal(tmp_path, command, *model, "--data", "pcan", "--data-dir", data, *size, "--out", tmp_path / "out")
     assert 'no task "pcan"' in said
     assert 'did you mean "pcam"' in said
+
+
+def test_templates_change_the_zero_shot_head_of_a_run(data: Path, tmp_path: Path) -> None:
+    tiny_clip(tmp_path / "clip")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("tissue that is {}\n")
+    shared = ("--model", tmp_path / "clip", "--data-dir", data, "--head", "zero-shot", *COMMON)
+    for name, more in (("own", ("--templates", prompts)), ("theirs", ())):
+        succeed("federate", *shared, *FEDERATED, *more, "--out", tmp_path / f"fed-{name}")
+    succeed("centralized", *shared, "--epochs", 1, "--batch-size", 8, "--templates", prompts, "--out", tmp_path / "all")
+    heads = {r: load_head(tmp_path / r / "model" / "head.safetensors").weight for r in ("fed-own", "fed-theirs", "all")}
+    assert torch.equal(heads["fed-own"], heads["all"])
+    assert not torch.equal(heads["fed-own"], heads["fed-theirs"])
+    for command in ("federate", "centralized"):
+        said = refusal(tmp_path, command, "--model", VIT, "--data-dir", data, *COMMON, "--templates", prompts,
+                       *(FEDERATED if command == "federate" else ()), "--out", tmp_path / "x")  # fmt: skip
+        assert said == "templates are about the zero-shot head"

@@ -1,7 +1,7 @@
 """The recipe of `deltafl search`."""
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -9,6 +9,7 @@ from deltafl.config import MergeRecipe, ModelEntry, Strict, check_params, parse_
 from deltafl.errors import DeltaflError
 from deltafl.experiments.one_shot import SearchSpec, TaskModel
 from deltafl.experiments.quickstart import METHODS
+from deltafl.models.heads import ZERO_SHOT
 from deltafl.search import LAMBDAS, check_strategy
 
 
@@ -25,6 +26,8 @@ class SearchRecipe(Strict):
     methods: names, or mappings with `method` and its parameters, of which each may be a list; default: every rule of
     arXiv 2411.18607. grid "default": scaling_coefs multiply the sum of deltas for all methods; "paper": each method's
     own convention. strategy "racing": drop a candidate as soon as a bound of this confidence says that it cannot win.
+    templates: a file of prompts for the zero-shot heads. reference: row of the table -> mean test accuracy in percent
+    that was published, shown beside ours; a name that no row has is a row of its own.
     """
 
     base: str
@@ -45,6 +48,8 @@ class SearchRecipe(Strict):
     batch_size: int = Field(256, ge=1)
     seed: int | None = None
     data_dir: str | None = None
+    templates: str | None = None
+    reference: dict[str, Annotated[float, Field(ge=0, le=100)]] = Field({})
     allow_other_base: bool = False
     out: str | None = None
     overwrite: bool = False
@@ -52,6 +57,8 @@ class SearchRecipe(Strict):
     def spec(self) -> SearchSpec:
         """What the library takes. Raises DeltaflError with every mistake."""
         check_strategy(self.strategy, self.confidence)
+        if self.templates is not None and not any(entry.head == ZERO_SHOT for entry in self.models):
+            raise DeltaflError("templates: are about the zero-shot head; give models that have head: zero-shot")
         plain = MergeRecipe(
             base=self.base,
             models=[ModelEntry(**e.model_dump(exclude={"data", "head"})) for e in self.models],
@@ -73,6 +80,7 @@ class SearchRecipe(Strict):
             batch_size=self.batch_size,
             seed=self.seed,
             data_dir=self.data_dir,
+            templates=self.templates,
         )
 
 

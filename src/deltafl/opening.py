@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from deltafl.aggregation import Update, Weights, as_weights
 from deltafl.checkpoint import Checkpoint, Difference, Latest, entries_of, open_tensors, refuse_untied
@@ -15,7 +16,10 @@ from deltafl.tensors import Tensors, block_of, device_named, numel_of
 
 @dataclass(frozen=True)
 class Opened:
-    """The lazy mappings of a merge: base, models and deltas, and the base's blocks in the precision `dtype`."""
+    """The lazy mappings of a merge: base, models and deltas, and the base's blocks in the precision `dtype`.
+
+    tuned: each model whole, under the base's names: what it lacks (a projection, a text tower) is the base's.
+    """
 
     base: Tensors
     working: Tensors
@@ -23,6 +27,23 @@ class Opened:
     updates: tuple[Update, ...]
     weights: Weights
     tuned: Mapping[str, Tensors]
+
+
+class Completed(Mapping[str, Tensor]):
+    """A fine-tuned model under the base's names, with the base's tensors where it has none. names: base name -> its."""
+
+    def __init__(self, base: Tensors, tuned: Tensors, names: Mapping[str, str]) -> None:
+        self._base, self._tuned, self._names = base, tuned, names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._base)
+
+    def __len__(self) -> int:
+        return len(self._base)
+
+    def __getitem__(self, name: str) -> Tensor:
+        own = self._names.get(name, name)
+        return self._tuned[own] if own in self._tuned else self._base[name]
 
 
 @contextmanager
@@ -52,7 +73,8 @@ def open_updates(plan: Plan, memory: int = 0) -> Iterator[Opened]:
         updates = tuple(Update(Difference(working, tuned[s.name], names[s.name], dtype), s) for s in plan.sources)
         default = as_weights(spec.weights, len(updates)).default
         weights = as_weights(Weights(default, spec.weight_patterns), len(updates))
-        yield Opened(base, working, dtype, updates, weights, tuned)
+        whole = {name: Completed(base, tensors, plan.alignment.names[name]) for name, tensors in tuned.items()}
+        yield Opened(base, working, dtype, updates, weights, whole)
 
 
 def large_deltas(opened: Opened, limit: float = 0.5) -> list[str]:

@@ -12,7 +12,8 @@ class CentralizedRecipe:
     """SGD with momentum on all training samples; the names are those of a federated recipe.
 
     lr_schedule: of `training.lr_at`, over all steps, after `warmup` steps. augment: none, flip or crop_flip, of
-    training images only. head: ridge, probe, linear or a file; it is frozen unless train_head. patience: epochs
+    training images only. head: ridge, probe, linear, zero-shot (with prompts from the file
+    `templates`) or a file; it is frozen unless train_head. patience: epochs
     without a gain on validation after which the run ends; None: never.
     """
 
@@ -29,6 +30,7 @@ class CentralizedRecipe:
     label_smoothing: float = 0.0
     head: str = "ridge"
     few_shot: int | None = None
+    templates: str | None = None
     train_head: bool = False
     patience: int | None = None
     mixed_precision: str = "no"

@@ -171,7 +171,11 @@ def _finished(out: Path) -> CentralizedRun:
 def _head(model: FlatModel, task: Task, recipe: CentralizedRecipe) -> LinearHead:
     """The head of a federated run whose one client holds all samples."""
     alone = FederatedRecipe(
-        head=recipe.head, few_shot=recipe.few_shot, mixed_precision=recipe.mixed_precision, seed=recipe.seed
+        head=recipe.head,
+        few_shot=recipe.few_shot,
+        templates=recipe.templates,
+        mixed_precision=recipe.mixed_precision,
+        seed=recipe.seed,
     )
     return make_head(model, task, [torch.arange(len(task.train))], alone)
 

@@ -29,6 +29,7 @@ HELP = {
     "label_smoothing": "Of the training loss.",
     "head": "ridge, probe (logistic regression), linear (random), zero-shot (CLIP) or a head.safetensors.",
     "few_shot": "Fit the ridge head on so many examples per class only.",
+    "templates": "Prompts for the zero-shot head: a file, one on each line, {} for the class.",
     "train_head": "Train the head too. Default: it is frozen.",
     "patience": "Epochs without a gain on validation after which to stop. Default: never.",
     "mixed_precision": "no or bf16.",

@@ -13,6 +13,7 @@ from deltafl.cli.options import progress_by_count, table
 @click.option("--out", help="The folder for the merged model, every row, tables and report.html.")
 @click.option("--overwrite", is_flag=True, default=None, help="Replace an existing output.")
 @click.option("--data-dir", help="The folder that holds tasks by name; without it they come from the hub.")
+@click.option("--templates", help="Prompts for the zero-shot heads: a file, one on each line, {} for the class.")
 @click.option("--grid", type=click.Choice(["default", "paper"]), help="Convention of the coefficients (see docs).")
 @click.option("--metric", type=click.Choice(["normalized", "absolute"]), help="Default: normalized.")
 @click.option("--strategy", help="exhaustive (default) or racing: drop early what cannot win.")
@@ -39,6 +40,7 @@ def search(recipe: str, quiet: bool, **options: Any) -> None:
 
     held = parse(SearchRecipe, load_yaml(recipe) | {k: v for k, v in options.items() if v is not None})
     spec = held.spec()
+    published = {"reference": {name: round(value / 100, 6) for name, value in held.reference.items()}}
     if held.out is not None:
         refuse_inputs_as_output(plan_merge(spec.merge), Path(held.out))
         check_output(held.out, overwrite=held.overwrite)
@@ -49,9 +51,10 @@ def search(recipe: str, quiet: bool, **options: Any) -> None:
             with atomic_folder(held.out, overwrite=held.overwrite) as folder:
                 scores = folder / "scores.safetensors"
                 result = run_search(spec, folder / "merged", scores=scores, on_row=lambda row, total: advance(total))
-                write_result(result | {"command": f"deltafl search {recipe}"}, folder, held.model_dump())
+                result |= published | {"command": f"deltafl search {recipe}"}
+                write_result(result, folder, held.model_dump())
     if not quiet:
-        click.echo(results(result))
+        click.echo(results(result | published))
         if result["strategy"] == "racing":
             click.echo(race_line(result["images"]))
         if held.out is not None:
@@ -87,7 +90,10 @@ def race_line(images: dict[str, int]) -> str:
 
 
 def results(result: dict[str, Any]) -> str:
-    """The table of test accuracies, in percent, as plain text."""
+    """The table of test accuracies, in percent, as plain text, with what is published beside it."""
+    from deltafl.report.parts import only_published
+
+    reference = result.get("reference") or {}
 
     def cell(value: float | None) -> str:
         return "-" if value is None else f"{100 * value:.1f}"
@@ -104,7 +110,11 @@ def results(result: dict[str, Any]) -> str:
                 *(cell(row["test"][t]) for t in result["tasks"]),
                 cell(row["mean"]),
                 cell(row["normalized"]),
+                *([cell(reference.get(row["rule"]))] if reference else []),
             )
         )
+    empty = [""] * (len(result["tasks"]) + 5)
+    rows += [(name, *empty, cell(value)) for name, value in only_published(result).items()]
     short = [t.removeprefix("digits_") for t in result["tasks"]]
-    return table(("model", "rho", "lambda", "val", *short, "mean", "normalized"), rows)
+    published = ["published"] if reference else []
+    return table(("model", "rho", "lambda", "val", *short, "mean", "normalized", *published), rows)

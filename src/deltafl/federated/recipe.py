@@ -31,11 +31,12 @@ class FederatedRecipe:
     sharding: iid, non_iid (nc, allow_missing_classes) or dirichlet (alpha, dirichlet_form). aggregator with
     aggregator_params: any registered rule; client_weights: what it weighs clients by. server_optimizer with server_lr,
     server_momentum (None: 0 for sgd, 0.9 for the adaptive ones), server_beta2, server_tau (arXiv 2003.00295). head:
-    ridge (Fed3R, from sums of the clients' statistics), probe (logistic regression), linear (random) or a file; it is
-    frozen unless train_head. sparsity_ratio: share of frozen coordinates; mask_*, calibration_* and fisher_* say how
-    they are chosen, mask_file is a mask that `deltafl mask` wrote. eval_every: rounds between validations; patience:
-    validations without a gain after which the run ends. engine: sequential, one client after the other, or vmap, all
-    of a round stacked (`StackedTraining` says what that serves). client: a user's own, `module:attr`.
+    ridge (Fed3R, from sums of the clients' statistics), probe (logistic regression), linear (random), zero-shot (CLIP;
+    templates: a file of prompts) or a file; it is frozen unless train_head. sparsity_ratio: share of frozen
+    coordinates; mask_*, calibration_* and fisher_* say how they are chosen, mask_file is a mask that `deltafl mask`
+    wrote. eval_every: rounds between validations; patience: validations without a gain after which the run ends.
+    engine: sequential, one client after the other, or vmap, all of a round stacked (`StackedTraining` says what that
+    serves). client: a user's own, `module:attr`.
     """
 
     num_clients: int = 100
@@ -69,6 +70,7 @@ class FederatedRecipe:
     server_tau: float = 1e-3
     head: str = "ridge"
     few_shot: int | None = None
+    templates: str | None = None
     train_head: bool = False
     sparsity_ratio: float = 0.0
     mask_strategy: str = "least_sensitive"
@@ -123,6 +125,7 @@ class FederatedRecipe:
             (0 <= self.server_beta2 < 1, f"server_beta2 must be in [0, 1), not {self.server_beta2}"),
             (self.server_tau > 0, f"server_tau must be positive, not {self.server_tau}"),
             (self.few_shot is None or self.head == "ridge", "few_shot is about the ridge head"),
+            (self.templates is None or self.head == "zero-shot", "templates are about the zero-shot head"),
             (0 <= self.sparsity_ratio < 1, f"sparsity_ratio must be in [0, 1), not {self.sparsity_ratio}"),
             (self.calibration_rounds >= 1, f"calibration_rounds must be 1 or more, not {self.calibration_rounds}"),
             (self.calibration_examples >= 1, f"calibration_examples must be positive, not {self.calibration_examples}"),

@@ -88,7 +88,7 @@ def make_head(model: FlatModel, task: Task, shards: Sequence[Tensor], recipe: Fe
 
     ridge: every client's (A, b) of its own samples, added by the server: the closed form of the union, strength and
     temperature chosen on validation. probe: logistic regression on all features, its strength chosen on validation.
-    zero-shot: CLIP's text tower, with the catalogue's prompts.
+    zero-shot: CLIP's text tower, with the catalogue's prompts or those of `templates`.
 
     Raises:
         DeltaflError: a head from a file that does not fit.
@@ -114,7 +114,7 @@ def make_head(model: FlatModel, task: Task, shards: Sequence[Tensor], recipe: Fe
             assert total is not None
             head = ridge_head(total, val, val_labels, names)
     elif recipe.head == ZERO_SHOT:
-        head = zero_shot_for(model.encoder, task, device=model.device)
+        head = zero_shot_for(model.encoder, task, recipe.templates, model.device)
     else:
         head = load_head(Path(recipe.head))
         check_head(head, dim, names, recipe.head)

@@ -6,7 +6,7 @@ from typing import Any
 from deltafl.report.bars import task_bars
 from deltafl.report.grids import heat_map
 from deltafl.report.lines import lambda_curves
-from deltafl.report.page import Code, Column, Facts, Figure, Item, Section, Table
+from deltafl.report.page import Cell, Code, Column, Facts, Figure, Item, Section, Table
 
 SINGLE, BASE = "single-task models", "base (unmerged)"
 Result = Mapping[str, Any]
@@ -57,7 +57,7 @@ def results_table(result: Result) -> Table:
     rows += rules_of(result)
     columns = [Column(name, "percent", best="max") for name in ("mean", "normalised", *tasks)]
     columns = [Column("model"), *columns, Column("setting")]
-    cells = [
+    cells: list[list[Cell]] = [
         [_label(row), row["mean"], row["normalized"], *(row["test"].get(task) for task in tasks), _setting(row)]
         for row in rows
     ]
@@ -65,7 +65,23 @@ def results_table(result: Result) -> Table:
         "Accuracy on the test images, in percent; the best merged model of each column is bold. "
         "“Normalised” divides each task's accuracy by that of its own model before averaging."
     )
+    if published := result.get("reference"):
+        for row, line in zip(rows, cells, strict=True):
+            line.insert(2, published.get(row["rule"]))
+        columns.insert(2, Column("published", "percent"))
+        others: list[list[Cell]] = [
+            [name, None, value, *[None] * (len(tasks) + 2)] for name, value in only_published(result).items()
+        ]
+        cells[len(reference) : len(reference)] = others
+        reference = range(len(reference) + len(others))
+        caption += " “Published” is the mean that others report; it was not run here."
     return Table(columns, cells, caption, reference=tuple(reference))
+
+
+def only_published(result: Result) -> dict[str, float]:
+    """The published means of what is no row here."""
+    ours = {row["rule"] for row in result["rows"]}
+    return {name: value for name, value in (result.get("reference") or {}).items() if name not in ours}
 
 
 def search_figures(result: Result) -> list[Item]:
