@@ -5,11 +5,14 @@ deltafl federate --model examples.realdata:mobilenet --data examples.realdata:ci
 
 import os
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from torch import nn
 
 from deltafl.datasets import Task, load_task
+from deltafl.datasets.task import Split
 from deltafl.errors import DeltaflError
 
 
@@ -33,6 +36,21 @@ def mobilenet(input_size: int = 64) -> nn.Module:
     return model
 
 
-def cifar100(image_size: int, channels: int, seed: int) -> Task:
-    """CIFAR-100, 200 training images of each class."""
-    return load_task(str(folder() / "data" / "cifar100"), image_size=image_size, channels=channels, seed=seed)
+def _task(name: str, image_size: int, channels: int, seed: int) -> Task:
+    return load_task(str(folder() / "data" / name), image_size=image_size, channels=channels, seed=seed)
+
+
+cifar100 = partial(_task, "cifar100")  # 200 training images of each class
+dtd = partial(_task, "dtd")
+eurosat = partial(_task, "eurosat")
+fashion_mnist = partial(_task, "fashion_mnist")
+gtsrb = partial(_task, "gtsrb")
+mnist = partial(_task, "mnist")
+
+
+def fashion_mnist_inverted(image_size: int, channels: int, seed: int) -> Task:
+    """Fashion-MNIST, bright and dark exchanged."""
+    task = fashion_mnist(image_size, channels, seed)
+    parts = {name: getattr(task, name) for name in ("train", "val", "test")}
+    inverted = {name: Split(255 - part.images, part.labels) for name, part in parts.items()}
+    return replace(task, name="fashion_mnist_inverted", **inverted)

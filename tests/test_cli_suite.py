@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from checkpoints import cli, problems_of, refused, succeed
-from deltafl.experiments.federated_suites import SUITES, Cell, SuiteOptions, check_suites, suite_names
+from deltafl.experiments.federated_suites import SUITES, Cell, SuiteOptions, check_suites
 from deltafl.experiments.suite_runs import Bench, run_suite
 from deltafl.federated.recipe import FederatedRecipe
 from deltafl.report.page import Figure
@@ -151,7 +151,7 @@ def test_every_strategy_and_rule_is_compared() -> None:
     assert sorted(strategies) == sorted(MASK_STRATEGIES)
     rules = {c.recipe.aggregator for c in SUITES["aggregators"](base, SuiteOptions())}
     assert rules == set(load_rules())
-    assert all(cells for cells in check_suites(suite_names(["all"]), base, SuiteOptions()).values())
+    assert all(cells for cells in check_suites(list(SUITES), base, SuiteOptions()).values())
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ two are compared by paired differences, whose variance is far below that of eith
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import NormalDist
 
 import torch
@@ -101,24 +101,68 @@ def check_confidence(confidence: float) -> None:
         raise DeltaflError(f"confidence: {confidence:g} is not between 0 and 1; a usual value is 0.95")
 
 
+@dataclass
+class _Contest:
+    """Candidates of which the best is wanted, and who led after each look, with how many examples of each task."""
+
+    members: frozenset[int]
+    leaders: list[tuple[int, list[int]]] = field(default_factory=list)
+
+    def lost(
+        self,
+        alive: Sequence[int],
+        values: Tensor,
+        stacks: Sequence[Tensor],
+        bounds: Callable[[Sequence[Tensor], Sequence[int]], Tensor],
+    ) -> Tensor:
+        """Which of `alive` an earlier leader beats, bool (A,); who is no member has lost, the first one never has.
+
+        values (A,): means so far; stacks: scores (A, n_t) of each task; bounds: see `upper_bounds`.
+        """
+        outside = torch.tensor([c not in self.members for c in alive])
+        if outside.all():
+            return outside
+        behind = values.isnan()
+        for leader, known in self.leaders:
+            if leader in alive:
+                behind |= bounds([s - s[alive.index(leader)] for s in stacks], known) < -ROUNDING
+        first = self._first(alive, values)
+        behind &= values != values[first]
+        behind[first] = False
+        return outside | behind
+
+    def choose(self, alive: Sequence[int], values: Tensor, counts: list[int]) -> None:
+        """Note who leads now."""
+        if not self.members.isdisjoint(alive):
+            self.leaders.append((alive[self._first(alive, values)], counts))
+
+    def _first(self, alive: Sequence[int], values: Tensor) -> int:
+        ranked = [-math.inf if math.isnan(v) else v for v in values.tolist()]
+        return max((i for i, c in enumerate(alive) if c in self.members), key=lambda i: ranked[i])
+
+
 def race(
     judge: Judge,
     candidates: int,
     sizes: Sequence[int],
     scale: Sequence[float],
     *,
+    contests: Sequence[Sequence[int]] | None = None,
     confidence: float = 0.95,
     seed: int = 0,
     on_finish: Callable[[int, Finish], None] = lambda candidate, finish: None,
 ) -> list[Finish]:
     """Evaluate `candidates` (at least 1) on growing subsets; after each look drop those with an upper bound below 0.
 
+    contests: who competes with whom; each candidate is in at least one, and is dropped once it has lost all that it is
+    in. None: one contest of all.
+
     A candidate's value is the mean over tasks of scale[t] * mean score. The leader after a look is the candidate with
     the highest mean so far, the first of equal ones; neither it nor an equal one is dropped then. At every later look
     all are compared with it by the examples seen since (see `critical_value`, `upper_bounds` for what is approximate).
     Those that are left at last see all N_t = sizes[t] examples of each task; with `confidence`, the candidate that is
-    best on the full data is among them. A score that is not a number drops its candidate at once: its mean over all
-    examples is none either.
+    best on the full data of its contest is among them. A score that is not a number drops its candidate at once: its
+    mean over all examples is none either.
 
     Raises:
         DeltaflError: confidence is not between 0 and 1, or a task has no examples.
@@ -128,7 +172,7 @@ def race(
         raise DeltaflError("a task has no validation examples; a search needs at least one of each task")
     drawn, plan = orders(sizes, seed), looks(sizes)
     z = critical_value(confidence, len(plan) - 1)
-    leaders: list[tuple[int, list[int]]] = []
+    rounds = [_Contest(frozenset(members)) for members in contests or [range(candidates)]]
     seen: dict[int, list[Tensor]] = {}
     finished: dict[int, Finish] = {}
     before = [0] * len(sizes)
@@ -153,16 +197,10 @@ def race(
             break
         stacks = [torch.stack([seen[c][task] for c in alive]).double() for task in range(len(sizes))]
         values = torch.stack([a * s.mean(1) for a, s in zip(scale, stacks, strict=True)]).sum(0)
-        ranked = values.masked_fill(values.isnan(), -math.inf)
-        gone_now = values.isnan()
-        for leader, known in leaders:
-            if leader in alive:
-                differences = [s - s[alive.index(leader)] for s in stacks]
-                gone_now |= upper_bounds(differences, known, sizes, scale, z) < -ROUNDING
-        first = int(ranked.argmax())
-        gone_now &= values != values[first]
-        gone_now[first] = False
-        leaders.append((alive[first], counts))
+        gone_now = torch.ones(len(alive), dtype=torch.bool)
+        for contest in rounds:
+            gone_now &= contest.lost(alive, values, stacks, lambda d, known: upper_bounds(d, known, sizes, scale, z))
+            contest.choose(alive, values, counts)
         lost = gone_now.tolist()
         for candidate, gone in zip(alive, lost, strict=True):
             if gone:

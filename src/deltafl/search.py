@@ -62,6 +62,7 @@ def search(
     metric: Metric = "normalized",
     strategy: str = "exhaustive",
     confidence: float = 0.95,
+    each_method: bool = False,
     seed: int = 0,
     memory: int = 8_000_000_000,
     on_row: Callable[[Row], None] = lambda row: None,
@@ -73,7 +74,8 @@ def search(
     score / score of the task's own model; "absolute": mean score. Of equal values the first row wins.
 
     strategy "exhaustive": every candidate on all validation data. "racing": see `deltafl.racing.race`, which
-    `confidence` and `seed` (of the subsets) are for; rows that are dropped hold estimates and are not chosen. memory:
+    `confidence` and `seed` (of the subsets) are for; rows that are dropped hold estimates and are not chosen.
+    each_method: a candidate races only with those of its method, so that the best of every method is exact. memory:
     bytes of updates that a race holds; those above it are computed again at every look. on_row is told of a row as
     soon as it is known: in order, or, of a race, as it is dropped or has finished.
 
@@ -97,7 +99,7 @@ def search(
     )
     judged = Judged(problem, single, metric)
     if strategy == "racing":
-        rows = _race(judged, plan, Shelf(memory, problem.threads), confidence, seed, on_row)
+        rows = _race(judged, plan, Shelf(memory, problem.threads), confidence, each_method, seed, on_row)
     else:
         rows = _exhaust(judged, plan, on_row)
     best_of = {m: max((r for r in rows if r.method == m), key=lambda r: r.rank) for m, _ in methods}
@@ -136,17 +138,25 @@ def _exhaust(judged: Judged, plan: Iterable[Planned], on_row: Callable[[Row], No
 
 
 def _race(
-    judged: Judged, plan: Iterable[Planned], shelf: Shelf, confidence: float, seed: int, on_row: Callable[[Row], None]
+    judged: Judged,
+    plan: Iterable[Planned],
+    shelf: Shelf,
+    confidence: float,
+    each_method: bool,
+    seed: int,
+    on_row: Callable[[Row], None],
 ) -> list[Row]:
     """Every row, in order, of which those that lasted are evaluated on everything."""
     rows, runners, updates = [BASE], [0], dict[str, Held]()
     digest_of: dict[int, str] = {}
     first: dict[tuple[str, tuple[float, ...]], int] = {}
     twins: dict[int, list[int]] = {}
+    contests: dict[str, set[int]] = {"base": {0}}
     for row, bits, aggregate, update in plan:
         at = len(rows)
         rows.append(row)
         twin = first.setdefault(bits, at) if row.scaling_coef else 0
+        contests.setdefault(row.method, set()).add(runners.index(twin) if twin != at else len(runners))
         if twin != at:
             twins.setdefault(twin, []).append(at)
             continue
@@ -178,7 +188,8 @@ def _race(
     goals, single = judged.problem.goals, judged.single
     scale = [1 / single[g.name] if judged.metric == "normalized" else 1.0 for g in goals]
     sizes = [len(g.val) for g in goals]
-    race(judge, len(runners), sizes, scale, confidence=confidence, seed=seed, on_finish=settle)
+    apart = [sorted(members) for members in contests.values()] if each_method else None
+    race(judge, len(runners), sizes, scale, contests=apart, confidence=confidence, seed=seed, on_finish=settle)
     return rows
 
 

@@ -44,6 +44,7 @@ HELP = {
     "server_tau": "Of the adaptive server optimisers.",
     "head": "ridge, probe, linear, zero-shot (CLIP) or a head.safetensors.",
     "few_shot": "Fit the ridge head on so many examples per class only.",
+    "templates": "Prompts for the zero-shot head: a file, one on each line, {} for the class.",
     "train_head": "Train the head in the rounds. Default: it is frozen.",
     "sparsity_ratio": "Share of frozen coordinates.",
     "mask_strategy": "least_sensitive, most_sensitive, lowest_magnitude, highest_magnitude or random.",
@@ -161,13 +162,16 @@ def federate(
 
 
 def federate_settings(
-    config: str | None, options: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+    config: str | None,
+    options: Mapping[str, Any],
+    defaults: Mapping[str, Any] | None = None,
+    extra: Mapping[str, tuple[Any, Any]] = EXTRA,
 ) -> dict[str, Any]:
     """Every setting: `defaults`, the file, the options on top; parameters of rules go to aggregator_params."""
     names = rule_parameter_names() - {"seed"}
     given = {key: value for key, value in options.items() if value is not None}
     params = {key: given.pop(key) for key in names & given.keys()}
-    held = read_settings(FederatedRecipe, config, given, EXTRA | WORKERS, defaults)
+    held = read_settings(FederatedRecipe, config, given, {**extra, **WORKERS}, defaults)
     held["aggregator_params"] = dict(held["aggregator_params"]) | params
     return held
 

@@ -1,15 +1,26 @@
 """`deltafl suite`."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from deltafl.cli.federate import HELP, federate_settings, recipe_of, task_options
+from deltafl.cli.federate import EXTRA, HELP, federate_settings, recipe_of, task_options
 from deltafl.cli.options import ManyValues, progress_by_stage, rule_options
 from deltafl.cli.settings import recipe_options
+from deltafl.cli.studies import (
+    check_data,
+    make_study,
+    run_studies,
+    study_defaults,
+    study_keys,
+    study_options,
+    write_studies,
+)
 from deltafl.errors import DeltaflError
-from deltafl.experiments.federated_suites import SuiteOptions, check_suites, suite_names
+from deltafl.experiments.federated_suites import SUITES, SuiteOptions, check_suites
+from deltafl.experiments.studies.options import STUDY_NAMES, names_of
 from deltafl.federated.recipe import FederatedRecipe
 from deltafl.models.heads import HEAD_FILE
 
@@ -50,6 +61,7 @@ def value_options(command: Any) -> Any:
 @task_options
 @click.option("--out", help="The folder to write. Default: deltafl-suite.")
 @value_options
+@study_options
 @recipe_options(FederatedRecipe, HELP, skip=("aggregator_params", "sparsity_ratio"))
 @rule_options("seed")
 @click.option("--quick", is_flag=True, help="Small settings: minutes on 2 cores.")
@@ -75,30 +87,44 @@ def suite(
     calibration_values: tuple[int, ...],
     **options: Any,
 ) -> None:
-    """Compare federated runs: heterogeneity, local-steps, sparsity, calibration-rounds, mask-strategies, aggregators.
+    """Compare federated runs: heterogeneity, local-steps, sparsity, calibration-rounds, mask-strategies, aggregators;
+    and merges of fine-tunes: training-heterogeneity, data-heterogeneity, scaling-coef, negation, analogy.
 
-    Without --model and --data a small ViT is pre-trained on scikit-learn's digits, offline.
+    Without --model, --data and --tasks a small ViT is pre-trained on scikit-learn's digits, offline.
 
     \b
     deltafl suite all --quick
     deltafl suite heterogeneity --nc-values 1 5 10 50 --full --num-runs 3 --model facebook/dino-vits16 --data DATA
+    deltafl suite training-heterogeneity --num-runs 3 --model openai/clip-vit-base-patch32 --head zero-shot --tasks ...
     """
     if quick and full:
         raise DeltaflError("--quick and --full are two sizes; give one of them")
-    chosen = suite_names(names)
-    bundled = _bundled(config, options)
-    options = {**options, "out": options["out"] or _out_of(config) or "deltafl-suite"}
+    chosen = names_of(names, (*SUITES, *STUDY_NAMES))
+    from deltafl.config import load_yaml
+
+    options = {k: v for k, v in options.items() if v not in (None, ())}
+    explicit = (load_yaml(config) if config else {}) | options
+    bundled = not {"model", "data", "tasks"} & explicit.keys()
+    sizes = QUICK if quick else FULL if full else {}
+    defaults = {"out": "deltafl-suite", **sizes, **study_defaults(quick=quick, bundled=bundled)}
+    extra = EXTRA | study_keys()
+    if not set(chosen) & set(SUITES):
+        extra |= {"data": (str | None, None)}
     if bundled:
-        options |= {"model": "", "data": BUNDLED} | ({"head": ""} if options["head"] is None else {})
-    held = federate_settings(config, options, QUICK if quick else FULL if full else {})
+        defaults |= {"model": "", "data": BUNDLED, "head": ""}
+    lists = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
+    held = federate_settings(config, lists, defaults, extra)
     given = {"nc_values": nc_values, "j_values": j_values, "sparsity_ratios": sparsity_ratios}
     given |= {"calibration_values": calibration_values}
     small: dict[str, Any] = {"nc_values": (2, 5), "calibration_values": (1, 2, 4)} if bundled else {}
     values = SuiteOptions(**(small | {k: v for k, v in given.items() if v}))
+    studies = [name for name in chosen if name in STUDY_NAMES]
     run_suites(
-        chosen,
+        [name for name in chosen if name in SUITES],
         held,
         values,
+        make_study(studies, held, explicit, num_runs, bundled=bundled) if studies else None,
+        studies,
         num_runs=num_runs,
         tensorboard=tensorboard,
         resume=resume,
@@ -111,6 +137,8 @@ def run_suites(
     names: list[str],
     held: dict[str, Any],
     values: SuiteOptions | None = None,
+    study: Any = None,
+    studies: Sequence[str] = (),
     *,
     num_runs: int = 1,
     tensorboard: bool = False,
@@ -118,7 +146,7 @@ def run_suites(
     overwrite: bool,
     quiet: bool,
 ) -> None:
-    """Run suites with the settings `held` and write tables, figures and the report.
+    """Run the suites `names` with the settings `held`, and the `studies`; write tables, figures and the report.
 
     Raises:
         DeltaflError: what can be told before anything runs, and then nothing has changed; or no run could be made.
@@ -127,12 +155,12 @@ def run_suites(
     bundled = not held["model"]
     if bundled:
         held = held | {"model": str(out / "base"), "head": held["head"] or str(out / "base" / HEAD_FILE)}
-    cells = check_suites(names, recipe_of(held), values or SuiteOptions())
+    cells = check_suites(names, recipe_of(held), values or SuiteOptions()) if names else {}
     from deltafl.cli.federate import load_encoder_of, load_task_of
+    from deltafl.experiments.quickstart import IMAGE_SIZE
+    from deltafl.experiments.studies.study import save_base
     from deltafl.experiments.suite_runs import Bench, preflight, run_suite
     from deltafl.files import check_output
-    from deltafl.report import to_markdown
-    from deltafl.report.suites import suite_table
     from deltafl.tensorboard import METRICS, check_installed
 
     if tensorboard:
@@ -140,8 +168,13 @@ def run_suites(
     if not resume:
         check_output(out, overwrite=overwrite)
     encoder = None if bundled else load_encoder_of(held)
-    task = _bundled_task(held) if encoder is None else load_task_of(held, encoder, held["seed"])
-    preflight(cells, task, held["device"])
+    size, channels = (IMAGE_SIZE, 1) if encoder is None else (encoder.input.image_size, encoder.input.channels)
+    if names:
+        preflight(
+            cells, _bundled_task(held) if encoder is None else load_task_of(held, encoder, held["seed"]), held["device"]
+        )
+    if study is not None:
+        check_data(study, studies, size, channels)
     if not resume:
         _clear(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -150,6 +183,8 @@ def run_suites(
         if encoder is None:
             _pretrain(out / "base", held["seed"], show)
             encoder = load_encoder_of(held)
+        elif study is not None:
+            save_base(encoder, out / "base")
         bench = Bench(
             encoder,
             lambda seed: load_task_of(held, encoder, seed),
@@ -159,18 +194,19 @@ def run_suites(
             out / METRICS if tensorboard else None,
         )
         suites = {name: run_suite(name, cells[name], bench, show) for name in names}
-    if not any(s["runs"] for summaries in suites.values() for s in summaries):
+        found = run_studies(studies, study, held["jobs"], show) if study is not None else {}
+    if names and not any(s["runs"] for summaries in suites.values() for s in summaries):
         raise DeltaflError(*dict.fromkeys(s["failed"] for summaries in suites.values() for s in summaries))
     model = "A small ViT, pre-trained on digits," if bundled else held["model"]
-    write_suites({"model": model, "task": task.name, "num_runs": num_runs, "suites": suites}, out)
+    data = ", ".join(dict.fromkeys([held["data"]] * bool(names) + list(study.tasks if study is not None else [])))
+    write_suites({"model": model, "task": data, "num_runs": num_runs, "suites": suites, "studies": found}, out)
     if not quiet:
-        for name, summaries in suites.items():
-            click.echo(to_markdown(suite_table(name, summaries)))
+        _show(suites, found)
         click.echo(f"report: {out / 'report.html'}")
 
 
 def write_suites(result: dict[str, Any], out: Path) -> None:
-    """suite.json, report.html, and SUITE/table.md, .csv, .tex and figures."""
+    """suite.json, report.html, and NAME/table.md, .csv, .tex and figures of every suite and study."""
     from deltafl.files import write_atomically
     from deltafl.record import write_json
     from deltafl.report import render, to_csv, to_latex, to_markdown
@@ -183,22 +219,21 @@ def write_suites(result: dict[str, Any], out: Path) -> None:
         if best(summaries):
             for key in ("by_round", "by_bytes"):
                 write_atomically(out / name / f"{key}.png", suite_figure(summaries, key))
+    write_studies(result["studies"], out)
     write_atomically(out / "report.html", render(suites_page(result)).encode())
     write_json(out / "suite.json", result)
 
 
-def _bundled(config: str | None, options: dict[str, Any]) -> bool:
-    """Whether neither model nor data is named."""
-    from deltafl.config import load_yaml
+def _show(suites: Mapping[str, Any], studies: Mapping[str, Any]) -> None:
+    """All tables on the terminal."""
+    from deltafl.report import to_markdown
+    from deltafl.report.studies import study_tables
+    from deltafl.report.suites import suite_table
 
-    held = (load_yaml(config) if config else {}) | {k: v for k, v in options.items() if v is not None}
-    return "model" not in held and "data" not in held
-
-
-def _out_of(config: str | None) -> Any:
-    from deltafl.config import load_yaml
-
-    return load_yaml(config).get("out") if config else None
+    tables = [suite_table(name, summaries) for name, summaries in suites.items()]
+    tables += [table for name, result in studies.items() for table in study_tables(name, result).values()]
+    for table in tables:
+        click.echo(to_markdown(table))
 
 
 def _bundled_task(held: dict[str, Any]) -> Any:

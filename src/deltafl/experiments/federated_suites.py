@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from deltafl.errors import DeltaflError, did_you_mean
+from deltafl.errors import DeltaflError
 from deltafl.federated.recipe import FederatedRecipe
 from deltafl.rules import load_rules
 from deltafl.sparse.masks import MASK_STRATEGIES
@@ -128,20 +128,6 @@ SUITES: Mapping[str, Callable[[FederatedRecipe, SuiteOptions], Sequence[Cell]]] 
     "mask-strategies": mask_strategies,
     "aggregators": aggregators,
 }
-
-
-def suite_names(asked: Sequence[str]) -> list[str]:
-    """The suites asked for, each once; "all" is every one.
-
-    Raises:
-        DeltaflError: no name, or an unknown one.
-    """
-    if not asked:
-        raise DeltaflError(f"name a suite: {', '.join(SUITES)}, or all")
-    unknown = [name for name in asked if name not in SUITES and name != "all"]
-    if unknown:
-        raise DeltaflError(*(f'no suite "{name}"; {did_you_mean(name, (*SUITES, "all"))}' for name in unknown))
-    return list(SUITES) if "all" in asked else list(dict.fromkeys(asked))
 
 
 def check_suites(names: Sequence[str], base: FederatedRecipe, options: SuiteOptions) -> dict[str, list[Cell]]:

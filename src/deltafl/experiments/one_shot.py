@@ -44,10 +44,10 @@ SINGLE, BASE = "single-task models", "base (unmerged)"
 
 @dataclass(frozen=True)
 class TaskModel:
-    """A fine-tuned model, the data it is judged on (a spec for `load_task`), and its head (None: in its folder)."""
+    """A fine-tuned model, the data it is judged on (or a spec for `load_task`), and its head (None: in its folder)."""
 
     model: Model
-    data: str
+    data: str | Task
     head: str | None = None
 
 
@@ -57,8 +57,8 @@ class SearchSpec:
 
     methods: (name, parameters; a list is a grid). memory: bytes up to which checkpoints are held rather than read
     again; a race holds as much again of updates. seed: of the validation splits, None: the one that each model was
-    trained with; and of a race's subsets, None: 0. strategy, confidence: see `deltafl.search.search`. data_dir: where
-    tasks by name are.
+    trained with; and of a race's subsets, None: 0. strategy, confidence, each_method: see `deltafl.search.search`.
+    data_dir: where tasks by name are. templates: a file of prompts for zero-shot heads.
     """
 
     merge: MergeSpec
@@ -69,10 +69,12 @@ class SearchSpec:
     metric: Metric = "normalized"
     strategy: str = "exhaustive"
     confidence: float = 0.95
+    each_method: bool = False
     memory: int = 8_000_000_000
     batch_size: int = 256
     seed: int | None = None
     data_dir: str | None = None
+    templates: str | None = None
     cache_dir: Path | None = None
 
 
@@ -111,6 +113,7 @@ def run_search(
             metric=spec.metric,
             strategy=spec.strategy,
             confidence=spec.confidence,
+            each_method=spec.each_method,
             seed=spec.seed or 0,
             memory=spec.memory,
             on_row=lambda row: on_row(row, most_rows(spec)),
@@ -143,6 +146,8 @@ def most_rows(spec: SearchSpec) -> int:
 
 def _task(entry: TaskModel, plan: Plan, encoder: LoadedEncoder, spec: SearchSpec) -> Task:
     """The task of a model, with the validation split that its training held out, unless the spec says otherwise."""
+    if isinstance(entry.data, Task):
+        return entry.data
     given, seed = encoder.input, spec.seed
     if seed is None:
         seed = int(read_training(plan.layouts[entry.model.name]).get("seed") or 0)
@@ -161,7 +166,7 @@ def _problem(spec: SearchSpec, plan: Plan, opened: Opened, encoder: LoadedEncode
     for entry, task in zip(spec.models, tasks, strict=True):
         path = Path(entry.head) if entry.head else plan.layouts[entry.model.name].folder / HEAD_FILE
         try:
-            head = zero_shot_for(encoder, task) if entry.head == ZERO_SHOT else load_head(path)
+            head = zero_shot_for(encoder, task, spec.templates) if entry.head == ZERO_SHOT else load_head(path)
             check_head(head, encoder.feature_dim, task.class_names, str(path))
         except DeltaflError as error:
             problems.extend(error.problems)

@@ -18,23 +18,27 @@ def task_bars(scores: Mapping[str, Mapping[str, float]], *, reference: Sequence[
 
     Few bars stand upright on a wide page; many bars, or a narrow page, lie flat so that every name is readable.
     """
-    tasks = list(dict.fromkeys(task for row in scores.values() for task in row))
-    rules = list(scores)
+    alt = "Accuracy per task. " + "; ".join(
+        f"{task}: " + ", ".join(f"{rule} {100 * row[task]:.1f}%" for rule, row in scores.items() if task in row)
+        for task in _tasks(scores)
+    )
+    return drawn(lambda width: draw_task_bars(scores, width, reference), caption, f"{alt}.")
+
+
+def draw_task_bars(scores: Mapping[str, Mapping[str, float]], width: int, reference: Sequence[str] = ()) -> "Drawing":
+    """The drawing of `task_bars`."""
     colours: dict[str, str] = {}
-    for rule in rules:
+    for rule in scores:
         grey = rule in reference
         shades = REFERENCE if grey else SERIES
         colours[rule] = shades[sum((other in reference) == grey for other in colours) % len(shades)]
+    tasks = _tasks(scores)
+    flat = width <= NARROW or len(tasks) * len(scores) > 72
+    return (_flat_bars if flat else _upright_bars)(scores, tasks, colours, width)
 
-    def draw(width: int) -> "Drawing":
-        flat = width <= NARROW or len(tasks) * len(rules) > 72
-        return (_flat_bars if flat else _upright_bars)(scores, tasks, colours, width)
 
-    alt = "Accuracy per task. " + "; ".join(
-        f"{task}: " + ", ".join(f"{rule} {100 * scores[rule][task]:.1f}%" for rule in rules if task in scores[rule])
-        for task in tasks
-    )
-    return drawn(draw, caption, f"{alt}.")
+def _tasks(scores: Mapping[str, Mapping[str, float]]) -> list[str]:
+    return list(dict.fromkeys(task for row in scores.values() for task in row))
 
 
 def _upright_bars(

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from deltafl.report.lines import draw_lines, rounds_curve
 from deltafl.report.page import Column, Item, Page, Section, Table
+from deltafl.report.studies import study_section
 from deltafl.report.svg import WIDE, to_png
 
 if TYPE_CHECKING:
@@ -86,11 +87,13 @@ def suites_page(result: Mapping[str, Any]) -> Page:
     """All suites of one run of the command."""
     runs = "one run" if result["num_runs"] == 1 else f"{result['num_runs']} runs"
     lead = (
-        f"{result['model']} on {result['task']}; {runs} of every row. Every run chose its round "
-        "on validation data and touched the test images once."
+        f"{result['model']} on {result['task']}; {runs} of every row. Every choice was made "
+        "on validation data, and every row touched the test images once."
     )
     sections = [suite_section(name, summaries) for name, summaries in result["suites"].items()]
-    return Page("Federated learning under the lens of task arithmetic", lead, sections)
+    sections += [study_section(name, study) for name, study in result["studies"].items()]
+    title = "Federated learning under the lens of task arithmetic"
+    return Page(title if result["suites"] else "Task arithmetic as one-shot federated learning", lead, sections)
 
 
 def suite_figure(summaries: Summaries, key: str) -> bytes:

@@ -1,0 +1,163 @@
+"""The one-shot studies of `deltafl suite`: their options, and how they are run and written."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import click
+
+from deltafl.errors import DeltaflError
+from deltafl.experiments.studies.options import BUNDLED, QUICK, StudyOptions
+from deltafl.models.heads import HEAD_FILE
+
+HELP = {
+    "tasks": "Data sets, each as --data takes one.",
+    "lr_values": "Learning rates; studies of one training use the second.",
+    "steps_values": "Numbers of steps; studies of one training use the largest.",
+    "draws": "Merges of one kind and seed in training-heterogeneity.",
+    "methods": "What is compared. Default: every rule.",
+    "scaling_coefs": "Grid of lambda. Default: 0.05 0.1 .. 2.",
+    "search_strategy": "Of lambda and rho: racing (within each method) or exhaustive.",
+    "val_limit": "At most so many validation examples of each task judge a merge.",
+    "test_limit": "At most so many test examples of each task.",
+    "control": "The task that negation must not harm. Default: the last of --tasks.",
+    "domains": "Two data sets with the same classes, for the analogy.",
+    "split": "The data set whose classes are dealt to several models. Default: the last of --tasks.",
+    "jobs": "Pieces of work at a time, one core each. Default: one for each core; 1 on a GPU.",
+}
+
+TRAINED = frozenset(
+    ("batch_size", "weight_decay", "grad_clip", "label_smoothing", "head", "few_shot", "templates", "mixed_precision")
+) | {"seed"}
+"""Options of federated runs that fine-tunes take too, where they are given."""
+
+
+def study_options(command: Any) -> Any:
+    """Decorator: one option for each field of StudyOptions."""
+    for name, kind, several in reversed(_kinds()):
+        flag = f"--{name.replace('_', '-')}"
+        text = f"One-shot studies: {HELP[name][0].lower()}{HELP[name][1:]}"
+        command = click.option(flag, name, type=kind, multiple=several, default=None, help=text)(command)
+    return command
+
+
+def study_keys() -> dict[str, tuple[Any, Any]]:
+    """The same as keys of a YAML file: name -> type, default."""
+    defaults = StudyOptions()
+    return {
+        name: (list[kind] if several else kind | None, list(value) if several else value)
+        for name, kind, several in _kinds()
+        for value in [getattr(defaults, name)]
+    }
+
+
+def study_defaults(*, quick: bool, bundled: bool) -> dict[str, Any]:
+    """What `--quick`, and the bundled base, put below everything that is given."""
+    return (dict(QUICK) if quick else {}) | (dict(BUNDLED) if bundled else {})
+
+
+def study_of(held: Mapping[str, Any]) -> StudyOptions:
+    """The options among the settings."""
+    given: dict[str, Any] = {name: tuple(held[name]) if several else held[name] for name, _, several in _kinds()}
+    return StudyOptions(**given)
+
+
+def _kinds() -> list[tuple[str, Any, bool]]:
+    """Name, type of one value, and whether there are several."""
+    hints = get_type_hints(StudyOptions)
+    found = []
+    for field in fields(StudyOptions):
+        parts = get_args(hints[field.name])
+        kind = next(k for k in (parts or (hints[field.name],)) if k is not type(None))
+        found.append((field.name, kind, Ellipsis in parts))
+    return found
+
+
+def make_study(
+    names: Sequence[str], held: Mapping[str, Any], explicit: Mapping[str, Any], num_runs: int, *, bundled: bool
+) -> Any:
+    """The Study of the settings `held`; `explicit`: those that were given, by option or file.
+
+    Raises:
+        DeltaflError: every mistake.
+    """
+    from deltafl.experiments.studies.study import Study
+    from deltafl.finetuning import FinetuneRecipe
+    from deltafl.search import check_strategy
+
+    options = study_of(held)
+    base = Path(held["out"]) / "base"
+    small = {"batch_size": 32, "head": str(base / HEAD_FILE)} if bundled else {}
+    recipe = FinetuneRecipe(**{"steps": 0, **small, **{k: v for k, v in explicit.items() if k in TRAINED}})
+    if problems := [*options.problems(names), *recipe.problems()]:
+        raise DeltaflError(*problems)
+    check_strategy(options.search_strategy, 0.95)
+    return Study(
+        base=str(base),
+        folder=Path(held["out"]) / "studies",
+        tasks=options.tasks,
+        recipe=recipe,
+        lrs=options.lr_values,
+        steps=options.steps_values,
+        methods=options.grids(),
+        lambdas=options.scaling_coefs,
+        control=options.control or options.tasks[-1],
+        domains=options.domains,
+        split=options.split or options.tasks[-1],
+        draws=options.draws,
+        strategy=options.search_strategy,
+        val_limit=options.val_limit,
+        test_limit=options.test_limit,
+        num_runs=num_runs,
+        data_dir=held["data_dir"],
+        device=held["device"],
+    )
+
+
+def check_data(study: Any, names: Sequence[str], image_size: int, channels: int) -> None:
+    """Raise DeltaflError with what is wrong with any data set of the studies, before anything is written."""
+    from deltafl.datasets import load_task
+
+    specs = [*study.tasks]
+    specs += [study.control] if "negation" in names else []
+    specs += [study.split] if "data-heterogeneity" in names else []
+    specs += study.domains if "analogy" in names else []
+    problems = []
+    for spec in dict.fromkeys(specs):
+        try:
+            load_task(spec, image_size=image_size, channels=channels, seed=study.recipe.seed, data_dir=study.data_dir)
+        except DeltaflError as error:
+            problems += error.problems
+    if problems:
+        raise DeltaflError(*problems)
+
+
+def run_studies(names: Sequence[str], study: Any, jobs: int | None, show: Callable[[str, int, int], None]) -> Any:
+    """Name -> result, in order."""
+    import torch
+
+    from deltafl.experiments.studies.merging import Work
+    from deltafl.experiments.studies.suites import STUDIES
+
+    on_gpu = study.device not in (None, "cpu") or (study.device is None and torch.cuda.is_available())
+    at_once = jobs or (1 if on_gpu else os.cpu_count() or 1)
+    return {
+        name: STUDIES[name](study, Work(study, at_once, lambda s, d, t, n=name: show(f"{n}: {s}", d, t)))
+        for name in names
+    }
+
+
+def write_studies(results: Mapping[str, Any], out: Path) -> None:
+    """STUDY/table.md, .csv, .tex, and its figures."""
+    from deltafl.files import write_atomically
+    from deltafl.report import to_csv, to_latex, to_markdown
+    from deltafl.report.studies import study_figures, study_tables
+
+    for name, result in results.items():
+        for title, table in study_tables(name, result).items():
+            for suffix, text in (("md", to_markdown(table)), ("csv", to_csv(table)), ("tex", to_latex(table))):
+                write_atomically(out / name / f"{title}.{suffix}", text.encode())
+        for file, data in study_figures(name, result).items():
+            write_atomically(out / name / file, data)

@@ -1,0 +1,170 @@
+"""The work of studies: fine-tunes and searches, each made once and kept by content, a few at a time."""
+
+import json
+import multiprocessing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from deltafl.errors import DeltaflError
+from deltafl.experiments.one_shot import BASE, SINGLE, SearchSpec, TaskModel, run_search
+from deltafl.experiments.studies.study import Data, Study, Training, content_key
+from deltafl.files import write_atomically
+from deltafl.finetuning.run import TRAINING_JSON
+from deltafl.preflight import MergeSpec, Model
+from deltafl.rules import Source, build_rule, check_rule
+from deltafl.search import grid_of
+
+T = TypeVar("T")
+R = TypeVar("R")
+OnStage = Callable[[str, int, int], None]
+"""Told what is going on, how much of it is done, and of how much."""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A fine-tune: the data, the training, the seed."""
+
+    data: Data
+    training: Training
+    seed: int
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A search over merges of fine-tunes that have one seed."""
+
+    models: tuple[Tuned, ...]
+
+    @property
+    def seed(self) -> int:
+        return self.models[0].seed
+
+
+@dataclass(frozen=True)
+class Work:
+    """Does what studies ask for, `jobs` pieces at a time, each in a process of its own that uses one core."""
+
+    study: Study
+    jobs: int
+    on_stage: OnStage = lambda name, done, total: None
+
+    def fine_tune(self, models: Iterable[Tuned]) -> None:
+        """Make all the fine-tunes that are not there yet."""
+        self.each("fine-tune", _tuned, list(dict.fromkeys(models)))
+
+    def search(self, merges: Sequence[Merge]) -> list[dict[str, Any]]:
+        """The results of searches, in order, fine-tunes first."""
+        self.fine_tune(model for merge in merges for model in merge.models)
+        return self.each("search", searched, merges)
+
+    def each(self, stage: str, function: Callable[[Study, T], R], items: Sequence[T]) -> list[R]:
+        """function(study, item) of every item, in order."""
+        return list(in_processes(function, self.study, items, self.jobs, lambda n: self.on_stage(stage, n, len(items))))
+
+
+def in_processes(
+    function: Callable[[Study, T], R], study: Study, items: Sequence[T], jobs: int, on_done: Callable[[int], None]
+) -> list[R]:
+    """function(study, item) of every item, in order; with one job, in this process."""
+    found: dict[int, R] = {}
+    if jobs == 1:
+        for at, item in enumerate(items):
+            found[at] = on_one_core(function, study, item)
+            on_done(at + 1)
+    else:
+        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+            waiting = {pool.submit(on_one_core, function, study, item): at for at, item in enumerate(items)}
+            try:
+                for future in as_completed(waiting):
+                    found[waiting[future]] = future.result()
+                    on_done(len(found))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    return [found[at] for at in range(len(items))]
+
+
+def on_one_core(function: Callable[[Study, T], R], study: Study, item: T) -> R:
+    """One thread, so that sums have one order however many jobs there are."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return function(study, item)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _tuned(study: Study, model: Tuned) -> str:
+    return str(study.model(model.data, model.training, model.seed))
+
+
+def searched(study: Study, merge: Merge) -> dict[str, Any]:
+    """What `run_search` found for a merge, from disk where it was found before.
+
+    `left_out` in it: the methods that these models cannot be merged by (krum with too few), and why.
+    """
+    folders = [study.model(m.data, m.training, m.seed) for m in merge.models]
+    trainings = [json.loads((folder / TRAINING_JSON).read_text()) for folder in folders]
+    config = {
+        "models": [training["config"] for training in trainings],
+        "methods": [[name, dict(params)] for name, params in study.methods],
+        "lambdas": study.lambdas,
+        "strategy": study.strategy,
+        "limits": [study.val_limit, study.test_limit],
+    }
+    file = study.folder / "searches" / f"{content_key(config)}.json"
+    if file.is_file():
+        return json.loads(file.read_text())
+    methods, left_out = able(study.methods, [_source(t) for t in trainings])
+    models = tuple(Model(str(folder), folder.name) for folder in folders)
+    tasks = [study.judged(m.data, m.seed) for m in merge.models]
+    spec = SearchSpec(
+        merge=MergeSpec(study.base, models, "task_arithmetic", threads=1, device=study.device or "cpu"),
+        models=tuple(TaskModel(model, task) for model, task in zip(models, tasks, strict=True)),
+        methods=tuple(methods),
+        lambdas=study.lambdas,
+        strategy=study.strategy,
+        each_method=True,
+        seed=merge.seed,
+    )
+    result = run_search(spec, None, on_row=lambda row, total: None)
+    kept = {k: v for k, v in result.items() if k not in ("candidates", "seconds", "versions")}
+    kept |= {"left_out": left_out, "asked": [[asdict(m.data), asdict(m.training)] for m in merge.models]}
+    write_atomically(file, json.dumps(kept).encode())
+    return kept
+
+
+def _source(training: Mapping[str, Any]) -> Source:
+    return Source(training["task"], num_steps=training["num_steps"], num_examples=training["num_examples"])
+
+
+def able(
+    methods: Sequence[tuple[str, Mapping[str, Any]]], sources: Sequence[Source]
+) -> tuple[list[tuple[str, Mapping[str, Any]]], dict[str, str]]:
+    """The methods that these models can be merged by, and why the others cannot."""
+    good, left_out = [], {}
+    for name, params in methods:
+        try:
+            for point in grid_of(name, params, (1.0, 1.0)):
+                check_rule(build_rule(name, point), sources)
+            good.append((name, params))
+        except DeltaflError as error:
+            left_out[name] = str(error)
+    return good, left_out
+
+
+def settled(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Rule -> its row; the base's, lambda 0, where validation puts that above everything that the rule gives."""
+    rows = {row["rule"]: row for row in result["rows"]}
+    single, base = rows.pop(SINGLE), rows.pop(BASE)
+    del single
+    return {name: row if row["val"] >= base["val"] else {**base, "rule": name} for name, row in rows.items()}
+
+
+def row_of(result: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The row of the single-task models or of the base."""
+    return next(row for row in result["rows"] if row["rule"] == name)

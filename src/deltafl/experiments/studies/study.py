@@ -1,0 +1,170 @@
+"""What a one-shot study is made of: its settings, and the models, heads and data that its merges share."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deltafl.datasets import Task, load_task
+from deltafl.datasets.classes import class_groups, only_classes
+from deltafl.datasets.selection import stratified
+from deltafl.datasets.task import Split
+from deltafl.files import atomic_folder, write_atomically
+from deltafl.finetuning import FinetuneRecipe, finetune
+from deltafl.finetuning.evaluation import make_head
+from deltafl.finetuning.run import TRAINING_JSON
+from deltafl.finetuning.state import run_config
+from deltafl.models import LoadedEncoder, load_encoder, save_encoder
+from deltafl.models.flat import FlatModel
+from deltafl.models.heads import LinearHead, load_head, save_head
+from deltafl.training import keyed_generator
+
+
+@dataclass(frozen=True)
+class Training:
+    """What training heterogeneity is about: the learning rate and the number of steps of one fine-tune."""
+
+    lr: float
+    steps: int
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set by its spec, or one of `parts` groups of its classes, dealt at random by the seed."""
+
+    spec: str
+    part: int = 0
+    parts: int = 1
+
+
+@dataclass(frozen=True)
+class Study:
+    """The settings of all studies of one run of the command.
+
+    base: the folder of the base model. folder: where models and searches are kept, each under the content of its
+    configuration. recipe: of every fine-tune; lr and steps come from `lrs` and `steps`. draws: merges of one kind in
+    training-heterogeneity, for each seed. methods: (name, parameters; a list is a grid). strategy: of each search; a
+    race is one within each method. val_limit, test_limit: at
+    most so many examples of each task that merges are judged on. control: the task that negation must not harm.
+    domains: two data sets with the same classes, for the analogy. split: the data set that data-heterogeneity splits
+    by class.
+    """
+
+    base: str
+    folder: Path
+    tasks: tuple[str, ...]
+    recipe: FinetuneRecipe
+    lrs: tuple[float, ...]
+    steps: tuple[int, ...]
+    methods: tuple[tuple[str, Mapping[str, Any]], ...]
+    lambdas: tuple[float, ...]
+    control: str
+    domains: tuple[str, ...]
+    split: str
+    draws: int = 4
+    strategy: str = "racing"
+    val_limit: int | None = None
+    test_limit: int | None = None
+    num_runs: int = 1
+    data_dir: str | None = None
+    device: str | None = None
+
+    @property
+    def training(self) -> Training:
+        """That of studies which need one: the second learning rate of several, or the only one; the most steps."""
+        return Training(self.lrs[min(1, len(self.lrs) - 1)], max(self.steps))
+
+    @property
+    def seeds(self) -> range:
+        """One for each run."""
+        return range(self.recipe.seed, self.recipe.seed + self.num_runs)
+
+    def encoder(self) -> LoadedEncoder:
+        """The base model, read once in each process. Not to be changed."""
+        return _encoder(self.base)
+
+    def task(self, data: Data, seed: int) -> Task:
+        """A task with the validation split of a seed: what models and heads are made from."""
+        whole = _task(data.spec, self.base, seed, self.data_dir)
+        if data.parts == 1:
+            return whole
+        groups = class_groups(len(whole.class_names), data.parts, keyed_generator(seed, "classes", data.parts))
+        return only_classes(whole, groups[data.part], f"{whole.name}_{data.part + 1}of{data.parts}")
+
+    def judged(self, data: Data, seed: int) -> Task:
+        """The task with no more validation and test examples than merges are judged on."""
+        task = self.task(data, seed)
+        return replace(task, val=_some(task.val, self.val_limit, seed), test=_some(task.test, self.test_limit, seed))
+
+    def head(self, data: Data, seed: int) -> Path:
+        """The file of the frozen head of a data set, made from the base model where there is none yet.
+
+        Parts of a data set share the head of the whole, and so do the two domains of the analogy, which have the same
+        classes.
+        """
+        spec = self.domains[0] if data.spec in self.domains else data.spec
+        task = self.task(Data(spec), seed)
+        recipe = replace(self.recipe, seed=seed, steps=0)
+        file = self.folder / "heads" / f"{task.name}-{content_key(run_config(self.encoder(), task, recipe, None))}"
+        file = file.with_suffix(".safetensors")
+        if not file.is_file():
+            head = make_head(FlatModel(self.encoder().copy_to(self.device or "cpu")), task, recipe)
+            write_head(head, file)
+        return file
+
+    def model(self, data: Data, training: Training, seed: int) -> Path:
+        """The folder of a fine-tune, made where there is none yet."""
+        task = self.task(data, seed)
+        head = load_head(self.head(data, seed))
+        recipe = replace(self.recipe, lr=training.lr, steps=training.steps, seed=seed)
+        key = content_key(run_config(self.encoder(), task, recipe, head))
+        out = self.folder / "models" / f"{task.name}-lr{training.lr:g}-steps{training.steps}-seed{seed}-{key}"
+        if not (out / TRAINING_JSON).is_file():
+            finetune(self.encoder(), task, recipe, out, head=head, resume=True, overwrite=True, device=self.device)
+        return out
+
+
+def save_base(encoder: LoadedEncoder, folder: Path) -> None:
+    """Write the base model, as merges read it, unless it is there."""
+    if not folder.exists():
+        with atomic_folder(folder) as scratch:
+            save_encoder(encoder, scratch)
+
+
+def content_key(config: Mapping[str, Any]) -> str:
+    """16 hexadecimal digits that another configuration does not have."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def write_head(head: LinearHead, file: Path) -> None:
+    """A head's file, whole or absent."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    scratch = file.with_suffix(f".{os.getpid()}.tmp")
+    save_head(head, scratch)
+    write_atomically(file, scratch.read_bytes())
+    scratch.unlink()
+
+
+@lru_cache(maxsize=2)
+def _encoder(base: str) -> LoadedEncoder:
+    return load_encoder(base)
+
+
+@lru_cache(maxsize=16)
+def _task(spec: str, base: str, seed: int, data_dir: str | None) -> Task:
+    given = _encoder(base).input
+    return load_task(spec, image_size=given.image_size, channels=given.channels, seed=seed, data_dir=data_dir)
+
+
+def _some(split: Split, most: int | None, seed: int) -> Split:
+    """A stratified choice of at most `most` examples."""
+    if most is None:
+        return split
+    rows = stratified(split.labels.numpy(), most, np.random.default_rng([seed, most]))
+    return Split(split.images[rows], split.labels[rows])
