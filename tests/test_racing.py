@@ -74,6 +74,21 @@ def test_the_winner_is_that_of_an_exhaustive_search_in_at_least_19_of_20_orders_
         assert images / 20 < len(scores.values) * sum(scores.sizes) / 3
 
 
+def test_contests_keep_the_best_of_each_and_drop_who_has_lost_everywhere() -> None:
+    scores = grid(3)
+    count = len(scores.values)
+    contests = [range(count // 3), range(count // 3, count), [0, count - 1]]
+    for seed in range(10):
+        found = scores.race(seed=seed, contests=contests)
+        for contest in contests:
+            best = max(contest, key=lambda c: float(scores.values[c]))
+            kept = [c for c in contest if found[c].dropped_at is None]
+            assert best in kept
+        assert sum(f.dropped_at is not None for f in found) > count / 2
+    alone = scores.race(seed=0, contests=[[c] for c in range(count)])
+    assert all(f.dropped_at is None for f in alone)
+
+
 def test_no_seed_loses_a_clear_best_and_confidence_is_what_keeps_it() -> None:
     # The best is ahead by 6 of 200 images; a race that trusts any lead drops it in some orders.
     lost = {0.95: 0, 0.01: 0}
@@ -258,6 +273,15 @@ def test_a_search_that_races_finds_the_winner_and_its_exact_value(seed: int) -> 
     assert raced.images < whole.images / 2.5
     assert raced.exhaustive_images == whole.exhaustive_images == whole.images
     assert raced.images == sum(r.evaluated or 0 for r in raced.rows)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_race_within_each_method_finds_the_best_of_every_method(seed: int) -> None:
+    whole, raced = both(seed, each_method=True)
+    assert {m: (r.label, r.value) for m, r in raced.best_of.items()} == {
+        m: (r.label, r.value) for m, r in whole.best_of.items()
+    }
+    assert raced.images < whole.images
 
 
 def test_dropped_rows_are_kept_marked_and_not_chosen() -> None:

@@ -25,7 +25,8 @@ class SearchRecipe(Strict):
 
     methods: names, or mappings with `method` and its parameters, of which each may be a list; default: every rule of
     arXiv 2411.18607. grid "default": scaling_coefs multiply the sum of deltas for all methods; "paper": each method's
-    own convention. strategy "racing": drop a candidate as soon as a bound of this confidence says that it cannot win.
+    own convention. strategy "racing": drop a candidate as soon as a bound of this confidence says that it cannot win;
+    each_method: within its method, so that the best of every method is exact.
     templates: a file of prompts for the zero-shot heads. reference: row of the table -> mean test accuracy in percent
     that was published, shown beside ours; a name that no row has is a row of its own.
     """
@@ -38,6 +39,7 @@ class SearchRecipe(Strict):
     metric: Literal["normalized", "absolute"] = "normalized"
     strategy: str = "exhaustive"
     confidence: float = 0.95
+    each_method: bool = False
     weights: list[float] | None = None
     scope: str = ""
     include: list[str] = Field([])
@@ -76,6 +78,7 @@ class SearchRecipe(Strict):
             metric=self.metric,
             strategy=self.strategy,
             confidence=self.confidence,
+            each_method=self.each_method,
             memory=_memory(self.memory),
             batch_size=self.batch_size,
             seed=self.seed,

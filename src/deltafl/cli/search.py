@@ -18,6 +18,7 @@ from deltafl.cli.options import progress_by_count, table
 @click.option("--metric", type=click.Choice(["normalized", "absolute"]), help="Default: normalized.")
 @click.option("--strategy", help="exhaustive (default) or racing: drop early what cannot win.")
 @click.option("--confidence", type=float, help="With which racing keeps the best candidate. Default: 0.95.")
+@click.option("--each-method", is_flag=True, default=None, help="Race within each method: the best of each is exact.")
 @click.option("--device", help="cpu (default) or cuda.")
 @click.option("--threads", type=int, help="Default: one for each core.")
 @click.option("--memory", help="Hold checkpoints up to this size rather than read them again. Default: 8GB.")
