@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-INTERVAL = 0.02
+INTERVAL = 0.1
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,16 @@ def _sample(pid: int, peak: list[int], done: threading.Event) -> None:
 
 
 def _anonymous(pid: int) -> int:
-    """RssAnon of a process and its descendants, in bytes; 0 for what has ended meanwhile."""
+    """Pss_Anon of a process and its descendants, in bytes; 0 for what has ended meanwhile.
+
+    A page that forked processes share counts once for all of them, as it takes memory once.
+    """
     try:
-        status = Path(f"/proc/{pid}/status").read_text()
+        status = Path(f"/proc/{pid}/smaps_rollup").read_text()
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except OSError:
         return 0
-    own = next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon")), 0)
+    own = next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("Pss_Anon")), 0)
     return own + sum(_anonymous(int(child)) for child in children)
 
 

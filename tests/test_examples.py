@@ -12,11 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from checkpoints import cli, make_world, refusal, save, toy, tuned
+from checkpoints import cli, make_world, refusal, save, succeed, toy, tuned
+from deltafl.cli.federate import EXTRA, federate_settings
+from deltafl.cli.studies import study_keys, study_of
 from deltafl.config import MergeRecipe, ModelEntry, load_yaml, parse
 from deltafl.config_search import SearchEntry, SearchRecipe
 from deltafl.datasets.catalogue import CATALOGUE
 from deltafl.experiments.quickstart import TASKS
+from deltafl.experiments.studies.options import STUDY_NAMES
 from deltafl.preflight import source_of
 from deltafl.rules import RULES, load_rules, parameters
 from deltafl.search import check_methods
@@ -106,6 +109,27 @@ def test_the_recipe_of_published_checkpoints_holds_every_rule_and_task():
     names = [entry.model.ref.removeprefix("tanganke/clip-vit-base-patch32_") for entry in spec.models]
     assert [name.replace("-", "_") for name in names] == [entry.data for entry in spec.models]
     check_methods(spec.methods, spec.lambdas, [source_of(entry.model, {}) for entry in spec.models])
+
+
+STUDY = ROOT / "configs" / "realdata-study.yaml"
+
+
+def test_the_study_on_real_data_has_every_setting_that_its_studies_need():
+    extra = EXTRA | study_keys() | {"data": (str | None, None)}
+    held = federate_settings(str(STUDY), {"out": "out"}, {}, extra)
+    assert study_of(held).problems(STUDY_NAMES) == []
+
+
+@pytest.mark.realdata
+def test_a_study_of_two_steps_on_real_data(tmp_path, monkeypatch, realdata):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("DELTAFL_CACHE", str(tmp_path / "cache"))
+    tasks = ("--tasks", "examples.realdata:dtd", "examples.realdata:gtsrb", "--control", "examples.realdata:dtd")
+    small = ("--lr-values", 1e-3, "--steps-values", 2, "--methods", "median", "--scaling-coefs", 0.3, "--val-limit", 50)
+    limits = ("--test-limit", 50, "--jobs", 1, "--out", tmp_path / "out")
+    succeed("suite", "negation", "scaling-coef", "--config", STUDY, *tasks, *small, *limits)
+    assert "median" in (tmp_path / "out" / "scaling-coef" / "table.md").read_text()
+    assert len(list((tmp_path / "out" / "studies" / "models").iterdir())) == 2
 
 
 def blocks(page: str, language: str) -> list[str]:
