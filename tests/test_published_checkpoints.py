@@ -62,9 +62,15 @@ def write(folder: Path, recipe: dict[str, Any]) -> Path:
 
 
 def test_the_recipe_runs_and_prints_theirs_beside_ours(recipe: dict[str, Any], tmp_path: Path) -> None:
+    held_fixed = list(recipe["fixed"])
     said = succeed("search", write(tmp_path, recipe)).out
     result = json.loads((tmp_path / "out" / "result.json").read_text())
-    assert {row["rule"] for row in result["rows"][2:]} == set(load_rules())
+    assert {row["rule"] for row in result["rows"][2:]} == {*load_rules(), *held_fixed}
+    rows_of = {row["rule"]: row for row in result["rows"]}
+    third = rows_of["task arithmetic, lambda 0.3"]  # the search has 0.3 only, so this is its task_arithmetic
+    assert third["test"] == rows_of["task_arithmetic"]["test"]
+    assert (third["scaling_coef"], third["val"]) == (0.3, None)
+    assert rows_of["simple average"]["server_lr"] == pytest.approx(1)
     assert result["reference"]["TIES, lambda 0.3"] == pytest.approx(0.722)
     lines = {line.split("  ")[0]: line.split() for line in said.splitlines()}
     heading = next(line for line in said.splitlines() if line.startswith("model"))
@@ -74,11 +80,11 @@ def test_the_recipe_runs_and_prints_theirs_beside_ours(recipe: dict[str, Any], t
     assert {name: lines[name][-1] for name in published} == published
     with (tmp_path / "out" / "table.csv").open() as file:
         rows = {row["model"]: row for row in csv.DictReader(file)}
-    assert list(rows)[:5] == ["single-task models", "base (unmerged)", *list(published)[2:5]]
+    assert list(rows)[-3:] == list(published)[2:5]
     assert {name: rows[name]["published"] for name in ("base (unmerged)", "simple average", "ties")} == {
         "base (unmerged)": "0.482", "simple average": "0.665", "ties": "",
     }  # fmt: skip
-    assert (rows["simple average"]["mean"], rows["ties"]["mean"] != "") == ("", True)
+    assert all(rows[name]["mean"] for name in ("simple average", "ties"))
     for file in ("table.md", "table.tex", "report.html"):
         assert all(word in (tmp_path / "out" / file).read_text() for word in ("published", "simple average", "66.5"))
     assert "not run here" in (tmp_path / "out" / "report.html").read_text()
@@ -88,7 +94,7 @@ def test_templates_and_saved_heads_take_the_place_of_the_built_in_prompts(
     recipe: dict[str, Any], tmp_path: Path
 ) -> None:
     entries = [entry for entry in recipe["models"] if entry["data"] in ("eurosat", "mnist")]
-    small = recipe | {"models": entries, "methods": ["task_arithmetic"], "reference": {}}
+    small = recipe | {"models": entries, "methods": ["task_arithmetic"], "reference": {}, "fixed": {}}
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("seen: {}\n")
     heads = []
@@ -108,6 +114,19 @@ def test_templates_and_saved_heads_take_the_place_of_the_built_in_prompts(
     wrong = write(tmp_path, small | {"models": heads, "templates": str(prompts)})
     said = refusal(tmp_path, "search", wrong)
     assert said == "templates: are about the zero-shot head; give models that have head: zero-shot"
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"method": "ties"}, "fixed.mine: scaling_coef must be a number, not None"),
+        ({"scaling_coef": 0.3}, "fixed.mine: {} does not say which method it is; write {method: NAME, ...}"),
+        ({"method": "ties", "scaling_coef": 0.3, "densty": 1}, 'fixed.mine: ties: unknown key "densty"'),
+    ],
+)
+def test_a_fixed_candidate_that_is_none_is_one_line(tmp_path: Path, entry: dict[str, Any], message: str) -> None:
+    said = refusal(tmp_path, "search", write(tmp_path, load_yaml(RECIPE) | {"fixed": {"mine": entry}}))
+    assert said.startswith(message)
 
 
 def test_a_reference_that_is_no_percentage_is_one_line(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from deltafl.errors import DeltaflError
 from deltafl.experiments.one_shot import SearchSpec, TaskModel
 from deltafl.experiments.quickstart import METHODS
 from deltafl.models.heads import ZERO_SHOT
-from deltafl.search import LAMBDAS, check_strategy
+from deltafl.search import LAMBDAS, Row, check_strategy
 
 
 class SearchEntry(ModelEntry):
@@ -27,8 +27,9 @@ class SearchRecipe(Strict):
     arXiv 2411.18607. grid "default": scaling_coefs multiply the sum of deltas for all methods; "paper": each method's
     own convention. strategy "racing": drop a candidate as soon as a bound of this confidence says that it cannot win;
     each_method: within its method, so that the best of every method is exact.
-    templates: a file of prompts for the zero-shot heads. reference: row of the table -> mean test accuracy in percent
-    that was published, shown beside ours; a name that no row has is a row of its own.
+    templates: a file of prompts for the zero-shot heads. fixed: row of the table -> method, scaling_coef and
+    parameters of a candidate that is tested as it is, beside what the search chooses. reference: row of the table ->
+    mean test accuracy in percent that was published, shown beside ours; a name that no row has is a row of its own.
     """
 
     base: str
@@ -51,6 +52,7 @@ class SearchRecipe(Strict):
     seed: int | None = None
     data_dir: str | None = None
     templates: str | None = None
+    fixed: dict[str, dict[str, Any]] = Field({})
     reference: dict[str, Annotated[float, Field(ge=0, le=100)]] = Field({})
     allow_other_base: bool = False
     out: str | None = None
@@ -84,7 +86,26 @@ class SearchRecipe(Strict):
             seed=self.seed,
             data_dir=self.data_dir,
             templates=self.templates,
+            fixed=tuple(_fixed(self.fixed)),
         )
+
+
+def _fixed(entries: dict[str, dict[str, Any]]) -> list[tuple[str, Row]]:
+    """(name, candidate) of each entry. Raises DeltaflError."""
+    found, problems = [], []
+    for name, entry in entries.items():
+        coefficient = entry.get("scaling_coef")
+        if not isinstance(coefficient, int | float) or isinstance(coefficient, bool):
+            problems.append(f"fixed.{name}: scaling_coef must be a number, not {coefficient!r}")
+            continue
+        try:
+            ((method, params),) = _methods([{k: v for k, v in entry.items() if k != "scaling_coef"}])
+            found.append((name, Row(method, params, float(coefficient), 0.0)))
+        except DeltaflError as error:
+            problems += [f"fixed.{name}: {p.removeprefix('methods: ')}" for p in error.problems]
+    if problems:
+        raise DeltaflError(*problems)
+    return found
 
 
 def _memory(size: int | str) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from deltafl.aggregation import as_weights
 from deltafl.datasets import Task, load_task
 from deltafl.errors import DeltaflError
 from deltafl.finetuning.evaluation import zero_shot_for
@@ -58,7 +59,8 @@ class SearchSpec:
     methods: (name, parameters; a list is a grid). memory: bytes up to which checkpoints are held rather than read
     again; a race holds as much again of updates. seed: of the validation splits, None: the one that each model was
     trained with; and of a race's subsets, None: 0. strategy, confidence, each_method: see `deltafl.search.search`.
-    data_dir: where tasks by name are. templates: a file of prompts for zero-shot heads.
+    data_dir: where tasks by name are. templates: a file of prompts for zero-shot heads. fixed: (name,
+    candidate) that is tested as it is, beside what the search chooses.
     """
 
     merge: MergeSpec
@@ -75,6 +77,7 @@ class SearchSpec:
     seed: int | None = None
     data_dir: str | None = None
     templates: str | None = None
+    fixed: tuple[tuple[str, Row], ...] = ()
     cache_dir: Path | None = None
 
 
@@ -99,6 +102,8 @@ def run_search(
     )
     check_strategy(spec.strategy, spec.confidence)
     check_methods(spec.methods, spec.lambdas, plan.sources)
+    for _, row in spec.fixed:
+        check_methods([(row.method, row.params)], [row.scaling_coef], plan.sources)
     encoder = load_encoder(spec.merge.base)
     tasks = [_task(entry, plan, encoder, spec) for entry in spec.models]
     if len({t.name for t in tasks}) < len(tasks):
@@ -188,6 +193,10 @@ def describe(spec: SearchSpec, plan: Plan, problem: Problem, found: SearchResult
     for method, best in found.best_of.items():
         test = test_once(problem, best, build_rule(method, best.params))
         rows.append(_row(method, best, test, single))
+    for name, row in spec.fixed:
+        test = test_once(problem, row, build_rule(row.method, row.params))
+        total = sum(map(abs, as_weights(problem.weights, len(problem.updates)).default))
+        rows.append({**_row(name, replace(row, server_lr=total * row.scaling_coef), test, single), "val": None})
     norms = found.norms
     lengths = found.gram.diagonal().sqrt().clamp_min(1e-30)
     return {
