@@ -134,7 +134,7 @@ def test_a_process_that_is_killed_is_one_clear_error(end) -> None:
             end()
         return number
 
-    with pytest.raises(DeltaflError, match=r"ended early \((signal SIGKILL|exit code 7)\), perhaps .* --threads 1"):
+    with pytest.raises(DeltaflError, match=r"ended early \((signal SIGKILL|exit code 7)\), perhaps .* fewer processes"):
         list(forked(work, 50, 2))
 
 

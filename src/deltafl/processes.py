@@ -103,7 +103,7 @@ def _receive(connection: Connection, children: dict[Connection, int]) -> tuple[i
         children[connection] = 0
         how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit code {status}"
         raise DeltaflError(
-            f"a worker process ended early ({how}), perhaps for want of memory; free some, or use --threads 1"
+            f"a worker process ended early ({how}), perhaps for want of memory; free some, or use fewer processes"
         ) from None
 
 

@@ -79,6 +79,11 @@ EXPERIMENTS = {
 }
 
 
+workers_option = click.option(
+    "--workers", type=int, help="Processes that train clients; no result depends on it. Default: one a core."
+)
+
+
 def task_options(command: Any) -> Any:
     """Decorator: model, data and where to run, shared by federate and suite."""
     options = [
@@ -99,7 +104,7 @@ def task_options(command: Any) -> Any:
 @click.option("--out", help="The folder to write.")
 @recipe_options(FederatedRecipe, HELP, skip=("aggregator_params",))
 @rule_options("seed")
-@click.option("--workers", type=int, help="Processes that train clients; no result depends on it. Default: one a core.")
+@workers_option
 @click.option("--save-client-updates", multiple=True, help="Rounds (or all) whose clients' models are written.")
 @click.option("--heterogeneity-experiment", is_flag=True, help="Run `deltafl suite heterogeneity` instead.")
 @click.option("--local-steps-experiment", is_flag=True, help="Run `deltafl suite local-steps` instead.")

@@ -104,19 +104,27 @@ def progress_by_bytes(label: str, total: float, *, quiet: bool) -> Iterator[Call
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    # no thread that draws: the work may be done in forked processes
     with Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False) as bar:
-        task = bar.add_task(label, total=total)
-        drawn = 0.0
+        task, draw = bar.add_task(label, total=total), _now_and_then(bar.refresh)
 
         def advance(count: float) -> None:
-            nonlocal drawn
             bar.advance(task, count)
-            if time.monotonic() - drawn >= 0.1:
-                drawn = time.monotonic()
-                bar.refresh()
+            draw()
 
         yield advance
+
+
+def _now_and_then(draw: Callable[[], None]) -> Callable[[], None]:
+    """`draw`, at most ten times a second: a thread that draws would be in the way of forked processes."""
+    drawn = 0.0
+
+    def call() -> None:
+        nonlocal drawn
+        if time.monotonic() - drawn >= 0.1:
+            drawn = time.monotonic()
+            draw()
+
+    return call
 
 
 @contextmanager
@@ -150,13 +158,16 @@ def progress_by_stage(*, quiet: bool) -> Iterator[Callable[[str, int, int], None
     )
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+    look: dict[str, Any] = {"console": Console(stderr=True), "transient": True, "auto_refresh": False}
+    with Progress(*columns, TimeRemainingColumn(), **look) as bar:
         stages: dict[str, Any] = {}
+        draw = _now_and_then(bar.refresh)
 
         def show(stage: str, done: int, total: int) -> None:
             if stage not in stages:
                 stages[stage] = bar.add_task(stage, total=total)
             bar.update(stages[stage], completed=done, total=total)
+            draw()
 
         yield show
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from deltafl.cli.federate import EXTRA, HELP, federate_settings, recipe_of, task_options
+from deltafl.cli.federate import EXTRA, HELP, federate_settings, recipe_of, task_options, workers_option
 from deltafl.cli.options import ManyValues, progress_by_stage, rule_options
 from deltafl.cli.settings import recipe_options
 from deltafl.cli.studies import (
@@ -64,6 +64,7 @@ def value_options(command: Any) -> Any:
 @study_options
 @recipe_options(FederatedRecipe, HELP, skip=("aggregator_params", "sparsity_ratio"))
 @rule_options("seed")
+@workers_option
 @click.option("--quick", is_flag=True, help="Small settings: minutes on 2 cores.")
 @click.option("--full", is_flag=True, help="The settings of the assignment: hours on a GPU.")
 @click.option("--num-runs", type=click.IntRange(min=1), default=1, show_default=True, help="Seeds of every row.")
@@ -192,6 +193,7 @@ def run_suites(
             num_runs,
             held["device"],
             out / METRICS if tensorboard else None,
+            held["workers"],
         )
         suites = {name: run_suite(name, cells[name], bench, show) for name in names}
         found = run_studies(studies, study, held["jobs"], show) if study is not None else {}

@@ -26,7 +26,7 @@ from deltafl.usercode import find_callable
 class Bench:
     """What every run of a suite shares: the model, the task of a seed, where runs are kept, how many of each cell.
 
-    metrics: a folder for event files, SUITE/CELL/seed-N; None writes none.
+    metrics: a folder for event files, SUITE/CELL/seed-N; None writes none. workers: see `federate`.
     """
 
     encoder: LoadedEncoder
@@ -35,6 +35,7 @@ class Bench:
     num_runs: int
     device: str | None = None
     metrics: Path | None = None
+    workers: int | None = None
 
 
 OnRun = Callable[[str, int, int], None]
@@ -97,7 +98,8 @@ def _one(recipe: Any, bench: Bench) -> tuple[Mapping[str, Any], Sequence[Mapping
     folder = bench.folder / key
     if (folder / "result.json").is_file():
         return json.loads((folder / "result.json").read_text()), read_rows(folder / "record.jsonl")
-    run = federate(bench.encoder, task, recipe, folder, resume=True, overwrite=True, device=bench.device)
+    how = {"device": bench.device, "workers": bench.workers}
+    run = federate(bench.encoder, task, recipe, folder, resume=True, overwrite=True, **how)
     return run.result, run.rows
 
 

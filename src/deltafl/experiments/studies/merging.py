@@ -1,9 +1,8 @@
 """The work of studies: fine-tunes and searches, each made once and kept by content, a few at a time."""
 
+import contextlib
 import json
-import multiprocessing
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -15,6 +14,7 @@ from deltafl.experiments.studies.study import Data, Study, Training, content_key
 from deltafl.files import write_atomically
 from deltafl.finetuning.run import TRAINING_JSON
 from deltafl.preflight import MergeSpec, Model
+from deltafl.processes import can_fork, forked
 from deltafl.rules import Source, build_rule, check_rule
 from deltafl.search import grid_of
 
@@ -46,7 +46,10 @@ class Merge:
 
 @dataclass(frozen=True)
 class Work:
-    """Does what studies ask for, `jobs` pieces at a time, each in a process of its own that uses one core."""
+    """Does what studies ask for, `jobs` pieces at a time, each in a forked process that uses one core.
+
+    Where processes cannot be forked, one piece after the other: the results are the same.
+    """
 
     study: Study
     jobs: int
@@ -63,29 +66,18 @@ class Work:
 
     def each(self, stage: str, function: Callable[[Study, T], R], items: Sequence[T]) -> list[R]:
         """function(study, item) of every item, in order."""
-        return list(in_processes(function, self.study, items, self.jobs, lambda n: self.on_stage(stage, n, len(items))))
 
+        def done(at: int) -> R:
+            return on_one_core(function, self.study, items[at])
 
-def in_processes(
-    function: Callable[[Study, T], R], study: Study, items: Sequence[T], jobs: int, on_done: Callable[[int], None]
-) -> list[R]:
-    """function(study, item) of every item, in order; with one job, in this process."""
-    found: dict[int, R] = {}
-    if jobs == 1:
-        for at, item in enumerate(items):
-            found[at] = on_one_core(function, study, item)
-            on_done(at + 1)
-    else:
-        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-            waiting = {pool.submit(on_one_core, function, study, item): at for at, item in enumerate(items)}
-            try:
-                for future in as_completed(waiting):
-                    found[waiting[future]] = future.result()
-                    on_done(len(found))
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-    return [found[at] for at in range(len(items))]
+        count, found = len(items), []
+        together = self.jobs > 1 and count > 1 and can_fork()
+        results = forked(done, count, min(self.jobs, count)) if together else (done(at) for at in range(count))
+        with contextlib.closing(results):
+            for result in results:
+                found.append(result)
+                self.on_stage(stage, len(found), count)
+        return found
 
 
 def on_one_core(function: Callable[[Study, T], R], study: Study, item: T) -> R:
