@@ -1,6 +1,7 @@
 """Work in forked processes: each has an interpreter's lock of its own, so that cores do not wait for one another."""
 
 import contextlib
+import ctypes
 import os
 import pickle
 import signal
@@ -34,8 +35,7 @@ def forked(
     """work(0) .. work(count - 1), in order, by forked processes; `begin` is called first in each.
 
     Who is free takes the next ticket from one pipe; results return pickled through a pipe of each process's own. What
-    `work` changes in memory is lost. When the generator is left, no process is left. If this process is killed, the
-    others end with the unit they are at: nobody reads their pipes.
+    `work` changes in memory is lost. When the generator is left, or this process is killed, no process is left.
 
     Raises:
         DeltaflError: a process was killed. Else what `work` raises for the first unit for which it does.
@@ -82,6 +82,7 @@ def forked(
 def fork() -> int:
     """As os.fork; the child ignores interrupts: the parent is interrupted too, and ends it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    parent = os.getpid()
     try:
         with warnings.catch_warnings():
             # Python 3.12 warns of any thread, of OpenMP and OpenBLAS too: those are idle, and not used after the fork.
@@ -89,16 +90,24 @@ def fork() -> int:
             child = os.fork()
         if not child:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+            _end_with_parent(parent)
         return child
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with_parent(parent: int) -> None:
+    """Let Linux kill this process when its parent dies, however that dies (prctl, PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def _receive(connection: Connection, children: dict[Connection, int]) -> tuple[int, Any, BaseException | None]:
     """Number, result and error of a unit of work. Raises DeltaflError if the process ended without a word."""
     try:
         return pickle.loads(connection.recv_bytes())
-    except EOFError:
+    except (EOFError, OSError):
         status = os.waitstatus_to_exitcode(os.waitpid(children[connection], 0)[1])
         children[connection] = 0
         how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit code {status}"

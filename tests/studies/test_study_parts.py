@@ -13,7 +13,7 @@ from deltafl.datasets import load_task
 from deltafl.datasets.classes import class_groups, only_classes
 from deltafl.errors import DeltaflError
 from deltafl.experiments.studies.data_heterogeneity import mean_cosine, subsets
-from deltafl.experiments.studies.merging import able, settled
+from deltafl.experiments.studies.merging import able, seeded, settled
 from deltafl.experiments.studies.options import STUDY_NAMES, StudyOptions, names_of
 from deltafl.experiments.studies.statistics import by_seed, correlation, interval, summary
 from deltafl.experiments.studies.study import Study
@@ -156,6 +156,11 @@ def test_a_random_vector_has_the_norm_of_every_tensor_and_another_direction() ->
         ({"val_limit": 0}, ["scaling-coef"], "--val-limit must be 1 or more"),
         ({"draws": 0}, ["scaling-coef"], "--draws"),
         ({"jobs": 0}, ["scaling-coef"], "--jobs"),
+        ({"scaling_coefs": (float("nan"),)}, ["scaling-coef"], "must be finite numbers"),
+        ({"scaling_coefs": ()}, ["scaling-coef"], "--scaling-coefs names no value"),
+        ({"steps_values": ()}, ["scaling-coef"], "--steps-values must be positive"),
+        ({"lr_values": (1.0, 1.0)}, ["training-heterogeneity"], "at least two of --lr-values"),
+        ({"domains": ("a", "b", "a")}, ["analogy"], "analogy needs --domains"),
     ],
 )
 def test_every_mistake_has_a_line(changes: dict[str, object], names: list[str], message: str) -> None:
@@ -169,6 +174,17 @@ def test_every_mistake_has_a_line(changes: dict[str, object], names: list[str], 
 def test_all_means_every_suite_and_a_name_is_taken_once() -> None:
     assert names_of(["all", "x"], ("x", "y")) == ["x", "y"]
     assert names_of(["y", "y"], ("x", "y")) == ["y"]
+
+
+def test_all_leaves_out_what_has_no_data_and_says_what_it_needs() -> None:
+    assert set(StudyOptions().lacking()) == set(STUDY_NAMES)
+    assert StudyOptions(tasks=("a", "b")).lacking() == {"analogy": "--domains"}
+    assert StudyOptions(tasks=("a", "b"), domains=("a", "b")).lacking() == {}
+
+
+def test_rules_that_draw_at_random_draw_anew_in_every_run() -> None:
+    methods = [("dare", {"drop_rate": 0.5}), ("median", {})]
+    assert seeded(methods, 3) == [("dare", {"seed": 3, "drop_rate": 0.5}), ("median", {})]
 
 
 def test_gains_always_have_what_they_refer_to() -> None:

@@ -6,6 +6,7 @@ import time
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import click
@@ -190,3 +191,12 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         return "  ".join([row[0].ljust(widths[0]), *cells]).rstrip()
 
     return "\n".join(map(line, [columns, ["-" * w for w in widths], *rows]))
+
+
+def write_table(numbers: Any, stem: Path) -> None:
+    """STEM.md, .csv and .tex of a report's table."""
+    from deltafl.files import write_atomically
+    from deltafl.report import to_csv, to_latex, to_markdown
+
+    for suffix, write in (("md", to_markdown), ("csv", to_csv), ("tex", to_latex)):
+        write_atomically(stem.with_name(f"{stem.name}.{suffix}"), write(numbers).encode())

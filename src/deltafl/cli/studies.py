@@ -83,6 +83,8 @@ def make_study(
     Raises:
         DeltaflError: every mistake.
     """
+    import torch
+
     from deltafl.experiments.studies.study import Study
     from deltafl.finetuning import FinetuneRecipe
     from deltafl.search import check_strategy
@@ -111,8 +113,9 @@ def make_study(
         val_limit=options.val_limit,
         test_limit=options.test_limit,
         num_runs=num_runs,
+        limit=held["limit"],
         data_dir=held["data_dir"],
-        device=held["device"],
+        device=held["device"] or ("cuda" if torch.cuda.is_available() else "cpu"),
     )
 
 
@@ -124,40 +127,48 @@ def check_data(study: Any, names: Sequence[str], image_size: int, channels: int)
     specs += [study.control] if "negation" in names else []
     specs += [study.split] if "data-heterogeneity" in names else []
     specs += study.domains if "analogy" in names else []
-    problems = []
+    look = {"image_size": image_size, "channels": channels, "seed": study.recipe.seed, "limit": study.limit}
+    found, problems = {}, []
     for spec in dict.fromkeys(specs):
         try:
-            load_task(spec, image_size=image_size, channels=channels, seed=study.recipe.seed, data_dir=study.data_dir)
+            found[spec] = load_task(spec, **look, data_dir=study.data_dir)
         except DeltaflError as error:
             problems += error.problems
+    by_name: dict[str, list[str]] = {}
+    for spec in (s for s in study.tasks if s in found):
+        by_name.setdefault(found[spec].name, []).append(spec)
+    problems += [f'--tasks: {", ".join(same)} are all called "{n}"' for n, same in by_name.items() if len(same) > 1]
+    domains = [found[spec] for spec in study.domains if "analogy" in names and spec in found]
+    if len({task.class_names for task in domains}) > 1:
+        problems.append(f"analogy: {' and '.join(study.domains)} have other classes; give --domains with the same ones")
     if problems:
         raise DeltaflError(*problems)
 
 
-def run_studies(names: Sequence[str], study: Any, jobs: int | None, show: Callable[[str, int, int], None]) -> Any:
-    """Name -> result, in order."""
-    import torch
-
+def run_studies(
+    names: Sequence[str], study: Any, jobs: int | None, out: Path, show: Callable[[str, int, int], None]
+) -> dict[str, Any]:
+    """Name -> result, in order; each is written as soon as it is there."""
     from deltafl.experiments.studies.merging import Work
     from deltafl.experiments.studies.suites import STUDIES
 
-    on_gpu = study.device not in (None, "cpu") or (study.device is None and torch.cuda.is_available())
-    at_once = jobs or (1 if on_gpu else os.cpu_count() or 1)
-    return {
-        name: STUDIES[name](study, Work(study, at_once, lambda s, d, t, n=name: show(f"{n}: {s}", d, t)))
-        for name in names
-    }
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    at_once = jobs or (cores if study.device == "cpu" else 1)
+    found = {}
+    for name in names:
+        work = Work(study, at_once, lambda stage, done, total, name=name: show(f"{name}: {stage}", done, total))
+        found[name] = STUDIES[name](study, work)
+        write_study(name, found[name], out)
+    return found
 
 
-def write_studies(results: Mapping[str, Any], out: Path) -> None:
-    """STUDY/table.md, .csv, .tex, and its figures."""
+def write_study(name: str, result: Mapping[str, Any], out: Path) -> None:
+    """OUT/NAME/table.md, .csv, .tex, and the study's figures."""
+    from deltafl.cli.options import write_table
     from deltafl.files import write_atomically
-    from deltafl.report import to_csv, to_latex, to_markdown
     from deltafl.report.studies import study_figures, study_tables
 
-    for name, result in results.items():
-        for title, table in study_tables(name, result).items():
-            for suffix, text in (("md", to_markdown(table)), ("csv", to_csv(table)), ("tex", to_latex(table))):
-                write_atomically(out / name / f"{title}.{suffix}", text.encode())
-        for file, data in study_figures(name, result).items():
-            write_atomically(out / name / file, data)
+    for title, table in study_tables(name, result).items():
+        write_table(table, out / name / title)
+    for file, data in study_figures(name, result).items():
+        write_atomically(out / name / file, data)

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from deltafl.cli.federate import EXTRA, HELP, federate_settings, recipe_of, task_options, workers_option
-from deltafl.cli.options import ManyValues, progress_by_stage, rule_options
+from deltafl.cli.options import ManyValues, progress_by_stage, rule_options, write_table
 from deltafl.cli.settings import recipe_options
 from deltafl.cli.studies import (
     check_data,
@@ -15,8 +15,8 @@ from deltafl.cli.studies import (
     run_studies,
     study_defaults,
     study_keys,
+    study_of,
     study_options,
-    write_studies,
 )
 from deltafl.errors import DeltaflError
 from deltafl.experiments.federated_suites import SUITES, SuiteOptions, check_suites
@@ -119,7 +119,10 @@ def suite(
     given |= {"calibration_values": calibration_values}
     small: dict[str, Any] = {"nc_values": (2, 5), "calibration_values": (1, 2, 4)} if bundled else {}
     values = SuiteOptions(**(small | {k: v for k, v in given.items() if v}))
-    studies = [name for name in chosen if name in STUDY_NAMES]
+    lacking = study_of(held).lacking() if "all" in names else {}
+    for name, need in lacking.items():
+        click.echo(f"left out: {name}, which needs {need}", err=True)
+    studies = [name for name in chosen if name in STUDY_NAMES and name not in lacking]
     run_suites(
         [name for name in chosen if name in SUITES],
         held,
@@ -196,7 +199,7 @@ def run_suites(
             held["workers"],
         )
         suites = {name: run_suite(name, cells[name], bench, show) for name in names}
-        found = run_studies(studies, study, held["jobs"], show) if study is not None else {}
+        found = run_studies(studies, study, held["jobs"], out, show) if study is not None else {}
     if names and not any(s["runs"] for summaries in suites.values() for s in summaries):
         raise DeltaflError(*dict.fromkeys(s["failed"] for summaries in suites.values() for s in summaries))
     model = "A small ViT, pre-trained on digits," if bundled else held["model"]
@@ -208,20 +211,18 @@ def run_suites(
 
 
 def write_suites(result: dict[str, Any], out: Path) -> None:
-    """suite.json, report.html, and NAME/table.md, .csv, .tex and figures of every suite and study."""
+    """suite.json, report.html, and SUITE/table.md, .csv, .tex and figures of the federated suites."""
     from deltafl.files import write_atomically
     from deltafl.record import write_json
-    from deltafl.report import render, to_csv, to_latex, to_markdown
+    from deltafl.report import render
     from deltafl.report.suites import best, suite_figure, suite_table, suites_page
 
     for name, summaries in result["suites"].items():
         table = suite_table(name, summaries)
-        for suffix, text in (("md", to_markdown(table)), ("csv", to_csv(table)), ("tex", to_latex(table))):
-            write_atomically(out / name / f"table.{suffix}", text.encode())
+        write_table(table, out / name / "table")
         if best(summaries):
             for key in ("by_round", "by_bytes"):
                 write_atomically(out / name / f"{key}.png", suite_figure(summaries, key))
-    write_studies(result["studies"], out)
     write_atomically(out / "report.html", render(suites_page(result)).encode())
     write_json(out / "suite.json", result)
 
@@ -247,11 +248,18 @@ def _bundled_task(held: dict[str, Any]) -> Any:
 
 
 def _pretrain(base: Path, seed: int, show: Any) -> None:
-    """The quickstart's base, made once."""
-    from deltafl.experiments.quickstart import pretrain
+    """The quickstart's base, made once, on one core as there. Raises DeltaflError if it was made with another seed."""
+    import json
+
+    from deltafl.experiments.quickstart import on_one_thread, pretrain
 
     if not (base / "training.json").is_file():
-        pretrain(base, seed, show)
+        with on_one_thread():
+            pretrain(base, seed, show)
+    elif (made := json.loads((base / "training.json").read_text())["seed"]) != seed:
+        raise DeltaflError(
+            f'"{base}" was made with seed {made}, now it is {seed}; choose another --out, or --overwrite'
+        )
 
 
 def _clear(out: Path) -> None:

@@ -2,7 +2,8 @@
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -62,13 +63,21 @@ def run_quickstart(
 
     One thread: a model this small gains nothing from more, and sums then have one order on every machine.
     """
-    started, threads = time.perf_counter(), torch.get_num_threads()
+    started = time.perf_counter()
+    with on_one_thread():
+        result = _story(folder, seed, on_stage)
+    return {**result, "seconds": time.perf_counter() - started}
+
+
+@contextmanager
+def on_one_thread() -> Iterator[None]:
+    """Within the block torch uses one thread."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        result = _story(folder, seed, on_stage)
+        yield
     finally:
         torch.set_num_threads(threads)
-    return {**result, "seconds": time.perf_counter() - started}
 
 
 def _story(folder: Path, seed: int, on_stage: OnStage) -> dict[str, Any]:

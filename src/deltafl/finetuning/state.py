@@ -36,7 +36,7 @@ def run_config(encoder: LoadedEncoder, task: Task, recipe: Any, head: LinearHead
         "base": encoder.origin,
         "base_fingerprint": fingerprint(read_layout(encoder.origin)) if on_disk else None,
         "task": task.name,
-        "task_fingerprint": _sha256(task.train.labels, task.train.images[:: max(1, len(task.train) // 64)]),
+        "task_fingerprint": sha256_of(task.train.labels, task.train.images[:: max(1, len(task.train) // 64)]),
         "num_examples": len(task.train),
         "class_names": list(task.class_names),
     }
@@ -81,7 +81,8 @@ def read_state(file: Path, config: Mapping[str, Any]) -> State | None:
     return state
 
 
-def _sha256(*tensors: Tensor) -> str:
+def sha256_of(*tensors: Tensor) -> str:
+    """Of the bytes of all tensors, in order."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -89,4 +90,4 @@ def _sha256(*tensors: Tensor) -> str:
 
 
 def _told(head: LinearHead) -> str:
-    return f"given, {_sha256(head.weight, head.bias)}" + (", normalised" if head.normalised else "")
+    return f"given, {sha256_of(head.weight, head.bias)}" + (", normalised" if head.normalised else "")

@@ -1,13 +1,13 @@
 """A model for data that nobody trained on: A is to B as C is to D (arXiv 2212.04089, section 5)."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from deltafl.errors import DeltaflError
 from deltafl.experiments.studies.merging import Tuned, Work
 from deltafl.experiments.studies.statistics import by_seed, summary
 from deltafl.experiments.studies.study import Data, Study
-from deltafl.experiments.studies.trials import Trial
+from deltafl.experiments.studies.trials import Trial, told
 from deltafl.taskvector import TaskVector
 
 WAYS = ("base", "B: same classes, other domain", "C: same domain, other classes", "C + (B - A)", "fine-tuned on D")
@@ -18,19 +18,9 @@ def analogy(study: Study, work: Work) -> dict[str, Any]:
 
     A: the other domain and half, B: the other domain, C: the other half; all share one head. lambda is chosen for
     each row on validation data of D, and is 1 for the model that was trained on D.
-
-    Raises:
-        DeltaflError: the two domains have other classes.
     """
-    for seed in study.seeds:
-        names = [study.task(Data(spec), seed).class_names for spec in study.domains]
-        if names[0] != names[1]:
-            raise DeltaflError(
-                f'analogy: "{study.domains[0]}" and "{study.domains[1]}" have other classes; '
-                "give --domains two data sets with the same ones"
-            )
     asked = [
-        Tuned(Data(domain, half, 2), study.training, seed)
+        Tuned(_half(study, domain, half), study.training, seed)
         for seed in study.seeds
         for domain in study.domains
         for half in range(2)
@@ -52,13 +42,21 @@ def analogy(study: Study, work: Work) -> dict[str, Any]:
 
 
 def completed(study: Study, d: Tuned) -> dict[str, Any]:
-    """Of one D and seed: way -> test accuracy and coefficient."""
-    trial = Trial.of(study, d.seed)
+    """Of one D and seed: way -> test accuracy and coefficient; kept on disk."""
     other = next(spec for spec in study.domains if spec != d.data.spec)
-    a, b, c = (
-        trial.delta(Data(spec, half, 2), d.training)
-        for spec, half in ((other, 1 - d.data.part), (other, d.data.part), (d.data.spec, 1 - d.data.part))
-    )
+    places = ((other, 1 - d.data.part), (other, d.data.part), (d.data.spec, 1 - d.data.part))
+    others = [_half(study, spec, half) for spec, half in places]
+    return study.kept("analogies", told(study, d, others), lambda: _completed(study, d, others))
+
+
+def _half(study: Study, spec: str, half: int) -> Data:
+    """Half of the classes of a domain; all have the head of the first domain."""
+    return Data(spec, half, 2, head=study.domains[0])
+
+
+def _completed(study: Study, d: Tuned, others: Sequence[Data]) -> dict[str, Any]:
+    trial = Trial.of(study, d.seed)
+    a, b, c = (trial.delta(data, d.training) for data in others)
 
     def best(vector: TaskVector) -> float:
         return max((0.0, *study.lambdas), key=lambda value: trial.accuracy(vector, value, d.data, "val"))

@@ -1,7 +1,6 @@
 """Does it matter how far the tasks are apart? Subsets of tasks near and far, and one data set split by class."""
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -11,8 +10,8 @@ from torch import Tensor
 
 from deltafl.aggregation import Rows, Update, as_weights
 from deltafl.experiments.one_shot import BASE, SINGLE
-from deltafl.experiments.studies.merging import Merge, Tuned, Work, row_of, settled
-from deltafl.experiments.studies.statistics import interval, summary
+from deltafl.experiments.studies.merging import Merge, Tuned, Work, normalised, row_of, settled
+from deltafl.experiments.studies.statistics import gained, summary
 from deltafl.experiments.studies.study import Data, Study
 from deltafl.experiments.studies.training_heterogeneity import REFERENCE
 from deltafl.reductions import gram_matrix
@@ -93,20 +92,16 @@ def _row(cell: tuple[str, int], rule: str, results: Sequence[Mapping[str, Any]])
         if rule not in rows:
             continue
         matrix = torch.tensor(result["cosine"]["matrix"])
-        values.append(rows[rule]["normalized"])
-        gains.append(rows[rule]["normalized"] - rows[REFERENCE]["normalized"] if REFERENCE in rows else math.nan)
+        values.append(normalised(rows[rule]))
+        gains.append(normalised(rows[rule]) - normalised(rows[REFERENCE]))
         cosines.append(mean_cosine(matrix, range(len(matrix))))
     if not values:
         return None
-    told = rule not in (SINGLE, BASE, REFERENCE)
-    low, high = interval(gains) or (None, None)
     return {
         "subset": cell[0],
         "size": cell[1],
         "cosine": summary(cosines).mean,
         "rule": rule,
         **asdict(summary(values)),
-        "gain": summary(gains).mean if told else None,
-        "low": low if told else None,
-        "high": high if told else None,
+        **gained(gains, told=rule not in (SINGLE, BASE, REFERENCE)),
     }

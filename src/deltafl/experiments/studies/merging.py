@@ -1,25 +1,32 @@
 """The work of studies: fine-tunes and searches, each made once and kept by content, a few at a time."""
 
 import contextlib
+import inspect
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 
 from deltafl.errors import DeltaflError
 from deltafl.experiments.one_shot import BASE, SINGLE, SearchSpec, TaskModel, run_search
-from deltafl.experiments.studies.study import Data, Study, Training, content_key
-from deltafl.files import write_atomically
+from deltafl.experiments.quickstart import on_one_thread
+from deltafl.experiments.studies.study import Data, Study, Training
 from deltafl.finetuning.run import TRAINING_JSON
+from deltafl.layout import file_hash
 from deltafl.preflight import MergeSpec, Model
 from deltafl.processes import can_fork, forked
-from deltafl.rules import Source, build_rule, check_rule
+from deltafl.rules import Source, build_rule, check_rule, load_rules, parameters
 from deltafl.search import grid_of
 
 T = TypeVar("T")
 R = TypeVar("R")
+Method: TypeAlias = tuple[str, Mapping[str, Any]]
+"""A rule by name and its parameters; a list is a grid."""
+
 OnStage = Callable[[str, int, int], None]
 """Told what is going on, how much of it is done, and of how much."""
 
@@ -48,7 +55,7 @@ class Merge:
 class Work:
     """Does what studies ask for, `jobs` pieces at a time, each in a forked process that uses one core.
 
-    Where processes cannot be forked, one piece after the other: the results are the same.
+    Where processes cannot be forked (other systems, CUDA in use), one piece after the other, to the same results.
     """
 
     study: Study
@@ -68,26 +75,17 @@ class Work:
         """function(study, item) of every item, in order."""
 
         def done(at: int) -> R:
-            return on_one_core(function, self.study, items[at])
+            with on_one_thread():  # sums then have one order, however many jobs there are
+                return function(self.study, items[at])
 
         count, found = len(items), []
-        together = self.jobs > 1 and count > 1 and can_fork()
+        together = self.jobs > 1 and count > 1 and can_fork() and not torch.cuda.is_initialized()
         results = forked(done, count, min(self.jobs, count)) if together else (done(at) for at in range(count))
         with contextlib.closing(results):
             for result in results:
                 found.append(result)
                 self.on_stage(stage, len(found), count)
         return found
-
-
-def on_one_core(function: Callable[[Study, T], R], study: Study, item: T) -> R:
-    """One thread, so that sums have one order however many jobs there are."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return function(study, item)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _tuned(study: Study, model: Tuned) -> str:
@@ -101,42 +99,52 @@ def searched(study: Study, merge: Merge) -> dict[str, Any]:
     """
     folders = [study.model(m.data, m.training, m.seed) for m in merge.models]
     trainings = [json.loads((folder / TRAINING_JSON).read_text()) for folder in folders]
+    methods, left_out = able(seeded(study.methods, merge.seed), [_source(t) for t in trainings])
     config = {
         "models": [training["config"] for training in trainings],
-        "methods": [[name, dict(params)] for name, params in study.methods],
+        "judging": [study.judging(m.data, m.seed) for m in merge.models],
+        "methods": [[name, dict(params), _code(name)] for name, params in methods],
+        "left_out": left_out,
         "lambdas": study.lambdas,
         "strategy": study.strategy,
-        "limits": [study.val_limit, study.test_limit],
     }
-    file = study.folder / "searches" / f"{content_key(config)}.json"
-    if file.is_file():
-        return json.loads(file.read_text())
-    methods, left_out = able(study.methods, [_source(t) for t in trainings])
-    models = tuple(Model(str(folder), folder.name) for folder in folders)
-    tasks = [study.judged(m.data, m.seed) for m in merge.models]
-    spec = SearchSpec(
-        merge=MergeSpec(study.base, models, "task_arithmetic", threads=1, device=study.device or "cpu"),
-        models=tuple(TaskModel(model, task) for model, task in zip(models, tasks, strict=True)),
-        methods=tuple(methods),
-        lambdas=study.lambdas,
-        strategy=study.strategy,
-        each_method=True,
-        seed=merge.seed,
-    )
-    result = run_search(spec, None, on_row=lambda row, total: None)
-    kept = {k: v for k, v in result.items() if k not in ("candidates", "seconds", "versions")}
-    kept |= {"left_out": left_out, "asked": [[asdict(m.data), asdict(m.training)] for m in merge.models]}
-    write_atomically(file, json.dumps(kept).encode())
-    return kept
+
+    def search() -> dict[str, Any]:
+        models = tuple(Model(str(folder), folder.name) for folder in folders)
+        tasks = [study.judged(m.data, m.seed) for m in merge.models]
+        spec = SearchSpec(
+            merge=MergeSpec(study.base, models, "task_arithmetic", threads=1, device=study.device),
+            models=tuple(TaskModel(model, task) for model, task in zip(models, tasks, strict=True)),
+            methods=tuple(methods),
+            lambdas=study.lambdas,
+            strategy=study.strategy,
+            each_method=True,
+            seed=merge.seed,
+        )
+        result = run_search(spec, None, on_row=lambda row, total: None)
+        asked = [[asdict(m.data), asdict(m.training)] for m in merge.models]
+        kept = {k: v for k, v in result.items() if k not in ("candidates", "seconds", "versions")}
+        return kept | {"left_out": left_out, "asked": asked}
+
+    return study.kept("searches", config, search)
+
+
+def seeded(methods: Sequence[Method], seed: int) -> list[Method]:
+    """The methods, with the seed of the run for those that draw at random."""
+    rules = load_rules()
+    return [(n, {"seed": seed, **params} if "seed" in parameters(rules[n]) else params) for n, params in methods]
+
+
+def _code(method: str) -> str:
+    """The hash of the file that a rule is written in: a changed rule is searched again."""
+    return file_hash([Path(inspect.getfile(load_rules()[method]))])
 
 
 def _source(training: Mapping[str, Any]) -> Source:
     return Source(training["task"], num_steps=training["num_steps"], num_examples=training["num_examples"])
 
 
-def able(
-    methods: Sequence[tuple[str, Mapping[str, Any]]], sources: Sequence[Source]
-) -> tuple[list[tuple[str, Mapping[str, Any]]], dict[str, str]]:
+def able(methods: Sequence[Method], sources: Sequence[Source]) -> tuple[list[Method], dict[str, str]]:
     """The methods that these models can be merged by, and why the others cannot."""
     good, left_out = [], {}
     for name, params in methods:
@@ -152,9 +160,14 @@ def able(
 def settled(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """Rule -> its row; the base's, lambda 0, where validation puts that above everything that the rule gives."""
     rows = {row["rule"]: row for row in result["rows"]}
-    single, base = rows.pop(SINGLE), rows.pop(BASE)
-    del single
+    rows.pop(SINGLE)
+    base = rows.pop(BASE)
     return {name: row if row["val"] >= base["val"] else {**base, "rule": name} for name, row in rows.items()}
+
+
+def normalised(row: Mapping[str, Any]) -> float:
+    """A row's normalised test accuracy; NaN where a task's own model is right on no test image."""
+    return math.nan if row["normalized"] is None else row["normalized"]
 
 
 def row_of(result: Mapping[str, Any], name: str) -> Mapping[str, Any]:

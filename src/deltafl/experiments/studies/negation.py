@@ -8,7 +8,7 @@ from deltafl.errors import DeltaflError
 from deltafl.experiments.studies.merging import Tuned, Work
 from deltafl.experiments.studies.statistics import by_seed, summary
 from deltafl.experiments.studies.study import Data, Study
-from deltafl.experiments.studies.trials import Trial, random_like
+from deltafl.experiments.studies.trials import Trial, random_like, told
 from deltafl.taskvector import TaskVector
 from deltafl.training import keyed_generator
 
@@ -55,7 +55,11 @@ def _row(way: str, points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def negated(study: Study, model: Tuned) -> dict[str, Any]:
-    """Of one target and seed: way -> test accuracies on target and control, and the coefficient."""
+    """Of one target and seed: way -> test accuracies on target and control, and the coefficient; kept on disk."""
+    return study.kept("negations", told(study, model, [Data(study.control)]), lambda: _negated(study, model))
+
+
+def _negated(study: Study, model: Tuned) -> dict[str, Any]:
     trial = Trial.of(study, model.seed)
     target, control = model.data, Data(study.control)
     delta = trial.delta(target, model.training)

@@ -1,5 +1,6 @@
 """What a user says of one-shot studies, with the defaults of arXiv 2411.18607; imports no torch."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,13 +59,15 @@ class StudyOptions:
     def problems(self, names: Sequence[str]) -> list[str]:
         """What is wrong for the studies called `names`, one line each."""
         known = load_rules()
-        several = len(self.lr_values) > 1 and len(self.steps_values) > 1
-        different = len(set(self.domains)) == 2
+        several = len(set(self.lr_values)) > 1 and len(set(self.steps_values)) > 1
+        grid = (*self.lr_values, *self.scaling_coefs)
         rules = (
             (len(self.tasks) > 1, "give at least two data sets with --tasks"),
             (len(set(self.tasks)) == len(self.tasks), "--tasks names a data set twice"),
-            (all(lr > 0 for lr in self.lr_values), "--lr-values must be positive"),
-            (all(n > 0 for n in self.steps_values), "--steps-values must be positive"),
+            (all(map(math.isfinite, grid)), "--lr-values and --scaling-coefs must be finite numbers"),
+            (bool(self.scaling_coefs), "--scaling-coefs names no value"),
+            (bool(self.lr_values) and all(lr > 0 for lr in self.lr_values), "--lr-values must be positive"),
+            (bool(self.steps_values) and all(n > 0 for n in self.steps_values), "--steps-values must be positive"),
             (self.draws > 0, "--draws must be 1 or more"),
             (self.jobs is None or self.jobs > 0, "--jobs must be 1 or more"),
             (
@@ -72,7 +75,7 @@ class StudyOptions:
                 "training-heterogeneity needs at least two of --lr-values and two of --steps-values",
             ),
             (
-                "analogy" not in names or different,
+                "analogy" not in names or len(self.domains) == len(set(self.domains)) == 2,
                 "analogy needs --domains: two data sets with the same classes",
             ),
             *((m in known, f'unknown method "{m}"; {did_you_mean(m, list(known))}') for m in self.methods),
@@ -80,6 +83,12 @@ class StudyOptions:
               for name, limit in (("val", self.val_limit), ("test", self.test_limit))),
         )  # fmt: skip
         return [problem for good, problem in rules if not good]
+
+    def lacking(self) -> dict[str, str]:
+        """Of `all` studies, those that these settings say nothing for, and what they need."""
+        if len(self.tasks) < 2:
+            return dict.fromkeys(STUDY_NAMES, "two data sets with --tasks")
+        return {} if self.domains else {"analogy": "--domains"}
 
     def grids(self) -> tuple[tuple[str, Mapping[str, Any]], ...]:
         """(method, parameters) of the methods that are compared; task arithmetic, which gains refer to, goes first."""

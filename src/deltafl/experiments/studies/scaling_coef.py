@@ -1,19 +1,22 @@
 """How far along the merged delta: curves of validation score against lambda, for every rule, over all tasks."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from deltafl.experiments.one_shot import BASE, SINGLE
-from deltafl.experiments.studies.merging import Merge, Tuned, Work, row_of, settled
+from deltafl.experiments.studies.merging import Merge, Tuned, Work, normalised, row_of, settled
 from deltafl.experiments.studies.statistics import summary
 from deltafl.experiments.studies.study import Data, Study
 
 
 def scaling_coef(study: Study, work: Work) -> dict[str, Any]:
-    """The mean curve of every rule over seeds (the best of its other parameters at each lambda), and its test score."""
+    """The mean curve of every rule over seeds (the best of its other parameters at each lambda), and its test score.
+
+    Every point is exact: these searches are exhaustive.
+    """
     merges = [Merge(tuple(Tuned(Data(s), study.training, seed) for s in study.tasks)) for seed in study.seeds]
-    results = work.search(merges)
+    results = replace(work, study=replace(study, strategy="exhaustive")).search(merges)
     rules = [name for name, _ in study.methods if name not in results[0]["left_out"]]
     return {
         "rows": [_row(rule, results) for rule in (SINGLE, BASE, *rules)],
@@ -33,7 +36,7 @@ def _row(rule: str, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     coefs = [row["scaling_coef"] for row in rows if row["scaling_coef"] is not None]
     return {
         "rule": rule,
-        **asdict(summary([row["normalized"] for row in rows])),
+        **asdict(summary([normalised(row) for row in rows])),
         "accuracy": summary([row["mean"] for row in rows]).mean,
         "scaling_coef": summary(coefs).mean if coefs and rule != BASE else None,
     }

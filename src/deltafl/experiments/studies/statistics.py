@@ -36,6 +36,12 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, 
     return statistics.mean(values) - half, statistics.mean(values) + half
 
 
+def gained(gains: Sequence[float], *, told: bool) -> dict[str, float | None]:
+    """gain (the mean), low and high (its interval); all None where a gain says nothing."""
+    low, high = (interval(gains) if told else None) or (None, None)
+    return {"gain": summary(gains).mean if told else None, "low": low, "high": high}
+
+
 def correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
     """Pearson's r; None where one of the two does not vary, or there are fewer than three points."""
     if len(x) < 3 or len(set(x)) == 1 or len(set(y)) == 1:

@@ -3,10 +3,11 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,13 @@ from deltafl.datasets import Task, load_task
 from deltafl.datasets.classes import class_groups, only_classes
 from deltafl.datasets.selection import stratified
 from deltafl.datasets.task import Split
+from deltafl.errors import DeltaflError
 from deltafl.files import atomic_folder, write_atomically
 from deltafl.finetuning import FinetuneRecipe, finetune
 from deltafl.finetuning.evaluation import make_head
 from deltafl.finetuning.run import TRAINING_JSON
-from deltafl.finetuning.state import run_config
+from deltafl.finetuning.state import run_config, sha256_of
+from deltafl.layout import file_hash, fingerprint, read_layout
 from deltafl.models import LoadedEncoder, load_encoder, save_encoder
 from deltafl.models.flat import FlatModel
 from deltafl.models.heads import LinearHead, load_head, save_head
@@ -36,11 +39,15 @@ class Training:
 
 @dataclass(frozen=True)
 class Data:
-    """A data set by its spec, or one of `parts` groups of its classes, dealt at random by the seed."""
+    """A data set by its spec, or one of `parts` groups of its classes, dealt at random by the seed.
+
+    head: the data set that its head is made from; None: itself, whole.
+    """
 
     spec: str
     part: int = 0
     parts: int = 1
+    head: str | None = None
 
 
 @dataclass(frozen=True)
@@ -50,10 +57,9 @@ class Study:
     base: the folder of the base model. folder: where models and searches are kept, each under the content of its
     configuration. recipe: of every fine-tune; lr and steps come from `lrs` and `steps`. draws: merges of one kind in
     training-heterogeneity, for each seed. methods: (name, parameters; a list is a grid). strategy: of each search; a
-    race is one within each method. val_limit, test_limit: at
-    most so many examples of each task that merges are judged on. control: the task that negation must not harm.
-    domains: two data sets with the same classes, for the analogy. split: the data set that data-heterogeneity splits
-    by class.
+    race is one within each method. val_limit, test_limit: at most so many examples of each task that merges are judged
+    on; limit: of each split, before that. control: the task that negation must not harm. domains: two data sets with
+    the same classes, for the analogy. split: the data set that data-heterogeneity splits by class.
     """
 
     base: str
@@ -72,8 +78,9 @@ class Study:
     val_limit: int | None = None
     test_limit: int | None = None
     num_runs: int = 1
+    limit: int | None = None
     data_dir: str | None = None
-    device: str | None = None
+    device: str = "cpu"
 
     @property
     def training(self) -> Training:
@@ -91,7 +98,7 @@ class Study:
 
     def task(self, data: Data, seed: int) -> Task:
         """A task with the validation split of a seed: what models and heads are made from."""
-        whole = _task(data.spec, self.base, seed, self.data_dir)
+        whole = _task(data.spec, self.base, seed, self.limit, self.data_dir)
         if data.parts == 1:
             return whole
         groups = class_groups(len(whole.class_names), data.parts, keyed_generator(seed, "classes", data.parts))
@@ -105,18 +112,30 @@ class Study:
     def head(self, data: Data, seed: int) -> Path:
         """The file of the frozen head of a data set, made from the base model where there is none yet.
 
-        Parts of a data set share the head of the whole, and so do the two domains of the analogy, which have the same
-        classes.
+        Parts of a data set share the head of the whole.
         """
-        spec = self.domains[0] if data.spec in self.domains else data.spec
-        task = self.task(Data(spec), seed)
+        task = self.task(Data(data.head or data.spec), seed)
         recipe = replace(self.recipe, seed=seed, steps=0)
-        file = self.folder / "heads" / f"{task.name}-{content_key(run_config(self.encoder(), task, recipe, None))}"
-        file = file.with_suffix(".safetensors")
+        config = run_config(self.encoder(), task, recipe, None)
+        named = [Path(ref) for ref in (recipe.head, recipe.templates) if ref and Path(ref).is_file()]
+        key = content_key(config | {"files": [file_hash([file]) for file in named]})
+        file = self.folder / "heads" / f"{task.name}-{key}.safetensors"
         if not file.is_file():
-            head = make_head(FlatModel(self.encoder().copy_to(self.device or "cpu")), task, recipe)
-            write_head(head, file)
+            write_head(make_head(FlatModel(self.encoder().copy_to(self.device)), task, recipe), file)
         return file
+
+    def kept(self, kind: str, config: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What `make` gives, from disk where it was made before with this configuration."""
+        file = self.folder / kind / f"{content_key(config)}.json"
+        if not file.is_file():
+            write_atomically(file, json.dumps(make()).encode())
+        return json.loads(file.read_text())
+
+    def judging(self, data: Data, seed: int) -> list[Any]:
+        """What decides how models are judged on a task, as JSON values: head and examples, by hash."""
+        task = self.judged(data, seed)
+        parts = [t for split in (task.val, task.test) for t in (split.labels, split.images)]
+        return [file_hash([self.head(data, seed)]), sha256_of(*parts)]
 
     def model(self, data: Data, training: Training, seed: int) -> Path:
         """The folder of a fine-tune, made where there is none yet."""
@@ -131,10 +150,25 @@ class Study:
 
 
 def save_base(encoder: LoadedEncoder, folder: Path) -> None:
-    """Write the base model, as merges read it, unless it is there."""
+    """Write the base model, as merges read it; training.json beside it says where it came from.
+
+    Raises:
+        DeltaflError: another model is there.
+    """
     if not folder.exists():
         with atomic_folder(folder) as scratch:
-            save_encoder(encoder, scratch)
+            _write_base(encoder, scratch)
+        return
+    with TemporaryDirectory() as scratch:
+        _write_base(encoder, Path(scratch))
+        same = fingerprint(read_layout(str(folder))) == fingerprint(read_layout(scratch))
+    if not same:
+        raise DeltaflError(f'"{folder}" is another model than "{encoder.origin}"; choose another --out, or --overwrite')
+
+
+def _write_base(encoder: LoadedEncoder, folder: Path) -> None:
+    save_encoder(encoder, folder)
+    (folder / TRAINING_JSON).write_text(json.dumps({"base": {"id": encoder.origin}}))
 
 
 def content_key(config: Mapping[str, Any]) -> str:
@@ -157,9 +191,10 @@ def _encoder(base: str) -> LoadedEncoder:
 
 
 @lru_cache(maxsize=16)
-def _task(spec: str, base: str, seed: int, data_dir: str | None) -> Task:
+def _task(spec: str, base: str, seed: int, limit: int | None, data_dir: str | None) -> Task:
     given = _encoder(base).input
-    return load_task(spec, image_size=given.image_size, channels=given.channels, seed=seed, data_dir=data_dir)
+    size, channels = given.image_size, given.channels
+    return load_task(spec, image_size=size, channels=channels, seed=seed, limit=limit, data_dir=data_dir)
 
 
 def _some(split: Split, most: int | None, seed: int) -> Split:

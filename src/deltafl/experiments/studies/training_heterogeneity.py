@@ -9,8 +9,8 @@ import torch
 
 from deltafl.errors import DeltaflError
 from deltafl.experiments.one_shot import BASE, SINGLE
-from deltafl.experiments.studies.merging import Merge, Tuned, Work, row_of, settled
-from deltafl.experiments.studies.statistics import correlation, interval, summary
+from deltafl.experiments.studies.merging import Merge, Tuned, Work, normalised, row_of, settled
+from deltafl.experiments.studies.statistics import correlation, gained, summary
 from deltafl.experiments.studies.study import Data, Study, Training
 from deltafl.training import keyed_generator
 
@@ -84,15 +84,15 @@ def measured(kind: str, merge: Merge, result: Mapping[str, Any]) -> list[dict[st
         "lr_ratio": _ratio([m.training.lr for m in merge.models]),
         "norm_ratio": _ratio(norms),
     }
-    reference = rows[REFERENCE]["normalized"] if REFERENCE in rows else math.nan
+    reference = normalised(rows[REFERENCE])
     return [
         {
             "kind": kind,
             "rule": name,
             "seed": merge.seed,
             "mean": row["mean"],
-            "normalized": row["normalized"],
-            "gain": row["normalized"] - reference,
+            "normalized": normalised(row),
+            "gain": normalised(row) - reference,
             "scaling_coef": row["scaling_coef"],
             **apart,
         }
@@ -109,16 +109,12 @@ def _row(kind: str, rule: str, points: Sequence[Mapping[str, Any]]) -> dict[str,
     if not own:
         return None
     gains = [p["gain"] for p in own]
-    low, high = interval(gains) or (None, None)
-    told = rule not in (SINGLE, BASE, REFERENCE)
     return {
         "kind": kind,
         "rule": rule,
         **asdict(summary([p["normalized"] for p in own])),
         "accuracy": summary([p["mean"] for p in own]).mean,
-        "gain": summary(gains).mean if told else None,
-        "low": low if told else None,
-        "high": high if told else None,
+        **gained(gains, told=rule not in (SINGLE, BASE, REFERENCE)),
     }
 
 

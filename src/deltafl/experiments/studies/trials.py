@@ -1,12 +1,15 @@
 """What negation and analogy share: a working model that deltas are added to, judged on validation and tested once."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 
 from deltafl.aggregation import Stepped
 from deltafl.checkpoint import open_tensors
-from deltafl.datasets.task import Split
+from deltafl.datasets import Task
+from deltafl.experiments.studies.merging import Tuned
 from deltafl.experiments.studies.study import Data, Study, Training
 from deltafl.models.flat import FlatModel
 from deltafl.models.heads import LinearHead, load_head
@@ -23,11 +26,12 @@ class Trial:
     seed: int
     base: Tensors
     working: FlatModel
+    seen: dict[Data, tuple[Task, LinearHead]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, study: Study, seed: int) -> "Trial":
         """Of one seed, on the study's device."""
-        return cls(study, seed, open_tensors(study.base), FlatModel(study.encoder().copy_to(study.device or "cpu")))
+        return cls(study, seed, open_tensors(study.base), FlatModel(study.encoder().copy_to(study.device)))
 
     def delta(self, data: Data, training: Training) -> TaskVector:
         """The task vector of a fine-tune, in memory."""
@@ -38,16 +42,10 @@ class Trial:
         """Of base + coefficient * delta on "val" or "test" of a task."""
         tensors = self.base if delta is None or not coefficient else Stepped(self.base, delta.tensors, coefficient)
         self.working.load(tensors)
-        return mean_correct(self.working, self.head(data), getattr(self.study.judged(data, self.seed), split))
-
-    def head(self, data: Data) -> LinearHead:
-        """The frozen head of a task."""
-        return load_head(self.study.head(data, self.seed))
-
-
-def mean_correct(model: FlatModel, head: LinearHead, split: Split) -> float:
-    """Accuracy."""
-    return predict_correct(model, head.to(model.device), split).double().mean().item()
+        if data not in self.seen:
+            self.seen[data] = self.study.judged(data, self.seed), load_head(self.study.head(data, self.seed))
+        task, head = self.seen[data]
+        return predict_correct(self.working, head.to(self.working.device), getattr(task, split)).double().mean().item()
 
 
 def random_like(delta: TaskVector, generator: torch.Generator) -> TaskVector:
@@ -58,3 +56,15 @@ def random_like(delta: TaskVector, generator: torch.Generator) -> TaskVector:
         length = noise.double().norm()
         drawn[name] = noise * float(tensor.double().norm() / length) if length else noise
     return TaskVector(drawn)
+
+
+def told(study: Study, model: Tuned, others: Sequence[Data]) -> dict[str, Any]:
+    """What decides a trial of a fine-tune that other tasks judge or take part in, as JSON values."""
+    data = [model.data, *others]
+    return {
+        "model": study.model(model.data, model.training, model.seed).name,
+        "seed": model.seed,
+        "data": [asdict(one) for one in data],
+        "judging": [study.judging(one, model.seed) for one in data],
+        "lambdas": study.lambdas,
+    }
