@@ -127,6 +127,7 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path, forks: list[int], monkeypat
             with contextlib.suppress(FileNotFoundError):
                 once.unlink()
                 os.kill(parent, signal.SIGINT)
+                signal.pause()  # until the parent, which may be slow to see it, ends this process
         return pwrite(*arguments)
 
     monkeypatch.setattr(os, "pwrite", interrupting)

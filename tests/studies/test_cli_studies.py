@@ -224,7 +224,7 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(
 def test_other_classes_in_the_second_domain_are_refused_before_anything_is_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "mine.py").write_text(
+    (tmp_path / "renamed_domain.py").write_text(
         "from dataclasses import replace\nfrom deltafl.datasets import load_task\n\n\n"
         "def renamed(image_size, channels, seed):\n"
         "    task = load_task('digits', image_size=image_size, channels=channels, seed=seed)\n"
@@ -232,9 +232,9 @@ def test_other_classes_in_the_second_domain_are_refused_before_anything_is_train
     )
     monkeypatch.chdir(tmp_path)
     swapped = list(SMALL)
-    swapped[swapped.index("--domains") + 2] = "mine:renamed"
+    swapped[swapped.index("--domains") + 2] = "renamed_domain:renamed"
     said = "\n".join(refused(tmp_path, "suite", "analogy", *swapped, "--out", tmp_path / "out"))
-    assert "analogy: digits:mirrored and mine:renamed have other classes" in said
+    assert "analogy: digits:mirrored and renamed_domain:renamed have other classes" in said
 
 
 def test_another_model_is_refused_on_resume(done: Path) -> None:
@@ -247,15 +247,15 @@ def test_another_model_is_refused_on_resume(done: Path) -> None:
 def test_two_data_sets_of_one_name_are_refused_before_anything_is_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "mine3.py").write_text(
+    (tmp_path / "two_of_a_name.py").write_text(
         "from deltafl.datasets import load_task\n\n\n"
         "def one(image_size, channels, seed):\n"
         "    return load_task('digits', image_size=image_size, channels=channels, seed=seed)\n\n\nother = one\n"
     )
     monkeypatch.chdir(tmp_path)
-    doubled = [{"digits:thick": "mine3:one", "digits:textured": "mine3:other"}.get(a, a) for a in SMALL]
+    doubled = [{"digits:thick": "two_of_a_name:one", "digits:textured": "two_of_a_name:other"}.get(a, a) for a in SMALL]
     said = refused(tmp_path, "suite", "scaling-coef", *doubled, "--out", tmp_path / "out")
-    assert said == ['--tasks: mine3:one, mine3:other are all called "digits"']
+    assert said == ['--tasks: two_of_a_name:one, two_of_a_name:other are all called "digits"']
 
 
 def test_zero_shot_heads_come_from_the_text_tower_of_the_model_that_was_named(
@@ -274,13 +274,13 @@ def test_zero_shot_heads_come_from_the_text_tower_of_the_model_that_was_named(
 
 
 def test_a_dot_in_a_task_s_name_does_not_mix_up_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "mine2.py").write_text(
+    (tmp_path / "dotted_task.py").write_text(
         "from dataclasses import replace\nfrom deltafl.datasets import load_task\n\n\n"
         "def dotted(image_size, channels, seed):\n"
         "    return replace(load_task('digits', image_size=image_size, channels=channels, seed=seed), name='v1.5')\n"
     )
     monkeypatch.chdir(tmp_path)
-    dotted = ["mine2:dotted" if a == "digits:textured" else a for a in SMALL]
+    dotted = ["dotted_task:dotted" if a == "digits:textured" else a for a in SMALL]
     succeed("suite", "scaling-coef", *dotted, "--num-runs", 2, "--out", "out")
     assert len(list((tmp_path / "out" / "studies" / "heads").glob("v1.5-*.safetensors"))) == 2
 
