@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from deltafl import readahead
-from deltafl.readahead import STEP, reading_ahead
+from deltafl.readahead import AHEAD, STEP, TURN, reading_ahead
 
 needs_fadvise = pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system has no posix_fadvise")
 
@@ -45,8 +45,32 @@ def sparse(path: Path, size: int) -> Path:
 
 @needs_fadvise
 def test_files_are_read_in_turns(tmp_path: Path, advised: Callable[[], list[tuple[str, int]]]) -> None:
-    run([sparse(tmp_path / "a", 2 * STEP + 1), sparse(tmp_path / "b", STEP)])
-    assert advised() == [("a", 0), ("b", 0), ("a", STEP), ("a", 2 * STEP)]
+    run([sparse(tmp_path / "a", 2 * TURN + 1), sparse(tmp_path / "b", STEP)])
+    first, second = [("a", at) for at in range(0, TURN, STEP)], [("a", at) for at in range(TURN, 2 * TURN, STEP)]
+    assert advised() == [*first, ("b", 0), *second, ("a", 2 * TURN)]
+
+
+@needs_fadvise
+def test_few_steps_are_under_way(
+    tmp_path: Path, advised: Callable[[], list[tuple[str, int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def arrived(handle: int, count: int, at: int) -> bytes:
+        with (tmp_path / "arrived").open("a") as file:
+            file.write(f"{at} {len(advised())}\n")
+        return b"x"
+
+    monkeypatch.setattr(os, "pread", arrived)
+    run([sparse(tmp_path / "a", (AHEAD + 3) * STEP)])
+    seen = [tuple(map(int, line.split())) for line in (tmp_path / "arrived").read_text().splitlines()]
+    assert seen == [((i + 1) * STEP - 1, AHEAD + 1 + i) for i in range(3)]
+
+
+@needs_fadvise
+def test_memory_that_only_caches_files_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = tmp_path / "meminfo"
+    told.write_text("MemTotal:       24683528 kB\nMemFree:          900000 kB\nMemAvailable:    9000000 kB\n")
+    monkeypatch.setattr(readahead, "MEMINFO", told)
+    assert readahead._available() == 9_000_000 * 1024
 
 
 @needs_fadvise

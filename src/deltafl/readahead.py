@@ -2,14 +2,23 @@
 
 import contextlib
 import os
-import select
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from deltafl.processes import can_fork, fork
 
-STEP = 1 << 24
+STEP = 1 << 17
+"""Bytes asked for at once: Linux reads no more than a disk's readahead setting, by default 128 KiB, of one call."""
+
+TURN = 1 << 24
+"""Bytes of one file before it is the next one's turn."""
+
+AHEAD = 64
+"""Steps that may be under way: enough to keep a disk busy, few enough that other programs' reads need not wait."""
+
+MEMINFO = Path("/proc/meminfo")
 
 
 @contextlib.contextmanager
@@ -23,37 +32,46 @@ def reading_ahead(files: Sequence[Path], share: float = 0.5) -> Iterator[None]:
         yield
         return
     budget = int(share * _available())
-    life, end = os.pipe()
     child = fork()
     if not child:
         try:
-            os.close(end)
-            _advise(list(files), budget, lambda: not select.select([life], [], [], 0)[0])
+            _advise(files, budget)
         finally:
             os._exit(0)
-    os.close(life)
     try:
         yield
     finally:
-        os.close(end)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
 
 
-def _advise(files: Sequence[Path], budget: int, wanted: Callable[[], bool] = lambda: True) -> None:
-    """Ask for the files, a step of each in turn, while that is `wanted`."""
-    with contextlib.ExitStack() as stack, contextlib.suppress(OSError):  # only a hint: who reads meets the error
-        handles = []
-        for file in files:
-            handles.append(os.open(file, os.O_RDONLY))
-            stack.callback(os.close, handles[-1])
-        sizes = [os.fstat(h).st_size for h in handles]
-        for at in range(0, max(sizes, default=0), STEP):
-            for handle, size in zip(handles, sizes, strict=True):
-                if at < size and budget > 0 and wanted():
-                    os.posix_fadvise(handle, at, STEP, os.POSIX_FADV_WILLNEED)
-                    budget -= STEP
+def _advise(files: Sequence[Path], budget: int) -> None:
+    """Ask for the files, a step at a time, few steps ahead of what has arrived."""
+    with contextlib.suppress(OSError):  # only a hint: who reads meets the error
+        sizes = {os.open(file, os.O_RDONLY): file.stat().st_size for file in files}
+        waiting: deque[tuple[int, int]] = deque()
+        for handle, at in _steps(sizes):
+            if budget <= 0:
+                return
+            os.posix_fadvise(handle, at, STEP, os.POSIX_FADV_WILLNEED)
+            budget -= STEP
+            waiting.append((handle, min(at + STEP, sizes[handle]) - 1))
+            if len(waiting) > AHEAD:
+                os.pread(waiting[0][0], 1, waiting[0][1])
+                waiting.popleft()
+
+
+def _steps(sizes: dict[int, int]) -> Iterator[tuple[int, int]]:
+    """(file, offset) of all steps: a turn of each file, the next turn of each, ..."""
+    for turn in range(0, max(sizes.values(), default=0), TURN):
+        for handle, size in sizes.items():
+            for at in range(turn, min(turn + TURN, size), STEP):
+                yield handle, at
 
 
 def _available() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Bytes of memory that programs can still have: what is free, and what only caches files. As free tells it."""
+    for line in MEMINFO.read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return 1024 * int(line.split()[1])
+    return 0
