@@ -21,13 +21,6 @@ def write(path: Path, text: str, *, overwrite: bool = False) -> None:
         (folder / "deltafl.json").write_text(text)
 
 
-def dead_process() -> int:
-    """The id of a process that has ended."""
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
-
-
 def test_a_folder_appears_when_the_block_ends(tmp_path: Path) -> None:
     with atomic_folder(tmp_path / "a/b/out") as folder:
         (folder / "x").write_text("1")
@@ -125,7 +118,7 @@ def test_a_file_may_not_be_overwritten_by_a_folder(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
-    left = tmp_path / f".out.{dead_process()}.0123abcd.tmp"
+    left = tmp_path / ".out.0123abcd.tmp"
     left.mkdir()
     (left / "half").write_text("half")
     write(tmp_path / "out", "new")
@@ -134,25 +127,50 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
 
 def test_what_a_kill_between_two_renames_took_away_is_put_back(tmp_path: Path) -> None:
     write(tmp_path / "out", "old")
-    pid = dead_process()
-    (tmp_path / "out").rename(tmp_path / f".out.{pid}.0123abcd.old.tmp")
-    (tmp_path / f".out.{pid}.0123abcd.tmp").mkdir()
+    (tmp_path / "out").rename(tmp_path / ".out.0123abcd.old.tmp")
+    (tmp_path / ".out.0123abcd.tmp").mkdir()
     with pytest.raises(DeltaflError, match="exists"):
         write(tmp_path / "out", "new")
     assert files_in(tmp_path) == {"out/": b"", "out/deltafl.json": b"old"}
 
 
-def test_what_a_living_process_writes_is_left_alone(tmp_path: Path) -> None:
-    living = tmp_path / f".out.{os.getppid()}.0123abcd.tmp"
-    living.mkdir()
+WRITER = """
+import sys
+from deltafl.files import atomic_folder
+with atomic_folder(sys.argv[1]) as folder:
+    (folder / "half").write_text("half")
+    print(folder.name, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_only_a_process_that_was_killed_leaves_something_to_remove(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", WRITER, str(out)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        living = process.stdout.readline().strip()
+        write(out, "new")
+        assert names(tmp_path) == sorted([living, "out"])
+        process.kill()
+    write(out, "newer", overwrite=True)
+    assert names(tmp_path) == ["out"]
+
+
+def test_what_cannot_be_claimed_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".out.0123abcd.tmp").mkdir()
+
+    def refuse(handle: int, kind: int) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
     write(tmp_path / "out", "new")
-    assert names(tmp_path) == [living.name, "out"]
+    assert names(tmp_path) == [".out.0123abcd.tmp", "out"]
 
 
 def test_what_belongs_to_another_output_is_left_alone(tmp_path: Path) -> None:
-    pid = dead_process()
-    others = [f".out.{pid}.{os.getpid()}.0123abcd.tmp", f".out2.{pid}.0123abcd.tmp", f".out.{pid}.notes.tmp"]
-    for name in others:  # the first belongs to an output called out.PID
+    others = [".out.11111111.0123abcd.tmp", ".out2.0123abcd.tmp", ".out.notes.tmp"]
+    for name in others:  # the first belongs to an output called out.11111111
         (tmp_path / name).mkdir()
     write(tmp_path / "out", "new")
     assert names(tmp_path) == sorted([*others, "out"])

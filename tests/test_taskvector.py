@@ -50,6 +50,15 @@ def test_a_task_vector_is_the_difference_of_the_float_tensors() -> None:
     assert_close(delta, {n: (model[n] - base[n]).double().numpy() for n in FLOATS})
 
 
+@pytest.mark.parametrize("wide", ["base", "model"])
+def test_a_float64_model_loses_nothing(wide: str) -> None:
+    held = {"base": toy(), "model": tuned(toy(), 1)}
+    held[wide] = {n: t.double() + 1e-12 if t.is_floating_point() else t for n, t in held[wide].items()}
+    delta = TaskVector.from_checkpoints(held["base"], held["model"])
+    for name in FLOATS:
+        assert torch.equal(delta.tensors[name], held["model"][name].double() - held["base"][name].double())
+
+
 class Net(nn.Module):
     def __init__(self, seed: int) -> None:
         super().__init__()

@@ -194,10 +194,11 @@ def kill_after(server: subprocess.Popen[str], args: list[str], out: Path, delay:
     """Start `deltafl`, wait until it has begun to write `out`, wait on, and kill it."""
     assert server.stdin
     assert server.stdout
+    before = set(out.parent.glob(f".{out.name}.*.tmp"))
     print(*args, file=server.stdin, flush=True)
     child = int(server.stdout.readline())
     patience = time.monotonic() + 30
-    while not (begun := list(out.parent.glob(f".{out.name}.{child}.*"))) and time.monotonic() < patience:
+    while not (begun := set(out.parent.glob(f".{out.name}.*.tmp")) - before) and time.monotonic() < patience:
         time.sleep(0.001)
     assert begun
     time.sleep(delay)

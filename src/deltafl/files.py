@@ -1,6 +1,7 @@
 """Files that are whole or absent, whatever kills the process."""
 
 import contextlib
+import fcntl
 import os
 import re
 import secrets
@@ -84,8 +85,8 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
     """Yield an empty folder that becomes `path` when the block ends well, and vanishes when it does not.
 
     With `overwrite` nothing of an older folder survives beside the new. A killed process leaves `path` as it was, and
-    a hidden folder beside it that the next call for the same path removes. (Killed between the two renames of a
-    replacement, it leaves no `path`: the next call then puts the old folder back first.)
+    a hidden folder beside it that the next call for the same path removes, on whichever machine. (Killed between the
+    two renames of a replacement, it leaves no `path`: the next call then puts the old folder back first.)
 
     Raises:
         DeltaflError: `path` exists and may not be replaced (see `check_output`), also if it came into being meanwhile.
@@ -94,44 +95,66 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
     path.parent.mkdir(parents=True, exist_ok=True)
     _clear_abandoned(path)
     check_output(path, overwrite=overwrite)
-    temporary = path.parent / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
-    temporary.mkdir()
-    try:
-        yield temporary
-        sync_folder(temporary)
-        check_output(path, overwrite=overwrite)
-        if path.exists():
-            _exchange(temporary, path)
-        else:
-            os.rename(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
+    unclaimed = temporary.with_suffix(".new")
+    unclaimed.mkdir()
+    with _claimed(unclaimed):
+        unclaimed.rename(temporary)
+        try:
+            yield temporary
+            sync_folder(temporary)
+            check_output(path, overwrite=overwrite)
+            if path.exists():
+                _exchange(temporary, path)
+            else:
+                os.rename(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
     sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def _claimed(folder: Path) -> Iterator[bool]:
+    """Hold a folder while the block, or this process, lasts; False where another process, here or elsewhere, holds it,
+    and where the file system does not know such claims.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            claimed = True
+        except OSError:
+            claimed = False
+        yield claimed
+    finally:
+        os.close(handle)
 
 
 def _exchange(new: Path, path: Path) -> None:
     """`new` becomes `path`, and what was there is deleted; if that fails, what was there is there again."""
     old = new.with_suffix(".old.tmp")
-    os.rename(path, old)
-    try:
-        os.rename(new, path)
-    except BaseException:
-        os.rename(old, path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+    with _claimed(path):
+        os.rename(path, old)
+        try:
+            os.rename(new, path)
+        except BaseException:
+            os.rename(old, path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _clear_abandoned(path: Path) -> None:
     """Undo what killed processes left behind while they wrote `path`: delete the new, put back the old."""
-    if not Path("/proc/self").exists():
-        return
-    ours = re.compile(re.escape(f".{path.name}.") + r"(\d+)\.[0-9a-f]{8}(\.old)?\.tmp")
+    ours = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{8}(\.old)?\.tmp")
     for left in list(path.parent.iterdir()):
         found = ours.fullmatch(left.name)
-        if not found or Path(f"/proc/{found[1]}").exists():
+        if not found:
             continue
-        if found[2] and not path.exists():
-            os.rename(left, path)
-        else:
-            shutil.rmtree(left, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError), _claimed(left) as claimed:
+            if not claimed:
+                continue
+            if found[1] and not path.exists():
+                os.rename(left, path)
+            else:
+                shutil.rmtree(left, ignore_errors=True)

@@ -22,6 +22,9 @@ SIZES = {
 FLOATING = frozenset({"F64", "F32", "F16", "BF16"})
 MAX_HEADER = 100_000_000
 
+COMPANIONS = (".json", ".txt", ".model", ".tiktoken", ".jinja", ".py")
+"""Suffixes of what belongs to a model beside its weights: configuration, tokenizer, processor, code."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -105,7 +108,7 @@ def _download(ref: str) -> tuple[Path, str]:
         raise DeltaflError(f'"{ref}": no such file or folder (a hub id has the form owner/name)')
     import huggingface_hub
 
-    wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+    wanted = ["*.safetensors", *(f"*{suffix}" for suffix in COMPANIONS)]
     try:
         folder = Path(huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=wanted))
         if not list(folder.glob("*.safetensors")):

@@ -22,7 +22,7 @@ from deltafl.align import align
 from deltafl.checkpoint import Checkpoint, Difference, entries_of, open_tensors, refuse_untied
 from deltafl.errors import DeltaflError, shorten
 from deltafl.rules import Rule, Source
-from deltafl.tensors import Tensors, block_of, blocks, shape_of
+from deltafl.tensors import Tensors, block_of, blocks, dtype_of, shape_of
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,8 @@ class TaskVector:
 
     @classmethod
     def from_checkpoints(cls, base: ModelLike, finetuned: ModelLike) -> "TaskVector":
-        """tuned - base in float32, in the base's names. Each: a mapping, a module, a path or a hub id.
+        """tuned - base in the base's names, in float32, or in float64 where one of them holds that. Each: a mapping, a
+        module, a path or a hub id.
 
         From two files it is read when asked; a model in memory may be trained further, so its difference is taken now.
         Heads and towers that only one of the two has are left out; any other difference raises DeltaflError.
@@ -55,7 +56,9 @@ class TaskVector:
         for reason, left in (*found.copied.items(), *found.ignored.get("finetuned", {}).items()):
             logger.info("left out of the task vector: %d tensors (%s)", len(left), reason)
         names = found.names["finetuned"]
-        delta = Difference(ours, theirs, {n: names[n] for n in found.merged}, torch.float32)
+        pairs = {n: names[n] for n in found.merged}
+        held = {d for ours_name, own in pairs.items() for d in (dtype_of(ours, ours_name), dtype_of(theirs, own))}
+        delta = Difference(ours, theirs, pairs, torch.float64 if torch.float64 in held else torch.float32)
         lazy = isinstance(ours, Checkpoint) and isinstance(theirs, Checkpoint)
         return cls(delta if lazy else dict(delta))
 

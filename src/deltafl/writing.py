@@ -14,7 +14,7 @@ import torch
 
 from deltafl.checkpoint import DTYPES
 from deltafl.errors import DeltaflError
-from deltafl.layout import SIZES, Entry
+from deltafl.layout import COMPANIONS, SIZES, Entry
 from deltafl.streaming import OnElements, Piece, chunks, ignore, in_order, length
 from deltafl.tensors import Tensors, block_of
 
@@ -23,7 +23,6 @@ SYNC = 1 << 27
 """Bytes after which what has been written is sent to the disk, while the next blocks are computed."""
 
 INDEX = "model.safetensors.index.json"
-COMPANIONS = (".json", ".txt", ".model", ".tiktoken", ".jinja", ".py")
 NOT_COPIED = frozenset({INDEX, "pytorch_model.bin.index.json", "training.json", "deltafl.json"})
 
 
