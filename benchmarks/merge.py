@@ -56,13 +56,18 @@ def measure(contender: Contender, world: World, cache: str) -> Sample:
 
 
 def measure_all(world: World, options: argparse.Namespace) -> dict[tuple[str, str, str], list[Sample]]:
-    """All contenders in turns, round by round; slow ones in the first rounds only."""
+    """All contenders in turns, round by round; slow ones in the first rounds only.
+
+    Each round begins with another one: what ran before, and the memory that it gave back, changes how long one takes.
+    """
     results: dict[tuple[str, str, str], list[Sample]] = {}
     for cache in options.cache:
         for turn in range(options.repeats):
-            for contender in contenders(world, peer=options.mergekit_repeats > 0):
-                label = f"{contender.group} {contender.name}"
-                if (contender.slow and turn >= options.mergekit_repeats) or not re.search(options.only, label):
+            everyone = [(f"{c.group} {c.name}", c) for c in contenders(world, peer=options.mergekit_repeats > 0)]
+            wanted = [(label, c) for label, c in everyone if re.search(options.only, label)]
+            first = turn % len(wanted)
+            for label, contender in wanted[first:] + wanted[:first]:
+                if contender.slow and turn >= options.mergekit_repeats:
                     continue
                 sample = measure(contender, world, cache)
                 results.setdefault((contender.group, contender.name, cache), []).append(sample)

@@ -51,7 +51,6 @@ def run_merge(
     spec = plan.spec
     refuse_inputs_as_output(plan, Path(out))
     with atomic_folder(out, overwrite=overwrite) as folder, open_updates(plan) as opened:
-        warnings = large_deltas(opened)
         aggregate = Aggregate(
             plan.rule,
             opened.updates,
@@ -75,6 +74,7 @@ def run_merge(
         )
         if any((plan.base.folder / mark).exists() for mark in ("config.json", "deltafl_model.json")):
             copy_companions(plan.base.folder, folder, spec.dtype)
+        warnings = large_deltas(opened)  # only now that all is in the page cache: its reads here and there would wait
         record = describe(plan, opened, aggregate, warnings)
         (folder / "deltafl.json").write_text(json.dumps(record, indent=2))
     return record
