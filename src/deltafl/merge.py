@@ -5,6 +5,7 @@ import functools
 import json
 import platform
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -96,13 +97,13 @@ def describe(plan: Plan, opened: Opened, aggregate: Aggregate, warnings: Sequenc
         server_lr = total * spec.scaling_coef
     else:
         server_lr = 1.0 if spec.server_lr is None else spec.server_lr
+    inputs = [plan.base, *(plan.layouts[s.name] for s in plan.sources)]
+    with ThreadPoolExecutor(plan.threads) as pool:  # hashing leaves the interpreter's lock to others
+        base, *models = pool.map(functools.partial(layouts.identity, full_hash=spec.full_hash), inputs)
     return {
         "deltafl": __version__,
-        "base": layouts.identity(plan.base, full_hash=spec.full_hash),
-        "models": [
-            {**layouts.identity(plan.layouts[s.name], full_hash=spec.full_hash), "source": dataclasses.asdict(s)}
-            for s in plan.sources
-        ],
+        "base": base,
+        "models": [{**own, "source": dataclasses.asdict(s)} for own, s in zip(models, plan.sources, strict=True)],
         "method": spec.method,
         "params": dict(spec.params),
         "server_lr": server_lr,
