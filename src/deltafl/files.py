@@ -96,10 +96,8 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
     _clear_abandoned(path)
     check_output(path, overwrite=overwrite)
     temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
-    unclaimed = temporary.with_suffix(".new")
-    unclaimed.mkdir()
-    with _claimed(unclaimed):
-        unclaimed.rename(temporary)
+    temporary.mkdir()
+    with _claimed(temporary):
         try:
             yield temporary
             sync_folder(temporary)

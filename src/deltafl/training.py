@@ -114,7 +114,6 @@ def train_step(
             parameter.grad = torch.zeros_like(parameter)
     if not model.module.training:
         model.module.train()
-    loss = torch.zeros((), device=model.device)
     if len(batch.labels):
         with nullcontext() if autocast is None else torch.autocast(model.device.type, autocast):
             logits = head.logits(model.features(batch.images)).float()
@@ -122,7 +121,9 @@ def train_step(
         if batch.total is not None:
             loss = loss * (len(batch.labels) / batch.total)
         loss.backward()
-    loss = loss.detach()
+        loss = loss.detach()
+    else:
+        loss = torch.zeros((), device=model.device)
     if reduce is not None:
         for parameter in trained:
             assert parameter.grad is not None
@@ -147,10 +148,10 @@ def _features_in_batches(
     model.module.eval()
     try:
         for part in chosen.split(batch_size) if len(chosen) else ():
-            images = split.images[part.to(split.images.device)].to(model.device)
+            images, labels = split.at(part, model.device)
             with torch.inference_mode(), torch.autocast(model.device.type, autocast, enabled=autocast is not None):
                 features = model.features(images).float()
-            yield features, split.labels[part.to(split.labels.device)].to(model.device)
+            yield features, labels
     finally:
         model.module.train(was_training)
 

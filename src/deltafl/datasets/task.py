@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -14,6 +15,11 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def at(self, ids: Tensor, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        """Images and labels of the examples at `ids`, int64 (B,), on `device`; whole images are copied, not pixels."""
+        images = self.images.index_select(0, ids.to(self.images.device))
+        return images.to(device), self.labels.index_select(0, ids.to(self.labels.device)).to(device)
 
 
 @dataclass(frozen=True)

@@ -173,13 +173,13 @@ class LocalTraining:
         total = torch.zeros((), device=self.model.device)
         ids = round.ids.to(round.split.images.device)
         for step, rows in enumerate(batches(ids, r.batch_size, r.seed, round.num_steps, purpose)):
-            images = round.split.images[rows].to(self.model.device)
+            images, labels = round.split.at(rows, self.model.device)
             if r.augment != "none":
                 images = augmented(images, r.augment, keyed_generator(r.seed, "augment", purpose, step))
             total += train_step(
                 self.model,
                 self.head,
-                Batch(images, round.split.labels[rows].to(self.model.device)),
+                Batch(images, labels),
                 optimiser,
                 lr=round.lr,
                 grad_clip=r.grad_clip,

@@ -121,14 +121,12 @@ class StackedTraining:
         rows = torch.stack([torch.cat([ids, ids[:1].expand(size - len(ids))]) for ids in chosen])
         sizes = torch.tensor([[len(ids)] for ids in chosen])
         shares = (torch.arange(size) < sizes) / sizes
-        flat = rows.reshape(-1).to(split.images.device)
-        images = split.images[flat].to(self.model.device)
+        images, labels = split.at(rows.reshape(-1), self.model.device)
         if r.augment != "none":
             own = zip(images.split(size), chosen, rounds, strict=True)
             images = torch.cat([self._augmented(x, len(ids), part, step) for x, ids, part in own])
         normalised = self.model.encoder.input.normalise(images).unflatten(0, rows.shape)
-        labels = split.labels[flat.to(split.labels.device)].to(self.model.device).view(rows.shape)
-        return normalised, labels, shares.to(self.model.device)
+        return normalised, labels.view(rows.shape), shares.to(self.model.device)
 
     def _augmented(self, images: Tensor, count: int, part: Round, step: int) -> Tensor:
         """The first `count` images changed as sequential training changes them; the rest fill the batch up."""

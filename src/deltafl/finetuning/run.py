@@ -165,13 +165,14 @@ def training_steps(
     rank, world = processes.process_index, processes.num_processes
     for step in range(start, total):
         ids = batch_ids(len(train), recipe.batch_size, recipe.seed, step).to(model.device)
-        mine = ids[rank::world]
-        images = train.images[mine] if change is None else change(train.images[ids], step)[rank::world]
+        images, labels = train.at(ids, model.device)
+        if change is not None:
+            images = change(images, step)
         with keyed_dropout(model.device, recipe.seed, step, rank):
             loss = train_step(
                 model,
                 head,
-                Batch(images, train.labels[mine], total=len(ids)),
+                Batch(images[rank::world], labels[rank::world], total=len(ids)),
                 optimiser,
                 lr=lr_at(step, total, warmup, recipe.lr, recipe.schedule),
                 grad_clip=recipe.grad_clip,

@@ -135,10 +135,8 @@ class _Classifier(nn.Module):
 
     def batch(self, split: Split, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs and labels of the examples at `ids`, on the encoder's device."""
-        images = split.images[ids.to(split.images.device)].to(self.device)
-        return self.loaded.input.normalise(images).to(self.dtype), split.labels[ids.to(split.labels.device)].to(
-            self.device
-        )
+        images, labels = split.at(ids, self.device)
+        return self.loaded.input.normalise(images).to(self.dtype), labels
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.head.logits(self.loaded.embed(self.encoder, inputs))
