@@ -22,8 +22,8 @@ PARTS = ("params", "m", "v", "best")
 NUMBERS = ("round", "control_rounds", "best_round", "best_accuracy", "waited")
 
 
-PAUSE = 50
-"""A state is not begun before so many times as long as the last one took, so that writing takes 2 % of the time."""
+PAUSE = 100
+"""A state is not begun before so many times as long as the last one took, so that writing takes 1 % of the time."""
 
 
 def encode(state: ServerState, head: Mapping[str, Tensor]) -> list[bytes | memoryview]:
