@@ -271,7 +271,7 @@ def test_the_record_is_on_the_disk_before_the_state_that_counts_on_it(tmp_path: 
     assert file.exists()
 
 
-def test_states_are_written_in_a_fiftieth_of_the_time_and_the_first_at_once(
+def test_states_are_written_in_a_hundredth_of_the_time_and_the_first_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [100.0]
@@ -280,7 +280,7 @@ def test_states_are_written_in_a_fiftieth_of_the_time_and_the_first_at_once(
     writer = StateWriter(tmp_path / "state.safetensors", {}, Controls(tmp_path))
     assert writer.offer(full_state())
     writer.finish()
-    for passed, writes in ((0, False), (99, False), (1, True)):
+    for passed, writes in ((0, False), (199, False), (1, True)):
         now[0] += passed
         assert writer.offer(full_state()) == writes
         writer.finish()
