@@ -30,6 +30,14 @@ def test_a_torn_last_line_is_ignored_and_overwritten_on_resume(tmp_path, torn):
     assert record.rows_path.read_bytes() == b'{"n": 1}\n{"n": 2}\n'
 
 
+def test_pieces_of_files_that_a_kill_left_are_gone_after_a_resume(tmp_path):
+    RunRecord.create(tmp_path, {})
+    for name in (".result.json.0f1f4963.tmp", ".record.jsonl.27f72a31.tmp", ".mine.tmp", "notes.tmp"):
+        (tmp_path / name).write_text("half")
+    RunRecord.resume(tmp_path)
+    assert sorted(f.name for f in tmp_path.iterdir()) == [".mine.tmp", "config.yaml", "notes.tmp", "record.jsonl"]
+
+
 def test_a_second_run_in_one_folder_is_refused(tmp_path):
     RunRecord.create(tmp_path, {"seed": 0}).append({"n": 1})
     with pytest.raises(DeltaflError, match="--resume"):

@@ -41,6 +41,13 @@ def write_atomically(path: str | Path, data: bytes | Sequence[bytes | memoryview
     return path
 
 
+def clear_unfinished(folder: Path) -> None:
+    """Delete what a killed process left of the files that it was writing into `folder`, which nobody writes to now."""
+    for left in list(folder.iterdir()):
+        if re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", left.name) and left.is_file():
+            left.unlink(missing_ok=True)
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in `folder` durable; a file system that cannot sync a folder is left to its own guarantees."""
     with contextlib.suppress(OSError):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from deltafl.errors import DeltaflError
-from deltafl.files import write_atomically
+from deltafl.files import clear_unfinished, write_atomically
 
 Row = dict[str, Any]
 
@@ -51,7 +51,8 @@ class RunRecord:
 
     @classmethod
     def resume(cls, folder: str | Path) -> "RunRecord":
-        """Continue the record in `folder`; a torn last line is cut off, so the next row starts a line of its own.
+        """Continue the record in `folder`; a torn last line is cut off, so the next row starts a line of its own, and
+        pieces of files that a kill left are deleted.
 
         Raises:
             DeltaflError: there is no record, or a line other than a torn last one is not a JSON object.
@@ -59,6 +60,7 @@ class RunRecord:
         record = cls(folder)
         record.rows()
         os.truncate(record.rows_path, len(_whole_lines(record.rows_path)))
+        clear_unfinished(record.folder)
         return record
 
     def append(self, row: Mapping[str, Any], *, sync: bool = True) -> None:
