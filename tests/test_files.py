@@ -1,6 +1,7 @@
 """A folder is whole or absent, whatever ends the process that writes it."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -155,6 +156,33 @@ def test_only_a_process_that_was_killed_leaves_something_to_remove(tmp_path: Pat
         process.kill()
     write(out, "newer", overwrite=True)
     assert names(tmp_path) == ["out"]
+
+
+FORKING_WRITER = """
+import os, sys, time
+from deltafl.files import atomic_folder
+with atomic_folder(sys.argv[1]) as folder:
+    child = os.fork()
+    if not child:
+        time.sleep(600)
+    print(child, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows does not fork")
+def test_what_it_forked_does_not_claim_the_folder_of_a_killed_process(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", FORKING_WRITER, str(out)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        child = int(process.stdout.readline())
+        process.kill()
+    try:
+        write(out, "new")
+        assert names(tmp_path) == ["out"]
+    finally:
+        os.kill(child, signal.SIGKILL)
 
 
 def test_what_cannot_be_claimed_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,12 +125,13 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
 @contextlib.contextmanager
 def _claimed(folder: Path) -> Iterator[bool]:
     """Hold a folder while the block, or this process, lasts; False where another process, here or elsewhere, holds it,
-    and where the system or its disk does not know such claims.
+    and where the system or its disk does not know such claims. Forked processes do not hold it.
     """
     if sys.platform == "win32":
         yield False
         return
     handle = os.open(folder, os.O_RDONLY)
+    _claims.add(handle)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -139,7 +140,20 @@ def _claimed(folder: Path) -> Iterator[bool]:
             claimed = False
         yield claimed
     finally:
-        os.close(handle)
+        if handle in _claims:
+            _claims.discard(handle)
+            os.close(handle)
+
+
+def _drop_claims() -> None:
+    """In a forked process: it shares the locks, and would hold them for a moment after its parent was killed."""
+    while _claims:
+        os.close(_claims.pop())
+
+
+_claims: set[int] = set()
+if sys.platform != "win32":
+    os.register_at_fork(after_in_child=_drop_claims)
 
 
 def _exchange(new: Path, path: Path) -> None:
