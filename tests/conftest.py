@@ -14,6 +14,8 @@ from hypothesis import HealthCheck, settings
 # Before anything imports huggingface_hub or deltafl: both read the environment once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
+# Before anything imports torch: some tests fork, which OpenMP's threads do not outlive, and pytest has the other cores.
+os.environ["OMP_NUM_THREADS"] = "1"
 _CACHE = tempfile.mkdtemp(prefix="deltafl-tests-")
 os.environ["DELTAFL_CACHE"] = _CACHE
 

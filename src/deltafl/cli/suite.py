@@ -118,6 +118,7 @@ def suite(
     given = {"nc_values": nc_values, "j_values": j_values, "sparsity_ratios": sparsity_ratios}
     given |= {"calibration_values": calibration_values}
     small: dict[str, Any] = {"nc_values": (2, 5), "calibration_values": (1, 2, 4)} if bundled else {}
+    small |= {"j_values": (4, 8, 12)} if quick else {}
     values = SuiteOptions(**(small | {k: v for k, v in given.items() if v}))
     lacking = study_of(held).lacking() if "all" in names else {}
     for name, need in lacking.items():

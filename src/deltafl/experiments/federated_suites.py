@@ -18,8 +18,8 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """The labels in one line."""
-        return ", ".join(str(value) for value in self.labels.values())
+        """The labels in one line, numbers with what they are of."""
+        return ", ".join(v if isinstance(v, str) else f"{key} = {v}" for key, v in self.labels.items())
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ LINES = 8
 
 QUESTIONS = {
     "heterogeneity": "How much does accuracy fall when every client holds fewer classes?",
-    "local-steps": "Is it better to talk often, or to train longer between rounds? The work is the same in every row.",
+    "local-steps": "Is it better to talk often, or to train longer between rounds? The work is the same in every row, "
+    "as nearly as whole rounds allow.",
     "sparsity": "How many coordinates can be frozen, and how many bytes does that save?",
     "calibration-rounds": "Do more rounds of scoring, with fresh clients, choose better masks?",
     "mask-strategies": "Which coordinates should be trained?",
@@ -48,6 +49,8 @@ def suite_table(name: str, summaries: Summaries) -> Table:
         for s in summaries
     ]
     caption = "Test accuracy once per run, at the round chosen on validation; ± is the standard deviation over runs."
+    if any(s.get("best_round") == 0 for s in summaries):
+        caption += " Best round 0: no round was better than the model before training."
     return Table(columns, rows, caption)
 
 
