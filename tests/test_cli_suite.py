@@ -87,7 +87,7 @@ def test_event_files_of_every_run_lie_under_its_suite_and_cell(tmp_path: Path) -
     [
         (("heterogeneity", "--nc-values", 2, 11), "heterogeneity, Nc = 11: non_iid: nc is 11"),
         (("heterogeneity", "--num-clients", 5000), "heterogeneity, IID: num_clients is 5000"),
-        (("calibration-rounds", "--calibration-values", 1, 3), "calibration-rounds, average, R = 3: 3 calibration rounds"),
+        (("calibration-rounds", "--calibration-values", 1, 3), "calibration-rounds, average, R = 3: 3 calibration"),
         (("sparsity", "--mask-file", "mask"), "mask_file is a finished mask"),
         (("heterogeneity", "--engine", "vmap", "--train-head"), "engine vmap does not serve train_head"),
         (("heterogeneity", "--aggregator", "krum", "--num-byzantine", 2), "needs at least 2f + 3 = 7 models"),
