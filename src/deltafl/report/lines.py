@@ -117,7 +117,7 @@ def _line_chart(
     if log_x:
         _log_axis(axes)
     else:
-        axes.locator_params(axis="x", nbins=6 if narrow else 10, integer=x_label == "round")
+        axes.locator_params(axis="x", nbins=6 if narrow else 10, integer=all(float(x).is_integer() for x in places))
     if narrow:
         legend_below(drawing, axes)
     else:
