@@ -313,7 +313,7 @@ def test_colours_are_legible(theme):
     assert len({tone.light for tone in TONES.values()}) == len(TONES), "a light colour stands for its role"
 
 
-@pytest.mark.parametrize("places, whole", [((2, 3), True), ((2.0, 4.0), True), ((0.5, 2), False)])
+@pytest.mark.parametrize(("places", "whole"), [((2, 3), True), ((2.0, 4.0), True), ((0.5, 2), False)])
 def test_what_is_counted_has_whole_ticks(places, whole):
     drawing = draw_lines({"a": [(x, 0.5) for x in places]}, 800, "score", "models merged")
     assert all(float(tick).is_integer() for tick in drawing.axes[0].get_xticks()) == whole
