@@ -12,7 +12,7 @@ from deltafl.experiments.federated_suites import SUITES, Cell, SuiteOptions, che
 from deltafl.experiments.suite_runs import Bench, run_suite
 from deltafl.federated.recipe import FederatedRecipe
 from deltafl.report.page import Figure
-from deltafl.report.suites import apart, suite_section
+from deltafl.report.suites import apart, suite_section, suite_table
 from deltafl.rules import load_rules
 from deltafl.sparse.masks import MASK_STRATEGIES
 from federated.worlds import plain
@@ -143,6 +143,25 @@ def test_the_spellings_of_the_course_work_start_a_suite(
 def test_equal_work_for_every_number_of_local_steps() -> None:
     cells = SUITES["local-steps"](FederatedRecipe(num_rounds=40), SuiteOptions(j_values=(4, 8, 16)))
     assert {c.recipe.local_steps * c.recipe.num_rounds for c in cells} == {160}
+
+
+def test_the_quick_suite_divides_its_work_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, tuple[int, ...]]] = []
+    monkeypatch.setattr(
+        "deltafl.cli.suite.run_suites",
+        lambda names, held, values, *rest, **more: asked.append((held["num_rounds"], values.j_values)),
+    )
+    succeed("suite", "local-steps", "--quick")
+    succeed("suite", "local-steps", "--quick", "--j-values", 2, 3)
+    (rounds, quick), (_, given) = asked
+    assert [rounds * quick[0] % j for j in quick] == [0] * len(quick)
+    assert given == (2, 3)
+
+
+def test_a_best_round_of_zero_is_explained() -> None:
+    row = {"labels": {"sharding": "IID"}, "test": 0.5, "runs": 1, "val": 0.5, "megabytes_up": 1.0}
+    captions = [suite_table("heterogeneity", [row | {"best_round": number}]).caption for number in (0, 3)]
+    assert ["before training" in caption for caption in captions] == [True, False]
 
 
 def test_every_strategy_and_rule_is_compared() -> None:

@@ -162,10 +162,9 @@ FORKING_WRITER = """
 import os, sys, time
 from deltafl.files import atomic_folder
 with atomic_folder(sys.argv[1]) as folder:
-    child = os.fork()
-    if not child:
+    if not os.fork():
+        print(os.getpid(), flush=True)
         time.sleep(600)
-    print(child, flush=True)
     sys.stdin.read()
 """
 

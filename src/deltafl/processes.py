@@ -125,16 +125,19 @@ def _serve(work: Callable[[int], Any], begin: Callable[[], None], tickets: int, 
             try:
                 data = pickle.dumps((number, work(number), None), pickle.HIGHEST_PROTOCOL)
             except BaseException as error:
-                data = _pickled(number, error)
+                data = pickle.dumps((number, None, portable(error)))
             results.send_bytes(data)
     os._exit(1)
 
 
-def _pickled(number: int, error: BaseException) -> bytes:
+def portable(error: BaseException) -> BaseException:
+    """`error` with its traceback as a note, for another process to raise; if it cannot be pickled, a RuntimeError that
+    tells the same.
+    """
+    told = "in a worker process:\n" + "".join(traceback.format_exception(error))
+    error.add_note(told)
     try:
-        data = pickle.dumps((number, None, error))
-        pickle.loads(data)
-    except Exception:
-        told = "".join(traceback.format_exception(error))
-        data = pickle.dumps((number, None, RuntimeError(f"in a worker process:\n{told}")))
-    return data
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever a user's own class raises
+        return RuntimeError(told)
+    return error

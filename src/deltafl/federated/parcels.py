@@ -4,13 +4,14 @@ import io
 import math
 import mmap
 import pickle
-import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from deltafl.processes import portable
 
 ALIGNMENT = 64
 
@@ -90,15 +91,8 @@ def pack(result: object, known: Mapping[int, str], memory: SharedMemory) -> byte
 
 
 def pack_error(error: BaseException) -> bytes:
-    """An error for the other side to raise: itself, or, if it cannot be pickled, its words."""
-    lines = "".join(traceback.format_exception(error))
-    error.add_note(f"in a worker:\n{lines}")
-    try:
-        packed = pickle.dumps(_Failure(error))
-        pickle.loads(packed)
-    except Exception:
-        packed = pickle.dumps(_Failure(RuntimeError(lines)))
-    return packed
+    """An error for the other side to raise."""
+    return pickle.dumps(_Failure(portable(error)))
 
 
 def unpack(answer: bytes, known: Mapping[str, object], memory: SharedMemory) -> Any:
