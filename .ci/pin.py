@@ -29,9 +29,13 @@ def main() -> None:
     (ROOT / "constraints.txt").write_text(HEADER + "\n".join(pins) + "\n")
     project = ROOT / "pyproject.toml"
     table = "constraint-dependencies = [\n" + "".join(f'  "{pin}",\n' for pin in pins) + "]"
-    text, count = re.subn(r"constraint-dependencies = \[.*?\]", lambda _: table, project.read_text(), flags=re.S)
+    text, count = re.subn(
+        r"constraint-dependencies = \[.*?\]", lambda _: table, project.read_text(), flags=re.S
+    )
     if count != 1:
-        raise SystemExit("pyproject.toml has no single constraint-dependencies list under [tool.uv]")
+        raise SystemExit(
+            "pyproject.toml has no single constraint-dependencies list under [tool.uv]"
+        )
     project.write_text(text)
     print(f"{len(pins)} pins")
 

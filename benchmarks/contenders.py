@@ -29,7 +29,13 @@ MERGEKIT = {
     "dare_linear": {"weight": SCALING_COEF, "density": 0.5},
     "dare_ties": {"weight": SCALING_COEF, "density": 0.5},
 }
-MERGEKIT_FLAGS = ["--lazy-unpickle", "--no-copy-tokenizer", "--no-write-model-card", "--quiet", "--no-cuda"]
+MERGEKIT_FLAGS = [
+    "--lazy-unpickle",
+    "--no-copy-tokenizer",
+    "--no-write-model-card",
+    "--quiet",
+    "--no-cuda",
+]
 
 
 @dataclass(frozen=True)
@@ -59,12 +65,21 @@ def floor(world: World, *, sync: bool) -> Contender:
     flag = ["--fsync"] if sync else []
     files = [str(f) for f in world.files]
     command = [sys.executable, "-S", str(HERE / "floor.py"), *flag]
-    return Contender("floor", "with fsync" if sync else "without fsync", lambda out: [*command, str(out), *files])
+    return Contender(
+        "floor", "with fsync" if sync else "without fsync", lambda out: [*command, str(out), *files]
+    )
 
 
 def deltafl(world: World, rule: str, *extra: str, scaling_coef: float = SCALING_COEF) -> Contender:
     command = [str(Path(sys.executable).with_name("deltafl")), "merge", "--base", str(world.base)]
-    command += ["--models", *map(str, world.tuned), "--method", rule, "--scaling-coef", str(scaling_coef)]
+    command += [
+        "--models",
+        *map(str, world.tuned),
+        "--method",
+        rule,
+        "--scaling-coef",
+        str(scaling_coef),
+    ]
     command += [*PARAMETERS[rule], *extra]
     name = " ".join([rule, *extra])
     return Contender("deltafl", name, lambda out: [*command, "--out", str(out)])
@@ -73,7 +88,9 @@ def deltafl(world: World, rule: str, *extra: str, scaling_coef: float = SCALING_
 def after_imports(world: World) -> Contender:
     command = [sys.executable, str(HERE / "driver.py")]
     models = [str(world.base), *map(str, world.tuned)]
-    return Contender("deltafl", "task_arithmetic, after imports", lambda out: [*command, str(out), *models])
+    return Contender(
+        "deltafl", "task_arithmetic, after imports", lambda out: [*command, str(out), *models]
+    )
 
 
 def mergekit(world: World, method: str, *, scaling_coef: float = SCALING_COEF) -> Contender:
@@ -93,17 +110,22 @@ def mergekit(world: World, method: str, *, scaling_coef: float = SCALING_COEF) -
     file = world.work / f"{method}-{scaling_coef}.yaml"
     file.write_text(json.dumps(config))
     command = [str(world.work / "mergekit" / "bin" / "mergekit-yaml"), str(file)]
-    return Contender("mergekit", method, lambda out: [*command, str(out), *MERGEKIT_FLAGS], slow=True)
+    return Contender(
+        "mergekit", method, lambda out: [*command, str(out), *MERGEKIT_FLAGS], slow=True
+    )
 
 
 def contenders(world: World, *, peer: bool) -> list[Contender]:
     """All, in the order of the table. Raises RuntimeError for a rule that this file does not know."""
-    from deltafl.rules import load_rules
+    from deltafl.rules.rule import load_rules
 
     unknown = set(load_rules()) ^ set(PARAMETERS)
     if unknown:
         raise RuntimeError(f"give benchmarks/contenders.py parameters for {sorted(unknown)}")
     found = [floor(world, sync=False), floor(world, sync=True)]
     found += [deltafl(world, rule) for rule in PARAMETERS]
-    found += [after_imports(world), *(deltafl(world, "task_arithmetic", flag) for flag in ("--hash", "--exact"))]
+    found += [
+        after_imports(world),
+        *(deltafl(world, "task_arithmetic", flag) for flag in ("--hash", "--exact")),
+    ]
     return [*found, *(mergekit(world, method) for method in MERGEKIT)] if peer else found

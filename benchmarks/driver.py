@@ -7,8 +7,8 @@ import time
 
 import torch
 
-from deltafl.merge import run_merge
-from deltafl.preflight import MergeSpec, Model, plan_merge
+from deltafl.merge.plan import MergeSpec, Model, plan_merge
+from deltafl.merge.run import run_merge
 
 out, base, *models = sys.argv[1:]
 named = tuple(Model(path, f"model {i}") for i, path in enumerate(models))
@@ -27,4 +27,13 @@ def timed_fsync(handle: int) -> None:
 os.fsync = timed_fsync
 run_merge(plan, out)
 done = time.perf_counter()
-print(json.dumps({"seconds": done - before, "plan": planned - before, "fsync": synced[0], "torch": torch.__version__}))
+print(
+    json.dumps(
+        {
+            "seconds": done - before,
+            "plan": planned - before,
+            "fsync": synced[0],
+            "torch": torch.__version__,
+        }
+    )
+)

@@ -2,7 +2,9 @@
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, for this process and all that it starts
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # before torch is imported, for this process and all that it starts
+)
 
 import argparse
 import json
@@ -24,7 +26,6 @@ from mlp import Mlp, Setting, bare_round, make_data, make_head, shards, shuffled
 from ours_run import NAMES, recipe_of
 from turns import in_turns, ratios, spread
 
-from deltafl.datasets.task import Split
 from deltafl.federated import LocalTraining, ServerState, run_round
 from deltafl.federated.client import moving
 from deltafl.federated.controls import Controls
@@ -34,7 +35,8 @@ from deltafl.federated.state import StateWriter
 from deltafl.models import load_encoder
 from deltafl.models.flat import FlatModel
 from deltafl.models.heads import LinearHead
-from deltafl.training import batch_ids
+from deltafl.tasks.task import Split
+from deltafl.training.step import batch_ids
 
 HERE = Path(__file__).parent
 WORK = HERE / "work"
@@ -56,7 +58,13 @@ class Rounds:
     """Rounds by deltafl that all start from the same state; `stack` ends the workers."""
 
     def __init__(
-        self, setting: Setting, stack: ExitStack, *, engine: str = "sequential", width: int = 32, workers: int = 1
+        self,
+        setting: Setting,
+        stack: ExitStack,
+        *,
+        engine: str = "sequential",
+        width: int = 32,
+        workers: int = 1,
     ) -> None:
         recipe = recipe_of(setting, engine=engine)
         model = FlatModel(load_encoder("mlp:Mlp", {"width": width}))
@@ -66,7 +74,9 @@ class Rounds:
         split = Split(*make_data(setting.clients * setting.examples))
         controls = Controls(WORK / "controls")
         self.state = ServerState(0, params)
-        world = World(recipe, split, tuple(shards(setting)), client, None, frozenset(params), controls)
+        world = World(
+            recipe, split, tuple(shards(setting)), client, None, frozenset(params), controls
+        )
         self.world = stack.enter_context(in_workers(world, self.state, workers))
 
     def __call__(self) -> ServerState:
@@ -85,14 +95,21 @@ class Bare:
         return self.on([shuffled(rows, self.setting) for rows in shards(self.setting)])
 
     def on(self, batches: Sequence) -> dict[str, torch.Tensor]:
-        return bare_round(self.net, self.server, self.head, self.images, self.labels, batches, self.setting)
+        return bare_round(
+            self.net, self.server, self.head, self.images, self.labels, batches, self.setting
+        )
 
 
 def check_same(ours: Sequence[Rounds], bare: Bare, setting: Setting) -> None:
     """All compute the same model as the bare loop when that is given the same batches."""
     size, seed = setting.batch, ours[0].world.recipe.seed
     batches = [
-        iter([rows[batch_ids(len(rows), size, seed, s, f"round 1 client {k}")] for s in range(setting.steps)])
+        iter(
+            [
+                rows[batch_ids(len(rows), size, seed, s, f"round 1 client {k}")]
+                for s in range(setting.steps)
+            ]
+        )
         for k, rows in enumerate(shards(setting))
     ]
     expected = bare.on(batches)
@@ -120,7 +137,11 @@ def measure_state(setting: Setting, repeats: int, block: int) -> dict[str, dict[
     The wait for the last file, once in a run, does not count; the file of one block is never written during the next.
     """
     results = {}
-    for width, own, workers in ((32, setting, 1), (LARGE, Setting(steps=5), 1), (LARGE, Setting(steps=5), CORES)):
+    for width, own, workers in (
+        (32, setting, 1),
+        (LARGE, Setting(steps=5), 1),
+        (LARGE, Setting(steps=5), CORES),
+    ):
         stack = ExitStack()
         rounds = Rounds(own, stack, width=width, workers=workers)
 
@@ -170,11 +191,17 @@ def measure_runs(setting: Setting, repeats: int) -> dict[str, tuple[list[float],
         for name, command in commands.items():
             shutil.rmtree(WORK / "run", ignore_errors=True)
             sample = run(command)
-            rounds = json.loads(next(x for x in reversed(sample.output.splitlines()) if x.startswith('{"rounds"')))
+            rounds = json.loads(
+                next(x for x in reversed(sample.output.splitlines()) if x.startswith('{"rounds"'))
+            )
             steady = median(rounds["rounds"][1:])
             results[name][0].append(sample.wall)
             results[name][1].append(steady)
-            print(f"{turn + 1} {name}: {sample.wall:.1f} s, {steady:.3f} s a round", file=sys.stderr, flush=True)
+            print(
+                f"{turn + 1} {name}: {sample.wall:.1f} s, {steady:.3f} s a round",
+                file=sys.stderr,
+                flush=True,
+            )
     shutil.rmtree(WORK / "run", ignore_errors=True)
     return results
 
@@ -182,9 +209,16 @@ def measure_runs(setting: Setting, repeats: int) -> dict[str, tuple[list[float],
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=40, help="turns of single rounds")
-    parser.add_argument("--state-repeats", type=int, default=8, help="turns with and without the state file; 0: none")
+    parser.add_argument(
+        "--state-repeats",
+        type=int,
+        default=8,
+        help="turns with and without the state file; 0: none",
+    )
     parser.add_argument("--state-block", type=int, default=10, help="rounds of such a turn")
-    parser.add_argument("--flower-repeats", type=int, default=3, help="whole runs; 0: without Flower")
+    parser.add_argument(
+        "--flower-repeats", type=int, default=3, help="whole runs; 0: without Flower"
+    )
     parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
     return parser.parse_args()
 
@@ -201,15 +235,26 @@ def main() -> int:
     times = measure_rounds(setting, options.repeats)
     lines += ["", "| one round | seconds | times the bare loop |", "|---|--:|--:|"]
     for name in times:
-        lines.append(f"| {name} | {spread(times[name], 4)} | {spread(ratios(times, name, 'bare loop'))} |")
-    lines += ["", f"vmap against sequential: {spread(ratios(times, 'deltafl', 'deltafl, vmap'), 2)} times faster."]
+        lines.append(
+            f"| {name} | {spread(times[name], 4)} | {spread(ratios(times, name, 'bare loop'))} |"
+        )
+    lines += [
+        "",
+        f"vmap against sequential: {spread(ratios(times, 'deltafl', 'deltafl, vmap'), 2)} times faster.",
+    ]
     checks.append(("round / bare loop", median(ratios(times, "deltafl", "bare loop")), 1.05))
 
     if options.state_repeats:
-        lines += ["", "| state file | off, seconds a round | on | more time, % |", "|---|--:|--:|--:|"]
+        lines += [
+            "",
+            "| state file | off, seconds a round | on | more time, % |",
+            "|---|--:|--:|--:|",
+        ]
         for name, own in measure_state(setting, options.state_repeats, options.state_block).items():
             more = [100 * (r - 1) for r in ratios(own, "on", "off")]
-            lines.append(f"| {name} | {spread(own['off'])} | {spread(own['on'])} | {spread(more, 1)} |")
+            lines.append(
+                f"| {name} | {spread(own['off'])} | {spread(own['on'])} | {spread(more, 1)} |"
+            )
             checks.append((f"% more time with the state file, {name}", median(more), 2.0))
 
     if options.flower_repeats:
@@ -220,9 +265,14 @@ def main() -> int:
             f"| {setting.rounds} rounds, whole process | wall seconds | steady seconds a round |",
             "|---|--:|--:|",
         ]
-        lines += [f"| {name} | {spread(wall, 2)} | {spread(steady)} |" for name, (wall, steady) in runs.items()]
+        lines += [
+            f"| {name} | {spread(wall, 2)} | {spread(steady)} |"
+            for name, (wall, steady) in runs.items()
+        ]
         ours = f"deltafl, {CORES} workers"
-        for i, (what, target) in enumerate((("wall time of 13 rounds", 4.0), ("steady round", 3.5))):
+        for i, (what, target) in enumerate(
+            (("wall time of 13 rounds", 4.0), ("steady round", 3.5))
+        ):
             factor = median(runs["Flower"][i]) / median(runs[ours][i])
             lines.append(
                 ("\n" if i == 0 else "")
@@ -230,8 +280,15 @@ def main() -> int:
             )
             checks.append((f"{what}, deltafl / Flower", 1 / factor, 1 / target))
 
-    missed = [f"- {what}: {value:.3f}, target {limit:.3f}" for what, value, limit in checks if value > limit]
-    lines += ["", "Targets missed:\n\n" + "\n".join(missed) if missed else "All targets are reached."]
+    missed = [
+        f"- {what}: {value:.3f}, target {limit:.3f}"
+        for what, value, limit in checks
+        if value > limit
+    ]
+    lines += [
+        "",
+        "Targets missed:\n\n" + "\n".join(missed) if missed else "All targets are reached.",
+    ]
     print("\n".join(lines))
     return int(options.check and bool(missed))
 

@@ -11,11 +11,11 @@ import torch
 from measure import machine
 from torch import Tensor, nn
 
-from deltafl.datasets.task import Split
 from deltafl.models import load_encoder
 from deltafl.models.flat import FlatModel
 from deltafl.models.heads import random_head
 from deltafl.sparse.fisher import diagonal_fisher
+from deltafl.tasks.task import Split
 
 TARGET = 1.5
 MODEL = "vit:hidden=384,layers=12,heads=6,patch=16,image_size=224"
@@ -33,7 +33,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=7, help="turns, of both in each")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--batches", type=int, default=2, help="of one call: a client's calibration is 64 examples")
+    parser.add_argument(
+        "--batches", type=int, default=2, help="of one call: a client's calibration is 64 examples"
+    )
     parser.add_argument("--check", action="store_true", help="exit with 1 if the target is missed")
     return parser.parse_args()
 
@@ -50,7 +52,15 @@ def main() -> int:
     parameters = [p for p in model.module.parameters() if p.requires_grad]
 
     def scores() -> None:
-        diagonal_fisher(model, head, split, torch.arange(count), labels="empirical", draws=1, batch_size=options.batch)
+        diagonal_fisher(
+            model,
+            head,
+            split,
+            torch.arange(count),
+            labels="empirical",
+            draws=1,
+            batch_size=options.batch,
+        )
 
     def ordinary() -> None:
         for rows in torch.arange(count).split(options.batch):
@@ -61,21 +71,30 @@ def main() -> int:
     model.module.eval()
     times: dict[str, list[float]] = {"ordinary": [], "scores": []}
     for turn in range(-1, options.repeats):
-        for name, function in (("ordinary", ordinary), ("scores", scores))[:: 1 if turn % 2 else -1]:
+        for name, function in (("ordinary", ordinary), ("scores", scores))[
+            :: 1 if turn % 2 else -1
+        ]:
             took = seconds(function) / options.batches
             print(f"turn {turn} {name}: {took:.2f} s a batch", file=sys.stderr, flush=True)
             if turn >= 0:
                 times[name].append(took)
     ratios = [s / o for s, o in zip(times["scores"], times["ordinary"], strict=True)]
     command = " ".join(["python benchmarks/fisher.py", *sys.argv[1:]])
-    print(f"`{command}`, {date.today()}, {machine()}, {options.threads} threads, batch {options.batch}.\n")
+    print(
+        f"`{command}`, {date.today()}, {machine()}, {options.threads} threads, batch {options.batch}.\n"
+    )
     print("| ViT-S/16, 224 px | median seconds a batch | range |\n|---|--:|--:|")
-    for name, label in (("ordinary", "forward and backward, all parameters"), ("scores", "per-sample scores")):
+    for name, label in (
+        ("ordinary", "forward and backward, all parameters"),
+        ("scores", "per-sample scores"),
+    ):
         own = times[name]
         print(f"| {label} | {median(own):.2f} | {min(own):.2f} to {max(own):.2f} |")
     ratio = median(ratios)
     verdict = "reached" if ratio <= TARGET else "missed"
-    print(f"\nRatio: {ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f}); target {TARGET}, {verdict}.")
+    print(
+        f"\nRatio: {ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f}); target {TARGET}, {verdict}."
+    )
     return int(options.check and ratio > TARGET)
 
 

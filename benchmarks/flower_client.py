@@ -25,7 +25,9 @@ class Client(NumPyClient):
 
     def fit(self, parameters, config):
         net, head, images, labels = world()
-        net.load_state_dict({n: torch.from_numpy(p) for n, p in zip(net.state_dict(), parameters, strict=True)})
+        net.load_state_dict(
+            {n: torch.from_numpy(p) for n, p in zip(net.state_dict(), parameters, strict=True)}
+        )
         rows = shards(SETTING)[self.number]
         train_locally(net, head, images, labels, shuffled(rows, SETTING), SETTING)
         return [t.numpy() for t in net.state_dict().values()], len(rows), {}

@@ -41,6 +41,9 @@ if __name__ == "__main__":
         server_app=ServerApp(server_fn=server_fn),
         client_app=app,
         num_supernodes=SETTING.clients,
-        backend_config={"client_resources": {"num_cpus": 1}, "init_args": {"num_cpus": int(sys.argv[1])}},
+        backend_config={
+            "client_resources": {"num_cpus": 1},
+            "init_args": {"num_cpus": int(sys.argv[1])},
+        },
     )
     print(json.dumps({"rounds": [b - a for a, b in pairwise(ENDS)]}))

@@ -36,7 +36,9 @@ def run(command: Sequence[str]) -> Sample:
     done.set()
     sampler.join()
     if process.returncode:
-        raise RuntimeError(f"{' '.join(command)}\nfailed with {process.returncode}:\n{output[-3000:]}")
+        raise RuntimeError(
+            f"{' '.join(command)}\nfailed with {process.returncode}:\n{output[-3000:]}"
+        )
     return Sample(wall, usage.ru_utime + usage.ru_stime, peak[0], output)
 
 
@@ -55,7 +57,14 @@ def _anonymous(pid: int) -> int:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except OSError:
         return 0
-    own = next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("Pss_Anon")), 0)
+    own = next(
+        (
+            int(line.split()[1]) * 1024
+            for line in status.splitlines()
+            if line.startswith("Pss_Anon")
+        ),
+        0,
+    )
     return own + sum(_anonymous(int(child)) for child in children)
 
 
@@ -80,7 +89,8 @@ def machine() -> str:
     """Cores, processor, memory and kernel; no host name."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown processor"
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        "unknown processor",
     )
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
     return f"{os.cpu_count()} cores of {model}, {memory:.0f} GB of memory, Linux {os.uname().release.split('-')[0]}"

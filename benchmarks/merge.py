@@ -55,7 +55,9 @@ def measure(contender: Contender, world: World, cache: str) -> Sample:
     return sample
 
 
-def measure_all(world: World, options: argparse.Namespace) -> dict[tuple[str, str, str], list[Sample]]:
+def measure_all(
+    world: World, options: argparse.Namespace
+) -> dict[tuple[str, str, str], list[Sample]]:
     """All contenders in turns, round by round; slow ones in the first rounds only.
 
     Each round begins with another one: what ran before, and the memory that it gave back, changes how long one takes.
@@ -63,7 +65,10 @@ def measure_all(world: World, options: argparse.Namespace) -> dict[tuple[str, st
     results: dict[tuple[str, str, str], list[Sample]] = {}
     for cache in options.cache:
         for turn in range(options.repeats):
-            everyone = [(f"{c.group} {c.name}", c) for c in contenders(world, peer=options.mergekit_repeats > 0)]
+            everyone = [
+                (f"{c.group} {c.name}", c)
+                for c in contenders(world, peer=options.mergekit_repeats > 0)
+            ]
             wanted = [(label, c) for label, c in everyone if re.search(options.only, label)]
             first = turn % len(wanted)
             for label, contender in wanted[first:] + wanted[:first]:
@@ -71,7 +76,9 @@ def measure_all(world: World, options: argparse.Namespace) -> dict[tuple[str, st
                     continue
                 sample = measure(contender, world, cache)
                 results.setdefault((contender.group, contender.name, cache), []).append(sample)
-                told = f"{sample.wall:.2f} s, CPU {sample.cpu:.2f} s, {sample.anonymous / 1e6:.0f} MB"
+                told = (
+                    f"{sample.wall:.2f} s, CPU {sample.cpu:.2f} s, {sample.anonymous / 1e6:.0f} MB"
+                )
                 print(f"{cache} {turn + 1} {label}: {told}", file=sys.stderr, flush=True)
     return results
 
@@ -84,7 +91,11 @@ def measure_doubled(names: list[str], options: argparse.Namespace) -> dict[str, 
         for name in names:
             sample = measure(deltafl(world, *name.split()), world, "warm")
             peaks[name] = sample.anonymous / 1e6
-            print(f"doubled {name}: {sample.wall:.2f} s, {peaks[name]:.0f} MB", file=sys.stderr, flush=True)
+            print(
+                f"doubled {name}: {sample.wall:.2f} s, {peaks[name]:.0f} MB",
+                file=sys.stderr,
+                flush=True,
+            )
         return peaks
     finally:
         for folder in (world.base, *world.tuned):
@@ -103,7 +114,11 @@ def measure_rounding(world: World, *, peer: bool) -> dict[tuple[str, float], flo
         for contender in runs:
             remove(out)
             run(contender.command(out))
-            who = "mergekit" if contender.group == "mergekit" else contender.name.replace("task_arithmetic", "deltafl")
+            who = (
+                "mergekit"
+                if contender.group == "mergekit"
+                else contender.name.replace("task_arithmetic", "deltafl")
+            )
             shares[who, coef] = share_differing(out, world.base, world.tuned, coef)
             print(f"differing {who} {coef}: {shares[who, coef]:.2g}", file=sys.stderr, flush=True)
     remove(out)
@@ -117,8 +132,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--mergekit-repeats", type=int, default=1, help="0: without mergekit")
     parser.add_argument("--cache", nargs="+", default=["warm", "cold"], choices=["warm", "cold"])
     parser.add_argument("--only", default="", help="a pattern that finds the contenders wanted")
-    parser.add_argument("--no-doubled", action="store_true", help="skip the memory check at twice the size")
-    parser.add_argument("--no-rounding", action="store_true", help="skip the comparison with float64")
+    parser.add_argument(
+        "--no-doubled", action="store_true", help="skip the memory check at twice the size"
+    )
+    parser.add_argument(
+        "--no-rounding", action="store_true", help="skip the comparison with float64"
+    )
     parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
     parser.add_argument("--write", type=Path, help="fill in the results of this Markdown file")
     return parser.parse_args()
@@ -126,7 +145,11 @@ def parse() -> argparse.Namespace:
 
 def report(tables: list[str], missed: list[str], options: argparse.Namespace) -> str:
     asked = " ".join(["python benchmarks/merge.py", *sys.argv[1:]])
-    goals = "All targets are reached." if not missed else "Targets missed:\n\n" + "\n".join(f"- {m}" for m in missed)
+    goals = (
+        "All targets are reached."
+        if not missed
+        else "Targets missed:\n\n" + "\n".join(f"- {m}" for m in missed)
+    )
     head = f"`{asked}`, {date.today()}, {machine()}; {options.repeats} rounds ({options.mergekit_repeats} of mergekit)."
     return "\n\n".join([head, *tables, goals])
 
@@ -139,7 +162,9 @@ def main() -> int:
     world = World(*make_models(WORK, options.scale), WORK)
     results = measure_all(world, options)
     doubled = {} if options.no_doubled else measure_doubled(rules(results), options)
-    differing = {} if options.no_rounding else measure_rounding(world, peer=options.mergekit_repeats > 0)
+    differing = (
+        {} if options.no_rounding else measure_rounding(world, peer=options.mergekit_repeats > 0)
+    )
     missed = misses(results, doubled, differing)
     tables = [table(results, doubled)] if ("floor", "without fsync", "warm") in results else []
     text = report([*tables, *([differing_table(differing)] if differing else [])], missed, options)

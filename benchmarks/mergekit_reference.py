@@ -29,13 +29,18 @@ FLAGS = ["--no-copy-tokenizer", "--no-write-model-card", "--quiet", "--no-cuda"]
 
 
 def models(*parameters: dict[str, Any] | None) -> list[dict[str, Any]]:
-    return [{"model": f"m{i}", **({"parameters": p} if p is not None else {})} for i, p in enumerate(parameters)]
+    return [
+        {"model": f"m{i}", **({"parameters": p} if p is not None else {})}
+        for i, p in enumerate(parameters)
+    ]
 
 
 def sources(start: int, stop: int, *weights: Any) -> list[dict[str, Any]]:
     found = [{"model": "base", "layer_range": [start, stop]}]
     for i, weight in enumerate(weights):
-        found.append({"model": f"m{i}", "layer_range": [start, stop], "parameters": {"weight": weight}})
+        found.append(
+            {"model": f"m{i}", "layer_range": [start, stop], "parameters": {"weight": weight}}
+        )
     return found
 
 
@@ -109,7 +114,9 @@ def shapes() -> dict[str, tuple[int, ...]]:
              "post_attention_layernorm": (HIDDEN,)}  # fmt: skip
     outside = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN), "model.norm.weight": (HIDDEN,),
                "lm_head.weight": (VOCABULARY, HIDDEN)}  # fmt: skip
-    return outside | {f"model.layers.{i}.{name}.weight": s for i in range(LAYERS) for name, s in layer.items()}
+    return outside | {
+        f"model.layers.{i}.{name}.weight": s for i in range(LAYERS) for name, s in layer.items()
+    }
 
 
 def inputs() -> dict[str, dict[str, np.ndarray]]:
@@ -118,13 +125,21 @@ def inputs() -> dict[str, dict[str, np.ndarray]]:
     made: dict[str, dict[str, np.ndarray]] = {name: {} for name in ("base", "m0", "m1", "m2")}
     for name, shape in shapes().items():
         size = int(np.prod(shape))
-        made["base"][name] = (draw.integers(-4096, 4096, size) / 4096).astype(np.float32).reshape(shape)
-        deltas = [draw.permutation(1024)[:size] * draw.choice([-1, 1], size) + 0.0 for _ in range(3)]
+        made["base"][name] = (
+            (draw.integers(-4096, 4096, size) / 4096).astype(np.float32).reshape(shape)
+        )
+        deltas = [
+            draw.permutation(1024)[:size] * draw.choice([-1, 1], size) + 0.0 for _ in range(3)
+        ]
         magnitudes = np.abs(deltas[0]) + 1
-        deltas[1] = np.where(np.arange(size) % 4 == 0, -np.sign(deltas[0]) * magnitudes, 2048 + np.abs(deltas[1]))
+        deltas[1] = np.where(
+            np.arange(size) % 4 == 0, -np.sign(deltas[0]) * magnitudes, 2048 + np.abs(deltas[1])
+        )
         deltas[0] = np.sign(deltas[0]) * magnitudes
         for i, delta in enumerate(deltas):
-            made[f"m{i}"][name] = (made["base"][name] + delta.reshape(shape) / 4096).astype(np.float32)
+            made[f"m{i}"][name] = (made["base"][name] + delta.reshape(shape) / 4096).astype(
+                np.float32
+            )
     return made
 
 
@@ -140,7 +155,9 @@ def merged(program: str, folder: Path, config: Mapping[str, Any]) -> dict[str, n
     """What mergekit makes of a configuration, run in the folder that holds the models; JSON is YAML."""
     (folder / "config.yaml").write_text(json.dumps(config))
     with tempfile.TemporaryDirectory() as out:
-        subprocess.run([program, "config.yaml", out, *FLAGS], cwd=folder, check=True, capture_output=True)
+        subprocess.run(
+            [program, "config.yaml", out, *FLAGS], cwd=folder, check=True, capture_output=True
+        )
         return load_file(Path(out) / "model.safetensors")
 
 
@@ -148,9 +165,14 @@ def main(program: str, target: str) -> None:
     made = inputs()
     with tempfile.TemporaryDirectory() as folder:
         write_models(Path(folder), made)
-        made |= {f"out {name}": merged(program, Path(folder), config) for name, config in CONFIGS.items()}
+        made |= {
+            f"out {name}": merged(program, Path(folder), config) for name, config in CONFIGS.items()
+        }
     order = shapes()
-    flat = {name: np.concatenate([held[tensor].ravel() for tensor in order]) for name, held in made.items()}
+    flat = {
+        name: np.concatenate([held[tensor].ravel() for tensor in order])
+        for name, held in made.items()
+    }
     save_file(flat, target, metadata={"configs": json.dumps(CONFIGS), "shapes": json.dumps(order)})
 
 

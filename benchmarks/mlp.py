@@ -43,7 +43,9 @@ class Mlp(nn.Module):
 def make_data(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """uint8 images (count, 1, 28, 28), noise around one picture for each class, and int64 labels (count,)."""
     generator = torch.Generator().manual_seed(seed)
-    pictures = torch.randint(0, 200, (CLASSES, 1, 28, 28), generator=torch.Generator().manual_seed(99))
+    pictures = torch.randint(
+        0, 200, (CLASSES, 1, 28, 28), generator=torch.Generator().manual_seed(99)
+    )
     labels = torch.randint(0, CLASSES, (count,), generator=generator)
     noise = torch.randint(0, 256, (count, 1, 28, 28), generator=generator)
     return ((pictures[labels] + 2 * noise) // 3).to(torch.uint8), labels
@@ -51,7 +53,9 @@ def make_data(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 def make_head() -> tuple[Tensor, Tensor]:
     """Weight (10, 32) and bias (10,) of the classifier, which nobody trains."""
-    weight = torch.empty(CLASSES, FEATURES).uniform_(-0.3, 0.3, generator=torch.Generator().manual_seed(1))
+    weight = torch.empty(CLASSES, FEATURES).uniform_(
+        -0.3, 0.3, generator=torch.Generator().manual_seed(1)
+    )
     return weight, torch.zeros(CLASSES)
 
 

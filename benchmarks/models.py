@@ -83,7 +83,9 @@ def make_models(folder: Path, scale: int) -> tuple[Path, list[Path]]:
 
 def _companions(folder: Path, scale: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"t{i}": i for i in range(3, VOCABULARY * scale)}
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {
+        f"t{i}": i for i in range(3, VOCABULARY * scale)
+    }
     tokenizer = {
         "version": "1.0",
         "added_tokens": [],
@@ -93,7 +95,9 @@ def _companions(folder: Path, scale: int) -> None:
     named = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     (folder / "config.json").write_text(json.dumps(config(scale), indent=2))
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **named}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **named})
+    )
 
 
 def _weights(folders: list[Path], scale: int) -> None:

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from deltafl.racing import race
+from deltafl.merge.race import race
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,9 @@ class Table:
     @property
     def values(self) -> Tensor:
         """Each candidate's score on the full data, float64 (C,)."""
-        rows = [a * s.double().mean(1) for a, s in zip(self.scale, self.scores.values(), strict=True)]
+        rows = [
+            a * s.double().mean(1) for a, s in zip(self.scale, self.scores.values(), strict=True)
+        ]
         return torch.stack(rows).mean(0)
 
     @property
@@ -67,7 +69,9 @@ def run(table: Table, confidence: float, seed: int) -> Outcome:
         for candidate in alive:
             yield candidate, [s[candidate][i] for s, i in zip(stacks, ids, strict=True)]
 
-    found = race(judge, len(table.labels), table.sizes, table.scale, confidence=confidence, seed=seed)
+    found = race(
+        judge, len(table.labels), table.sizes, table.scale, confidence=confidence, seed=seed
+    )
     values = table.values
     kept = [c for c, finish in enumerate(found) if finish.dropped_at is None]
     winner = max(kept, key=lambda c: float(values[c]))
@@ -77,7 +81,9 @@ def run(table: Table, confidence: float, seed: int) -> Outcome:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="output of `deltafl search` with strategy: exhaustive")
+    parser.add_argument(
+        "folder", type=Path, help="output of `deltafl search` with strategy: exhaustive"
+    )
     parser.add_argument("--orders", type=int, default=20, help="random subset orders to race in")
     parser.add_argument("--confidence", type=float, default=0.95)
     parser.add_argument("--check", action="store_true", help="exit code 1 if a target is missed")
@@ -85,19 +91,29 @@ def main() -> None:
     table = read(args.folder)
     best = table.labels[int(table.values.argmax())]
     whole = len(table.labels) * sum(table.sizes)
-    print(f"{len(table.labels)} candidates, {len(table.sizes)} tasks of {table.sizes} images; exhaustive: {whole:,}")
+    print(
+        f"{len(table.labels)} candidates, {len(table.sizes)} tasks of {table.sizes} images; exhaustive: {whole:,}"
+    )
     started = time.perf_counter()
     found = [run(table, args.confidence, seed) for seed in range(args.orders)]
     seconds = (time.perf_counter() - started) / len(found)
     ratios = sorted(whole / o.images for o in found)
     same, near = (sum(o.images_short <= bound for o in found) for bound in (1e-9, 1 + 1e-9))
-    print(f"best of all: {best}, {float(table.values.max()):.4f}; one image of each task is {table.per_image:.4f}")
+    print(
+        f"best of all: {best}, {float(table.values.max()):.4f}; one image of each task is {table.per_image:.4f}"
+    )
     print(f"times fewer images: median {median(ratios):.2f}, {ratios[0]:.2f} to {ratios[-1]:.2f}")
-    print(f"candidates that saw everything: {min(o.kept for o in found)} to {max(o.kept for o in found)}")
-    print(f"winner as good as the best: {same} of {len(found)}; within one image per task: {near} of {len(found)}")
+    print(
+        f"candidates that saw everything: {min(o.kept for o in found)} to {max(o.kept for o in found)}"
+    )
+    print(
+        f"winner as good as the best: {same} of {len(found)}; within one image per task: {near} of {len(found)}"
+    )
     print(f"the race's own arithmetic: {seconds:.2f} s")
     if args.check and (median(ratios) < 5 or near < math.ceil(0.95 * len(found))):
-        raise SystemExit("missed: at least 5 times fewer images, and within one image per task in 19 of 20 orders")
+        raise SystemExit(
+            "missed: at least 5 times fewer images, and within one image per task in 19 of 20 orders"
+        )
 
 
 if __name__ == "__main__":

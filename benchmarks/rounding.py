@@ -26,7 +26,9 @@ def share_differing(output: Path, base: Path, tuned: Sequence[Path], scaling_coe
             update = np.zeros_like(theta)
             for source in sources[1:]:
                 update += widen(source[piece]) - theta
-            wrong += int(np.count_nonzero(to_nearest(theta + scaling_coef * update) != widen(written[piece])))
+            wrong += int(
+                np.count_nonzero(to_nearest(theta + scaling_coef * update) != widen(written[piece]))
+            )
             total += len(theta)
     return wrong / total
 
@@ -40,7 +42,9 @@ def to_nearest(values: np.ndarray) -> np.ndarray:
     """The bfloat16 nearest to each float64 (ties to even), as float64: the low 45 of 52 bits are rounded away."""
     bits = values.view(np.uint64)
     half = np.uint64((1 << 44) - 1)
-    rounded = ((bits + half + ((bits >> KEPT_BITS) & np.uint64(1))) >> KEPT_BITS << KEPT_BITS).view(np.float64)
+    rounded = ((bits + half + ((bits >> KEPT_BITS) & np.uint64(1))) >> KEPT_BITS << KEPT_BITS).view(
+        np.float64
+    )
     return np.where(np.abs(values) < SMALLEST_NORMAL, np.rint(values / QUANTUM) * QUANTUM, rounded)
 
 

@@ -18,7 +18,11 @@ def wall(results: Results, group: str, name: str, cache: str) -> float:
 
 def rules(results: Results) -> list[str]:
     """The names of deltafl's whole-process runs."""
-    return [name for group, name, cache in results if group == "deltafl" and cache == "warm" and "," not in name]
+    return [
+        name
+        for group, name, cache in results
+        if group == "deltafl" and cache == "warm" and "," not in name
+    ]
 
 
 def peak(results: Results, name: str) -> float:
@@ -26,19 +30,36 @@ def peak(results: Results, name: str) -> float:
 
 
 def misses(
-    results: Results, doubled: Mapping[str, float], differing: Mapping[tuple[str, float], float], floor: str = FLOOR
+    results: Results,
+    doubled: Mapping[str, float],
+    differing: Mapping[tuple[str, float], float],
+    floor: str = FLOOR,
 ) -> list[str]:
     """A line for each target that is not reached. Parts that were not run are not judged."""
     checks: list[tuple[str, float, float]] = []
 
-    def ratio(what: str, own: tuple[str, str], over: tuple[str, str], cache: str, limit: float) -> None:
+    def ratio(
+        what: str, own: tuple[str, str], over: tuple[str, str], cache: str, limit: float
+    ) -> None:
         if (*own, cache) in results and (*over, cache) in results:
-            checks.append((f"{what}, {cache}", wall(results, *own, cache) / wall(results, *over, cache), limit))
+            checks.append(
+                (
+                    f"{what}, {cache}",
+                    wall(results, *own, cache) / wall(results, *over, cache),
+                    limit,
+                )
+            )
 
     plain = ("deltafl", "task_arithmetic")
     ratio("task_arithmetic / floor", plain, ("floor", floor), "cold", 1.3)
     ratio("task_arithmetic / floor", plain, ("floor", floor), "warm", 6.0)
-    ratio("after imports / floor", ("deltafl", "task_arithmetic, after imports"), ("floor", floor), "warm", 2.5)
+    ratio(
+        "after imports / floor",
+        ("deltafl", "task_arithmetic, after imports"),
+        ("floor", floor),
+        "warm",
+        2.5,
+    )
     for cache in ("warm", "cold"):
         for rule in COORDINATE:
             ratio(f"{rule} / task_arithmetic", ("deltafl", rule), plain, cache, 2.0)
@@ -47,12 +68,20 @@ def misses(
         checks.append((f"anonymous MB of {name}", peak(results, name), 600.0))
         if name in doubled:
             checks.append(
-                (f"{name}: anonymous peak at twice the size / once", doubled[name] / peak(results, name), 1.1)
+                (
+                    f"{name}: anonymous peak at twice the size / once",
+                    doubled[name] / peak(results, name),
+                    1.1,
+                )
             )
     for (who, coef), share in differing.items():
         if who != "mergekit":
-            checks.append((f"differing elements, {who} at {coef}", share, 1e-6 if "--exact" in who else 5e-4))
-    return [f"{what}: {value:.3g}, limit {limit:g}" for what, value, limit in checks if value > limit]
+            checks.append(
+                (f"differing elements, {who} at {coef}", share, 1e-6 if "--exact" in who else 5e-4)
+            )
+    return [
+        f"{what}: {value:.3g}, limit {limit:g}" for what, value, limit in checks if value > limit
+    ]
 
 
 def spread(values: Sequence[float]) -> str:

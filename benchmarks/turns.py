@@ -13,7 +13,9 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def in_turns(contenders: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+def in_turns(
+    contenders: Mapping[str, Callable[[], object]], repeats: int
+) -> dict[str, list[float]]:
     """Seconds of every contender in every turn; each turn starts with another; two turns beforehand do not count."""
     names = list(contenders)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -33,5 +35,7 @@ def ratios(times: Mapping[str, Sequence[float]], over: str, under: str) -> list[
 
 def spread(values: Sequence[float], digits: int = 3) -> str:
     """Median and, in brackets, the quartiles."""
-    low, high = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.25, 0.75], dtype=torch.float64))
+    low, high = torch.tensor(values, dtype=torch.float64).quantile(
+        torch.tensor([0.25, 0.75], dtype=torch.float64)
+    )
     return f"{median(values):.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from deltafl import Source, Update, step
-from deltafl.aggregators.fednova import FedNova
-from deltafl.merge import run_merge
-from deltafl.preflight import MergeSpec, Model, plan_merge
+from deltafl.merge.plan import MergeSpec, Model, plan_merge
+from deltafl.merge.run import run_merge
+from deltafl.rules.fednova import FedNova
 
 STEPS = {"alice": 10, "bob": 40, "carol": 20}
 
@@ -36,11 +36,15 @@ def main(folder: Path) -> bool:
     torch.manual_seed(0)
     server = nn.Linear(8, 4)
     base = server.state_dict()
-    clients = {name: local_training(server, i, steps) for i, (name, steps) in enumerate(STEPS.items())}
+    clients = {
+        name: local_training(server, i, steps) for i, (name, steps) in enumerate(STEPS.items())
+    }
 
     # Federated learning: clients send updates, the server takes a step.
     updates = [
-        Update({n: t - base[n] for n, t in clients[name].items()}, Source(name, num_steps=STEPS[name]))
+        Update(
+            {n: t - base[n] for n, t in clients[name].items()}, Source(name, num_steps=STEPS[name])
+        )
         for name in clients
     ]
     after_round = dict(step(base, updates, FedNova(), server_lr=1.0))
@@ -48,12 +52,18 @@ def main(folder: Path) -> bool:
     # Merging: the same weights, saved as checkpoints and merged from disk.
     for name, tensors in {"base": base, **clients}.items():
         save_file(tensors, folder / f"{name}.safetensors")
-    models = tuple(Model(str(folder / f"{name}.safetensors"), name, num_steps=STEPS[name]) for name in clients)
-    spec = MergeSpec(base=str(folder / "base.safetensors"), models=models, method="fednova", server_lr=1.0)
+    models = tuple(
+        Model(str(folder / f"{name}.safetensors"), name, num_steps=STEPS[name]) for name in clients
+    )
+    spec = MergeSpec(
+        base=str(folder / "base.safetensors"), models=models, method="fednova", server_lr=1.0
+    )
     run_merge(plan_merge(spec), folder / "merged")
     merged = load_file(folder / "merged" / "model.safetensors")
 
-    return after_round.keys() == merged.keys() and all(torch.equal(after_round[n], merged[n]) for n in merged)
+    return after_round.keys() == merged.keys() and all(
+        torch.equal(after_round[n], merged[n]) for n in merged
+    )
 
 
 if __name__ == "__main__":

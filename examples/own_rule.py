@@ -9,10 +9,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from deltafl.rules import NO_TRANSFORMS, RULES, Stats, Traits
+from deltafl.rules.rule import NO_TRANSFORMS, RULES, Stats, Traits
 
 if TYPE_CHECKING:
-    from torch import Tensor  # rules do not import torch: the command line reads them all at its start
+    from torch import (
+        Tensor,
+    )  # rules do not import torch: the command line reads them all at its start
 
 
 @RULES.register("equal_length")
@@ -40,6 +42,9 @@ if __name__ == "__main__":
     from deltafl import Source, Update, aggregate
 
     short, long = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 9.0])
-    updates = [Update({"weight": delta}, Source(name)) for name, delta in (("short", short), ("long", long))]
+    updates = [
+        Update({"weight": delta}, Source(name))
+        for name, delta in (("short", short), ("long", long))
+    ]
     for name, tensor in aggregate(EqualLength(), updates):
         print(name, tensor.tolist())  # the mean length is 5, so half of (5, 5)

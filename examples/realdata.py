@@ -11,16 +11,18 @@ from pathlib import Path
 
 from torch import nn
 
-from deltafl.datasets import Task, load_task
-from deltafl.datasets.task import Split
 from deltafl.errors import DeltaflError
+from deltafl.tasks import Task, load_task
+from deltafl.tasks.task import Split
 
 
 def folder() -> Path:
     """The folder that holds data/ and weights/."""
     named = os.environ.get("DELTAFL_REALDATA")
     if not named:
-        raise DeltaflError("DELTAFL_REALDATA is not set; set it to the folder that holds data/ and weights/")
+        raise DeltaflError(
+            "DELTAFL_REALDATA is not set; set it to the folder that holds data/ and weights/"
+        )
     return Path(named)
 
 
@@ -31,13 +33,17 @@ def mobilenet(input_size: int = 64) -> nn.Module:
         sys.path.append(weights)
     import real_models
 
-    model = real_models.load(real_models.MobileNetV1(0.25), f"{weights}/mobilenet_v1_0.25_128_fp16.safetensors")
+    model = real_models.load(
+        real_models.MobileNetV1(0.25), f"{weights}/mobilenet_v1_0.25_128_fp16.safetensors"
+    )
     model.input_size = input_size
     return model
 
 
 def _task(name: str, image_size: int, channels: int, seed: int) -> Task:
-    return load_task(str(folder() / "data" / name), image_size=image_size, channels=channels, seed=seed)
+    return load_task(
+        str(folder() / "data" / name), image_size=image_size, channels=channels, seed=seed
+    )
 
 
 cifar100 = partial(_task, "cifar100")  # 200 training images of each class

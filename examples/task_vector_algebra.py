@@ -49,7 +49,10 @@ def main() -> dict[str, tuple[float, float]]:
 
     # Addition: one model for two tasks.
     tasks = (upside_down, mirrored)
-    vectors = [TaskVector.from_checkpoints(base, trained(base, part(images, every), 60)) for images in tasks]
+    vectors = [
+        TaskVector.from_checkpoints(base, trained(base, part(images, every), 60))
+        for images in tasks
+    ]
     both = sum(vectors).apply_to(base)
     results = {}
     for name, images in (("addition, upside down", upside_down), ("addition, mirrored", mirrored)):

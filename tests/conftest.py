@@ -43,7 +43,9 @@ def _realdata_lacks() -> str | None:
     if not folder:
         return "DELTAFL_REALDATA is not set (the folder that holds data/ and weights/)"
     if not (Path(folder) / "data").is_dir():
-        raise pytest.UsageError(f"DELTAFL_REALDATA={folder} holds no folder data/; correct it or unset it")
+        raise pytest.UsageError(
+            f"DELTAFL_REALDATA={folder} holds no folder data/; correct it or unset it"
+        )
     return None
 
 

@@ -12,17 +12,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from checkpoints import cli, make_world, refusal, save, succeed, toy, tuned
+from checkpoint_files import cli, make_world, refusal, save, succeed, toy, tuned
 from deltafl.cli.federate import EXTRA, federate_settings
 from deltafl.cli.studies import study_keys, study_of
-from deltafl.config import MergeRecipe, ModelEntry, load_yaml, parse
-from deltafl.config_search import SearchEntry, SearchRecipe
-from deltafl.datasets.catalogue import CATALOGUE
 from deltafl.experiments.quickstart import TASKS
 from deltafl.experiments.studies.options import STUDY_NAMES
-from deltafl.preflight import source_of
-from deltafl.rules import RULES, load_rules, parameters
-from deltafl.search import check_methods
+from deltafl.merge.plan import source_of
+from deltafl.merge.recipe import MergeRecipe, ModelEntry, load_yaml, parse
+from deltafl.merge.search import check_methods
+from deltafl.merge.search_recipe import SearchEntry, SearchRecipe
+from deltafl.rules.rule import RULES, load_rules, parameters
+from deltafl.tasks.catalogue import CATALOGUE
 from laws import laws
 from laws.worlds import make
 
@@ -44,7 +44,12 @@ def own_rule() -> Iterator[Any]:
 
 
 def test_every_example_is_tested_here():
-    assert [path.stem for path in EXAMPLES] == ["one_server_step", "own_rule", "realdata", "task_vector_algebra"]
+    assert [path.stem for path in EXAMPLES] == [
+        "one_server_step",
+        "own_rule",
+        "realdata",
+        "task_vector_algebra",
+    ]
 
 
 def test_task_vectors_add_forget_and_carry_over():
@@ -86,12 +91,14 @@ def test_an_own_rule_is_a_method_by_being_registered(own_rule, tmp_path):
 def test_an_own_rule_in_the_package_would_be_a_rule_like_the_others():
     text = (ROOT / "examples" / "own_rule.py").read_text()
     imported = re.findall(r"^from (deltafl\S*) import", text, re.MULTILINE)
-    assert imported == ["deltafl.rules"]
+    assert imported == ["deltafl.rules.rule"]
 
 
 def test_the_merge_recipe_is_read():
     spec = parse(MergeRecipe, load_yaml(ROOT / "configs" / "merge-example.yaml")).spec()
-    assert [model.ref for model in spec.models] == [f"quickstart/models/{task.variant}" for task in TASKS]
+    assert [model.ref for model in spec.models] == [
+        f"quickstart/models/{task.variant}" for task in TASKS
+    ]
 
 
 def test_the_search_recipe_is_read():
@@ -106,7 +113,9 @@ def test_the_recipe_of_published_checkpoints_holds_every_rule_and_task():
     spec = parse(SearchRecipe, load_yaml(ROOT / "configs" / "clip-vit-b-32-ta8.yaml")).spec()
     assert sorted(name for name, _ in spec.methods) == list(load_rules())
     assert all(entry.head == "zero-shot" and entry.data in CATALOGUE for entry in spec.models)
-    names = [entry.model.ref.removeprefix("tanganke/clip-vit-base-patch32_") for entry in spec.models]
+    names = [
+        entry.model.ref.removeprefix("tanganke/clip-vit-base-patch32_") for entry in spec.models
+    ]
     assert [name.replace("-", "_") for name in names] == [entry.data for entry in spec.models]
     check_methods(spec.methods, spec.lambdas, [source_of(entry.model, {}) for entry in spec.models])
 
@@ -124,8 +133,25 @@ def test_the_study_on_real_data_has_every_setting_that_its_studies_need():
 def test_a_study_of_two_steps_on_real_data(tmp_path, monkeypatch, realdata):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("DELTAFL_CACHE", str(tmp_path / "cache"))
-    tasks = ("--tasks", "examples.realdata:dtd", "examples.realdata:gtsrb", "--control", "examples.realdata:dtd")
-    small = ("--lr-values", 1e-3, "--steps-values", 2, "--methods", "median", "--scaling-coefs", 0.3, "--val-limit", 50)
+    tasks = (
+        "--tasks",
+        "examples.realdata:dtd",
+        "examples.realdata:gtsrb",
+        "--control",
+        "examples.realdata:dtd",
+    )
+    small = (
+        "--lr-values",
+        1e-3,
+        "--steps-values",
+        2,
+        "--methods",
+        "median",
+        "--scaling-coefs",
+        0.3,
+        "--val-limit",
+        50,
+    )
     limits = ("--test-limit", 50, "--jobs", 1, "--out", tmp_path / "out")
     succeed("suite", "negation", "scaling-coef", "--config", STUDY, *tasks, *small, *limits)
     assert "median" in (tmp_path / "out" / "scaling-coef" / "table.md").read_text()
@@ -171,7 +197,8 @@ def test_the_page_on_rules_shows_the_own_rule_as_it_is():
 
 def test_the_page_on_recipes_shows_the_configurations_as_they_are():
     assert blocks("docs/recipes.md", "yaml") == [
-        (ROOT / "configs" / name).read_text() for name in ("merge-example.yaml", "search-digits.yaml")
+        (ROOT / "configs" / name).read_text()
+        for name in ("merge-example.yaml", "search-digits.yaml")
     ]
 
 
@@ -187,7 +214,9 @@ def test_the_table_of_rules_is_that_of_the_registry():
         told = dict(re.findall(r"`(\w+)`(?: \(([^)]*)\))?", params))
         assert told.keys() == parameters(rule).keys(), name
         for key, (_, default) in parameters(rule).items():
-            shown = "task_arithmetic" if key == "inner" else "" if default is MISSING else str(default)
+            shown = (
+                "task_arithmetic" if key == "inner" else "" if default is MISSING else str(default)
+            )
             assert told[key] == shown, (name, key)
         assert file.strip("`") == rule.__module__.rsplit(".", 1)[1] + ".py"
         assert paper in (inspect.getdoc(inspect.getmodule(rule)) or "")
@@ -195,15 +224,22 @@ def test_the_table_of_rules_is_that_of_the_registry():
             promised = next(iter(rule.examples())).traits
             letters = traits.split(";")[0].split()
             assert letters[-1] == promised.native_scale, name
-            assert {t for letter, t in LETTERS.items() if getattr(promised, t)} == {LETTERS[x] for x in letters[:-1]}
+            assert {t for letter, t in LETTERS.items() if getattr(promised, t)} == {
+                LETTERS[x] for x in letters[:-1]
+            }
 
 
 def test_the_tables_of_recipes_name_every_key_with_its_default():
     merge, search = (ROOT / "docs" / "recipes.md").read_text().split("## deltafl search")
-    for text, kinds in ((merge, (MergeRecipe, ModelEntry)), (merge + search, (SearchRecipe, SearchEntry))):
+    for text, kinds in (
+        (merge, (MergeRecipe, ModelEntry)),
+        (merge + search, (SearchRecipe, SearchEntry)),
+    ):
         for kind in kinds:
             for key, field in kind.model_fields.items():
                 found = re.search(rf"^\| `(?:models\.)?{key}` \| ([^|]*) \|", text, re.MULTILINE)
                 assert found, key
                 if isinstance(field.default, str | bool) and field.default not in ("", None):
-                    assert found[1] == str(field.default).replace("True", "true").replace("False", "false"), key
+                    assert found[1] == str(field.default).replace("True", "true").replace(
+                        "False", "false"
+                    ), key

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoints import files_in
+from checkpoint_files import files_in
 from deltafl.errors import DeltaflError
 from deltafl.files import atomic_folder, check_output, write_atomically
 
@@ -30,7 +30,9 @@ def test_a_folder_appears_when_the_block_ends(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, SystemExit])
-def test_nothing_is_left_where_the_block_fails(tmp_path: Path, failure: type[BaseException]) -> None:
+def test_nothing_is_left_where_the_block_fails(
+    tmp_path: Path, failure: type[BaseException]
+) -> None:
     with pytest.raises(failure), atomic_folder(tmp_path / "out") as folder:  # noqa: PT012
         (folder / "x").write_text("1")
         raise failure
@@ -45,7 +47,9 @@ def test_what_was_there_stays_where_the_block_fails(tmp_path: Path) -> None:
     assert files_in(tmp_path) == {"out/": b"", "out/deltafl.json": b"old"}
 
 
-def test_what_was_there_is_back_where_the_replacement_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_there_is_back_where_the_replacement_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(tmp_path / "out", "old")
     rename, calls = os.rename, []
 
@@ -63,7 +67,9 @@ def test_what_was_there_is_back_where_the_replacement_fails(tmp_path: Path, monk
 
 def test_an_existing_folder_needs_overwrite(tmp_path: Path) -> None:
     write(tmp_path / "out", "old")
-    with pytest.raises(DeltaflError, match="exists; choose another --out, or replace it with --overwrite"):
+    with pytest.raises(
+        DeltaflError, match="exists; choose another --out, or replace it with --overwrite"
+    ):
         write(tmp_path / "out", "new")
     write(tmp_path / "out", "new", overwrite=True)
     assert files_in(tmp_path) == {"out/": b"", "out/deltafl.json": b"new"}
@@ -107,7 +113,9 @@ def test_models_and_runs_may_be_overwritten(tmp_path: Path, held: list[str]) -> 
 def test_any_other_folder_may_not_be_overwritten(tmp_path: Path, held: list[str]) -> None:
     for name in held:
         (tmp_path / name).touch()
-    with pytest.raises(DeltaflError, match="does not look like a model or a run; --overwrite does not delete it"):
+    with pytest.raises(
+        DeltaflError, match="does not look like a model or a run; --overwrite does not delete it"
+    ):
         check_output(tmp_path, overwrite=True)
 
 
@@ -148,7 +156,9 @@ with atomic_folder(sys.argv[1]) as folder:
 def test_only_a_process_that_was_killed_leaves_something_to_remove(tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-c", WRITER, str(out)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout
         living = process.stdout.readline().strip()
         write(out, "new")
@@ -173,7 +183,9 @@ with atomic_folder(sys.argv[1]) as folder:
 def test_what_it_forked_does_not_claim_the_folder_of_a_killed_process(tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-c", FORKING_WRITER, str(out)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout
         child = int(process.stdout.readline())
         process.kill()
@@ -184,7 +196,9 @@ def test_what_it_forked_does_not_claim_the_folder_of_a_killed_process(tmp_path: 
         os.kill(child, signal.SIGKILL)
 
 
-def test_what_cannot_be_claimed_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_claimed_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / ".out.0123abcd.tmp").mkdir()
 
     def refuse(handle: int, kind: int) -> None:
@@ -209,7 +223,9 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     assert files_in(tmp_path) == {"a/": b"", "a/x": b"two"}
 
 
-def test_a_failed_write_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_the_old_file_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = write_atomically(tmp_path / "x", b"one")
 
     def fail(handle: int) -> None:

@@ -17,16 +17,18 @@ def test_the_public_names_are_these_and_no_more() -> None:
 
 
 def test_every_public_name_is_there_and_is_the_one_of_its_module() -> None:
-    from deltafl import aggregation, rules, taskvector
+    from deltafl.algebra import aggregate
+    from deltafl.merge import task_vector
+    from deltafl.rules import rule
 
     for name in PUBLIC:
         assert getattr(deltafl, name) is not None
-    assert deltafl.TaskVector is taskvector.TaskVector
-    assert deltafl.fednova is taskvector.fednova
+    assert deltafl.TaskVector is task_vector.TaskVector
+    assert deltafl.fednova is task_vector.fednova
     assert (deltafl.Update, deltafl.aggregate, deltafl.step) == (
-        aggregation.Update, aggregation.aggregate, aggregation.step,
+        aggregate.Update, aggregate.aggregate, aggregate.step,
     )  # fmt: skip
-    assert deltafl.Source is rules.Source
+    assert deltafl.Source is rule.Source
 
 
 def test_a_name_that_is_not_public_is_an_attribute_error() -> None:

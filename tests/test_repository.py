@@ -14,16 +14,30 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-MOST_LINES = 300
-HEAVY = ("torch", "transformers", "matplotlib", "datasets", "sklearn", "scipy", "accelerate", "pandas", "pyarrow")
+MOST_LINES = 340
+HEAVY = (
+    "torch",
+    "transformers",
+    "matplotlib",
+    "datasets",
+    "sklearn",
+    "scipy",
+    "accelerate",
+    "pandas",
+    "pyarrow",
+)
 
 # Written with brackets so that this file does not match itself.
 MACHINE = re.compile(r"(?<![\w.)}\"$-])/(wor[k]|roo[t]|op[t]|hom[e]|User[s])/\w")
-REGISTRY = re.compile(r"py[p]i\.org|pythonhoste[d]|registry\.np[m]js|download\.py[t]orch|deb\.debia[n]|/simpl[e]\b")
+REGISTRY = re.compile(
+    r"py[p]i\.org|pythonhoste[d]|registry\.np[m]js|download\.py[t]orch|deb\.debia[n]|/simpl[e]\b"
+)
 
 
 def tracked() -> list[Path]:
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     if listed.returncode:
         pytest.skip("not a git checkout")
     return [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
@@ -80,7 +94,10 @@ def pins() -> dict[str, str]:
 def requirements() -> list[Requirement]:
     """What pyproject.toml asks for, over every extra."""
     table = PROJECT["project"]
-    asked = [*table["dependencies"], *(r for extra in table["optional-dependencies"].values() for r in extra)]
+    asked = [
+        *table["dependencies"],
+        *(r for extra in table["optional-dependencies"].values() for r in extra),
+    ]
     return [r for r in map(Requirement, asked) if r.name != "deltafl"]
 
 
@@ -109,7 +126,11 @@ def closure(name: str, extras: frozenset[str], seen: set[tuple[str, str]]) -> It
 
 def test_the_whole_closure_is_pinned() -> None:
     needed = set(closure("deltafl", frozenset({"", "test"}), set())) - {"deltafl", "setuptools"}
-    builds = ("nvidia-", "cuda-", "triton")  # what a CUDA build of torch brings; a CPU build has none of it
+    builds = (
+        "nvidia-",
+        "cuda-",
+        "triton",
+    )  # what a CUDA build of torch brings; a CPU build has none of it
     loose = sorted(name for name in needed if name not in pins() and not name.startswith(builds))
     assert len(needed) > len(PROJECT["project"]["dependencies"])
     if sys.platform == "linux" and sys.version_info[:2] == (3, 11):  # where the pins were made
@@ -117,7 +138,9 @@ def test_the_whole_closure_is_pinned() -> None:
 
 
 def test_uv_gets_the_same_pins() -> None:
-    assert PROJECT["tool"]["uv"]["constraint-dependencies"] == [f"{n}=={v}" for n, v in pins().items()]
+    assert PROJECT["tool"]["uv"]["constraint-dependencies"] == [
+        f"{n}=={v}" for n, v in pins().items()
+    ]
 
 
 def documents() -> list[Path]:
@@ -127,13 +150,20 @@ def documents() -> list[Path]:
 def commands(path: Path) -> list[str]:
     """The lines of a document's fenced blocks."""
     return [
-        line for block in re.findall(r"^```\w*\n(.*?)^```", path.read_text(), re.S | re.M) for line in block.split("\n")
+        line
+        for block in re.findall(r"^```\w*\n(.*?)^```", path.read_text(), re.S | re.M)
+        for line in block.split("\n")
     ]
 
 
 def test_documented_make_targets_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
-    named = {m for path in documents() for line in commands(path) for m in re.findall(r"^make ([a-z-]+)", line)}
+    named = {
+        m
+        for path in documents()
+        for line in commands(path)
+        for m in re.findall(r"^make ([a-z-]+)", line)
+    }
     assert {"quickstart", "test"} <= named
     assert named <= targets
 
@@ -152,7 +182,9 @@ def test_every_install_of_the_project_is_constrained() -> None:
 def modules_after(code: str) -> set[str]:
     """Top-level modules that a fresh interpreter holds after running `code`."""
     script = f"{code}\nimport sys; print(*{{name.split('.')[0] for name in sys.modules}}, file=sys.stderr)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     return set(done.stderr.splitlines()[-1].split())
 
 
@@ -168,15 +200,25 @@ except SystemExit as done:
 
 
 @pytest.mark.parametrize(
-    "code", ["import deltafl", "import deltafl.cli", HELP], ids=["import deltafl", "import deltafl.cli", "--help"]
+    "code",
+    ["import deltafl", "import deltafl.cli", HELP],
+    ids=["import deltafl", "import deltafl.cli", "--help"],
 )
 def test_starts_without_heavy_imports(code: str) -> None:
     assert modules_after(code).isdisjoint(HEAVY)
 
 
 def test_merge_needs_no_transformers() -> None:
-    modules = ("merge", "checkpoint", "writing", "aggregation", "taskvector")
-    code = "".join(f"import deltafl.{name}\n" for name in modules) + "deltafl.rules.load_rules()"
+    modules = (
+        "merge.run",
+        "checkpoints.checkpoint",
+        "checkpoints.writing",
+        "algebra.aggregate",
+        "merge.task_vector",
+    )
+    code = (
+        "".join(f"import deltafl.{name}\n" for name in modules) + "deltafl.rules.rule.load_rules()"
+    )
     loaded = modules_after(code)
     assert "torch" in loaded
     assert loaded.isdisjoint({"transformers", "accelerate", "datasets", "matplotlib", "sklearn"})

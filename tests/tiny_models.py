@@ -5,15 +5,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from deltafl.datasets import Split, Task
 from deltafl.models import LoadedEncoder, load_encoder
 from deltafl.models.heads import LinearHead, random_head
+from deltafl.tasks import Split, Task
 
 NAMES = ("dark", "left", "right")
 
 
 def tiny_vit(seed: int = 0) -> LoadedEncoder:
-    return load_encoder(f"vit:hidden=16,layers=2,heads=2,patch=4,image_size=8,channels=1,seed={seed}")
+    return load_encoder(
+        f"vit:hidden=16,layers=2,heads=2,patch=4,image_size=8,channels=1,seed={seed}"
+    )
 
 
 def tiny_task(train: int = 50, val: int = 20, test: int = 31) -> Task:
@@ -63,7 +65,12 @@ def tiny_task_factory(image_size: int, channels: int, seed: int) -> Task:
 
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:'\"-"
-TOWER = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+TOWER = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
 
 
 def tiny_clip(folder: Path, seed: int = 0):
@@ -71,9 +78,16 @@ def tiny_clip(folder: Path, seed: int = 0):
     import transformers as t
 
     words = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
-    t.CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[]).save_pretrained(folder)
+    t.CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[]).save_pretrained(
+        folder
+    )
     end = len(words) - 1
-    text = TOWER | {"vocab_size": len(words), "bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end}
+    text = TOWER | {
+        "vocab_size": len(words),
+        "bos_token_id": end - 1,
+        "eos_token_id": end,
+        "pad_token_id": end,
+    }
     text |= {"max_position_embeddings": 48}
     vision = TOWER | {"image_size": 8, "patch_size": 4}
     torch.manual_seed(seed)

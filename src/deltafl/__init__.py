@@ -5,22 +5,30 @@ from typing import TYPE_CHECKING, Any
 from deltafl.version import __version__
 
 if TYPE_CHECKING:
-    from deltafl.aggregation import Update, aggregate, step
-    from deltafl.rules import Source
-    from deltafl.taskvector import TaskVector, cclip, fedavg, fedgma, fednova, median, task_arithmetic
+    from deltafl.algebra.aggregate import Update, aggregate, step
+    from deltafl.merge.task_vector import (
+        TaskVector,
+        cclip,
+        fedavg,
+        fedgma,
+        fednova,
+        median,
+        task_arithmetic,
+    )
+    from deltafl.rules.rule import Source
 
 _HOMES = {
-    "Source": "deltafl.rules",
-    "TaskVector": "deltafl.taskvector",
-    "Update": "deltafl.aggregation",
-    "aggregate": "deltafl.aggregation",
-    "cclip": "deltafl.taskvector",
-    "fedavg": "deltafl.taskvector",
-    "fedgma": "deltafl.taskvector",
-    "fednova": "deltafl.taskvector",
-    "median": "deltafl.taskvector",
-    "step": "deltafl.aggregation",
-    "task_arithmetic": "deltafl.taskvector",
+    "Source": "deltafl.rules.rule",
+    "TaskVector": "deltafl.merge.task_vector",
+    "Update": "deltafl.algebra.aggregate",
+    "aggregate": "deltafl.algebra.aggregate",
+    "cclip": "deltafl.merge.task_vector",
+    "fedavg": "deltafl.merge.task_vector",
+    "fedgma": "deltafl.merge.task_vector",
+    "fednova": "deltafl.merge.task_vector",
+    "median": "deltafl.merge.task_vector",
+    "step": "deltafl.algebra.aggregate",
+    "task_arithmetic": "deltafl.merge.task_vector",
 }
 
 __all__ = [

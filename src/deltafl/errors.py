@@ -17,7 +17,9 @@ class DeltaflError(Exception):
     def __str__(self) -> str:
         if len(self.problems) == 1:
             return self.problems[0]
-        return f"{len(self.problems)} problems:\n" + "\n".join(f"  {i}. {p}" for i, p in enumerate(self.problems, 1))
+        return f"{len(self.problems)} problems:\n" + "\n".join(
+            f"  {i}. {p}" for i, p in enumerate(self.problems, 1)
+        )
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

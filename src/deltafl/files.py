@@ -79,7 +79,9 @@ def check_output(path: str | Path, *, overwrite: bool) -> None:
     if not overwrite:
         raise DeltaflError(f'"{path}" exists; choose another --out, or replace it with --overwrite')
     if not _replaceable(path):
-        raise DeltaflError(f'"{path}" does not look like a model or a run; --overwrite does not delete it')
+        raise DeltaflError(
+            f'"{path}" does not look like a model or a run; --overwrite does not delete it'
+        )
 
 
 def _replaceable(path: Path) -> bool:
@@ -87,7 +89,9 @@ def _replaceable(path: Path) -> bool:
     if not path.is_dir():
         return False
     weights = any(next(path.glob(pattern), None) for pattern in WEIGHTS)
-    return any((path / mark).is_file() for mark in MARKS) or (weights and (path / "config.json").is_file())
+    return any((path / mark).is_file() for mark in MARKS) or (
+        weights and (path / "config.json").is_file()
+    )
 
 
 @contextlib.contextmanager

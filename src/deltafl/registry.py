@@ -30,7 +30,9 @@ class Registry(Generic[T]):
         try:
             return self._entries[name]
         except KeyError:
-            raise DeltaflError(f'unknown {self.kind} "{name}"; {did_you_mean(name, self._entries)}') from None
+            raise DeltaflError(
+                f'unknown {self.kind} "{name}"; {did_you_mean(name, self._entries)}'
+            ) from None
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries

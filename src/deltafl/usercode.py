@@ -21,7 +21,9 @@ def find_callable(ref: str, kind: str) -> Callable[..., Any]:
         try:
             source = importlib.import_module(module_name)
         except (ImportError, ValueError) as error:
-            raise DeltaflError(f'{kind} "{ref}": module "{module_name}" cannot be imported: {error}') from error
+            raise DeltaflError(
+                f'{kind} "{ref}": module "{module_name}" cannot be imported: {error}'
+            ) from error
     found = getattr(source, attribute, None)
     if not callable(found):
         public = [n for n, v in vars(source).items() if callable(v) and not n.startswith("_")]

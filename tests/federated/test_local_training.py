@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deltafl.datasets import Split
 from deltafl.federated import ClientUpdate, FederatedRecipe, choose_clients, federate, run_round
 from deltafl.federated import client as client_module
 from deltafl.federated.client import LocalTraining, Round
 from deltafl.models import load_encoder
-from deltafl.training import batch_ids
+from deltafl.tasks import Split
+from deltafl.training.step import batch_ids
 from federated.worlds import RECIPE, Begun, assert_same, begin, normed
 
 CLOSE = {"rtol": 1e-5, "atol": 2e-6}
@@ -37,7 +37,10 @@ class Reference(nn.Module):
             for name, value in params.items():
                 own[name].copy_(value)
         self.own = own
-        self.trained = [*self.encoder.parameters(), *(self.head.parameters() if head.parameters() else ())]
+        self.trained = [
+            *self.encoder.parameters(),
+            *(self.head.parameters() if head.parameters() else ()),
+        ]
 
     def loss(self, images: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
         self.encoder.train()
@@ -46,22 +49,38 @@ class Reference(nn.Module):
 
 
 def batches(begun: Begun, client: int, number: int, steps: int):
-    recipe, train, ids = begun.setting.recipe, begun.setting.task.train, begun.setting.shards[client]
+    recipe, train, ids = (
+        begun.setting.recipe,
+        begun.setting.task.train,
+        begun.setting.shards[client],
+    )
     for step in range(steps):
-        rows = ids[batch_ids(len(ids), recipe.batch_size, recipe.seed, step, f"round {number} client {client}")]
+        rows = ids[
+            batch_ids(
+                len(ids), recipe.batch_size, recipe.seed, step, f"round {number} client {client}"
+            )
+        ]
         yield train.images[rows], train.labels[rows]
 
 
-def trained(begun: Begun, number: int = 1, client: int = 2, control: Tensor | None = None) -> ClientUpdate:
+def trained(
+    begun: Begun, number: int = 1, client: int = 2, control: Tensor | None = None
+) -> ClientUpdate:
     recipe, world = begun.setting.recipe, begun.world
-    part = Round(number, client, world.split, world.shards[client], recipe.local_steps, recipe.lr, control)
-    return LocalTraining(begun.setting.model, begun.setting.head, recipe)(begun.state.params, world.mask, part)
+    part = Round(
+        number, client, world.split, world.shards[client], recipe.local_steps, recipe.lr, control
+    )
+    return LocalTraining(begun.setting.model, begun.setting.head, recipe)(
+        begun.state.params, world.mask, part
+    )
 
 
 def assert_moved(update: ClientUpdate, reference: Reference, start) -> None:
     for name in start:
         wanted = reference.own[name].detach() - start[name]
-        torch.testing.assert_close(update.delta[name], wanted, **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            update.delta[name], wanted, **CLOSE, msg=lambda m, n=name: f"{n}: {m}"
+        )
         assert wanted.abs().max() > 1e-4, name
 
 
@@ -82,7 +101,11 @@ def test_sgd_is_that_of_torch(options: dict, train_head: bool, tmp_path: Path) -
     start = begun.state.params
     reference = Reference(begun, start)
     sgd = torch.optim.SGD(
-        reference.trained, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=recipe.nesterov
+        reference.trained,
+        recipe.lr,
+        recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        nesterov=recipe.nesterov,
     )
     losses = []
     for images, labels in batches(begun, 2, 1, 5):
@@ -120,7 +143,11 @@ def test_fedprox_is_pulled_to_the_servers_parameters(tmp_path: Path) -> None:
 
 def replace_recipe(begun: Begun, **changes) -> Begun:
     recipe = replace(begun.setting.recipe, **changes)
-    return replace(begun, setting=replace(begun.setting, recipe=recipe), world=replace(begun.world, recipe=recipe))
+    return replace(
+        begun,
+        setting=replace(begun.setting, recipe=recipe),
+        world=replace(begun.world, recipe=recipe),
+    )
 
 
 @pytest.mark.parametrize("train_head", [False, True])
@@ -134,7 +161,9 @@ def test_scaffold_is_algorithm_1_with_option_ii(train_head: bool, tmp_path: Path
     rounds = [choose_clients(recipe, r) for r in (1, 2, 3)]
     assert max(sum(k in c for c in rounds) for k in range(4)) > 1
     state = begun.state
-    names = [n for n in state.params if n in begun.setting.model.slices] + [n for n in state.params if "head" in n]
+    names = [n for n in state.params if n in begun.setting.model.slices] + [
+        n for n in state.params if "head" in n
+    ]
     c: dict[str, Tensor] = {n: torch.zeros_like(state.params[n]) for n in names}
     own = {k: {n: torch.zeros_like(t) for n, t in c.items()} for k in range(4)}
     x = dict(state.params)
@@ -151,7 +180,10 @@ def test_scaffold_is_algorithm_1_with_option_ii(train_head: bool, tmp_path: Path
                         grad = reference.own[n].grad
                         reference.own[n] -= recipe.lr * (grad - own[k][n] + c[n])
             y = {n: reference.own[n].detach() for n in names}
-            new = {n: own[k][n] - c[n] + (x[n] - y[n]) / (recipe.local_steps * recipe.lr) for n in names}
+            new = {
+                n: own[k][n] - c[n] + (x[n] - y[n]) / (recipe.local_steps * recipe.lr)
+                for n in names
+            }
             moves.append({n: y[n] - x[n] for n in names})
             changes.append({n: new[n] - own[k][n] for n in names})
             own[k] = new
@@ -159,10 +191,14 @@ def test_scaffold_is_algorithm_1_with_option_ii(train_head: bool, tmp_path: Path
         c = {n: c[n] + sum(d[n] for d in changes) / 4 for n in names}
         for n in names:
             torch.testing.assert_close(state.params[n], x[n], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(state.control, torch.cat([c[n].reshape(-1) for n in names]), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            state.control, torch.cat([c[n].reshape(-1) for n in names]), rtol=1e-3, atol=1e-4
+        )
         for k in state.control_rounds:
             held = begun.world.controls.read(k, state.control_rounds)
-            torch.testing.assert_close(held, torch.cat([own[k][n].reshape(-1) for n in names]), rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(
+                held, torch.cat([own[k][n].reshape(-1) for n in names]), rtol=1e-3, atol=1e-4
+            )
 
 
 def test_clipping_sees_the_kept_coordinates_only(tmp_path: Path) -> None:
@@ -178,7 +214,10 @@ def test_clipping_sees_the_kept_coordinates_only(tmp_path: Path) -> None:
         reference.zero_grad()
         reference.loss(images, labels, 0.1).backward()
         with torch.no_grad():
-            kept = {n: (reference.own[n].grad + 0.5 * (reference.own[n] - start[n])) * mask[n] for n in mask}
+            kept = {
+                n: (reference.own[n].grad + 0.5 * (reference.own[n] - start[n])) * mask[n]
+                for n in mask
+            }
             norm = torch.cat([g.reshape(-1) for g in kept.values()]).norm()
             whole = torch.cat([reference.own[n].grad.reshape(-1) for n in mask]).norm()
             assert whole > 1.3 * norm > 1.3 * 0.05
@@ -231,7 +270,9 @@ def test_dropout_is_keyed_and_leaves_the_global_generator_alone(tmp_path: Path) 
     assert not torch.equal(still["first.weight"], first["first.weight"])
 
 
-def test_augmentation_is_of_training_batches_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_augmentation_is_of_training_batches_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe: FederatedRecipe = replace(RECIPE, augment="crop_flip", num_rounds=2)
     seen: list[Tensor] = []
     original = client_module.augmented
@@ -244,13 +285,20 @@ def test_augmentation_is_of_training_batches_only(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(client_module, "augmented", recorded)
     begun = begin(tmp_path, recipe)
     task = begun.setting.task
-    run = federate(begun.setting.model.encoder, task, recipe, tmp_path / "run", device="cpu", workers=1)
+    run = federate(
+        begun.setting.model.encoder, task, recipe, tmp_path / "run", device="cpu", workers=1
+    )
     assert len(seen) == sum(r["num_steps"] for r in run.rows if r["event"] == "round") == 2 * 3 * 3
     train = {bytes(x.numpy()) for x in task.train.images}
     assert all(bytes(x.numpy()) in train for images in seen for x in images)
     seen.clear()
     plain = federate(
-        begun.setting.model.encoder, task, replace(recipe, augment="none"), tmp_path / "plain", device="cpu", workers=1
+        begun.setting.model.encoder,
+        task,
+        replace(recipe, augment="none"),
+        tmp_path / "plain",
+        device="cpu",
+        workers=1,
     )
     assert not seen
     assert plain.rows[0]["val_accuracy"] == run.rows[0]["val_accuracy"]
@@ -259,11 +307,15 @@ def test_augmentation_is_of_training_batches_only(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize("kind", ["flip", "crop_flip"])
 def test_augmented_images_are_the_same_pictures_mirrored_or_shifted(kind: str) -> None:
-    split = Split(torch.arange(64).view(1, 1, 8, 8).repeat(40, 1, 1, 1).to(torch.uint8) + 1, torch.zeros(40))
+    split = Split(
+        torch.arange(64).view(1, 1, 8, 8).repeat(40, 1, 1, 1).to(torch.uint8) + 1, torch.zeros(40)
+    )
     out = client_module.augmented(split.images, kind, torch.Generator().manual_seed(0))
     assert out.shape == split.images.shape
     assert out.dtype == torch.uint8
-    assert torch.equal(out, client_module.augmented(split.images, kind, torch.Generator().manual_seed(0)))
+    assert torch.equal(
+        out, client_module.augmented(split.images, kind, torch.Generator().manual_seed(0))
+    )
     variants = {bytes(x.numpy()) for x in out}
     mirrored = {bytes(split.images[0].numpy()), bytes(split.images[0].flip(-1).numpy())}
     assert variants == mirrored if kind == "flip" else len(variants) > 5

@@ -20,15 +20,19 @@ from deltafl.federated import state as federated_state
 from deltafl.federated.controls import Controls
 from deltafl.federated.server import ServerState
 from deltafl.federated.state import StateWriter, decode, encode
-from deltafl.record import read_rows, without_timings
+from deltafl.training.record import read_rows, without_timings
 from federated.worlds import RECIPE, assert_same, normed, plain
 from tiny_models import tiny_task
 
 LONG = replace(RECIPE, num_rounds=8)
 RECIPES: dict[str, FederatedRecipe] = {
     "scaffold": replace(LONG, local_algorithm="scaffold", momentum=0.0, train_head=True),
-    "fedadam, mask": replace(LONG, server_optimizer="fedadam", sparsity_ratio=0.6, server_lr=0.02, eval_every=2),
-    "trained head, patience": replace(LONG, train_head=True, patience=3, server_momentum=0.5, lr=0.2),
+    "fedadam, mask": replace(
+        LONG, server_optimizer="fedadam", sparsity_ratio=0.6, server_lr=0.02, eval_every=2
+    ),
+    "trained head, patience": replace(
+        LONG, train_head=True, patience=3, server_momentum=0.5, lr=0.2
+    ),
     "ridge, fednova": replace(LONG, head="ridge", aggregator="fednova", local_steps_spread=2.0),
 }
 
@@ -90,9 +94,14 @@ def kill_again_and_again(folder: Path) -> None:
 def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     """The folder of the killed runs, made in a process of one thread, and how many kills there were."""
     folder = tmp_path_factory.mktemp("killed")
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "OMP_NUM_THREADS": "1",
+    }
     code = f"from pathlib import Path; from federated.test_resume import *; kill_again_and_again(Path({str(folder)!r}))"
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return folder, int(done.stdout)
 
@@ -109,7 +118,10 @@ def test_a_killed_run_ends_as_one_that_was_not(name: str, killed: tuple[Path, in
     for turn in range(TURNS):
         out = killed[0] / f"{name} {turn}"
         for file in ("model.safetensors", "head.safetensors", "training.json"):
-            assert (out / "model" / file).read_bytes() == (whole / "model" / file).read_bytes(), (file, turn)
+            assert (out / "model" / file).read_bytes() == (whole / "model" / file).read_bytes(), (
+                file,
+                turn,
+            )
         assert without_timings(read_rows(out / "record.jsonl")) == rows
         results = [json.loads((f / "result.json").read_text()) for f in (out, whole)]
         assert without_timings(results[:1]) == without_timings(results[1:])
@@ -137,7 +149,12 @@ def test_another_configuration_is_refused_by_the_keys_that_differ(tmp_path: Path
     stopped(RECIPE, tmp_path / "run")
     with pytest.raises(DeltaflError) as error:
         federate(
-            plain(), tiny_task(), replace(RECIPE, lr=0.06, momentum=0.5), tmp_path / "run", resume=True, device="cpu"
+            plain(),
+            tiny_task(),
+            replace(RECIPE, lr=0.06, momentum=0.5),
+            tmp_path / "run",
+            resume=True,
+            device="cpu",
         )
     lines = error.value.problems
     assert [x for x in lines if "lr = 0.05, now it is 0.06" in x]
@@ -148,7 +165,9 @@ def test_another_configuration_is_refused_by_the_keys_that_differ(tmp_path: Path
     federate(plain(), tiny_task(), RECIPE, tmp_path / "run", resume=True, device="cpu")
 
 
-@pytest.mark.parametrize("damage", ["cut in the header", "cut in the data", "empty", "garbage", "no numbers", "other"])
+@pytest.mark.parametrize(
+    "damage", ["cut in the header", "cut in the data", "empty", "garbage", "no numbers", "other"]
+)
 def test_a_torn_state_is_one_clear_line(damage: str, tmp_path: Path) -> None:
     stopped(RECIPE, tmp_path / "run")
     file = tmp_path / "run" / "state" / "state.safetensors"
@@ -165,13 +184,17 @@ def test_a_torn_state_is_one_clear_line(damage: str, tmp_path: Path) -> None:
         }[damage]
     )
     assert file.read_bytes() != data
-    with pytest.raises(DeltaflError, match=r'"[^"]*state\.safetensors".*delete the folder to start again') as error:
+    with pytest.raises(
+        DeltaflError, match=r'"[^"]*state\.safetensors".*delete the folder to start again'
+    ) as error:
         federate(plain(), tiny_task(), RECIPE, tmp_path / "run", resume=True, device="cpu")
     assert len(error.value.problems) == 1
     assert "\n" not in str(error.value)
 
 
-def test_resuming_what_is_finished_returns_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resuming_what_is_finished_returns_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     done = federate(plain(), tiny_task(), RECIPE, tmp_path / "run", device="cpu")
     files = {f: f.read_bytes() for f in (tmp_path / "run").rglob("*") if f.is_file()}
     monkeypatch.setattr(federated_run, "run_round", None)
@@ -222,7 +245,9 @@ def test_a_bad_recipe_leaves_an_older_run_alone(changes: dict, tmp_path: Path) -
     federate(plain(), tiny_task(), RECIPE, out, device="cpu")
     before = {f: f.read_bytes() for f in out.rglob("*") if f.is_file()}
     with pytest.raises(DeltaflError):
-        federate(plain(), tiny_task(), replace(RECIPE, **changes), out, device="cpu", overwrite=True)
+        federate(
+            plain(), tiny_task(), replace(RECIPE, **changes), out, device="cpu", overwrite=True
+        )
     assert {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == before
 
 
@@ -255,8 +280,12 @@ def test_a_state_comes_back_bit_for_bit(best_round: int, tmp_path: Path) -> None
     for part in ("params", "m", "v", "best"):
         assert_same(getattr(found, part), getattr(state, part))
     assert torch.equal(found.control, state.control)
-    assert {n: getattr(found, n) for n in ("round", "control_rounds", "best_round", "best_accuracy", "waited")} == {
-        n: getattr(state, n) for n in ("round", "control_rounds", "best_round", "best_accuracy", "waited")
+    assert {
+        n: getattr(found, n)
+        for n in ("round", "control_rounds", "best_round", "best_accuracy", "waited")
+    } == {
+        n: getattr(state, n)
+        for n in ("round", "control_rounds", "best_round", "best_accuracy", "waited")
     }
     assert_same(head, {"weight": torch.ones(2, 3)})
 
@@ -276,7 +305,9 @@ def test_states_are_written_in_a_hundredth_of_the_time_and_the_first_at_once(
 ) -> None:
     now = [100.0]
     monkeypatch.setattr(federated_state.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(federated_state, "write_atomically", lambda path, data: now.__setitem__(0, now[0] + 2))
+    monkeypatch.setattr(
+        federated_state, "write_atomically", lambda path, data: now.__setitem__(0, now[0] + 2)
+    )
     writer = StateWriter(tmp_path / "state.safetensors", {}, Controls(tmp_path))
     assert writer.offer(full_state())
     writer.finish()
@@ -288,7 +319,9 @@ def test_states_are_written_in_a_hundredth_of_the_time_and_the_first_at_once(
 
 def test_the_file_of_a_state_has_every_tensor_where_its_header_says(tmp_path: Path) -> None:
     kinds = (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool)
-    params = {str(kind): torch.arange(15).reshape(3, 5).T.to(kind) for kind in kinds} | {"scalar": torch.tensor(2.5)}
+    params = {str(kind): torch.arange(15).reshape(3, 5).T.to(kind) for kind in kinds} | {
+        "scalar": torch.tensor(2.5)
+    }
     file = tmp_path / "state.safetensors"
     file.write_bytes(b"".join(encode(ServerState(4, params), {"empty": torch.empty(0, 3)})))
     held = load_file(file)

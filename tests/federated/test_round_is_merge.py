@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from checkpoints import cli
+from checkpoint_files import cli
 from deltafl.federated import FederatedRecipe, ServerState, federate
 from deltafl.federated import run as federated_run
-from deltafl.merge import run_merge
+from deltafl.merge.plan import MergeSpec, Model, plan_merge
+from deltafl.merge.run import run_merge
 from deltafl.models import LoadedEncoder, load_encoder
-from deltafl.preflight import MergeSpec, Model, plan_merge
-from deltafl.rules import load_rules
+from deltafl.rules.rule import load_rules
 from federated.worlds import assert_same, normed, plain
 from tiny_models import tiny_task
 
@@ -67,7 +67,9 @@ def sizes(folder: Path) -> list[int]:
     return [json.loads((c / "training.json").read_text())["num_examples"] for c in clients(folder)]
 
 
-def merged(folder: Path, recipe: FederatedRecipe, params: dict[str, Any], out: Path) -> dict[str, torch.Tensor]:
+def merged(
+    folder: Path, recipe: FederatedRecipe, params: dict[str, Any], out: Path
+) -> dict[str, torch.Tensor]:
     spec = MergeSpec(
         str(folder / "base"),
         tuple(Model(str(c), c.name) for c in clients(folder)),
@@ -85,8 +87,12 @@ def assert_is_merge(state: ServerState, module: dict[str, torch.Tensor]) -> None
     assert_same(dict(state.params), {n: module[n] for n in state.params})
 
 
-@pytest.mark.parametrize(("rule", "params"), CASES, ids=[f"{n}-{i}" for i, (n, _) in enumerate(CASES)])
-def test_by_every_rule(rule: str, params: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("rule", "params"), CASES, ids=[f"{n}-{i}" for i, (n, _) in enumerate(CASES)]
+)
+def test_by_every_rule(
+    rule: str, params: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prox = {"local_algorithm": "fedprox"} if params.get("normalizer") == "prox" else {}
     recipe = replace(RECIPE, aggregator=rule, aggregator_params=params, **prox)
     state, folder = after_one_round(plain(), recipe, tmp_path / "run", monkeypatch)
@@ -113,7 +119,12 @@ def test_with_a_mask_frozen_coordinates_stay_and_the_rest_is_the_merge(
 ) -> None:
     params = {"cclip": {"rho": 0.02}, "ties": {"density": 0.3}}.get(rule, {})
     recipe = replace(
-        RECIPE, aggregator=rule, aggregator_params=params, sparsity_ratio=0.5, mask_strategy="random", weight_decay=0.1
+        RECIPE,
+        aggregator=rule,
+        aggregator_params=params,
+        sparsity_ratio=0.5,
+        mask_strategy="random",
+        weight_decay=0.1,
     )
     state, folder = after_one_round(plain(), recipe, tmp_path / "run", monkeypatch)
     assert_is_merge(state, merged(folder, recipe, params, tmp_path / "merged"))
@@ -122,7 +133,9 @@ def test_with_a_mask_frozen_coordinates_stay_and_the_rest_is_the_merge(
     assert same >= sum(t.numel() for t in start.values()) // 2
 
 
-def test_running_statistics_are_averaged_and_counters_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_statistics_are_averaged_and_counters_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     state, folder = after_one_round(normed(), RECIPE, tmp_path / "run", monkeypatch)
     assert_is_merge(state, merged(folder, RECIPE, {}, tmp_path / "merged"))
     held = [load_file(c / "model.safetensors") for c in clients(folder)]
@@ -134,21 +147,38 @@ def test_running_statistics_are_averaged_and_counters_are_not(tmp_path: Path, mo
     assert len({h["norm.running_mean"].sum().item() for h in held}) == len(held)
     assert "norm.num_batches_tracked" not in state.params
     final = load_file(tmp_path / "run" / "model" / "model.safetensors")
-    assert [int(t["norm.num_batches_tracked"]) for t in (base, *held, final)] == [7] * (len(held) + 2)
+    assert [int(t["norm.num_batches_tracked"]) for t in (base, *held, final)] == [7] * (
+        len(held) + 2
+    )
 
 
 def test_through_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for rule, extra in (("fedavg", []), ("cclip", ["--rho", "0.5", "--unit", "quantile"])):
-        recipe = replace(RECIPE, aggregator=rule, aggregator_params={"rho": 0.5, "unit": "quantile"} if extra else {})
+        recipe = replace(
+            RECIPE,
+            aggregator=rule,
+            aggregator_params={"rho": 0.5, "unit": "quantile"} if extra else {},
+        )
         state, folder = after_one_round(plain(), recipe, tmp_path / rule, monkeypatch)
         weights = ["--weights", *map(str, sizes(folder))] if extra else []
         out = tmp_path / f"{rule}-merged"
-        arguments = ["--base", folder / "base", "--models", *clients(folder), "--method", rule, "--server-lr", "0.7"]
+        arguments = [
+            "--base",
+            folder / "base",
+            "--models",
+            *clients(folder),
+            "--method",
+            rule,
+            "--server-lr",
+            "0.7",
+        ]
         assert cli("merge", *arguments, *weights, *extra, "--out", out, "--quiet").code == 0
         assert_is_merge(state, load_encoder(out).module.state_dict())
 
 
-def test_a_rule_that_draws_draws_anew_in_each_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rule_that_draws_draws_anew_in_each_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = replace(RECIPE, aggregator="dare", aggregator_params={"drop_rate": 0.5})
     state, folder = after_one_round(plain(), recipe, tmp_path / "run", monkeypatch)
     params = {"drop_rate": 0.5, "seed": recipe.seed + 1}

@@ -5,20 +5,25 @@ import numpy as np
 import pytest
 import torch
 
-from deltafl.aggregation import Update
+from deltafl.algebra.aggregate import Update
 from deltafl.errors import DeltaflError
 from deltafl.federated import FederatedRecipe, ServerState, choose_clients, federate, run_round
 from deltafl.federated.recipe import SERVER_OPTIMIZERS
 from deltafl.federated.rounds import aggregate
 from deltafl.federated.server import round_lr, server_step, steps_of
-from deltafl.rules import Source
+from deltafl.rules.rule import Source
 from federated.worlds import RECIPE, begin, normed, plain
 from tiny_models import tiny_task
 
 
 def reference(recipe: FederatedRecipe, theta: np.ndarray, deltas: list[np.ndarray]) -> np.ndarray:
     """Algorithm 2 of arXiv 2003.00295 in float64; without an adaptive rate, heavy ball."""
-    b1, b2, tau, lr = recipe.server_momentum, recipe.server_beta2, recipe.server_tau, recipe.server_lr
+    b1, b2, tau, lr = (
+        recipe.server_momentum,
+        recipe.server_beta2,
+        recipe.server_tau,
+        recipe.server_lr,
+    )
     b1 = b1 if b1 is not None else (0.0 if recipe.server_optimizer == "sgd" else 0.9)
     m, v = np.zeros_like(theta), np.full_like(theta, tau**2)
     for d in deltas:
@@ -40,7 +45,11 @@ def reference(recipe: FederatedRecipe, theta: np.ndarray, deltas: list[np.ndarra
 @pytest.mark.parametrize("optimizer", SERVER_OPTIMIZERS)
 def test_three_steps_are_the_formula(optimizer: str, momentum: float | None) -> None:
     recipe = FederatedRecipe(
-        server_optimizer=optimizer, server_momentum=momentum, server_lr=0.3, server_beta2=0.9, server_tau=0.01
+        server_optimizer=optimizer,
+        server_momentum=momentum,
+        server_lr=0.3,
+        server_beta2=0.9,
+        server_tau=0.01,
     )
     draw = torch.Generator().manual_seed(0)
     # from far below tau to far above it, so that yogi's sign takes both values
@@ -49,14 +58,20 @@ def test_three_steps_are_the_formula(optimizer: str, momentum: float | None) -> 
     start = {"w": torch.randn(40, generator=draw), "running": torch.zeros(40)}
     state = ServerState(0, start)
     for pair in deltas:
-        updates = [Update({"w": d, "running": d}, Source(str(i), num_examples=1 + 2 * i)) for i, d in enumerate(pair)]
+        updates = [
+            Update({"w": d, "running": d}, Source(str(i), num_examples=1 + 2 * i))
+            for i, d in enumerate(pair)
+        ]
         state = server_step(state, aggregate(updates, recipe), recipe, {"w"})
     means = [(a.double() + 3 * b.double()).numpy() / 4 for a, b in deltas]
     wanted = reference(recipe, start["w"].double().numpy(), means)
     np.testing.assert_allclose(state.params["w"].double().numpy(), wanted, rtol=2e-5, atol=2e-6)
     plain = optimizer == "sgd" and not momentum
     np.testing.assert_allclose(  # running statistics are no gradients: they have no moments
-        state.params["running"].double().numpy(), (0.3 if plain else 1.0) * sum(means), rtol=2e-5, atol=2e-6
+        state.params["running"].double().numpy(),
+        (0.3 if plain else 1.0) * sum(means),
+        rtol=2e-5,
+        atol=2e-6,
     )
     assert torch.equal(start["running"], torch.zeros(40))
 
@@ -77,13 +92,18 @@ def test_frozen_coordinates_never_move(optimizer: str, nesterov: bool, tmp_path:
         assert torch.equal(state.params[name][~kept], begun.state.params[name][~kept]), name
         assert kept.any()
         assert (state.params[name][kept] != begun.state.params[name][kept]).any(), name
-    assert not torch.equal(state.params["deltafl_head.weight"], begun.state.params["deltafl_head.weight"])
+    assert not torch.equal(
+        state.params["deltafl_head.weight"], begun.state.params["deltafl_head.weight"]
+    )
 
 
 def test_a_round_changes_nothing_in_the_state_it_starts_from(tmp_path: Path) -> None:
     begun = begin(tmp_path, replace(RECIPE, server_optimizer="fedadam"), normed())
     first, _ = run_round(begun.state, begun.world)
-    before = {part: {n: t.clone() for n, t in getattr(first, part).items()} for part in ("params", "m", "v")}
+    before = {
+        part: {n: t.clone() for n, t in getattr(first, part).items()}
+        for part in ("params", "m", "v")
+    }
     second, _ = run_round(first, begun.world)
     assert not torch.equal(second.params["first.weight"], first.params["first.weight"])
     for part, held in before.items():
@@ -101,11 +121,20 @@ def test_clients_are_a_function_of_seed_and_round() -> None:
     other = [choose_clients(replace(recipe, seed=1), r) for r in range(1, 41)]
     assert all(a != b for a, b in zip(chosen, other, strict=True))
     assert {k for c in chosen for k in c} == set(range(50))
-    unlike = replace(recipe, lr=1.0, local_steps=9, aggregator="median", server_optimizer="fedadam", train_head=True)
+    unlike = replace(
+        recipe,
+        lr=1.0,
+        local_steps=9,
+        aggregator="median",
+        server_optimizer="fedadam",
+        train_head=True,
+    )
     assert chosen == [choose_clients(unlike, r) for r in range(1, 41)]
 
 
-@pytest.mark.parametrize(("clients", "rate", "count"), [(10, 1.0, 10), (7, 0.5, 4), (100, 0.1, 10), (3, 0.34, 1)])
+@pytest.mark.parametrize(
+    ("clients", "rate", "count"), [(10, 1.0, 10), (7, 0.5, 4), (100, 0.1, 10), (3, 0.34, 1)]
+)
 def test_as_many_clients_as_asked_for(clients: int, rate: float, count: int) -> None:
     recipe = FederatedRecipe(num_clients=clients, participation_rate=rate)
     assert len(choose_clients(recipe, 1)) == count
@@ -128,9 +157,13 @@ def test_every_client_takes_its_steps(tmp_path: Path) -> None:
     recipe = replace(RECIPE, local_steps_spread=2.5, participation_rate=1.0)
     begun = begin(tmp_path, recipe)
     told: dict[int, Source] = {}
-    _, result = run_round(begun.state, begun.world, lambda k, update: told.update({k: update.source}))
+    _, result = run_round(
+        begun.state, begun.world, lambda k, update: told.update({k: update.source})
+    )
     assert {k: s.num_steps for k, s in told.items()} == {k: steps_of(recipe, k) for k in range(6)}
-    assert {k: s.num_examples for k, s in told.items()} == {k: len(begun.setting.shards[k]) for k in range(6)}
+    assert {k: s.num_examples for k, s in told.items()} == {
+        k: len(begun.setting.shards[k]) for k in range(6)
+    }
     assert result.num_steps == sum(steps_of(recipe, k) for k in range(6))
 
 
@@ -209,25 +242,41 @@ def test_a_wrong_value_is_one_line(changes: dict, words: str) -> None:
 def test_all_wrong_values_are_told_at_once() -> None:
     assert len(replace(GOOD, lr=-1.0, batch_size=0, aggregator="no").problems()) == 3
     assert replace(GOOD, num_clients=0).problems() == ["num_clients must be 1 or more, not 0"]
-    many = replace(GOOD, num_clients=4, participation_rate=0.5, sparsity_ratio=0.5, calibration_rounds=3, engine="vmap")
+    many = replace(
+        GOOD,
+        num_clients=4,
+        participation_rate=0.5,
+        sparsity_ratio=0.5,
+        calibration_rounds=3,
+        engine="vmap",
+    )
     assert len(many.problems()) == 2
 
 
 def test_weights_are_examples_or_none() -> None:
-    updates = [Update({"w": torch.full((3,), float(i))}, Source(str(i), num_examples=1 + i)) for i in range(3)]
+    updates = [
+        Update({"w": torch.full((3,), float(i))}, Source(str(i), num_examples=1 + i))
+        for i in range(3)
+    ]
     mean = {w: aggregate(updates, replace(GOOD, client_weights=w, aggregator="task_arithmetic"))["w"][0].item()
             for w in ("examples", "uniform")}  # fmt: skip
     assert mean == {"examples": pytest.approx((0 * 1 + 1 * 2 + 2 * 3) / 6), "uniform": 1.0}
-    assert aggregate(updates, GOOD)["w"][0].item() == pytest.approx(8 / 6)  # fedavg's own weights, not squared
+    assert aggregate(updates, GOOD)["w"][0].item() == pytest.approx(
+        8 / 6
+    )  # fedavg's own weights, not squared
 
 
 def test_a_rule_that_refuses_ends_the_run(tmp_path: Path) -> None:
-    begun = begin(tmp_path, replace(RECIPE, aggregator="krum", aggregator_params={"num_byzantine": 2}))
+    begun = begin(
+        tmp_path, replace(RECIPE, aggregator="krum", aggregator_params={"num_byzantine": 2})
+    )
     with pytest.raises(DeltaflError, match="needs at least 2f \\+ 3 = 7 models"):
         run_round(begun.state, begun.world)
 
 
-def test_a_rule_that_must_refuse_says_so_before_step_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rule_that_must_refuse_says_so_before_step_zero(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("deltafl.federated.run.set_up", None)
     recipe = replace(RECIPE, aggregator="krum", aggregator_params={"num_byzantine": 1})
     with pytest.raises(DeltaflError, match=r"3 models .* needs at least 2f \+ 3 = 5 models"):

@@ -16,7 +16,7 @@ from deltafl.models.heads import few_per_class, random_head, save_head
 from deltafl.models.probe import probe_head
 from deltafl.models.ridge import RidgeStatistics, ridge_head, solve
 from deltafl.sparse.masks import MASK_STRATEGIES, load_mask, mask_meta, model_hash, save_mask
-from deltafl.training import extract_features, keyed_generator, predict_correct
+from deltafl.training.step import extract_features, keyed_generator, predict_correct
 from federated.worlds import RECIPE, assert_same, begin, plain
 from tiny_models import NAMES, tiny_task
 
@@ -30,7 +30,9 @@ SHARDINGS = [
 
 
 @pytest.mark.parametrize("changes", SHARDINGS, ids=str)
-def test_a_ridge_head_from_the_clients_is_that_of_the_union(changes: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ridge_head_from_the_clients_is_that_of_the_union(
+    changes: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe, task = replace(RECIPE, head="ridge", **changes), tiny_task()
     model = FlatModel(plain())
     totals: list[RidgeStatistics] = []
@@ -48,7 +50,9 @@ def test_a_ridge_head_from_the_clients_is_that_of_the_union(changes: dict, monke
     torch.testing.assert_close(totals[0].A, union.A, rtol=1e-12, atol=0)
     torch.testing.assert_close(totals[0].b, union.b, rtol=1e-12, atol=0)
 
-    found = solve(totals[0], 0.1, NAMES)  # against the normal equations in numpy, with centred features
+    found = solve(
+        totals[0], 0.1, NAMES
+    )  # against the normal equations in numpy, with centred features
     x, y = phi.numpy() - phi.mean(0).numpy(), np.eye(3)[task.train.labels.numpy()]
     alpha = 0.1 * np.trace(x.T @ x) / x.shape[1]
     wanted = np.linalg.solve(x.T @ x + alpha * np.eye(x.shape[1]), x.T @ (y - y.mean(0)))
@@ -66,7 +70,9 @@ def test_a_few_shot_head_knows_a_few_of_each_class_wherever_they_are() -> None:
     rows = few_per_class(task.train.labels, 2, keyed_generator(recipe.seed, "few-shot"))
     assert len(rows) == 6
     phi, val = extract_features(model, task.train), extract_features(model, task.val)
-    wanted = ridge_head(RidgeStatistics.of(phi[rows], task.train.labels[rows], 3), val, task.val.labels, NAMES)
+    wanted = ridge_head(
+        RidgeStatistics.of(phi[rows], task.train.labels[rows], 3), val, task.val.labels, NAMES
+    )
     torch.testing.assert_close(head.weight, wanted.weight, rtol=1e-5, atol=1e-6)
     full = make_head(model, task, make_shards(task, recipe), replace(recipe, few_shot=None))
     assert not torch.allclose(full.weight, head.weight)
@@ -84,7 +90,9 @@ def test_a_probe_predicts_as_scikit_learn_does(classes: int) -> None:
     head = probe_head(phi[rows], labels, val[few], val_labels, NAMES)
     scaler = StandardScaler().fit(phi[rows].double().numpy())
     fitted = [
-        LogisticRegression(C=c, max_iter=500).fit(scaler.transform(phi[rows].double().numpy()), labels.numpy())
+        LogisticRegression(C=c, max_iter=500).fit(
+            scaler.transform(phi[rows].double().numpy()), labels.numpy()
+        )
         for c in (0.01, 0.1, 1.0, 10.0)
     ]
     guesses = [f.predict(scaler.transform(val[few].double().numpy())) for f in fitted]
@@ -99,9 +107,16 @@ def test_heads_by_name_from_a_file_and_trained(tmp_path: Path) -> None:
     task, model = tiny_task(), FlatModel(plain())
     shards = make_shards(task, RECIPE)
     linear = make_head(model, task, shards, RECIPE)
-    assert torch.equal(linear.weight, random_head(5, NAMES, keyed_generator(RECIPE.seed, "head")).weight)
+    assert torch.equal(
+        linear.weight, random_head(5, NAMES, keyed_generator(RECIPE.seed, "head")).weight
+    )
     save_head(linear, tmp_path / "head.safetensors")
-    read = make_head(model, task, shards, replace(RECIPE, head=str(tmp_path / "head.safetensors"), train_head=True))
+    read = make_head(
+        model,
+        task,
+        shards,
+        replace(RECIPE, head=str(tmp_path / "head.safetensors"), train_head=True),
+    )
     assert torch.equal(read.weight, linear.weight)
     assert len(read.parameters()) == 2
     save_head(random_head(9, NAMES, torch.Generator()), tmp_path / "other.safetensors")
@@ -110,7 +125,10 @@ def test_heads_by_name_from_a_file_and_trained(tmp_path: Path) -> None:
     probe = make_head(model, task, shards, replace(RECIPE, head="probe"))
     ridge = make_head(model, task, shards, replace(RECIPE, head="ridge"))
     for better in (probe, ridge):
-        assert predict_correct(model, better, task.val).sum() > predict_correct(model, linear, task.val).sum()
+        assert (
+            predict_correct(model, better, task.val).sum()
+            > predict_correct(model, linear, task.val).sum()
+        )
 
 
 def test_a_frozen_head_does_not_move_and_a_trained_one_does(tmp_path: Path) -> None:
@@ -126,7 +144,12 @@ def test_a_frozen_head_does_not_move_and_a_trained_one_does(tmp_path: Path) -> N
 
 
 CALIBRATED = replace(
-    RECIPE, num_clients=8, participation_rate=0.25, sparsity_ratio=0.5, calibration_rounds=4, calibration_examples=4
+    RECIPE,
+    num_clients=8,
+    participation_rate=0.25,
+    sparsity_ratio=0.5,
+    calibration_rounds=4,
+    calibration_examples=4,
 )
 
 
@@ -139,7 +162,9 @@ def asked(
 
     def recorded(model, head, split, ids, **options):
         state = options["generator"].get_state()
-        found.append((tuple(ids.tolist()), int(torch.randint(2**40, (), generator=options["generator"]))))
+        found.append(
+            (tuple(ids.tolist()), int(torch.randint(2**40, (), generator=options["generator"])))
+        )
         options["generator"].set_state(state)
         assert not head.parameters()
         return original(model, head, split, ids, **options)
@@ -181,7 +206,9 @@ def test_fisher_sums_are_added_over_examples_and_not_averaged_over_clients(tmp_p
     assert many is not None
     assert one is not None
     assert_same(many, one)
-    assert sum(int(m.sum()) for m in many.values()) == round(0.4 * sum(m.numel() for m in many.values()))
+    assert sum(int(m.sum()) for m in many.values()) == round(
+        0.4 * sum(m.numel() for m in many.values())
+    )
 
 
 def test_more_calibration_rounds_than_fresh_clients_is_an_error() -> None:
@@ -189,12 +216,19 @@ def test_more_calibration_rounds_than_fresh_clients_is_an_error() -> None:
     assert "5 calibration rounds of 2 fresh clients each need more than the 8 clients" in problem
 
 
-@pytest.mark.parametrize("strategy", [n for n in MASK_STRATEGIES if not MASK_STRATEGIES[n].needs_scores])
-def test_a_strategy_without_scores_asks_no_client_and_ignores_the_rounds(strategy: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "strategy", [n for n in MASK_STRATEGIES if not MASK_STRATEGIES[n].needs_scores]
+)
+def test_a_strategy_without_scores_asks_no_client_and_ignores_the_rounds(
+    strategy: str, tmp_path: Path
+) -> None:
     recipe = replace(CALIBRATED, mask_strategy=strategy, calibration_rounds=5)
     assert recipe.problems() == []
     assert calibration_clients(recipe) == []
-    many, one = (begin(tmp_path, replace(recipe, calibration_rounds=rounds)).setting.mask for rounds in (5, 1))
+    many, one = (
+        begin(tmp_path, replace(recipe, calibration_rounds=rounds)).setting.mask
+        for rounds in (5, 1)
+    )
     assert many is not None
     assert one is not None
     assert_same(many, one)
@@ -202,8 +236,12 @@ def test_a_strategy_without_scores_asks_no_client_and_ignores_the_rounds(strateg
 
 @pytest.mark.parametrize("strategy", list(MASK_STRATEGIES))
 @pytest.mark.parametrize("scope", ["global", "per_layer"])
-def test_every_strategy_freezes_the_share_asked_for(strategy: str, scope: str, tmp_path: Path) -> None:
-    recipe = replace(CALIBRATED, mask_strategy=strategy, mask_scope=scope, sparsity_ratio=0.8, num_rounds=1)
+def test_every_strategy_freezes_the_share_asked_for(
+    strategy: str, scope: str, tmp_path: Path
+) -> None:
+    recipe = replace(
+        CALIBRATED, mask_strategy=strategy, mask_scope=scope, sparsity_ratio=0.8, num_rounds=1
+    )
     run = federate(plain(), tiny_task(), recipe, tmp_path / "run", device="cpu")
     start = run.rows[0]
     assert start["kept"] == pytest.approx(0.2 * start["parameters"], abs=2)
@@ -222,7 +260,10 @@ def test_a_mask_from_a_file_is_used_and_one_of_another_model_refused(tmp_path: P
     assert_same(held, mask)
     run = federate(plain(), tiny_task(), recipe, tmp_path / "run", device="cpu")
     assert run.rows[0]["kept"] == 5
-    assert mask_meta(tmp_path / "run" / "mask.safetensors") == {"strategy": None, "file": str(tmp_path / "mask")}
+    assert mask_meta(tmp_path / "run" / "mask.safetensors") == {
+        "strategy": None,
+        "file": str(tmp_path / "mask"),
+    }
     other = plain()
     with torch.no_grad():
         other.module.last.bias[0] += 1
@@ -233,7 +274,12 @@ def test_a_mask_from_a_file_is_used_and_one_of_another_model_refused(tmp_path: P
 def test_shards_are_a_function_of_the_seed_and_the_sharding_alone() -> None:
     task = tiny_task()
     first = make_shards(task, RECIPE)
-    unlike = replace(RECIPE, lr=1.0, participation_rate=1.0, aggregator="median", head="ridge", local_steps=9)
+    unlike = replace(
+        RECIPE, lr=1.0, participation_rate=1.0, aggregator="median", head="ridge", local_steps=9
+    )
     assert all(torch.equal(a, b) for a, b in zip(first, make_shards(task, unlike), strict=True))
-    assert any(not torch.equal(a, b) for a, b in zip(first, make_shards(task, replace(RECIPE, seed=8)), strict=True))
+    assert any(
+        not torch.equal(a, b)
+        for a, b in zip(first, make_shards(task, replace(RECIPE, seed=8)), strict=True)
+    )
     assert torch.equal(torch.cat(first).sort().values, torch.arange(50))

@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoints import cli
-from deltafl.aggregation import Update
+from checkpoint_files import cli
+from deltafl.algebra.aggregate import Update
 from deltafl.errors import DeltaflError
 from deltafl.federated import FederatedRecipe, LocalTraining, federate, run_round
 from deltafl.federated.parcels import SharedMemory, pack, pack_error, room_for, unpack
 from deltafl.federated.rounds import in_workers
 from deltafl.federated.server import ServerState
 from deltafl.federated.workers import Workers, count_workers, one_thread
-from deltafl.record import read_rows, without_timings
+from deltafl.training.record import read_rows, without_timings
 from federated.worlds import RECIPE, assert_same, begin, normed, plain
 from tiny_models import tiny_task
 
@@ -73,7 +73,9 @@ def dying(model, head, recipe):
 RECIPES: dict[str, FederatedRecipe] = {
     "sgd": replace(SIX, grad_clip=0.5, augment="flip"),
     "fedprox": replace(SIX, local_algorithm="fedprox", train_head=True),
-    "scaffold": replace(SIX, local_algorithm="scaffold", momentum=0.0, participation_rate=0.67, train_head=True),
+    "scaffold": replace(
+        SIX, local_algorithm="scaffold", momentum=0.0, participation_rate=0.67, train_head=True
+    ),
     "scaffold, mask": replace(SIX, local_algorithm="scaffold", momentum=0.0, sparsity_ratio=0.6),
     "mask, fedadam": replace(SIX, sparsity_ratio=0.6, server_optimizer="fedadam", server_lr=0.02),
     "mask, krum": replace(SIX, sparsity_ratio=0.6, aggregator="krum"),
@@ -109,7 +111,10 @@ def test_results_are_the_same_bits_for_any_number_of_workers(name: str, tmp_path
     assert len(rows) == 4
     for count in ("2", "4"):
         for file in files:
-            assert (tmp_path / count / file).read_bytes() == (one / file).read_bytes(), (file, count)
+            assert (tmp_path / count / file).read_bytes() == (one / file).read_bytes(), (
+                file,
+                count,
+            )
         assert without_timings(read_rows(tmp_path / count / "record.jsonl")) == rows
 
 
@@ -121,22 +126,30 @@ def test_clients_really_train_in_other_processes_and_send_kept_values_only(tmp_p
         assert len(children()) == 2
         for _ in range(2):
             _, result = run_round(begun.state, world, lambda client, update: seen.append(update))
-    assert_same(begun.setting.model.tensors(), before)  # the working model of this process was not used
+    assert_same(
+        begun.setting.model.tensors(), before
+    )  # the working model of this process was not used
     assert len({id(u.delta.tuned.index) for u in seen}) == 1  # type: ignore[attr-defined]
     assert {len(u.delta.tuned.kept) for u in seen} == {seen[0].delta.tuned.index.count}  # type: ignore[attr-defined]
     assert result.worker_bytes >= 0
     assert result.client_seconds > 0
 
 
-def test_an_error_of_a_client_is_raised_as_it_is_the_first_in_order_of_clients(tmp_path: Path) -> None:
+def test_an_error_of_a_client_is_raised_as_it_is_the_first_in_order_of_clients(
+    tmp_path: Path,
+) -> None:
     recipe = replace(SIX, client="federated.test_workers:raising")
     for workers in (1, 3):
         with pytest.raises(ValueError, match="client 2 has no data") as caught:
-            federate(plain(), tiny_task(), recipe, tmp_path / str(workers), device="cpu", workers=workers)
+            federate(
+                plain(), tiny_task(), recipe, tmp_path / str(workers), device="cpu", workers=workers
+            )
         assert ("in a worker" in "".join(getattr(caught.value, "__notes__", []))) == (workers == 3)
 
 
-def test_a_worker_that_is_killed_ends_the_run_in_one_line_and_the_run_resumes(tmp_path: Path) -> None:
+def test_a_worker_that_is_killed_ends_the_run_in_one_line_and_the_run_resumes(
+    tmp_path: Path,
+) -> None:
     recipe = replace(SIX, client="federated.test_workers:dying")
     words = r"a worker that trains clients \(process \d+\) was killed by SIGKILL; if memory ran out, use fewer workers"
     with pytest.raises(DeltaflError, match=words):
@@ -170,7 +183,9 @@ def test_workers_end_when_their_parent_is_killed() -> None:
         "list(Workers(2, train, state, 4).train(state, [0, 1]))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == -signal.SIGKILL, done.stderr  # and no process holds the pipes open any more
+    assert done.returncode == -signal.SIGKILL, (
+        done.stderr
+    )  # and no process holds the pipes open any more
     pids = [int(line) for line in done.stdout.split()]
     assert pids
     deadline = time.monotonic() + 60
@@ -214,7 +229,10 @@ def test_the_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     stacked = replace(SIX, engine="vmap")
     assert count_workers(None, stacked, CPU) == 1
     assert count_workers(1, stacked, CPU) == 1
-    with pytest.raises(DeltaflError, match="no 2 workers here: engine vmap trains all clients in one; use workers 1"):
+    with pytest.raises(
+        DeltaflError,
+        match="no 2 workers here: engine vmap trains all clients in one; use workers 1",
+    ):
         count_workers(2, stacked, CPU)
     with pytest.raises(DeltaflError, match="they are for CPUs, and the device is cuda:1"):
         count_workers(3, SIX, torch.device("cuda:1"))
@@ -253,9 +271,16 @@ def test_parcels_bring_back_tensors_of_any_kind_and_known_objects() -> None:
         "empty": torch.empty(0, 2), "turned": torch.randn(4, 6).T, "bools": torch.tensor([True, False]),
         "known": known, "word": "x",
     }  # fmt: skip
-    for size in (room_for(v for v in sent.values() if isinstance(v, torch.Tensor)), 100):  # the second: little fits
+    for size in (
+        room_for(v for v in sent.values() if isinstance(v, torch.Tensor)),
+        100,
+    ):  # the second: little fits
         memory = SharedMemory(size)
-        back = unpack(pack(sent, {id(known): "params"}, memory), {"params": (here := {"w": torch.ones(2)})}, memory)
+        back = unpack(
+            pack(sent, {id(known): "params"}, memory),
+            {"params": (here := {"w": torch.ones(2)})},
+            memory,
+        )
         assert back.pop("known") is here
         assert back.pop("word") == "x"
         assert_same(back, {n: t for n, t in sent.items() if isinstance(t, torch.Tensor)})
@@ -282,7 +307,9 @@ def test_processes_see_what_the_parent_writes_before_each_round() -> None:
                 state, round=number, params={"w": torch.full((4,), float(number))},
                 control=torch.full((2,), 7.0 * number), control_rounds={3: 9},
             )  # fmt: skip
-            for client, (update, control, own) in zip(range(5), workers.train(now, range(5)), strict=True):
+            for client, (update, control, own) in zip(
+                range(5), workers.train(now, range(5)), strict=True
+            ):
                 assert_same(update, {"w": torch.full((4,), number * client + number + 1.0)})
                 assert torch.equal(control, now.control)
                 assert own == (9 if client == 3 else -1)
@@ -303,12 +330,21 @@ def test_a_run_does_not_wait_for_the_compiler() -> None:
         "print(sorted({'torch._dynamo', 'torch._inductor'} & sys.modules.keys()))\n"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
     assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
 
 
 def test_the_command_line_takes_workers(tmp_path: Path) -> None:
-    arguments = ["--model", "vit:hidden=16,layers=1,heads=2,patch=4,image_size=8,channels=1", "--data", "digits"]
-    done = cli("federate", *arguments, "--limit", "40", "--workers", "0", "--out", tmp_path / "none")
+    arguments = [
+        "--model",
+        "vit:hidden=16,layers=1,heads=2,patch=4,image_size=8,channels=1",
+        "--data",
+        "digits",
+    ]
+    done = cli(
+        "federate", *arguments, "--limit", "40", "--workers", "0", "--out", tmp_path / "none"
+    )
     assert done.code == 2
     assert "workers must be 1 or more, not 0" in done.err

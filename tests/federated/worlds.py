@@ -17,7 +17,14 @@ from deltafl.models.flat import FlatModel
 from tiny_models import tiny_task
 
 RECIPE = FederatedRecipe(
-    num_clients=6, participation_rate=0.5, local_steps=3, num_rounds=4, batch_size=4, lr=0.05, seed=3, head="linear"
+    num_clients=6,
+    participation_rate=0.5,
+    local_steps=3,
+    num_rounds=4,
+    batch_size=4,
+    lr=0.05,
+    seed=3,
+    head="linear",
 )
 
 
@@ -48,7 +55,9 @@ class Normed(Plain):
         self.norm.num_batches_tracked.fill_(7)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.first(x.flatten(1)).unflatten(1, (3, 4))  # four values a channel: a batch of one will do
+        hidden = self.first(x.flatten(1)).unflatten(
+            1, (3, 4)
+        )  # four values a channel: a batch of one will do
         return self.last(self.norm(hidden).flatten(1).relu())
 
 
@@ -72,12 +81,18 @@ class Begun:
     world: World
 
 
-def begin(folder: Path, recipe: FederatedRecipe, encoder: LoadedEncoder | None = None, task=None) -> Begun:
+def begin(
+    folder: Path, recipe: FederatedRecipe, encoder: LoadedEncoder | None = None, task=None
+) -> Begun:
     """A run's parts, as `federate` makes them."""
     task = task or tiny_task()
     model = FlatModel((encoder or plain()).copy_to("cpu"))
     setting, state = set_up(model, task, recipe, make_shards(task, recipe), None)
-    return Begun(setting, state, make_world(setting, state, make_client(setting), Controls(folder / "controls")))
+    return Begun(
+        setting,
+        state,
+        make_world(setting, state, make_client(setting), Controls(folder / "controls")),
+    )
 
 
 def assert_same(ours, theirs) -> None:

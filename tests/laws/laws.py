@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from deltafl.aggregation import Aggregate, Update, aggregate
+from deltafl.algebra.aggregate import Aggregate, Update, aggregate
 from deltafl.errors import DeltaflError
-from deltafl.rules import CoordinateRule, Rule
+from deltafl.rules.rule import CoordinateRule, Rule
 from laws.worlds import (
     LARGE,
     Lazy,
@@ -80,7 +80,11 @@ def pure(rule: Rule, world: World) -> None:
     before = world.mapped(torch.clone)
     result(rule, world)
     lazy = [Lazy(d, fresh_blocks=False) for d in world.deltas]
-    dict(Aggregate(rule, [Update(d, s) for d, s in zip(lazy, world.sources, strict=True)], world.weights))
+    dict(
+        Aggregate(
+            rule, [Update(d, s) for d, s in zip(lazy, world.sources, strict=True)], world.weights
+        )
+    )
     for now, then in zip(world.deltas, before.deltas, strict=True):
         assert_same(now, then)
 
@@ -129,7 +133,9 @@ def weight_0_leaves_out(rule: Rule, world: World) -> None:
 def negative_weight_negates(rule: Rule, world: World) -> None:
     """A negative weight is the positive one with the delta negated."""
     weights = world.weights or (1.0,) * len(world.deltas)
-    negated = tuple({k: -v for k, v in d.items()} if i == 1 else d for i, d in enumerate(world.deltas))
+    negated = tuple(
+        {k: -v for k, v in d.items()} if i == 1 else d for i, d in enumerate(world.deltas)
+    )
     flipped = [-w if i == 1 else w for i, w in enumerate(weights)]
     assert_same(result(rule, world, flipped), result(rule, replace(world, deltas=negated), weights))
 

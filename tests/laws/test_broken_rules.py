@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltafl.aggregation import Rows
-from deltafl.rules import NO_TRANSFORMS, Traits
+from deltafl.algebra.aggregate import Rows
+from deltafl.rules.rule import NO_TRANSFORMS, Traits
 from laws import laws
 from laws.worlds import make, registered, rules
 
@@ -54,12 +54,16 @@ BROKEN = {
     laws.order_free: Coordinate(lambda b, w: b[0].clone()),
     laws.float32_in_the_same_shapes: Coordinate(lambda b, w: mean(b.double(), w)),
     laws.float64_agrees: Coordinate(
-        lambda b, w: mean(b.bfloat16().float(), w).double() if b.dtype == torch.float64 else mean(b, w)
+        lambda b, w: (
+            mean(b.bfloat16().float(), w).double() if b.dtype == torch.float64 else mean(b, w)
+        )
     ),
     laws.weight_0_leaves_out: Coordinate(lambda b, w: b.mean(0)),
     laws.zero_deltas: Coordinate(lambda b, w: mean(b, w) / mean(b, w).abs()),
     laws.one_model: Coordinate(lambda b, w: mean(b, w) / (len(w) - 1)),
-    laws.half_precision_is_widened_first: Coordinate(lambda b, w: mean(b.half().square(), w).float()),
+    laws.half_precision_is_widened_first: Coordinate(
+        lambda b, w: mean(b.half().square(), w).float()
+    ),
     laws.refuses_nonfinite: Hiding(mean),
 }
 
@@ -104,7 +108,10 @@ def test_a_rule_is_held_to_the_laws_by_being_registered():
 
 def test_purity_is_checked_on_what_the_engine_hands_out(monkeypatch):
     rule = Coordinate(lambda b, w: mean(b, w))
-    own = lambda self, name, start, stop: torch.stack([u.delta[name].view(-1).add_(1) for u in self.updates])  # noqa: E731
+
+    def own(self, name, start, stop):
+        return torch.stack([u.delta[name].view(-1).add_(1) for u in self.updates])
+
     monkeypatch.setattr(Rows, "block", own)
     with pytest.raises(AssertionError):
         laws.pure(rule, make(3, seed=0))

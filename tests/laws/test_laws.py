@@ -4,14 +4,16 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from deltafl.aggregation import core_of
+from deltafl.algebra.aggregate import core_of
 from laws import laws
 from laws.worlds import make, rules, worlds
 
 EXACT_TIES_BY_ORDER = {laws.order_free, laws.float64_agrees, laws.coordinate_symmetric}
 """Laws under which a rule that chooses by distance may decide between two equal distances either way."""
 
-WITHOUT_SHRINKING = settings(max_examples=4, derandomize=True, phases=(Phase.explicit, Phase.generate))
+WITHOUT_SHRINKING = settings(
+    max_examples=4, derandomize=True, phases=(Phase.explicit, Phase.generate)
+)
 """A world is a seed and a few choices: nothing to shrink, and trying would take minutes."""
 
 
@@ -25,7 +27,10 @@ def named(value: object) -> str:
 @given(data=st.data())
 def test_every_rule_keeps_the_law(law, rule, data):
     by_distance = getattr(core_of(rule), "needs_gram", False) and law in EXACT_TIES_BY_ORDER
-    law(rule, data.draw(worlds(kinds=("normal",) if by_distance else ("normal", "grid", "bfloat16"))))
+    law(
+        rule,
+        data.draw(worlds(kinds=("normal",) if by_distance else ("normal", "grid", "bfloat16"))),
+    )
 
 
 @pytest.mark.parametrize("rule", rules(), ids=named)

@@ -9,10 +9,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from deltafl.aggregation import Aggregate, Update, WeightsLike, check_rule
+from deltafl.algebra.aggregate import Aggregate, Update, WeightsLike, check_rule
+from deltafl.algebra.tensors import BLOCK
 from deltafl.errors import DeltaflError
-from deltafl.rules import RULES, Rule, Source, load_rules
-from deltafl.tensors import BLOCK
+from deltafl.rules.rule import RULES, Rule, Source, load_rules
 
 SHAPES = {"layer.weight": (5, 7), "layer.bias": (33,), "scale": (), "nothing": (0, 3)}
 LARGE = {"head": (3,), "embedding": (BLOCK + 3,), "scale": ()}
@@ -55,12 +55,16 @@ class World:
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "World":
         """The same world with every tensor changed."""
-        return replace(self, deltas=tuple({k: change(v) for k, v in d.items()} for d in self.deltas))
+        return replace(
+            self, deltas=tuple({k: change(v) for k, v in d.items()} for d in self.deltas)
+        )
 
     def reordered(self, order: Sequence[int]) -> "World":
         """The same models in another order."""
         weights = None if self.weights is None else tuple(self.weights[i] for i in order)
-        return World(tuple(self.deltas[i] for i in order), tuple(self.sources[i] for i in order), weights)
+        return World(
+            tuple(self.deltas[i] for i in order), tuple(self.sources[i] for i in order), weights
+        )
 
     def with_flat(self, change: Callable[[Tensor], Tensor]) -> "World":
         """The same world with each delta changed as one flat vector."""
@@ -73,12 +77,16 @@ def flatten(delta: Mapping[str, Tensor]) -> Tensor:
 
 def unflatten(flat: Tensor, like: Mapping[str, Tensor]) -> Delta:
     parts = flat.split([t.numel() for t in like.values()])
-    return {name: part.reshape(t.shape) for (name, t), part in zip(like.items(), parts, strict=True)}
+    return {
+        name: part.reshape(t.shape) for (name, t), part in zip(like.items(), parts, strict=True)
+    }
 
 
 def result(rule: Rule, world: World, weights: WeightsLike = None, **options: Any) -> Delta:
     """R(delta_1 .. delta_n), all of it; `weights` go before the world's own."""
-    return dict(Aggregate(rule, world.updates, world.weights if weights is None else weights, **options))
+    return dict(
+        Aggregate(rule, world.updates, world.weights if weights is None else weights, **options)
+    )
 
 
 def refusal(rule: Rule, sources: Sequence[Source]) -> str | None:
@@ -90,7 +98,9 @@ def refusal(rule: Rule, sources: Sequence[Source]) -> str | None:
     return None
 
 
-def make(n: int, seed: int, kind: str = "normal", scale: float = 1.0, shapes: Mapping[str, Any] = SHAPES) -> World:
+def make(
+    n: int, seed: int, kind: str = "normal", scale: float = 1.0, shapes: Mapping[str, Any] = SHAPES
+) -> World:
     """n deltas of one kind.
 
     normal: no two values alike. grid: few integer values, so that equal values, zeros and sums of exactly zero are
@@ -109,11 +119,16 @@ def make(n: int, seed: int, kind: str = "normal", scale: float = 1.0, shapes: Ma
 
 
 @st.composite
-def worlds(draw: st.DrawFn, kinds: Sequence[str] = ("normal", "grid", "bfloat16"), weighted: bool = True) -> World:
+def worlds(
+    draw: st.DrawFn, kinds: Sequence[str] = ("normal", "grid", "bfloat16"), weighted: bool = True
+) -> World:
     """3 to 7 models; weights, where there are any, positive with small integer ratios."""
     n = draw(st.integers(3, 7))
     world = make(
-        n, draw(st.integers(0, 2**20)), draw(st.sampled_from(kinds)), draw(st.sampled_from([2**-12, 1.0, 2**6]))
+        n,
+        draw(st.integers(0, 2**20)),
+        draw(st.sampled_from(kinds)),
+        draw(st.sampled_from([2**-12, 1.0, 2**6])),
     )
     if weighted and draw(st.booleans()):
         ratios = draw(st.lists(st.integers(1, 3), min_size=n, max_size=n))
@@ -164,4 +179,6 @@ def assert_close(a: Mapping[str, Tensor], b: Mapping[str, Tensor], world: World)
     assert list(a) == list(b)
     largest = max(float(flatten(d).abs().max()) for d in world.deltas)
     for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=2e-6 * largest, check_dtype=False)
+        torch.testing.assert_close(
+            a[name], b[name], rtol=1e-5, atol=2e-6 * largest, check_dtype=False
+        )

@@ -19,7 +19,9 @@ SIZES = {
     "image_size": 8,
     "patch_size": 4,
 }
-IMAGES = torch.randint(0, 256, (3, 3, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+IMAGES = torch.randint(0, 256, (3, 3, 8, 8), generator=torch.Generator().manual_seed(0)).to(
+    torch.uint8
+)
 
 
 def build(family: str):
@@ -55,7 +57,15 @@ def reference(family: str, model, pixels: torch.Tensor) -> torch.Tensor:
     return backbone(pixels).last_hidden_state[:, 0]
 
 
-FAMILIES = ("vit", "vit with pooler", "vit classifier", "dinov2", "clip tower", "clip projected", "clip")
+FAMILIES = (
+    "vit",
+    "vit with pooler",
+    "vit classifier",
+    "dinov2",
+    "clip tower",
+    "clip projected",
+    "clip",
+)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -134,11 +144,15 @@ def test_a_plugin_with_tied_tensors(tmp_path: Path):
     FlatModel(encoder)
     save_encoder(encoder, tmp_path)
     module = load_encoder(tmp_path).module
-    assert torch.equal(module.get_parameter("conv.weight"), encoder.module.get_parameter("conv.weight"))
+    assert torch.equal(
+        module.get_parameter("conv.weight"), encoder.module.get_parameter("conv.weight")
+    )
     assert module.get_submodule("twin") is module.get_submodule("conv")
 
 
-def test_a_plugin_in_the_working_directory_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_plugin_in_the_working_directory_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     (tmp_path / "mine_alone.py").write_text(
         "from torch import nn\ndef small():\n    m = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))\n"
         "    m.input_size = 2\n    return m\n"
@@ -225,7 +239,9 @@ def test_images_of_another_size_are_refused():
 
 
 @pytest.mark.realdata
-def test_a_real_network_as_a_plugin(realdata: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_real_network_as_a_plugin(
+    realdata: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """The published class probabilities are not at hand; that the file's own loader agrees is what can be checked."""
     (tmp_path / "mine.py").write_text(
         f"import sys\nsys.path.append({str(realdata / 'weights')!r})\nimport real_models as W\n"
@@ -234,9 +250,13 @@ def test_a_real_network_as_a_plugin(realdata: Path, tmp_path: Path, monkeypatch:
     )
     monkeypatch.chdir(tmp_path)
     encoder = load_encoder("mine:small")
-    images = torch.randint(0, 256, (2, 3, 128, 128), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.randint(
+        0, 256, (2, 3, 128, 128), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     with torch.no_grad():
-        torch.testing.assert_close(encoder.features(images), encoder.module.embed(images / 127.5 - 1))
+        torch.testing.assert_close(
+            encoder.features(images), encoder.module.embed(images / 127.5 - 1)
+        )
     (tmp_path / "saved").mkdir()
     save_encoder(encoder, tmp_path / "saved")
     assert load_encoder(tmp_path / "saved").feature_dim == 256

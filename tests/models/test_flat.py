@@ -18,7 +18,9 @@ def net() -> LoadedEncoder:
 @pytest.mark.parametrize("make", [tiny_vit, net])
 def test_parameters_and_gradients_are_views_of_one_vector(make):
     encoder = make()
-    before = {n: p.detach().clone() for n, p in encoder.module.named_parameters() if p.requires_grad}
+    before = {
+        n: p.detach().clone() for n, p in encoder.module.named_parameters() if p.requires_grad
+    }
     images = tiny_task().train.images
     plain = encoder.copy_to("cpu")
     model = FlatModel(encoder)
@@ -52,9 +54,15 @@ def test_load_takes_file_names_module_names_and_buffers(tmp_path):
     save_encoder(other, tmp_path)
     by_file = load_file(tmp_path / "model.safetensors")
     assert any("attention.attention.query" in name for name in by_file)
-    for tensors in (by_file, other.module.state_dict(), {f"vit.{n}": t for n, t in by_file.items()}):
+    for tensors in (
+        by_file,
+        other.module.state_dict(),
+        {f"vit.{n}": t for n, t in by_file.items()},
+    ):
         model = FlatModel(tiny_vit(0))
-        assert model.load({**tensors, "pooler.dense.weight": torch.zeros(1)}) == ("pooler.dense.weight",)
+        assert model.load({**tensors, "pooler.dense.weight": torch.zeros(1)}) == (
+            "pooler.dense.weight",
+        )
         assert all(torch.equal(t, other.module.state_dict()[n]) for n, t in model.tensors().items())
 
     model = FlatModel(net())

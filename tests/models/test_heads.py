@@ -6,7 +6,14 @@ import torch
 from sklearn.linear_model import Ridge
 
 from deltafl.errors import DeltaflError
-from deltafl.models.heads import LinearHead, check_head, few_per_class, load_head, random_head, save_head
+from deltafl.models.heads import (
+    LinearHead,
+    check_head,
+    few_per_class,
+    load_head,
+    random_head,
+    save_head,
+)
 from deltafl.models.ridge import RidgeStatistics, ridge_head, solve
 
 NAMES = ("a", "b", "c")

@@ -9,15 +9,15 @@ from PIL import Image
 
 from deltafl.cli.train import evaluate as evaluate_command
 from deltafl.cli.train import finetune as finetune_command
-from deltafl.datasets.catalogue import CATALOGUE
-from deltafl.datasets.task import Split, Task
 from deltafl.errors import DeltaflError
-from deltafl.finetuning import FinetuneRecipe, evaluate, finetune
 from deltafl.models import load_encoder, save_encoder, zero_shot
 from deltafl.models.flat import FlatModel
 from deltafl.models.heads import LinearHead, load_head, save_head
 from deltafl.models.zero_shot import read_templates, zero_shot_head
 from deltafl.sparse.fisher import diagonal_fisher
+from deltafl.tasks.catalogue import CATALOGUE
+from deltafl.tasks.task import Split, Task
+from deltafl.training import FinetuneRecipe, evaluate, finetune
 from tiny_models import tiny_clip, tiny_vit
 
 NAMES = ("ant", "bee", "blue tit")
@@ -39,7 +39,9 @@ def clip(made, tmp_path, monkeypatch) -> Path:
 
 
 def images(count: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(0, 256, (count, 3, 8, 8), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+    return torch.randint(
+        0, 256, (count, 3, 8, 8), generator=torch.Generator().manual_seed(seed)
+    ).to(torch.uint8)
 
 
 def task(name: str = "insects", names: tuple[str, ...] = NAMES) -> Task:
@@ -52,7 +54,9 @@ def test_logits_are_those_of_transformers(made, clip):
     head = zero_shot_head(str(clip), "insects", NAMES, templates=TEMPLATES[:1])
     encoder = load_encoder(clip)
     pixels = encoder.input.normalise(images(5))
-    tokens = tokenizer([TEMPLATES[0].replace("{}", name) for name in NAMES], padding=True, return_tensors="pt")
+    tokens = tokenizer(
+        [TEMPLATES[0].replace("{}", name) for name in NAMES], padding=True, return_tensors="pt"
+    )
     with torch.no_grad():
         expected = model(**tokens, pixel_values=pixels).logits_per_image
         found = head.logits(encoder.features(images(5)))
@@ -72,7 +76,9 @@ def test_several_templates_are_one_mean_direction(made, clip):
                 embedding = model.text_projection(model.text_model(**tokens).pooler_output)[0]
                 units.append(embedding / embedding.norm())
             mean = torch.stack(units).mean(0)
-            torch.testing.assert_close(row, mean / mean.norm() * model.logit_scale.exp(), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                row, mean / mean.norm() * model.logit_scale.exp(), rtol=1e-4, atol=1e-4
+            )
     assert head.class_names == NAMES
     assert not head.bias.any()
 
@@ -139,7 +145,15 @@ def test_fine_tuning_evaluating_and_resuming_with_it(clip, tmp_path):
             raise KilledError
 
     with pytest.raises(KilledError):
-        finetune(load_encoder(clip), task(), recipe, tmp_path / "b", device="cpu", save_every=2, on_progress=kill)
+        finetune(
+            load_encoder(clip),
+            task(),
+            recipe,
+            tmp_path / "b",
+            device="cpu",
+            save_every=2,
+            on_progress=kill,
+        )
     finetune(load_encoder(clip), task(), recipe, tmp_path / "b", device="cpu", resume=True)
     for file in ("model.safetensors", "head.safetensors"):
         assert (tmp_path / "b" / file).read_bytes() == (tmp_path / "tuned" / file).read_bytes()
@@ -177,15 +191,21 @@ def test_from_the_command_line(clip, tmp_path):
     pictures(tmp_path / "data" / "insects")
     (tmp_path / "templates.txt").write_text("a {}.\n\n  the {} \n")
     shared = ("--data", "insects", "--data-dir", tmp_path / "data", "--head", "zero-shot")
-    shared = [str(a) for a in (*shared, "--templates", tmp_path / "templates.txt", "--device", "cpu")]
+    shared = [
+        str(a) for a in (*shared, "--templates", tmp_path / "templates.txt", "--device", "cpu")
+    ]
     out = tmp_path / "tuned"
-    run = CliRunner().invoke(finetune_command, ["--base", str(clip), "--out", str(out), "--steps", "1", *shared])
+    run = CliRunner().invoke(
+        finetune_command, ["--base", str(clip), "--out", str(out), "--steps", "1", *shared]
+    )
     assert run.exception is None, run.exception
     expected = zero_shot_head(str(clip), "insects", ("ant", "bee"), templates=("a {}.", "the {}"))
     assert torch.equal(load_head(out / "head.safetensors").weight, expected.weight)
     assert json.loads((out / "training.json").read_text())["head"] == "zero-shot"
     scored = tmp_path / "scores.json"
-    run = CliRunner().invoke(evaluate_command, ["--models", str(clip), str(out), "--json", str(scored), *shared])
+    run = CliRunner().invoke(
+        evaluate_command, ["--models", str(clip), str(out), "--json", str(scored), *shared]
+    )
     assert run.exception is None, run.exception
     assert [row["n"] for row in json.loads(scored.read_text())["results"]] == [12, 12]
 
@@ -199,7 +219,9 @@ def test_what_a_model_must_have(clip, tmp_path):
     tower = tmp_path / "tower"
     tower.mkdir()
     save_encoder(load_encoder(clip), tower)
-    with pytest.raises(DeltaflError, match='is a "clip_vision_model" and no CLIP model with a text tower'):
+    with pytest.raises(
+        DeltaflError, match='is a "clip_vision_model" and no CLIP model with a text tower'
+    ):
         zero_shot_head(str(tower), "insects", NAMES)
     for file in ("tokenizer.json", "vocab.json", "merges.txt"):
         (clip / file).unlink(missing_ok=True)
@@ -208,7 +230,9 @@ def test_what_a_model_must_have(clip, tmp_path):
 
 
 def test_another_number_of_classes(clip):
-    with pytest.raises(DeltaflError, match='task "mnist" has 3 classes, the one of that name in the catalogue 10'):
+    with pytest.raises(
+        DeltaflError, match='task "mnist" has 3 classes, the one of that name in the catalogue 10'
+    ):
         evaluate(clip, task("mnist"), head="zero-shot")
 
 
@@ -222,6 +246,8 @@ def test_templates_that_will_not_do(clip, tmp_path):
     (tmp_path / "blank.txt").write_text("\n \n")
     with pytest.raises(DeltaflError, match="holds none"):
         read_templates(tmp_path / "blank.txt")
-    assert FinetuneRecipe(steps=1, templates="x").problems() == ["templates are about the zero-shot head"]
+    assert FinetuneRecipe(steps=1, templates="x").problems() == [
+        "templates are about the zero-shot head"
+    ]
     with pytest.raises(DeltaflError, match="templates are about the zero-shot head"):
         evaluate(clip, task(), templates="x")

@@ -57,7 +57,9 @@ class Recorder:
         self.calls, self.score = [], score
 
     def __call__(self, r, survivors):
-        self.calls.append((r, None if survivors is None else {n: m.clone() for n, m in survivors.items()}))
+        self.calls.append(
+            (r, None if survivors is None else {n: m.clone() for n, m in survivors.items()})
+        )
         return self.score(r)
 
 
@@ -87,7 +89,9 @@ def test_progressive_masks_are_nested_and_shrink_on_schedule(strategy, scope):
     masks = [survivors for _, survivors in score.calls[1:]] + [final]
     for r, mask in enumerate(masks, 1):
         if scope == "global":
-            assert sum(int(m.sum()) for m in mask.values()) == round(keep ** (r / rounds) * ABLE.total)
+            assert sum(int(m.sum()) for m in mask.values()) == round(
+                keep ** (r / rounds) * ABLE.total
+            )
         else:
             for n in SHAPES:
                 assert int(mask[n].sum()) == round(keep ** (r / rounds) * ABLE.numel(n))
@@ -117,7 +121,9 @@ def test_scores_of_dropped_coordinates_are_not_read():
             return scores_of(0)
         return {n: torch.where(survivors[n], scores_of(r)[n], torch.nan) for n in SHAPES}
 
-    assert sum(int(m.sum()) for m in run("progressive", 3, score).values()) == round(0.2 * ABLE.total)
+    assert sum(int(m.sum()) for m in run("progressive", 3, score).values()) == round(
+        0.2 * ABLE.total
+    )
 
 
 @pytest.mark.parametrize("kind", ["average", "progressive"])
@@ -166,7 +172,9 @@ def test_attenuation_lowers_dropped_weights_only_while_scoring():
         draw = torch.Generator().manual_seed(r)
         return {n: torch.rand(t.shape, generator=draw) for n, t in now.items()}
 
-    run("progressive", 3, score, eligible=able, weights=model.tensors(), attenuate=0.25, model=model)
+    run(
+        "progressive", 3, score, eligible=able, weights=model.tensors(), attenuate=0.25, model=model
+    )
     assert seen == [0, 1, 2]
     assert torch.equal(model.flat, before)
 

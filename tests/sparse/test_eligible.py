@@ -21,7 +21,11 @@ class Fused(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).reshape(len(x), -1, 3, 2, 4).permute(2, 0, 3, 1, 4)
-        return nn.functional.scaled_dot_product_attention(q, self.k_norm(k), v).transpose(1, 2).flatten(2)
+        return (
+            nn.functional.scaled_dot_product_attention(q, self.k_norm(k), v)
+            .transpose(1, 2)
+            .flatten(2)
+        )
 
 
 class Separate(nn.Module):
@@ -60,14 +64,19 @@ def flat(attention: nn.Module) -> FlatModel:
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.normal_(generator=draw)
-    return FlatModel(LoadedEncoder(module, nn.Module.__call__, InputSpec(8, 1, (0.5,), (0.5,)), 8, "tokens"))
+    return FlatModel(
+        LoadedEncoder(module, nn.Module.__call__, InputSpec(8, 1, (0.5,), (0.5,)), 8, "tokens")
+    )
 
 
 def influence(model: FlatModel, name: str) -> Tensor:
     """|d features / d parameter|, summed over images."""
     parameter = dict(model.module.named_parameters())[name]
     images = tiny_task().train.images[:4]
-    return sum(torch.autograd.grad(f, parameter, retain_graph=True)[0].abs() for f in model.features(images).flatten())
+    return sum(
+        torch.autograd.grad(f, parameter, retain_graph=True)[0].abs()
+        for f in model.features(images).flatten()
+    )
 
 
 def test_key_biases_of_transformers_are_excluded_and_named():

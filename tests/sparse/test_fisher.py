@@ -9,7 +9,13 @@ from deltafl.errors import DeltaflError
 from deltafl.models.encoder import InputSpec, LoadedEncoder, assemble
 from deltafl.models.flat import FlatModel
 from deltafl.sparse.capture import make_plan
-from deltafl.sparse.fisher import FisherSum, _Classifier, diagonal_fisher, encoder_fisher, reference_fisher
+from deltafl.sparse.fisher import (
+    FisherSum,
+    _Classifier,
+    diagonal_fisher,
+    encoder_fisher,
+    reference_fisher,
+)
 from tiny_models import tiny_head, tiny_task, tiny_vit
 
 SPLIT = tiny_task().train
@@ -19,7 +25,11 @@ IDS = torch.tensor([3, 0, 17, 8, 41, 20, 5])
 class Mlp(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.norm, self.second = nn.Linear(64, 12), nn.BatchNorm1d(12), nn.Linear(12, 16, bias=False)
+        self.first, self.norm, self.second = (
+            nn.Linear(64, 12),
+            nn.BatchNorm1d(12),
+            nn.Linear(12, 16, bias=False),
+        )
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -51,7 +61,11 @@ class Words(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.table, self.norm, self.out = nn.Embedding(9, 6, padding_idx=2), nn.LayerNorm(6), nn.Linear(6, 16)
+        self.table, self.norm, self.out = (
+            nn.Embedding(9, 6, padding_idx=2),
+            nn.LayerNorm(6),
+            nn.Linear(6, 16),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         words = (x.detach() * 4 + 4).long().clamp(0, 8)
@@ -98,18 +112,28 @@ def clip() -> LoadedEncoder:
         num_channels=1, projection_dim=16,
     )  # fmt: skip
     module = transformers.CLIPVisionModelWithProjection(config)
-    return assemble(module, lambda m, x: m(pixel_values=x).image_embeds, InputSpec(8, 1, (0.4,), (0.3,)), "clip")
+    return assemble(
+        module, lambda m, x: m(pixel_values=x).image_embeds, InputSpec(8, 1, (0.4,), (0.3,)), "clip"
+    )
 
 
 def dinov2() -> LoadedEncoder:
     import transformers
 
     config = transformers.Dinov2Config(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4, num_channels=1
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+        num_channels=1,
     )
     module = transformers.Dinov2Model(config)
     return assemble(
-        module, lambda m, x: m(pixel_values=x).last_hidden_state[:, 0], InputSpec(8, 1, (0.4,), (0.3,)), "dinov2"
+        module,
+        lambda m, x: m(pixel_values=x).last_hidden_state[:, 0],
+        InputSpec(8, 1, (0.4,), (0.3,)),
+        "dinov2",
     )
 
 
@@ -117,7 +141,10 @@ MODELS = {
     "vit": tiny_vit,
     "clip": clip,
     "dinov2": dinov2,
-    **{kind.__name__: (lambda kind=kind: encoder_of(kind)) for kind in (Mlp, Depthwise, Words, Shared, Transposed)},
+    **{
+        kind.__name__: (lambda kind=kind: encoder_of(kind))
+        for kind in (Mlp, Depthwise, Words, Shared, Transposed)
+    },
 }
 BY_VMAP = {
     "Shared": {"flat.weight", "flat.bias", "scale", "alone.weight"},
@@ -137,9 +164,13 @@ def double(name: str) -> LoadedEncoder:
     return encoder
 
 
-def fisher(encoder, ids=IDS, labels="exact", draws=1, seed=7, batch_size=4, fast=True, head=None) -> FisherSum:
+def fisher(
+    encoder, ids=IDS, labels="exact", draws=1, seed=7, batch_size=4, fast=True, head=None
+) -> FisherSum:
     head = tiny_head() if head is None else head
-    return encoder_fisher(encoder, head, SPLIT, ids, labels, draws, generator(seed), batch_size, fast)
+    return encoder_fisher(
+        encoder, head, SPLIT, ids, labels, draws, generator(seed), batch_size, fast
+    )
 
 
 def agree(a, b, tolerance: float) -> None:
@@ -159,9 +190,13 @@ def by_hand(encoder: LoadedEncoder, ids: Tensor, labels: Tensor | None = None) -
     dtype = next(iter(parameters.values())).dtype
     for i in ids.tolist():
         inputs = encoder.input.normalise(SPLIT.images[i : i + 1]).to(dtype)
-        logits = F.linear(encoder.embed(encoder.module, inputs), head.weight.to(dtype), head.bias.to(dtype))
+        logits = F.linear(
+            encoder.embed(encoder.module, inputs), head.weight.to(dtype), head.bias.to(dtype)
+        )
         loss = F.cross_entropy(logits, SPLIT.labels[i : i + 1])
-        for name, grad in zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True):
+        for name, grad in zip(
+            parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True
+        ):
             total[name] += grad.detach().square()
     return {n: t.detach() for n, t in total.items()}
 
@@ -171,7 +206,9 @@ def by_hand(encoder: LoadedEncoder, ids: Tensor, labels: Tensor | None = None) -
 def test_fast_and_reference_agree_in_float64(name, labels):
     encoder = double(name)
     fast = fisher(encoder, labels=labels, draws=2 if labels == "sampled" else 1)
-    slow = fisher(encoder, labels=labels, draws=2 if labels == "sampled" else 1, batch_size=5, fast=False)
+    slow = fisher(
+        encoder, labels=labels, draws=2 if labels == "sampled" else 1, batch_size=5, fast=False
+    )
     assert fast.count == slow.count == len(IDS)
     agree(fast.sum, slow.sum, 1e-10)
 
@@ -188,7 +225,9 @@ def test_only_layers_without_a_rule_take_the_slow_path(name):
     net = _Classifier(encoder, tiny_head())
     wanted = {f"encoder.{n}" for n, p in encoder.module.named_parameters() if p.requires_grad}
     inputs, _ = net.batch(SPLIT, torch.arange(8))
-    assert wanted - make_plan(net, inputs, wanted).covered == {f"encoder.{n}" for n in BY_VMAP.get(name, ())}
+    assert wanted - make_plan(net, inputs, wanted).covered == {
+        f"encoder.{n}" for n in BY_VMAP.get(name, ())
+    }
 
 
 def test_tokens_before_the_batch_are_not_taken_for_it():
@@ -207,7 +246,10 @@ def test_a_squared_batch_gradient_is_something_else():
     log_p = net(inputs).log_softmax(1)
     drawn = torch.multinomial(log_p.exp(), 1, generator=generator(1))
     parameters = [p for p in encoder.module.parameters() if p.requires_grad]
-    squared = sum(float(g.square().sum()) for g in torch.autograd.grad(log_p.gather(1, drawn).mean(), parameters))
+    squared = sum(
+        float(g.square().sum())
+        for g in torch.autograd.grad(log_p.gather(1, drawn).mean(), parameters)
+    )
     assert squared < 0.3 * sum(float(t.sum()) for t in scores.values())
 
 
@@ -336,7 +378,10 @@ def test_of_a_flat_model_it_is_float32_in_its_names_and_near_float64():
     fast = diagonal_fisher(model, tiny_head(), SPLIT, IDS, generator=generator())
     slow = reference_fisher(model, tiny_head(), SPLIT, IDS, generator=generator())
     assert list(fast.sum) == list(slow.sum) == list(model.tensors())
-    assert all(t.dtype == torch.float32 and t.shape == model.tensors()[n].shape for n, t in fast.sum.items())
+    assert all(
+        t.dtype == torch.float32 and t.shape == model.tensors()[n].shape
+        for n, t in fast.sum.items()
+    )
     exact = fisher(double("vit"), labels="sampled").sum
     for result in (fast, slow):
         for name, tensor in exact.items():
@@ -364,7 +409,13 @@ def test_mistakes_are_named():
     with pytest.raises(DeltaflError, match="takes 5 features"):
         diagonal_fisher(model, tiny_head(5), SPLIT, IDS, labels="exact")
     with pytest.raises(DeltaflError, match="3 classes"):
-        diagonal_fisher(model, head, replace(SPLIT, labels=SPLIT.labels + 1), torch.arange(3), labels="empirical")
+        diagonal_fisher(
+            model,
+            head,
+            replace(SPLIT, labels=SPLIT.labels + 1),
+            torch.arange(3),
+            labels="empirical",
+        )
     mixing = encoder_of(Mlp)
     mixing.module.norm = nn.BatchNorm1d(12, track_running_stats=False)
     with pytest.raises(DeltaflError, match='"norm" has no running statistics'):

@@ -58,7 +58,9 @@ def size(mask) -> int:
 
 def one(strategy, score, weight, sparsity=0.5):
     able = Eligible({"w": tuple(score.shape)}, {}, {}, frozenset())
-    return mask_of(strategy, sparsity, able=able, scores={"w": score}, weights={"w": weight})["w"].tolist()
+    return mask_of(strategy, sparsity, able=able, scores={"w": score}, weights={"w": weight})[
+        "w"
+    ].tolist()
 
 
 @given(
@@ -77,14 +79,19 @@ def test_exactly_k_eligible_coordinates_are_kept(strategy, sparsity, scope, ties
     if scope == "global":
         assert size(mask) == round((1 - sparsity) * TOTAL)
     else:
-        assert {n: int(m.sum()) for n, m in mask.items()} == {n: round((1 - sparsity) * ABLE.numel(n)) for n in SHAPES}
+        assert {n: int(m.sum()) for n, m in mask.items()} == {
+            n: round((1 - sparsity) * ABLE.numel(n)) for n in SHAPES
+        }
 
 
 def test_each_strategy_against_a_sort():
     """The order of numpy's float64 argsort; no two keys are alike."""
     scores, weights = {n: t.square() for n, t in tensors(1).items()}, tensors(2)
     flags = np.concatenate(
-        [(ABLE.of(n) if ABLE.of(n) is not None else torch.ones(s)).numpy().ravel() for n, s in SHAPES.items()]
+        [
+            (ABLE.of(n) if ABLE.of(n) is not None else torch.ones(s)).numpy().ravel()
+            for n, s in SHAPES.items()
+        ]
     )
 
     def flat(values):
@@ -101,7 +108,9 @@ def test_each_strategy_against_a_sort():
         expected = np.zeros(len(key), bool)
         expected[order] = True
         mask = mask_of(strategy, scores=scores, weights=weights)
-        assert (np.concatenate([m.numpy().ravel() for m in mask.values()]) == expected).all(), strategy
+        assert (np.concatenate([m.numpy().ravel() for m in mask.values()]) == expected).all(), (
+            strategy
+        )
 
 
 def test_sparsity_is_the_frozen_fraction_and_names_mean_what_they_say():
@@ -118,7 +127,13 @@ def test_strategies_without_scores_do_not_read_them(strategy):
     with_nan = {n: t * math.nan for n, t in tensors(1).items()}
     mask = mask_of(strategy, scores=with_nan)
     plain = make_mask(
-        strategy, sparsity=0.7, scope="global", eligible=ABLE, scores=None, weights=tensors(2), generator=seeded()
+        strategy,
+        sparsity=0.7,
+        scope="global",
+        eligible=ABLE,
+        scores=None,
+        weights=tensors(2),
+        generator=seeded(),
     )
     assert all(torch.equal(mask[n], plain[n]) for n in mask)
 
@@ -152,7 +167,10 @@ def test_selection_is_exact_above_2_to_the_24():
 def test_16_bit_weights_and_float64_scores():
     weights = {n: t.bfloat16() for n, t in tensors(2).items()}
     as_float = {n: t.float() for n, t in weights.items()}
-    one_, two = mask_of("lowest_magnitude", weights=weights), mask_of("lowest_magnitude", weights=as_float)
+    one_, two = (
+        mask_of("lowest_magnitude", weights=weights),
+        mask_of("lowest_magnitude", weights=as_float),
+    )
     assert all(torch.equal(one_[n], two[n]) for n in one_)
     close = 1 + torch.arange(4, dtype=torch.float64) * 1e-12  # one float32
     assert one("least_sensitive", close, torch.ones(4)) == [True, True, False, False]
@@ -162,7 +180,10 @@ def test_arguments_are_not_modified():
     scores, weights, part = tensors(1), tensors(2), PART.clone()
     mask_of("most_sensitive", scores=scores, weights=weights)
     assert torch.equal(PART, part)
-    assert all(torch.equal(scores[n], tensors(1)[n]) and torch.equal(weights[n], tensors(2)[n]) for n in SHAPES)
+    assert all(
+        torch.equal(scores[n], tensors(1)[n]) and torch.equal(weights[n], tensors(2)[n])
+        for n in SHAPES
+    )
 
 
 @pytest.mark.parametrize("sparsity", [1.0, -0.1, math.nan, 1.5])
@@ -217,7 +238,10 @@ def test_least_sensitive_takes_no_key_bias_of_a_vit():
 def test_description_splits_fused_tensors():
     part = torch.tensor([True] * 4 + [False] * 4 + [True] * 4)
     able = Eligible({"qkv": (12,), "w": (2, 2)}, {"qkv": part}, {"qkv": ""}, frozenset({"qkv"}))
-    mask = {"qkv": torch.tensor([True, False, False, False] + [False] * 4 + [True] * 4), "w": torch.eye(2).bool()}
+    mask = {
+        "qkv": torch.tensor([True, False, False, False] + [False] * 4 + [True] * 4),
+        "w": torch.eye(2).bool(),
+    }
     rows = {name: tuple(row) for name, row in describe_mask(mask, able).items()}
     assert rows == {"qkv[q]": (1, 4), "qkv[k]": (0, 0), "qkv[v]": (4, 4), "w": (2, 4)}
     assert describe_mask(mask, able)["qkv[q]"].fraction == 0.25
@@ -225,7 +249,9 @@ def test_description_splits_fused_tensors():
 
 def test_a_saved_mask_loads_bit_for_bit(tmp_path):
     mask = mask_of("random")
-    path = save_mask(mask, tmp_path / "runs" / "mask.safetensors", "abc", {"strategy": "random", "seed": 3})
+    path = save_mask(
+        mask, tmp_path / "runs" / "mask.safetensors", "abc", {"strategy": "random", "seed": 3}
+    )
     loaded = load_mask(path, "abc")
     assert list(loaded) == list(mask)
     assert all(torch.equal(loaded[n], mask[n]) for n in mask)
@@ -271,7 +297,9 @@ def test_files_that_are_no_masks_are_refused(tmp_path):
     with pytest.raises(DeltaflError, match="is not a mask"):
         load_mask(tmp_path / "weights", "abc")
     about = {"format": "mask 1", "model_hash": "abc", "shapes": {"w": [9]}, "meta": {}}
-    save_file({"w": np.ones(1, np.uint8)}, tmp_path / "short", metadata={"deltafl": json.dumps(about)})
+    save_file(
+        {"w": np.ones(1, np.uint8)}, tmp_path / "short", metadata={"deltafl": json.dumps(about)}
+    )
     with pytest.raises(DeltaflError, match='"w" has not the bits'):
         load_mask(tmp_path / "short", "abc")
 

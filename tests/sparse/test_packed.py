@@ -5,10 +5,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltafl.aggregation import Aggregate, Update, aggregate
+from deltafl.algebra.aggregate import Aggregate, Update, aggregate
+from deltafl.algebra.tensors import (
+    BLOCK,
+    block_of,
+    blocks,
+    device_of,
+    dtype_of,
+    read_into,
+    shape_of,
+)
 from deltafl.errors import DeltaflError
 from deltafl.sparse.packed import STRIDE, KeptIndex, PackedDelta, index_of, packed_difference
-from deltafl.tensors import BLOCK, block_of, blocks, device_of, dtype_of, read_into, shape_of
 from laws.worlds import rules, source
 
 SHAPES = {"head": (3,), "embedding": (BLOCK + 3,), "scale": (), "none": (0, 3), "weight": (5, 7)}
@@ -31,11 +39,15 @@ def dense_delta(mask, seed: int):
 
 def packed(mask, delta, index=None) -> PackedDelta:
     index = index or KeptIndex.of(mask.values())
-    return PackedDelta(index.gather(flat(delta)), index, {n: tuple(m.shape) for n, m in mask.items()})
+    return PackedDelta(
+        index.gather(flat(delta)), index, {n: tuple(m.shape) for n, m in mask.items()}
+    )
 
 
 @given(
-    sizes=st.lists(st.integers(0, 30) | st.sampled_from([STRIDE, STRIDE + 5, 2 * STRIDE - 1]), max_size=5),
+    sizes=st.lists(
+        st.integers(0, 30) | st.sampled_from([STRIDE, STRIDE + 5, 2 * STRIDE - 1]), max_size=5
+    ),
     density=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
     seed=st.integers(0, 99),
     data=st.data(),
@@ -65,7 +77,9 @@ def test_several_blocks(density):
     index = KeptIndex.of([kept])
     values = torch.arange(len(kept)).float()
     assert torch.equal(index.gather(values), values[kept])
-    assert torch.equal(index.scatter_(values.clone(), -values[kept]), torch.where(kept, -values, values))
+    assert torch.equal(
+        index.scatter_(values.clone(), -values[kept]), torch.where(kept, -values, values)
+    )
     covered = [(a, b) for _, _, a, b in index.pieces()]
     assert covered[0][0] == 0
     assert covered[-1][1] == index.count
@@ -80,7 +94,10 @@ def test_bytes_of_the_index():
 
 
 def test_digests_tell_masks_apart():
-    digests = {KeptIndex.of([torch.tensor(m)]).digest for m in ([True], [False], [True, False], [False, True])}
+    digests = {
+        KeptIndex.of([torch.tensor(m)]).digest
+        for m in ([True], [False], [True, False], [False, True])
+    }
     assert len(digests) == 4
     assert KeptIndex.of([torch.tensor([True]), torch.tensor([False])]).digest in digests
 
@@ -98,7 +115,9 @@ def test_a_packed_delta_is_the_dense_one_bit_for_bit(density):
         for size in (BLOCK, 1000):
             for start, stop in blocks(tensor.numel(), size):
                 part = tensor.reshape(-1)[start:stop]
-                assert torch.equal(block_of(lazy, name, start, stop).view(torch.int32), part.view(torch.int32))
+                assert torch.equal(
+                    block_of(lazy, name, start, stop).view(torch.int32), part.view(torch.int32)
+                )
                 out = torch.full((stop - start,), 7.0, dtype=torch.float64)
                 read_into(lazy, name, start, stop, out)
                 assert torch.equal(out, part.double())
@@ -138,7 +157,9 @@ def test_every_rule_gives_the_bits_of_dense_deltas(rule):
     mask = masks(0.3)
     dense = [dense_delta(mask, 10 + i) for i in range(5)]
     index = KeptIndex.of(mask.values())
-    one = dict(aggregate(rule, [Update(packed(mask, d, index), source(i)) for i, d in enumerate(dense)]))
+    one = dict(
+        aggregate(rule, [Update(packed(mask, d, index), source(i)) for i, d in enumerate(dense)])
+    )
     two = dict(aggregate(rule, [Update(d, source(i)) for i, d in enumerate(dense)]))
     assert list(one) == list(two)
     for name in two:

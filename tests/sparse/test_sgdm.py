@@ -5,12 +5,12 @@ import pytest
 import torch
 from torch import nn
 
+from deltafl.algebra.tensors import BLOCK
 from deltafl.errors import DeltaflError
 from deltafl.models.encoder import InputSpec, LoadedEncoder
 from deltafl.models.flat import FlatModel
 from deltafl.sparse.sgdm import SparseSGDM
-from deltafl.tensors import BLOCK
-from deltafl.training import Batch, train_step
+from deltafl.training.step import Batch, train_step
 from tiny_models import tiny_head, tiny_task, tiny_vit
 
 COMBINATIONS = [
@@ -35,7 +35,9 @@ def large() -> FlatModel:
     with torch.no_grad():
         for i, parameter in enumerate(module.parameters()):
             parameter.normal_(generator=torch.Generator().manual_seed(i))
-    return FlatModel(LoadedEncoder(module, nn.Module.__call__, InputSpec(8, 1, (0.5,), (0.5,)), 2, "large"))
+    return FlatModel(
+        LoadedEncoder(module, nn.Module.__call__, InputSpec(8, 1, (0.5,), (0.5,)), 2, "large")
+    )
 
 
 def small() -> FlatModel:
@@ -114,7 +116,9 @@ def test_training_moves_kept_coordinates_only():
     mask = random_mask(model, 0.1)
     kept = flat_mask(mask)
     start, head_start = model.flat.detach().clone(), head.weight.detach().clone()
-    optimiser = SparseSGDM(model, mask, 0.1, weight_decay=0.1, nesterov=True, extra=head.parameters())
+    optimiser = SparseSGDM(
+        model, mask, 0.1, weight_decay=0.1, nesterov=True, extra=head.parameters()
+    )
     batch = Batch(task.train.images, task.train.labels)
     losses = [float(train_step(model, head, batch, optimiser, lr=0.05)) for _ in range(20)]
     assert torch.equal(model.flat.detach()[~kept], start[~kept])
@@ -124,7 +128,10 @@ def test_training_moves_kept_coordinates_only():
 
 
 def test_extra_tensors_are_torchs_sgd():
-    model, head = small(), nn.Parameter(torch.randn(5, 3, generator=torch.Generator().manual_seed(0)))
+    model, head = (
+        small(),
+        nn.Parameter(torch.randn(5, 3, generator=torch.Generator().manual_seed(0))),
+    )
     start = head.detach().clone()
     options = {"momentum": 0.9, "weight_decay": 0.1, "nesterov": True}
     optimiser = SparseSGDM(model, random_mask(model, 0.1), 0.1, extra=[head], **options)
@@ -156,7 +163,9 @@ def test_mask_gradients(make, density):
     optimiser.mask_gradients_()
     expected = torch.where(flat_mask(mask), gradient, 0)
     assert torch.equal(model.flat.grad, expected)
-    assert torch.equal(nn.utils.get_total_norm([model.flat.grad]), nn.utils.get_total_norm([expected]))
+    assert torch.equal(
+        nn.utils.get_total_norm([model.flat.grad]), nn.utils.get_total_norm([expected])
+    )
 
 
 def test_memory_falls_with_sparsity():
@@ -176,7 +185,12 @@ def test_memory_falls_with_sparsity():
     optimiser = SparseSGDM(model, mask, 0.1)
     assert optimiser.num_bytes.values == 0
     optimiser.step()
-    held = [t for state in optimiser.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+    held = [
+        t
+        for state in optimiser.state.values()
+        for t in state.values()
+        if isinstance(t, torch.Tensor)
+    ]
     assert sum(t.nbytes for t in held) == optimiser.num_bytes.values == 4 * (numel // 10)
     assert sum(optimiser.num_bytes) <= 0.14 * dense_bytes
     assert optimiser.num_bytes.index >= numel // 8
@@ -204,7 +218,9 @@ def test_tensors_without_a_kept_coordinate_have_no_gradient_for_a_while():
             assert not any(model.flat.grad[model.slices[n]].any() for n in gone)
             assert model.flat.grad.any()
     assert {n: p.requires_grad for n, p in parameters.items()} == before
-    assert all(torch.equal(model.flat.detach()[model.slices[n]], start[model.slices[n]]) for n in gone)
+    assert all(
+        torch.equal(model.flat.detach()[model.slices[n]], start[model.slices[n]]) for n in gone
+    )
     train_step(model, head, batch, optimiser, lr=0.1)
     assert all(model.flat.grad[model.slices[n]].any() for n in gone)
 
@@ -269,7 +285,10 @@ def test_resume_is_bit_exact(density):
 
 def test_a_state_of_another_mask_is_refused():
     model = small()
-    one, two = SparseSGDM(model, random_mask(model, 0.5, 1), 0.1), SparseSGDM(model, random_mask(model, 0.5, 2), 0.1)
+    one, two = (
+        SparseSGDM(model, random_mask(model, 0.5, 1), 0.1),
+        SparseSGDM(model, random_mask(model, 0.5, 2), 0.1),
+    )
     with pytest.raises(DeltaflError, match="another mask"):
         two.load_state_dict(one.state_dict())
     with pytest.raises(DeltaflError, match="another mask"):

@@ -14,17 +14,35 @@ from deltafl.errors import DeltaflError, did_you_mean
 from deltafl.version import __version__
 
 COMMANDS = {
-    "quickstart": ("deltafl.cli.quickstart", "The whole story offline in about a minute, with a report."),
+    "quickstart": (
+        "deltafl.cli.quickstart",
+        "The whole story offline in about a minute, with a report.",
+    ),
     "finetune": ("deltafl.cli.train", "Fine-tune a model on a task."),
-    "centralized": ("deltafl.cli.centralized", "Train on all samples in one place, what federated runs compare with."),
+    "centralized": (
+        "deltafl.cli.centralized",
+        "Train on all samples in one place, what federated runs compare with.",
+    ),
     "evaluate": ("deltafl.cli.train", "Accuracy of models on a task."),
     "merge": ("deltafl.cli.merge", "Merge fine-tuned models of one base by one server step."),
-    "search": ("deltafl.cli.search", "Choose method and coefficients on validation data, then merge."),
-    "inspect": ("deltafl.cli.inspect", "How much the fine-tunes differ: norms, cosines, signs, advice."),
+    "search": (
+        "deltafl.cli.search",
+        "Choose method and coefficients on validation data, then merge.",
+    ),
+    "inspect": (
+        "deltafl.cli.inspect",
+        "How much the fine-tunes differ: norms, cosines, signs, advice.",
+    ),
     "shards": ("deltafl.cli.shards", "Which client would hold which training samples."),
-    "federate": ("deltafl.cli.federate", "Federated training: rounds of local steps, each ended by one server step."),
+    "federate": (
+        "deltafl.cli.federate",
+        "Federated training: rounds of local steps, each ended by one server step.",
+    ),
     "mask": ("deltafl.cli.mask", "Make or describe a mask: which coordinates would train."),
-    "suite": ("deltafl.cli.suite", "Federated runs compared: heterogeneity, local steps, masks, rules."),
+    "suite": (
+        "deltafl.cli.suite",
+        "Federated runs compared: heterogeneity, local steps, masks, rules.",
+    ),
     "rules": ("deltafl.cli.rules", "List every method with its parameters and traits."),
 }
 
@@ -53,16 +71,22 @@ class LazyGroup(click.Group):
 @click.option("-v", "--verbose", is_flag=True, help="Log what the library does.")
 def app(verbose: bool) -> None:
     """Merge fine-tuned models and run federated learning with one algebra of deltas."""
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING, format="%(message)s", stream=sys.stderr
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. Exit code 0: done; 1: failed; 2: bad input; 130: interrupted."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    atexit.register(gc.freeze)  # a third of a second less: Python would search all of torch's modules for cycles
+    atexit.register(
+        gc.freeze
+    )  # a third of a second less: Python would search all of torch's modules for cycles
     code = 0
     try:
-        outcome = app.main(args=None if arguments is None else list(arguments), standalone_mode=False)
+        outcome = app.main(
+            args=None if arguments is None else list(arguments), standalone_mode=False
+        )
         code = outcome if isinstance(outcome, int) else 0
     except DeltaflError as error:
         click.echo(f"error: {error}", err=True)

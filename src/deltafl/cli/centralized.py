@@ -8,12 +8,12 @@ from typing import Any
 
 import click
 
-from deltafl.centralized.recipe import CentralizedRecipe
 from deltafl.cli.federate import EXTRA as RUN_SETTINGS
 from deltafl.cli.federate import load_model_and_task, task_options
 from deltafl.cli.options import progress_by_stage, table
 from deltafl.cli.settings import read_settings, recipe_options
 from deltafl.errors import DeltaflError
+from deltafl.training.centralized_recipe import CentralizedRecipe
 
 HELP = {
     "epochs": "Passes over the training data.",
@@ -42,23 +42,32 @@ EXTRA = RUN_SETTINGS | {"save_every": (int, 500)}
 @task_options
 @click.option("--out", help="The folder to write.")
 @recipe_options(CentralizedRecipe, HELP)
-@click.option("--save-every", type=int, help="Steps between saved states, beside that of each epoch. Default: 500.")
+@click.option(
+    "--save-every",
+    type=int,
+    help="Steps between saved states, beside that of each epoch. Default: 500.",
+)
 @click.option("--tensorboard", is_flag=True, help="Write OUT/metrics for TensorBoard too.")
 @click.option("--resume", is_flag=True, help="Continue a run that was killed.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @click.option("--quiet", is_flag=True, help="No progress, no summary.")
 def centralized(
-    config: str | None, tensorboard: bool, resume: bool, overwrite: bool, quiet: bool, **options: Any
+    config: str | None,
+    tensorboard: bool,
+    resume: bool,
+    overwrite: bool,
+    quiet: bool,
+    **options: Any,
 ) -> None:
     """Train on all samples in one place: SGDM, the best epoch on validation, tested once.
 
     \b
     deltafl centralized --model facebook/dino-vits16 --data cifar100 --epochs 50 --lr 0.001 --out DIR
     """
-    from deltafl.centralized import centralize
     from deltafl.cli.train import leave_processes
     from deltafl.files import check_output
-    from deltafl.tensorboard import check_installed, write_scalars
+    from deltafl.training.centralized import centralize
+    from deltafl.training.tensorboard import check_installed, write_scalars
 
     held = read_settings(CentralizedRecipe, config, options, EXTRA)
     recipe = CentralizedRecipe(**{f.name: held[f.name] for f in fields(CentralizedRecipe)})

@@ -8,7 +8,14 @@ from typing import Any
 
 import click
 
-from deltafl.cli.options import ManyValues, as_bytes, progress_by_stage, rule_options, rule_parameter_names, table
+from deltafl.cli.options import (
+    ManyValues,
+    as_bytes,
+    progress_by_stage,
+    rule_options,
+    rule_parameter_names,
+    table,
+)
 from deltafl.cli.settings import read_settings, recipe_options
 from deltafl.errors import DeltaflError
 from deltafl.federated.recipe import FederatedRecipe
@@ -80,19 +87,35 @@ EXPERIMENTS = {
 
 
 workers_option = click.option(
-    "--workers", type=int, help="Processes that train clients; no result depends on it. Default: one a core."
+    "--workers",
+    type=int,
+    help="Processes that train clients; no result depends on it. Default: one a core.",
 )
 
 
 def task_options(command: Any) -> Any:
     """Decorator: model, data and where to run, shared by federate and suite."""
     options = [
-        click.option("--model", "--base", "model", help="Folder, hub id, module:attr, or vit:hidden=..,layers=.. ."),
-        click.option("--data", help="The task: digits, a folder, a name (cifar100), hub:owner/name, module:attr."),
-        click.option("--data-dir", help="The folder that holds tasks by name; without it they come from the hub."),
+        click.option(
+            "--model",
+            "--base",
+            "model",
+            help="Folder, hub id, module:attr, or vit:hidden=..,layers=.. .",
+        ),
+        click.option(
+            "--data",
+            help="The task: digits, a folder, a name (cifar100), hub:owner/name, module:attr.",
+        ),
+        click.option(
+            "--data-dir",
+            help="The folder that holds tasks by name; without it they come from the hub.",
+        ),
         click.option("--limit", type=int, help="Keep at most so many examples of each split."),
         click.option("--device", help="cpu, cuda, cuda:1. Default: the GPU where there is one."),
-        click.option("--config", help="A YAML file with the same names (num_clients: 100); options go before it."),
+        click.option(
+            "--config",
+            help="A YAML file with the same names (num_clients: 100); options go before it.",
+        ),
     ]
     for option in reversed(options):
         command = option(command)
@@ -105,10 +128,20 @@ def task_options(command: Any) -> Any:
 @recipe_options(FederatedRecipe, HELP, skip=("aggregator_params",))
 @rule_options("seed")
 @workers_option
-@click.option("--save-client-updates", multiple=True, help="Rounds (or all) whose clients' models are written.")
-@click.option("--heterogeneity-experiment", is_flag=True, help="Run `deltafl suite heterogeneity` instead.")
-@click.option("--local-steps-experiment", is_flag=True, help="Run `deltafl suite local-steps` instead.")
-@click.option("--compare-strategies", is_flag=True, help="Run `deltafl suite mask-strategies` instead.")
+@click.option(
+    "--save-client-updates",
+    multiple=True,
+    help="Rounds (or all) whose clients' models are written.",
+)
+@click.option(
+    "--heterogeneity-experiment", is_flag=True, help="Run `deltafl suite heterogeneity` instead."
+)
+@click.option(
+    "--local-steps-experiment", is_flag=True, help="Run `deltafl suite local-steps` instead."
+)
+@click.option(
+    "--compare-strategies", is_flag=True, help="Run `deltafl suite mask-strategies` instead."
+)
 @click.option("--tensorboard", is_flag=True, help="Write OUT/metrics for TensorBoard too.")
 @click.option("--resume", is_flag=True, help="Continue a run that was killed.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
@@ -127,7 +160,7 @@ def federate(
     \b
     deltafl federate --model facebook/dino-vits16 --data hub:tanganke/cifar100 --sharding non_iid --nc 5 --out DIR
     """
-    from deltafl.tensorboard import check_installed, write_scalars
+    from deltafl.training.tensorboard import check_installed, write_scalars
 
     if tensorboard:
         check_installed()
@@ -136,7 +169,9 @@ def federate(
     if asked:
         from deltafl.cli.suite import run_suites
 
-        run_suites(asked, held, tensorboard=tensorboard, resume=resume, overwrite=overwrite, quiet=quiet)
+        run_suites(
+            asked, held, tensorboard=tensorboard, resume=resume, overwrite=overwrite, quiet=quiet
+        )
         return
     recipe = recipe_of(held)
     rounds = _rounds(save_client_updates, recipe.num_rounds)
@@ -204,11 +239,16 @@ def load_encoder_of(held: Mapping[str, Any]) -> Any:
 
 def load_task_of(held: Mapping[str, Any], encoder: Any, seed: int) -> Any:
     """The task that the settings name, in the size that the encoder takes, with the validation split of a seed."""
-    from deltafl.datasets import load_task
+    from deltafl.tasks import load_task
 
     size, channels = encoder.input.image_size, encoder.input.channels
     return load_task(
-        held["data"], image_size=size, channels=channels, seed=seed, limit=held["limit"], data_dir=held["data_dir"]
+        held["data"],
+        image_size=size,
+        channels=channels,
+        seed=seed,
+        limit=held["limit"],
+        data_dir=held["data_dir"],
     )
 
 
@@ -218,7 +258,9 @@ def round_progress(*, quiet: bool) -> Any:
     with progress_by_stage(quiet=quiet) as show:
 
         def on_round(row: Any, total: int) -> None:
-            seen = "" if row.get("val_accuracy") is None else f", validation {row['val_accuracy']:.1%}"
+            seen = (
+                "" if row.get("val_accuracy") is None else f", validation {row['val_accuracy']:.1%}"
+            )
             show("rounds" + seen if total == row["round"] else "rounds", row["round"], total)
 
         yield on_round
@@ -242,7 +284,10 @@ def summary(result: Mapping[str, Any], out: Path) -> str:
         ("rounds", str(result["rounds"])),
         ("sent by clients", as_bytes(result["bytes_up_total"])),
         ("sent by the server", as_bytes(result["bytes_down_total"])),
-        ("in step 0", f"{as_bytes(result['setup_bytes_up'])} up, {as_bytes(result['setup_bytes_down'])} down"),
+        (
+            "in step 0",
+            f"{as_bytes(result['setup_bytes_up'])} up, {as_bytes(result['setup_bytes_down'])} down",
+        ),
         ("updates left out", str(result["failed_updates"])),
     ]
     return f"{table(('federated run', ''), facts)}\nmodel: {out / 'model'}\nreport: {out / 'report.html'}"
@@ -253,5 +298,7 @@ def _rounds(values: tuple[str, ...], num_rounds: int) -> set[int]:
         return set(range(1, num_rounds + 1))
     wrong = [v for v in values if not v.isdecimal() or not 1 <= int(v) <= num_rounds]
     if wrong:
-        raise DeltaflError(f"--save-client-updates: {', '.join(wrong)}; name rounds from 1 to {num_rounds}, or all")
+        raise DeltaflError(
+            f"--save-client-updates: {', '.join(wrong)}; name rounds from 1 to {num_rounds}, or all"
+        )
     return {int(v) for v in values}

@@ -5,10 +5,10 @@ from typing import Any
 
 import click
 
+from deltafl.checkpoints.readahead import reading_ahead
 from deltafl.cli.merge import merge_options, outside, read_recipe
 from deltafl.cli.options import ManyValues, progress_by_bytes, table
-from deltafl.preflight import plan_merge
-from deltafl.readahead import reading_ahead
+from deltafl.merge.plan import plan_merge
 
 
 @click.command(cls=ManyValues)
@@ -17,7 +17,9 @@ from deltafl.readahead import reading_ahead
 @click.option("--out", default=None, help="A folder for report.html, figure.png and inspect.json.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @click.option("--quiet", is_flag=True, help="No progress.")
-def inspect(recipe: str | None, out: str | None, overwrite: bool, quiet: bool, **options: Any) -> None:
+def inspect(
+    recipe: str | None, out: str | None, overwrite: bool, quiet: bool, **options: Any
+) -> None:
     """How much fine-tunes of one base differ, and which rule that suggests.
 
     \b
@@ -27,17 +29,22 @@ def inspect(recipe: str | None, out: str | None, overwrite: bool, quiet: bool, *
 
     plan = plan_merge(read_recipe(recipe, options).spec())
     if out is not None:
-        from deltafl.merge import refuse_inputs_as_output
+        from deltafl.merge.run import refuse_inputs_as_output
 
         refuse_inputs_as_output(plan, Path(out))
         check_output(out, overwrite=overwrite)
     total, size = plan.num_elements * len(plan.sources), plan.bytes_read / plan.passes
     with reading_ahead([f for layout in (plan.base, *plan.layouts.values()) for f in layout.files]):
-        from deltafl.inspection import inspect_models
-        from deltafl.opening import open_updates
+        from deltafl.merge.inputs import open_updates
+        from deltafl.merge.inspect import inspect_models
 
-        with progress_by_bytes("reading", size, quiet=quiet) as advance, open_updates(plan) as opened:
-            result = inspect_models(plan, opened, lambda count: advance(count * size / max(total, 1)))
+        with (
+            progress_by_bytes("reading", size, quiet=quiet) as advance,
+            open_updates(plan) as opened,
+        ):
+            result = inspect_models(
+                plan, opened, lambda count: advance(count * size / max(total, 1))
+            )
     click.echo(text(result))
     click.echo("\n".join(outside(plan)))
     if out is not None:
@@ -53,7 +60,11 @@ def text(result: dict[str, Any]) -> str:
         return "?" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
     facts = [
-        (t["model"], f"{t['norm']:.4g}", *(known(t[k]) for k in ("num_steps", "num_examples", "lr", "task")))
+        (
+            t["model"],
+            f"{t['norm']:.4g}",
+            *(known(t[k]) for k in ("num_steps", "num_examples", "lr", "task")),
+        )
         for t in result["training"]
     ]
     parts = [table(("model", "norm", "steps", "examples", "lr", "task"), facts)]
@@ -63,15 +74,17 @@ def text(result: dict[str, Any]) -> str:
             for name, row in zip(names, result[key]["matrix"], strict=True)
         ]
         parts.append(table((title, *names), rows))
-    said = [f"note: {note}" for note in result["notes"]] + [f"- {line}" for line in result["advice"]]
+    said = [f"note: {note}" for note in result["notes"]] + [
+        f"- {line}" for line in result["advice"]
+    ]
     return "\n\n".join([*parts, "\n".join(said)])
 
 
 def write(result: dict[str, Any], out: str, overwrite: bool) -> None:
     """report.html, figure.png, inspect.json, whole or not at all."""
     from deltafl.files import atomic_folder
-    from deltafl.record import write_json
     from deltafl.report import inspect_figure, inspect_page, render
+    from deltafl.training.record import write_json
 
     with atomic_folder(out, overwrite=overwrite) as folder:
         (folder / "report.html").write_text(render(inspect_page(result)))

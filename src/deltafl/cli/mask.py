@@ -30,11 +30,20 @@ MASK_FILE = "mask.safetensors"
 
 @click.command()
 @task_options
-@recipe_options(FederatedRecipe, HELP, skip=[f.name for f in fields(FederatedRecipe) if f.name not in SETTINGS])
-@click.option("--out", help="The folder to write: mask.safetensors, mask.json, figure.png and report.html.")
-@click.option("--describe", help="A saved mask to describe, instead of making one; --base tells q, k and v apart.")
+@recipe_options(
+    FederatedRecipe, HELP, skip=[f.name for f in fields(FederatedRecipe) if f.name not in SETTINGS]
+)
+@click.option(
+    "--out", help="The folder to write: mask.safetensors, mask.json, figure.png and report.html."
+)
+@click.option(
+    "--describe",
+    help="A saved mask to describe, instead of making one; --base tells q, k and v apart.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
-def mask(config: str | None, out: str | None, describe: str | None, overwrite: bool, **options: Any) -> None:
+def mask(
+    config: str | None, out: str | None, describe: str | None, overwrite: bool, **options: Any
+) -> None:
     """Make the mask that a federated run with these settings would make, or describe one.
 
     \b
@@ -45,11 +54,17 @@ def mask(config: str | None, out: str | None, describe: str | None, overwrite: b
     from deltafl.files import check_output
 
     if describe is not None:
-        given = [name for name, value in options.items() if value is not None and name not in ("model", "device")]
+        given = [
+            name
+            for name, value in options.items()
+            if value is not None and name not in ("model", "device")
+        ]
         if given or config is not None:
             names: list[str] = sorted([*given, *(["config"] if config else [])])
             wrong = ", ".join(f"--{name.replace('_', '-')}" for name in names)
-            raise DeltaflError(f"--describe makes no mask and takes --base, --device and --out only; leave {wrong} out")
+            raise DeltaflError(
+                f"--describe makes no mask and takes --base, --device and --out only; leave {wrong} out"
+            )
         if out is not None:
             check_output(out, overwrite=overwrite)
         made, result = None, described(describe, options["model"], options["device"])
@@ -81,9 +96,13 @@ EXTRA: dict[str, tuple[Any, Any]] = {
 
 def _check(recipe: FederatedRecipe) -> None:
     if recipe.mask_file is not None:
-        raise DeltaflError(f'mask_file "{recipe.mask_file}" is a finished mask; see it with --describe')
+        raise DeltaflError(
+            f'mask_file "{recipe.mask_file}" is a finished mask; see it with --describe'
+        )
     if recipe.sparsity_ratio == 0:
-        raise DeltaflError("sparsity_ratio 0 freezes nothing; give the share to freeze, as in --sparsity-ratio 0.9")
+        raise DeltaflError(
+            "sparsity_ratio 0 freezes nothing; give the share to freeze, as in --sparsity-ratio 0.9"
+        )
 
 
 def make(held: dict[str, Any], recipe: FederatedRecipe) -> tuple["Mask", dict[str, Any]]:
@@ -102,7 +121,9 @@ def make(held: dict[str, Any], recipe: FederatedRecipe) -> tuple["Mask", dict[st
     settings |= {name: getattr(recipe, name) for name in SETTINGS}
     if recipe.sharding != "dirichlet":
         del settings["dirichlet_form"]
-    told = {name: value for name, value in settings.items() if value is not None and value is not False}
+    told = {
+        name: value for name, value in settings.items() if value is not None and value is not False
+    }
     return made, _result(made, eligible(model), model_hash(model), told)
 
 
@@ -129,16 +150,20 @@ def described(path: str, base: str | None, device: str | None) -> dict[str, Any]
 def _device(name: str | None) -> str:
     import torch
 
-    from deltafl.tensors import device_named
+    from deltafl.algebra.tensors import device_named
 
     return str(device_named(name or ("cuda" if torch.cuda.is_available() else "cpu")))
 
 
-def _result(mask: "Mask", able: "Eligible | None", model: str | None, made: Mapping[str, Any]) -> dict[str, Any]:
+def _result(
+    mask: "Mask", able: "Eligible | None", model: str | None, made: Mapping[str, Any]
+) -> dict[str, Any]:
     from deltafl.sparse.eligible import Eligible
     from deltafl.sparse.masks import describe_mask
 
-    known = able or Eligible({name: tuple(kept.shape) for name, kept in mask.items()}, {}, {}, frozenset())
+    known = able or Eligible(
+        {name: tuple(kept.shape) for name, kept in mask.items()}, {}, {}, frozenset()
+    )
     rows = describe_mask(mask, known)
     return {
         "made": dict(made),
@@ -147,7 +172,10 @@ def _result(mask: "Mask", able: "Eligible | None", model: str | None, made: Mapp
         "eligible": sum(row.eligible for row in rows.values()),
         "kept": sum(row.kept for row in rows.values()),
         "excluded": dict(known.excluded),
-        "tensors": [{"name": n, "kept": r.kept, "eligible": r.eligible, "share": r.fraction} for n, r in rows.items()],
+        "tensors": [
+            {"name": n, "kept": r.kept, "eligible": r.eligible, "share": r.fraction}
+            for n, r in rows.items()
+        ],
     }
 
 
@@ -157,10 +185,18 @@ def text(result: Mapping[str, Any]) -> str:
     from deltafl.report.tables import show
 
     kept, eligible = result["kept"], result["eligible"]
-    of = "eligible coordinates" if result["model_hash"] else "coordinates (name --base to leave ineligible ones out)"
-    lines = [f"{kept:,} of {eligible:,} {of} kept, {kept / eligible:.2%}; {1 - kept / eligible:.2%} frozen"]
+    of = (
+        "eligible coordinates"
+        if result["model_hash"]
+        else "coordinates (name --base to leave ineligible ones out)"
+    )
+    lines = [
+        f"{kept:,} of {eligible:,} {of} kept, {kept / eligible:.2%}; {1 - kept / eligible:.2%} frozen"
+    ]
     if result["made"]:
-        made = ", ".join(f"{key} {value}" for key, value in result["made"].items() if value is not None)
+        made = ", ".join(
+            f"{key} {value}" for key, value in result["made"].items() if value is not None
+        )
         lines.append(fill(made, 100, break_long_words=False))
     reasons: dict[str, int] = {}
     for why in result["excluded"].values():
@@ -169,17 +205,19 @@ def text(result: Mapping[str, Any]) -> str:
         excluded = "; ".join(f"{count} tensors, {why}" for why, count in reasons.items())
         lines.append(f"excluded: {result['parameters'] - eligible:,} coordinates ({excluded})")
     shown = kinds_table(result)
-    rows = [[show(c, cell) for c, cell in zip(shown.columns, row, strict=True)] for row in shown.rows]
+    rows = [
+        [show(c, cell) for c, cell in zip(shown.columns, row, strict=True)] for row in shown.rows
+    ]
     return "\n".join([*lines, "", table([column.name for column in shown.columns], rows)])
 
 
 def write(made: "Mask | None", result: Mapping[str, Any], out: str, overwrite: bool) -> None:
     """mask.json, figure.png, report.html, and mask.safetensors where one was made; whole or not at all."""
     from deltafl.files import atomic_folder
-    from deltafl.record import write_json
     from deltafl.report import render
     from deltafl.report.mask import mask_figure, mask_page
     from deltafl.sparse.masks import save_mask
+    from deltafl.training.record import write_json
 
     with atomic_folder(out, overwrite=overwrite) as folder:
         if made is not None:

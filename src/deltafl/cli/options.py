@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from deltafl.rules import load_rules, parameters
+from deltafl.rules.rule import load_rules, parameters
 
 
 class ManyValues(click.Command):
@@ -19,7 +19,9 @@ class ManyValues(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Write `--models A B` as `--models A --models B`, then parse as usual."""
-        many = {o for p in self.params if isinstance(p, click.Option) and p.multiple for o in p.opts}
+        many = {
+            o for p in self.params if isinstance(p, click.Option) and p.multiple for o in p.opts
+        }
         spread: list[str] = []
         current = None
         for arg in args:
@@ -67,7 +69,13 @@ def _rule_option(key: str, users: Sequence[tuple[str, Any, Any]]) -> Callable[..
     told = []
     for name, _, default in users:
         required = default is dataclasses.MISSING and key != "inner"
-        shown = "required" if required else "" if default is dataclasses.MISSING else f"default {default}"
+        shown = (
+            "required"
+            if required
+            else ""
+            if default is dataclasses.MISSING
+            else f"default {default}"
+        )
         told.append(f"{name} ({shown})" if shown else name)
     hint = users[0][1]
     return click.option(
@@ -90,13 +98,22 @@ def _click_type(hint: Any) -> Any:
 
 
 @contextmanager
-def progress_by_bytes(label: str, total: float, *, quiet: bool) -> Iterator[Callable[[float], None]]:
+def progress_by_bytes(
+    label: str, total: float, *, quiet: bool
+) -> Iterator[Callable[[float], None]]:
     """A bar with bytes, rate and remaining time on stderr; yields the function that advances it."""
     if quiet or not sys.stderr.isatty():
         yield lambda count: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
     columns = (
         TextColumn("{task.description}"),
@@ -105,7 +122,9 @@ def progress_by_bytes(label: str, total: float, *, quiet: bool) -> Iterator[Call
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False) as bar:
+    with Progress(
+        *columns, console=Console(stderr=True), transient=True, auto_refresh=False
+    ) as bar:
         task, draw = bar.add_task(label, total=total), _now_and_then(bar.refresh)
 
         def advance(count: float) -> None:
@@ -158,8 +177,17 @@ def progress_by_stage(*, quiet: bool) -> Iterator[Callable[[str, int, int], None
         TimeRemainingColumn,
     )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    look: dict[str, Any] = {"console": Console(stderr=True), "transient": True, "auto_refresh": False}
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    look: dict[str, Any] = {
+        "console": Console(stderr=True),
+        "transient": True,
+        "auto_refresh": False,
+    }
     with Progress(*columns, TimeRemainingColumn(), **look) as bar:
         stages: dict[str, Any] = {}
         draw = _now_and_then(bar.refresh)

@@ -19,15 +19,24 @@ def quickstart(out: str, seed: int, overwrite: bool, quiet: bool) -> None:
     from deltafl.files import atomic_folder, check_output
 
     check_output(out, overwrite=overwrite)
-    with progress_by_stage(quiet=quiet) as on_stage, atomic_folder(out, overwrite=overwrite) as folder:
+    with (
+        progress_by_stage(quiet=quiet) as on_stage,
+        atomic_folder(out, overwrite=overwrite) as folder,
+    ):
         result = run_quickstart(folder, seed=seed, on_stage=on_stage)
         command = f"deltafl quickstart --seed {seed}"
-        write_result(result | {"command": command}, folder, {"command": command, "seed": seed}, story=True)
+        write_result(
+            result | {"command": command}, folder, {"command": command, "seed": seed}, story=True
+        )
         for file in folder.rglob("*.json"):  # the records name the folder as it will be called
             file.write_text(file.read_text().replace(str(folder), str(Path(out).absolute())))
     if not quiet:
         click.echo(results(result))
         merged = Path(out) / "merged"
-        made = f"one model for all tasks: {merged}" if merged.exists() else "no merge beats the base on validation data"
+        made = (
+            f"one model for all tasks: {merged}"
+            if merged.exists()
+            else "no merge beats the base on validation data"
+        )
         click.echo(f"{result['seconds']:.0f} s; {made}")
         click.echo(f"the story with figures: {Path(out) / 'report.html'}")

@@ -5,7 +5,7 @@ import inspect
 
 import click
 
-from deltafl.rules import load_rules, parameters
+from deltafl.rules.rule import load_rules, parameters
 
 
 @click.command()
@@ -18,9 +18,15 @@ def rules(name: str | None) -> None:
         click.echo(click.style(key, bold=True))
         click.echo("  " + (inspect.getdoc(rule) or "").replace("\n", "\n  "))
         for parameter, (_, default) in parameters(rule).items():
-            shown = "required" if default is dataclasses.MISSING and parameter != "inner" else f"default {default}"
+            shown = (
+                "required"
+                if default is dataclasses.MISSING and parameter != "inner"
+                else f"default {default}"
+            )
             shown = "default task_arithmetic" if parameter == "inner" else shown
             click.echo(f"  --{parameter.replace('_', '-')}  {shown}")
         traits = dataclasses.asdict(next(iter(rule.examples())).traits)
-        click.echo(f"  native scale: {traits.pop('native_scale')}; {', '.join(k for k, v in traits.items() if v)}")
+        click.echo(
+            f"  native scale: {traits.pop('native_scale')}; {', '.join(k for k, v in traits.items() if v)}"
+        )
         click.echo(f"  file: aggregators/{rule.__module__.rsplit('.', 1)[-1]}.py\n")

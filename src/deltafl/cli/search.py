@@ -12,19 +12,43 @@ from deltafl.cli.options import progress_by_count, table
 @click.argument("recipe")
 @click.option("--out", help="The folder for the merged model, every row, tables and report.html.")
 @click.option("--overwrite", is_flag=True, default=None, help="Replace an existing output.")
-@click.option("--data-dir", help="The folder that holds tasks by name; without it they come from the hub.")
-@click.option("--templates", help="Prompts for the zero-shot heads: a file, one on each line, {} for the class.")
-@click.option("--grid", type=click.Choice(["default", "paper"]), help="Convention of the coefficients (see docs).")
-@click.option("--metric", type=click.Choice(["normalized", "absolute"]), help="Default: normalized.")
+@click.option(
+    "--data-dir", help="The folder that holds tasks by name; without it they come from the hub."
+)
+@click.option(
+    "--templates",
+    help="Prompts for the zero-shot heads: a file, one on each line, {} for the class.",
+)
+@click.option(
+    "--grid",
+    type=click.Choice(["default", "paper"]),
+    help="Convention of the coefficients (see docs).",
+)
+@click.option(
+    "--metric", type=click.Choice(["normalized", "absolute"]), help="Default: normalized."
+)
 @click.option("--strategy", help="exhaustive (default) or racing: drop early what cannot win.")
-@click.option("--confidence", type=float, help="With which racing keeps the best candidate. Default: 0.95.")
-@click.option("--each-method", is_flag=True, default=None, help="Race within each method: the best of each is exact.")
+@click.option(
+    "--confidence", type=float, help="With which racing keeps the best candidate. Default: 0.95."
+)
+@click.option(
+    "--each-method",
+    is_flag=True,
+    default=None,
+    help="Race within each method: the best of each is exact.",
+)
 @click.option("--device", help="cpu (default) or cuda.")
 @click.option("--threads", type=int, help="Default: one for each core.")
-@click.option("--memory", help="Hold checkpoints up to this size rather than read them again. Default: 8GB.")
+@click.option(
+    "--memory", help="Hold checkpoints up to this size rather than read them again. Default: 8GB."
+)
 @click.option("--batch-size", type=int, help="Images in one evaluation step. Default: 256.")
 @click.option("--scope", help="Merge only tensors below this name.")
-@click.option("--seed", type=int, help="Of the validation splits. Default: the one that each model was trained with.")
+@click.option(
+    "--seed",
+    type=int,
+    help="Of the validation splits. Default: the one that each model was trained with.",
+)
 @click.option("--quiet", is_flag=True, help="No progress, no table.")
 def search(recipe: str, quiet: bool, **options: Any) -> None:
     """Choose method and coefficients on validation data, test once, write the merged model.
@@ -32,16 +56,20 @@ def search(recipe: str, quiet: bool, **options: Any) -> None:
     \b
     deltafl search RECIPE.yaml --out DIR
     """
-    from deltafl.config import load_yaml, parse
-    from deltafl.config_search import SearchRecipe
     from deltafl.experiments.one_shot import run_search
     from deltafl.files import atomic_folder, check_output
-    from deltafl.merge import refuse_inputs_as_output
-    from deltafl.preflight import plan_merge
+    from deltafl.merge.plan import plan_merge
+    from deltafl.merge.recipe import load_yaml, parse
+    from deltafl.merge.run import refuse_inputs_as_output
+    from deltafl.merge.search_recipe import SearchRecipe
 
-    held = parse(SearchRecipe, load_yaml(recipe) | {k: v for k, v in options.items() if v is not None})
+    held = parse(
+        SearchRecipe, load_yaml(recipe) | {k: v for k, v in options.items() if v is not None}
+    )
     spec = held.spec()
-    published = {"reference": {name: round(value / 100, 6) for name, value in held.reference.items()}}
+    published = {
+        "reference": {name: round(value / 100, 6) for name, value in held.reference.items()}
+    }
     if held.out is not None:
         refuse_inputs_as_output(plan_merge(spec.merge), Path(held.out))
         check_output(held.out, overwrite=held.overwrite)
@@ -51,7 +79,9 @@ def search(recipe: str, quiet: bool, **options: Any) -> None:
         else:
             with atomic_folder(held.out, overwrite=held.overwrite) as folder:
                 scores = folder / "scores.safetensors"
-                result = run_search(spec, folder / "merged", scores=scores, on_row=lambda row, total: advance(total))
+                result = run_search(
+                    spec, folder / "merged", scores=scores, on_row=lambda row, total: advance(total)
+                )
                 result |= published | {"command": f"deltafl search {recipe}"}
                 write_result(result, folder, held.model_dump())
     if not quiet:
@@ -65,11 +95,13 @@ def search(recipe: str, quiet: bool, **options: Any) -> None:
             click.echo(f"report: {Path(held.out) / 'report.html'}")
 
 
-def write_result(result: dict[str, Any], folder: Path, config: dict[str, Any], *, story: bool = False) -> None:
+def write_result(
+    result: dict[str, Any], folder: Path, config: dict[str, Any], *, story: bool = False
+) -> None:
     """config.yaml, record.jsonl (one row for each candidate), result.json, table.md/.csv/.tex and report.html."""
-    from deltafl.record import RunRecord, write_json
     from deltafl.report import quickstart_page, render, search_page, to_csv, to_latex, to_markdown
     from deltafl.report.parts import results_table
+    from deltafl.training.record import RunRecord, write_json
 
     record = RunRecord.create(folder, config)
     for row in result["candidates"]:

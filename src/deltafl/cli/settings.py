@@ -20,12 +20,18 @@ def recipe_options(
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         for field in reversed([f for f in fields(recipe) if f.name not in skip]):
-            kind = next(k for k in (get_args(hints[field.name]) or (hints[field.name],)) if k is not type(None))
+            kind = next(
+                k
+                for k in (get_args(hints[field.name]) or (hints[field.name],))
+                if k is not type(None)
+            )
             text = help_texts[field.name]
             if field.default not in (None, False, MISSING):
                 text += f" Default: {field.default}."
             flag = f"--{field.name.replace('_', '-')}"
-            command = click.option(flag, field.name, type=kind, is_flag=kind is bool, default=None, help=text)(command)
+            command = click.option(
+                flag, field.name, type=kind, is_flag=kind is bool, default=None, help=text
+            )(command)
         return command
 
     return decorate
@@ -47,7 +53,7 @@ def read_settings(
     """
     from pydantic import create_model
 
-    from deltafl.config import Strict, load_yaml, parse
+    from deltafl.merge.recipe import Strict, load_yaml, parse
 
     hints = get_type_hints(recipe)
     known: dict[str, Any] = {

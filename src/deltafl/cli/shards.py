@@ -11,21 +11,44 @@ from deltafl.cli.options import table
 from deltafl.errors import DeltaflError, shorten
 
 if TYPE_CHECKING:
-    from deltafl.sharding import Sharding
+    from deltafl.federated.sharding import Sharding
 
 
 @click.command()
 @click.argument("task")
-@click.option("--data-dir", help="The folder that holds tasks by name; without it they come from the hub.")
-@click.option("--num-clients", type=int, default=100, show_default=True, help="Clients to divide the samples among.")
+@click.option(
+    "--data-dir", help="The folder that holds tasks by name; without it they come from the hub."
+)
+@click.option(
+    "--num-clients",
+    type=int,
+    default=100,
+    show_default=True,
+    help="Clients to divide the samples among.",
+)
 @click.option("--sharding", default="iid", show_default=True, help="iid, non_iid or dirichlet.")
 @click.option("--nc", type=int, help="For non_iid: classes per client.")
-@click.option("--allow-missing-classes", is_flag=True, default=None, help="For non_iid: leave classes out if need be.")
+@click.option(
+    "--allow-missing-classes",
+    is_flag=True,
+    default=None,
+    help="For non_iid: leave classes out if need be.",
+)
 @click.option("--alpha", type=float, help="For dirichlet: small is uneven, large is even.")
 @click.option("--form", help="For dirichlet: hsu (default, equal sizes) or label (sizes differ).")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the validation split and of the shards.")
-@click.option("--image-size", type=int, default=8, show_default=True, help="Shards do not depend on it.")
-@click.option("--channels", type=int, default=3, show_default=True, help="Shards do not depend on it.")
+@click.option(
+    "--seed",
+    type=int,
+    default=0,
+    show_default=True,
+    help="Of the validation split and of the shards.",
+)
+@click.option(
+    "--image-size", type=int, default=8, show_default=True, help="Shards do not depend on it."
+)
+@click.option(
+    "--channels", type=int, default=3, show_default=True, help="Shards do not depend on it."
+)
 @click.option("--out", help="A folder for report.html, figure.png and shards.json.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 def shards(
@@ -45,11 +68,13 @@ def shards(
     \b
     deltafl shards digits --num-clients 10 --sharding non_iid --nc 2 --out DIR
     """
-    chosen = _sharding(sharding, {key: value for key, value in options.items() if value is not None})
-    from deltafl.datasets import load_task
+    chosen = _sharding(
+        sharding, {key: value for key, value in options.items() if value is not None}
+    )
+    from deltafl.federated.sharding import describe, shard
     from deltafl.files import check_output
-    from deltafl.sharding import describe, shard
-    from deltafl.training import keyed_generator
+    from deltafl.tasks import load_task
+    from deltafl.training.step import keyed_generator
 
     if out is not None:
         check_output(out, overwrite=overwrite)
@@ -83,12 +108,14 @@ def _sharding(name: str, given: dict[str, Any]) -> "Sharding":
     Raises:
         DeltaflError: one line for each parameter that it does not take, or needs.
     """
-    from deltafl.sharding import SHARDINGS
+    from deltafl.federated.sharding import SHARDINGS
 
     kind: Any = SHARDINGS[name]
     known = {f.name: f for f in fields(kind)}
     problems = [
-        f"--{key.replace('_', '-')} is not for --sharding {name}; leave it out" for key in given if key not in known
+        f"--{key.replace('_', '-')} is not for --sharding {name}; leave it out"
+        for key in given
+        if key not in known
     ]
     lacking = [key for key, f in known.items() if key not in given and f.default is MISSING]
     problems += [f"--sharding {name} needs --{key.replace('_', '-')}; give it" for key in lacking]
@@ -113,13 +140,20 @@ def text(result: dict[str, Any]) -> str:
     ]
     if missing := [name for name, count in zip(names, result["left_out"], strict=True) if count]:
         lines.append(f"left out: {sum(result['left_out'])} samples of {shorten(missing)}")
-    shown = range(len(sizes)) if len(sizes) <= 20 else [*range(5), *range(len(sizes) - 5, len(sizes))]
-    held = {k: shorten([name for name, n in zip(names, result["counts"][k], strict=True) if n], 4) for k in shown}
+    shown = (
+        range(len(sizes)) if len(sizes) <= 20 else [*range(5), *range(len(sizes) - 5, len(sizes))]
+    )
+    held = {
+        k: shorten([name for name, n in zip(names, result["counts"][k], strict=True) if n], 4)
+        for k in shown
+    }
     width = max(map(len, held.values()))
     rows = [[str(k), str(sizes[k]), str(classes[k]), held[k].ljust(width)] for k in shown]
     if len(sizes) > len(shown):
         rows.insert(5, ["...", "", "", ""])
-    return "\n".join([*lines, "", table(["client", "samples", "classes", "held".ljust(width)], rows)])
+    return "\n".join(
+        [*lines, "", table(["client", "samples", "classes", "held".ljust(width)], rows)]
+    )
 
 
 def write(result: dict[str, Any], out: str, overwrite: bool) -> None:
@@ -131,4 +165,6 @@ def write(result: dict[str, Any], out: str, overwrite: bool) -> None:
     with atomic_folder(out, overwrite=overwrite) as folder:
         (folder / "report.html").write_text(render(shards_page(result)), encoding="utf-8")
         (folder / "figure.png").write_bytes(shards_figure(result, "png"))
-        (folder / "shards.json").write_text(json.dumps(result, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / "shards.json").write_text(
+            json.dumps(result, ensure_ascii=False) + "\n", encoding="utf-8"
+        )

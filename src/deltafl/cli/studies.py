@@ -29,7 +29,16 @@ HELP = {
 }
 
 TRAINED = frozenset(
-    ("batch_size", "weight_decay", "grad_clip", "label_smoothing", "head", "few_shot", "templates", "mixed_precision")
+    (
+        "batch_size",
+        "weight_decay",
+        "grad_clip",
+        "label_smoothing",
+        "head",
+        "few_shot",
+        "templates",
+        "mixed_precision",
+    )
 ) | {"seed"}
 """Options of federated runs that fine-tunes take too, where they are given."""
 
@@ -39,7 +48,9 @@ def study_options(command: Any) -> Any:
     for name, kind, several in reversed(_kinds()):
         flag = f"--{name.replace('_', '-')}"
         text = f"One-shot studies: {HELP[name][0].lower()}{HELP[name][1:]}"
-        command = click.option(flag, name, type=kind, multiple=several, default=None, help=text)(command)
+        command = click.option(flag, name, type=kind, multiple=several, default=None, help=text)(
+            command
+        )
     return command
 
 
@@ -60,7 +71,9 @@ def study_defaults(*, quick: bool, bundled: bool) -> dict[str, Any]:
 
 def study_of(held: Mapping[str, Any]) -> StudyOptions:
     """The options among the settings."""
-    given: dict[str, Any] = {name: tuple(held[name]) if several else held[name] for name, _, several in _kinds()}
+    given: dict[str, Any] = {
+        name: tuple(held[name]) if several else held[name] for name, _, several in _kinds()
+    }
     return StudyOptions(**given)
 
 
@@ -76,7 +89,12 @@ def _kinds() -> list[tuple[str, Any, bool]]:
 
 
 def make_study(
-    names: Sequence[str], held: Mapping[str, Any], explicit: Mapping[str, Any], num_runs: int, *, bundled: bool
+    names: Sequence[str],
+    held: Mapping[str, Any],
+    explicit: Mapping[str, Any],
+    num_runs: int,
+    *,
+    bundled: bool,
 ) -> Any:
     """The Study of the settings `held`; `explicit`: those that were given, by option or file.
 
@@ -86,13 +104,15 @@ def make_study(
     import torch
 
     from deltafl.experiments.studies.study import Study
-    from deltafl.finetuning import FinetuneRecipe
-    from deltafl.search import check_strategy
+    from deltafl.merge.search import check_strategy
+    from deltafl.training import FinetuneRecipe
 
     options = study_of(held)
     base = Path(held["out"]) / "base"
     small = {"batch_size": 32, "head": str(base / HEAD_FILE)} if bundled else {}
-    recipe = FinetuneRecipe(**{"steps": 0, **small, **{k: v for k, v in explicit.items() if k in TRAINED}})
+    recipe = FinetuneRecipe(
+        **{"steps": 0, **small, **{k: v for k, v in explicit.items() if k in TRAINED}}
+    )
     if problems := [*options.problems(names), *recipe.problems()]:
         raise DeltaflError(*problems)
     check_strategy(options.search_strategy, 0.95)
@@ -121,13 +141,18 @@ def make_study(
 
 def check_data(study: Any, names: Sequence[str], image_size: int, channels: int) -> None:
     """Raise DeltaflError with what is wrong with any data set of the studies, before anything is written."""
-    from deltafl.datasets import load_task
+    from deltafl.tasks import load_task
 
     specs = [*study.tasks]
     specs += [study.control] if "negation" in names else []
     specs += [study.split] if "data-heterogeneity" in names else []
     specs += study.domains if "analogy" in names else []
-    look = {"image_size": image_size, "channels": channels, "seed": study.recipe.seed, "limit": study.limit}
+    look = {
+        "image_size": image_size,
+        "channels": channels,
+        "seed": study.recipe.seed,
+        "limit": study.limit,
+    }
     found, problems = {}, []
     for spec in dict.fromkeys(specs):
         try:
@@ -137,26 +162,42 @@ def check_data(study: Any, names: Sequence[str], image_size: int, channels: int)
     by_name: dict[str, list[str]] = {}
     for spec in (s for s in study.tasks if s in found):
         by_name.setdefault(found[spec].name, []).append(spec)
-    problems += [f'--tasks: {", ".join(same)} are all called "{n}"' for n, same in by_name.items() if len(same) > 1]
+    problems += [
+        f'--tasks: {", ".join(same)} are all called "{n}"'
+        for n, same in by_name.items()
+        if len(same) > 1
+    ]
     domains = [found[spec] for spec in study.domains if "analogy" in names and spec in found]
     if len({task.class_names for task in domains}) > 1:
-        problems.append(f"analogy: {' and '.join(study.domains)} have other classes; give --domains with the same ones")
+        problems.append(
+            f"analogy: {' and '.join(study.domains)} have other classes; give --domains with the same ones"
+        )
     if problems:
         raise DeltaflError(*problems)
 
 
 def run_studies(
-    names: Sequence[str], study: Any, jobs: int | None, out: Path, show: Callable[[str, int, int], None]
+    names: Sequence[str],
+    study: Any,
+    jobs: int | None,
+    out: Path,
+    show: Callable[[str, int, int], None],
 ) -> dict[str, Any]:
     """Name -> result, in order; each is written as soon as it is there."""
     from deltafl.experiments.studies.merging import Work
     from deltafl.experiments.studies.suites import STUDIES
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     at_once = jobs or (cores if study.device == "cpu" else 1)
     found = {}
     for name in names:
-        work = Work(study, at_once, lambda stage, done, total, name=name: show(f"{name}: {stage}", done, total))
+        work = Work(
+            study,
+            at_once,
+            lambda stage, done, total, name=name: show(f"{name}: {stage}", done, total),
+        )
         found[name] = STUDIES[name](study, work)
         write_study(name, found[name], out)
     return found

@@ -6,7 +6,14 @@ from typing import Any
 
 import click
 
-from deltafl.cli.federate import EXTRA, HELP, federate_settings, recipe_of, task_options, workers_option
+from deltafl.cli.federate import (
+    EXTRA,
+    HELP,
+    federate_settings,
+    recipe_of,
+    task_options,
+    workers_option,
+)
 from deltafl.cli.options import ManyValues, progress_by_stage, rule_options, write_table
 from deltafl.cli.settings import recipe_options
 from deltafl.cli.studies import (
@@ -37,13 +44,26 @@ QUICK: dict[str, Any] = {
 BUNDLED = "digits:mirrored"
 """The task without --data: images on which the bundled base model, with its own head, is poor at first."""
 
-FULL: dict[str, Any] = {"num_clients": 100, "participation_rate": 0.1, "num_rounds": 500, "eval_every": 10}
+FULL: dict[str, Any] = {
+    "num_clients": 100,
+    "participation_rate": 0.1,
+    "num_rounds": 500,
+    "eval_every": 10,
+}
 """Of `--full`, under what is given."""
 
 VALUES = {
-    "nc_values": ("--nc-values", int, "Classes per client: heterogeneity; the second value is used by the others."),
+    "nc_values": (
+        "--nc-values",
+        int,
+        "Classes per client: heterogeneity; the second value is used by the others.",
+    ),
     "j_values": ("--j-values", int, "Local steps: local-steps."),
-    "sparsity_ratios": ("--sparsity-ratio", float, "Shares of frozen coordinates; the middle one is used by others."),
+    "sparsity_ratios": (
+        "--sparsity-ratio",
+        float,
+        "Shares of frozen coordinates; the middle one is used by others.",
+    ),
     "calibration_values": ("--calibration-values", int, "Rounds of scoring: calibration-rounds."),
 }
 
@@ -52,7 +72,9 @@ def value_options(command: Any) -> Any:
     """Decorator: the lists of values that suites go through."""
     for name, (flag, kind, text) in reversed(VALUES.items()):
         default = " ".join(str(v) for v in getattr(SuiteOptions, name))
-        command = click.option(flag, name, type=kind, multiple=True, help=f"{text} Default: {default}.")(command)
+        command = click.option(
+            flag, name, type=kind, multiple=True, help=f"{text} Default: {default}."
+        )(command)
     return command
 
 
@@ -67,8 +89,18 @@ def value_options(command: Any) -> Any:
 @workers_option
 @click.option("--quick", is_flag=True, help="Small settings: minutes on 2 cores.")
 @click.option("--full", is_flag=True, help="The settings of the assignment: hours on a GPU.")
-@click.option("--num-runs", type=click.IntRange(min=1), default=1, show_default=True, help="Seeds of every row.")
-@click.option("--tensorboard", is_flag=True, help="Write OUT/metrics for TensorBoard too, a folder for each run.")
+@click.option(
+    "--num-runs",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Seeds of every row.",
+)
+@click.option(
+    "--tensorboard",
+    is_flag=True,
+    help="Write OUT/metrics for TensorBoard too, a folder for each run.",
+)
 @click.option("--resume", is_flag=True, help="Continue a suite: finished runs are kept.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @click.option("--quiet", is_flag=True, help="No progress, no tables.")
@@ -101,7 +133,7 @@ def suite(
     if quick and full:
         raise DeltaflError("--quick and --full are two sizes; give one of them")
     chosen = names_of(names, (*SUITES, *STUDY_NAMES))
-    from deltafl.config import load_yaml
+    from deltafl.merge.recipe import load_yaml
 
     options = {k: v for k, v in options.items() if v not in (None, ())}
     explicit = (load_yaml(config) if config else {}) | options
@@ -117,7 +149,9 @@ def suite(
     held = federate_settings(config, lists, defaults, extra)
     given = {"nc_values": nc_values, "j_values": j_values, "sparsity_ratios": sparsity_ratios}
     given |= {"calibration_values": calibration_values}
-    small: dict[str, Any] = {"nc_values": (2, 5), "calibration_values": (1, 2, 4)} if bundled else {}
+    small: dict[str, Any] = (
+        {"nc_values": (2, 5), "calibration_values": (1, 2, 4)} if bundled else {}
+    )
     small |= {"j_values": (4, 8, 12)} if quick else {}
     values = SuiteOptions(**(small | {k: v for k, v in given.items() if v}))
     lacking = study_of(held).lacking() if "all" in names else {}
@@ -159,24 +193,31 @@ def run_suites(
     out = Path(held["out"])
     bundled = not held["model"]
     if bundled:
-        held = held | {"model": str(out / "base"), "head": held["head"] or str(out / "base" / HEAD_FILE)}
+        held = held | {
+            "model": str(out / "base"),
+            "head": held["head"] or str(out / "base" / HEAD_FILE),
+        }
     cells = check_suites(names, recipe_of(held), values or SuiteOptions()) if names else {}
     from deltafl.cli.federate import load_encoder_of, load_task_of
     from deltafl.experiments.quickstart import IMAGE_SIZE
     from deltafl.experiments.studies.study import save_base
     from deltafl.experiments.suite_runs import Bench, preflight, run_suite
     from deltafl.files import check_output
-    from deltafl.tensorboard import METRICS, check_installed
+    from deltafl.training.tensorboard import METRICS, check_installed
 
     if tensorboard:
         check_installed()
     if not resume:
         check_output(out, overwrite=overwrite)
     encoder = None if bundled else load_encoder_of(held)
-    size, channels = (IMAGE_SIZE, 1) if encoder is None else (encoder.input.image_size, encoder.input.channels)
+    size, channels = (
+        (IMAGE_SIZE, 1) if encoder is None else (encoder.input.image_size, encoder.input.channels)
+    )
     if names:
         preflight(
-            cells, _bundled_task(held) if encoder is None else load_task_of(held, encoder, held["seed"]), held["device"]
+            cells,
+            _bundled_task(held) if encoder is None else load_task_of(held, encoder, held["seed"]),
+            held["device"],
         )
     if study is not None:
         check_data(study, studies, size, channels)
@@ -202,10 +243,17 @@ def run_suites(
         suites = {name: run_suite(name, cells[name], bench, show) for name in names}
         found = run_studies(studies, study, held["jobs"], out, show) if study is not None else {}
     if names and not any(s["runs"] for summaries in suites.values() for s in summaries):
-        raise DeltaflError(*dict.fromkeys(s["failed"] for summaries in suites.values() for s in summaries))
+        raise DeltaflError(
+            *dict.fromkeys(s["failed"] for summaries in suites.values() for s in summaries)
+        )
     model = "A small ViT, pre-trained on digits," if bundled else held["model"]
-    data = ", ".join(dict.fromkeys([held["data"]] * bool(names) + list(study.tasks if study is not None else [])))
-    write_suites({"model": model, "task": data, "num_runs": num_runs, "suites": suites, "studies": found}, out)
+    data = ", ".join(
+        dict.fromkeys([held["data"]] * bool(names) + list(study.tasks if study is not None else []))
+    )
+    write_suites(
+        {"model": model, "task": data, "num_runs": num_runs, "suites": suites, "studies": found},
+        out,
+    )
     if not quiet:
         _show(suites, found)
         click.echo(f"report: {out / 'report.html'}")
@@ -214,9 +262,9 @@ def run_suites(
 def write_suites(result: dict[str, Any], out: Path) -> None:
     """suite.json, report.html, and SUITE/table.md, .csv, .tex and figures of the federated suites."""
     from deltafl.files import write_atomically
-    from deltafl.record import write_json
     from deltafl.report import render
     from deltafl.report.suites import best, suite_figure, suite_table, suites_page
+    from deltafl.training.record import write_json
 
     for name, summaries in result["suites"].items():
         table = suite_table(name, summaries)
@@ -235,17 +283,21 @@ def _show(suites: Mapping[str, Any], studies: Mapping[str, Any]) -> None:
     from deltafl.report.suites import suite_table
 
     tables = [suite_table(name, summaries) for name, summaries in suites.items()]
-    tables += [table for name, result in studies.items() for table in study_tables(name, result).values()]
+    tables += [
+        table for name, result in studies.items() for table in study_tables(name, result).values()
+    ]
     for table in tables:
         click.echo(to_markdown(table))
 
 
 def _bundled_task(held: dict[str, Any]) -> Any:
     """The task in the size of the base model that is not there yet."""
-    from deltafl.datasets import load_task
     from deltafl.experiments.quickstart import IMAGE_SIZE
+    from deltafl.tasks import load_task
 
-    return load_task(held["data"], image_size=IMAGE_SIZE, channels=1, seed=held["seed"], limit=held["limit"])
+    return load_task(
+        held["data"], image_size=IMAGE_SIZE, channels=1, seed=held["seed"], limit=held["limit"]
+    )
 
 
 def _pretrain(base: Path, seed: int, show: Any) -> None:

@@ -20,45 +20,70 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.option(
-    "--base", "--model", "base", help="Folder, hub id, module:attr, or vit:hidden=..,layers=.. for a new one."
+    "--base",
+    "--model",
+    "base",
+    help="Folder, hub id, module:attr, or vit:hidden=..,layers=.. for a new one.",
 )
-@click.option("--data", help="The task: digits, a folder, a name (cifar100), hub:owner/name, module:attr.")
-@click.option("--data-dir", help="The folder that holds tasks by name; without it they come from the hub.")
+@click.option(
+    "--data", help="The task: digits, a folder, a name (cifar100), hub:owner/name, module:attr."
+)
+@click.option(
+    "--data-dir", help="The folder that holds tasks by name; without it they come from the hub."
+)
 @click.option("--out", help="The folder to write.")
 @click.option("--lr", type=float, help="Peak learning rate. Default: 1e-5.")
-@click.option("--steps", type=int, help="Optimiser steps; or give --epochs. 0 writes the base with a head.")
+@click.option(
+    "--steps", type=int, help="Optimiser steps; or give --epochs. 0 writes the base with a head."
+)
 @click.option("--epochs", type=float, help="Passes over the training data.")
 @click.option("--batch-size", type=int, help="Default: 128, over all processes together.")
 @click.option("--weight-decay", type=float, help="Default: 0.1.")
-@click.option("--warmup", type=int, help="Steps of warm-up. Default: 10 % of the steps, at most 500.")
+@click.option(
+    "--warmup", type=int, help="Steps of warm-up. Default: 10 % of the steps, at most 500."
+)
 @click.option("--schedule", help="cosine (default), constant, linear or step.")
 @click.option("--optimizer", help="adamw (default) or sgd.")
 @click.option("--momentum", type=float, help="For sgd. Default: 0.")
 @click.option("--grad-clip", type=float, help="Largest gradient norm. Default: 1.")
 @click.option("--label-smoothing", type=float, help="Default: 0.")
-@click.option("--head", help="ridge (default, closed form), linear (random), zero-shot (CLIP) or a head.safetensors.")
+@click.option(
+    "--head",
+    help="ridge (default, closed form), linear (random), zero-shot (CLIP) or a head.safetensors.",
+)
 @click.option("--few-shot", type=int, help="Fit the ridge head on so many examples per class only.")
-@click.option("--templates", help="Prompts for the zero-shot head: a file, one on each line, {} for the class.")
-@click.option("--train-head", is_flag=True, default=None, help="Train the head too. Default: it is frozen.")
+@click.option(
+    "--templates",
+    help="Prompts for the zero-shot head: a file, one on each line, {} for the class.",
+)
+@click.option(
+    "--train-head", is_flag=True, default=None, help="Train the head too. Default: it is frozen."
+)
 @click.option("--mixed-precision", help="no (default) or bf16.")
-@click.option("--seed", type=int, help="Of batches, random heads and the validation split. Default: 0.")
+@click.option(
+    "--seed", type=int, help="Of batches, random heads and the validation split. Default: 0."
+)
 @click.option("--device", help="cpu, cuda, cuda:1. Default: the GPU where there is one.")
 @click.option("--save-every", type=int, help="Steps between saved states. Default: 500.")
-@click.option("--config", help="A YAML file with the same names (batch_size: 64); options go before it.")
+@click.option(
+    "--config", help="A YAML file with the same names (batch_size: 64); options go before it."
+)
 @click.option("--resume", is_flag=True, help="Continue a run that was killed.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output, or an unfinished run.")
 @click.option("--quiet", is_flag=True, help="No progress, no summary.")
-def finetune(config: str | None, resume: bool, overwrite: bool, quiet: bool, **options: Any) -> None:
+def finetune(
+    config: str | None, resume: bool, overwrite: bool, quiet: bool, **options: Any
+) -> None:
     """Fine-tune a model on a task. On several devices: accelerate launch -m deltafl finetune ...
 
     \b
     deltafl finetune --base B --data digits --epochs 5 --lr 1e-4 --out DIR
     """
-    from deltafl.datasets import load_task
     from deltafl.files import check_output
-    from deltafl.finetuning import FinetuneRecipe
-    from deltafl.finetuning import finetune as run
     from deltafl.models import load_encoder
+    from deltafl.tasks import load_task
+    from deltafl.training import FinetuneRecipe
+    from deltafl.training import finetune as run
 
     held = _settings(config, options)
     recipe = FinetuneRecipe(**{f.name: held[f.name] for f in fields(FinetuneRecipe)})
@@ -68,7 +93,13 @@ def finetune(config: str | None, resume: bool, overwrite: bool, quiet: bool, **o
         check_output(held["out"], overwrite=overwrite)
     encoder = load_encoder(held["base"])
     size, channels = encoder.input.image_size, encoder.input.channels
-    task = load_task(held["data"], image_size=size, channels=channels, seed=recipe.seed, data_dir=held["data_dir"])
+    task = load_task(
+        held["data"],
+        image_size=size,
+        channels=channels,
+        seed=recipe.seed,
+        data_dir=held["data_dir"],
+    )
     quiet = quiet or int(os.environ.get("RANK", 0)) > 0
     with _progress_by_steps(task.name, quiet=quiet) as on_progress:
         done = run(
@@ -84,22 +115,44 @@ def finetune(config: str | None, resume: bool, overwrite: bool, quiet: bool, **o
         )
     if not quiet:
         accuracy, count = done.training["val_accuracy"], done.training["val_examples"]
-        click.echo(f"{done.out}: {done.training['num_steps']} steps, {accuracy:.2%} of {count} validation examples")
+        click.echo(
+            f"{done.out}: {done.training['num_steps']} steps, {accuracy:.2%} of {count} validation examples"
+        )
     leave_processes()
 
 
 @click.command(cls=ManyValues)
-@click.option("--models", multiple=True, required=True, help="Folders that finetune or merge wrote.")
+@click.option(
+    "--models", multiple=True, required=True, help="Folders that finetune or merge wrote."
+)
 @click.option("--data", required=True, help="The task, as finetune takes it.")
-@click.option("--data-dir", help="The folder that holds tasks by name; without it they come from the hub.")
+@click.option(
+    "--data-dir", help="The folder that holds tasks by name; without it they come from the hub."
+)
 @click.option("--split", type=click.Choice(["test", "val"]), default="test", show_default=True)
-@click.option("--head", help="A head.safetensors, or zero-shot (CLIP). Default: the one in each model's folder.")
-@click.option("--templates", help="Prompts for the zero-shot head: a file, one on each line, {} for the class.")
-@click.option("--seed", type=int, help="Of the validation split. Default: the one that the model was trained with.")
+@click.option(
+    "--head",
+    help="A head.safetensors, or zero-shot (CLIP). Default: the one in each model's folder.",
+)
+@click.option(
+    "--templates",
+    help="Prompts for the zero-shot head: a file, one on each line, {} for the class.",
+)
+@click.option(
+    "--seed",
+    type=int,
+    help="Of the validation split. Default: the one that the model was trained with.",
+)
 @click.option("--batch-size", type=click.IntRange(min=1), default=256, show_default=True)
-@click.option("--mixed-precision", type=click.Choice(["no", "bf16"]), default="no", show_default=True)
+@click.option(
+    "--mixed-precision", type=click.Choice(["no", "bf16"]), default="no", show_default=True
+)
 @click.option("--device", help="cpu, cuda, cuda:1. Default: the GPU where there is one.")
-@click.option("--json", "json_file", help="Write the accuracies, and for each example if it was right, to this file.")
+@click.option(
+    "--json",
+    "json_file",
+    help="Write the accuracies, and for each example if it was right, to this file.",
+)
 @click.option("--quiet", is_flag=True, help="Print nothing.")
 def evaluate(
     models: tuple[str, ...],
@@ -120,10 +173,10 @@ def evaluate(
     \b
     deltafl evaluate --models M1 M2 --data digits --split test
     """
-    from deltafl.datasets import load_task
     from deltafl.files import write_atomically
-    from deltafl.finetuning import evaluate as run
     from deltafl.models import load_encoder
+    from deltafl.tasks import load_task
+    from deltafl.training import evaluate as run
 
     rows = []
     for model in models:
@@ -142,7 +195,9 @@ def evaluate(
             mixed_precision=mixed_precision,
         )
         correct = found.correct.tolist()
-        rows.append({"model": model, "accuracy": found.accuracy, "n": len(correct), "correct": correct})
+        rows.append(
+            {"model": model, "accuracy": found.accuracy, "n": len(correct), "correct": correct}
+        )
     if json_file:
         content = {"data": data, "split": split, "results": rows}
         write_atomically(json_file, (json.dumps(content) + "\n").encode())
@@ -159,8 +214,8 @@ def _settings(config: str | None, options: dict[str, Any]) -> dict[str, Any]:
     """
     from pydantic import create_model
 
-    from deltafl.config import Strict, load_yaml, parse
-    from deltafl.finetuning import FinetuneRecipe
+    from deltafl.merge.recipe import Strict, load_yaml, parse
+    from deltafl.training import FinetuneRecipe
 
     hints = get_type_hints(FinetuneRecipe)
     recipe: dict[str, Any] = {f.name: (hints[f.name], f.default) for f in fields(FinetuneRecipe)}
@@ -188,7 +243,7 @@ def _settings(config: str | None, options: dict[str, Any]) -> dict[str, Any]:
 
 def _trained_seed(model: str) -> int:
     """The seed in a model's training.json, which chose its validation split; 0 without one."""
-    from deltafl.finetuning import TRAINING_JSON
+    from deltafl.training import TRAINING_JSON
 
     file = Path(model) / TRAINING_JSON
     try:
@@ -198,13 +253,21 @@ def _trained_seed(model: str) -> int:
 
 
 @contextmanager
-def _progress_by_steps(label: str, *, quiet: bool) -> Iterator[Callable[[int, int, "Tensor"], None]]:
+def _progress_by_steps(
+    label: str, *, quiet: bool
+) -> Iterator[Callable[[int, int, "Tensor"], None]]:
     """A bar with loss, steps per second and remaining time on stderr; yields what `finetune` calls after a step."""
     if quiet or not sys.stderr.isatty():
         yield lambda done, total, loss: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description}"),
@@ -221,7 +284,9 @@ def _progress_by_steps(label: str, *, quiet: bool) -> Iterator[Callable[[int, in
                 bar.reset(task, total=total, completed=done)
             bar.update(task, completed=done)
             if done % 10 == 0:  # reading the loss makes a GPU wait
-                bar.update(task, seen=f"{bar.tasks[0].speed or 0:.1f} steps/s, loss {loss.item():.3f}")
+                bar.update(
+                    task, seen=f"{bar.tasks[0].speed or 0:.1f} steps/s, loss {loss.item():.3f}"
+                )
 
         yield advance
 

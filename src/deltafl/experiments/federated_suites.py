@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from deltafl.errors import DeltaflError
 from deltafl.federated.recipe import FederatedRecipe
-from deltafl.rules import load_rules
+from deltafl.rules.rule import load_rules
 from deltafl.sparse.masks import MASK_STRATEGIES
 
 
@@ -19,7 +19,9 @@ class Cell:
     @property
     def name(self) -> str:
         """The labels in one line, numbers with what they are of."""
-        return ", ".join(v if isinstance(v, str) else f"{key} = {v}" for key, v in self.labels.items())
+        return ", ".join(
+            v if isinstance(v, str) else f"{key} = {v}" for key, v in self.labels.items()
+        )
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ def sparsity(base: FederatedRecipe, options: SuiteOptions) -> list[Cell]:
     """Dense training and masks of growing sparsity."""
     recipe = _classes(base, options.nc)
     cells = [
-        Cell({"sparsity": ratio}, replace(recipe, sparsity_ratio=ratio)) for ratio in sorted(options.sparsity_ratios)
+        Cell({"sparsity": ratio}, replace(recipe, sparsity_ratio=ratio))
+        for ratio in sorted(options.sparsity_ratios)
     ]
     return [Cell({"sparsity": 0.0}, replace(recipe, sparsity_ratio=0.0)), *cells]
 
@@ -92,7 +95,9 @@ def mask_strategies(base: FederatedRecipe, options: SuiteOptions) -> list[Cell]:
     """Which coordinates to train, at one sparsity, against training all."""
     recipe = _classes(base, options.nc)
     cells = [
-        Cell({"strategy": name}, replace(recipe, sparsity_ratio=options.sparsity, mask_strategy=name))
+        Cell(
+            {"strategy": name}, replace(recipe, sparsity_ratio=options.sparsity, mask_strategy=name)
+        )
         for name in MASK_STRATEGIES
     ]
     return [Cell({"strategy": "dense"}, replace(recipe, sparsity_ratio=0.0)), *cells]
@@ -103,7 +108,11 @@ def aggregators(base: FederatedRecipe, options: SuiteOptions) -> list[Cell]:
 
     cclip clips at the median norm; fedgma's rho is 0.6, dare drops half.
     """
-    needed = {"cclip": {"rho": 0.5, "unit": "quantile"}, "fedgma": {"rho": 0.6}, "dare": {"drop_rate": 0.5}}
+    needed = {
+        "cclip": {"rho": 0.5, "unit": "quantile"},
+        "fedgma": {"rho": 0.6},
+        "dare": {"drop_rate": 0.5},
+    }
     return [
         Cell(
             {"rule": rule, "sharding": label, "local steps": steps},
@@ -114,7 +123,10 @@ def aggregators(base: FederatedRecipe, options: SuiteOptions) -> list[Cell]:
                 local_steps_spread=spread,
             ),
         )
-        for label, recipe in (("IID", _iid(base)), (f"Nc = {options.nc}", _classes(base, options.nc)))
+        for label, recipe in (
+            ("IID", _iid(base)),
+            (f"Nc = {options.nc}", _classes(base, options.nc)),
+        )
         for steps, spread in (("equal", 1.0), ("unequal", options.steps_spread))
         for rule in load_rules()
     ]
@@ -130,7 +142,9 @@ SUITES: Mapping[str, Callable[[FederatedRecipe, SuiteOptions], Sequence[Cell]]] 
 }
 
 
-def check_suites(names: Sequence[str], base: FederatedRecipe, options: SuiteOptions) -> dict[str, list[Cell]]:
+def check_suites(
+    names: Sequence[str], base: FederatedRecipe, options: SuiteOptions
+) -> dict[str, list[Cell]]:
     """The cells of each suite.
 
     Raises:
@@ -142,7 +156,8 @@ def check_suites(names: Sequence[str], base: FederatedRecipe, options: SuiteOpti
         f"{name}, {cell.name}: {problem}"
         for name in names
         for cell in cells[name]
-        for problem in cell.recipe.problems() or ([] if name == "aggregators" else _refusals(cell.recipe))
+        for problem in cell.recipe.problems()
+        or ([] if name == "aggregators" else _refusals(cell.recipe))
     ]
     if problems:
         raise DeltaflError(*dict.fromkeys(problems))

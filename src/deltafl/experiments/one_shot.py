@@ -11,18 +11,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from deltafl.aggregation import as_weights
-from deltafl.datasets import Task, load_task
+from deltafl.algebra.aggregate import as_weights
 from deltafl.errors import DeltaflError
-from deltafl.finetuning.evaluation import zero_shot_for
-from deltafl.merge import run_merge
-from deltafl.models import LoadedEncoder, load_encoder
-from deltafl.models.flat import FlatModel
-from deltafl.models.heads import HEAD_FILE, ZERO_SHOT, check_head, load_head
-from deltafl.opening import Opened, open_updates
-from deltafl.preflight import MergeSpec, Model, Plan, plan_merge, read_training
-from deltafl.rules import Source, build_rule
-from deltafl.search import (
+from deltafl.merge.inputs import Opened, open_updates
+from deltafl.merge.plan import MergeSpec, Model, Plan, plan_merge, read_training
+from deltafl.merge.run import run_merge
+from deltafl.merge.search import (
     LAMBDAS,
     Goal,
     Metric,
@@ -37,7 +31,13 @@ from deltafl.search import (
     test_once,
     test_singles,
 )
-from deltafl.training import Accuracy
+from deltafl.models import LoadedEncoder, load_encoder
+from deltafl.models.flat import FlatModel
+from deltafl.models.heads import HEAD_FILE, ZERO_SHOT, check_head, load_head
+from deltafl.rules.rule import Source, build_rule
+from deltafl.tasks import Task, load_task
+from deltafl.training.evaluation import zero_shot_for
+from deltafl.training.step import Accuracy
 from deltafl.version import __version__
 
 SINGLE, BASE = "single-task models", "base (unmerged)"
@@ -58,7 +58,7 @@ class SearchSpec:
 
     methods: (name, parameters; a list is a grid). memory: bytes up to which checkpoints are held rather than read
     again; a race holds as much again of updates. seed: of the validation splits, None: the one that each model was
-    trained with; and of a race's subsets, None: 0. strategy, confidence, each_method: see `deltafl.search.search`.
+    trained with; and of a race's subsets, None: 0. strategy, confidence, each_method: see `merge.search`.
     data_dir: where tasks by name are. templates: a file of prompts for zero-shot heads. fixed: (name,
     candidate) that is tested as it is, beside what the search chooses.
     """
@@ -98,7 +98,12 @@ def run_search(
     """
     started = time.perf_counter()
     plan = plan_merge(
-        replace(spec.merge, models=tuple(m.model for m in spec.models), method="task_arithmetic", params={})
+        replace(
+            spec.merge,
+            models=tuple(m.model for m in spec.models),
+            method="task_arithmetic",
+            params={},
+        )
     )
     check_strategy(spec.strategy, spec.confidence)
     check_methods(spec.methods, spec.lambdas, plan.sources)
@@ -128,7 +133,10 @@ def run_search(
         save_scores(found, scores)
     if out is not None and found.best.method != "base":
         winner = replace(
-            plan.spec, method=found.best.method, params=dict(found.best.params), scaling_coef=found.best.scaling_coef
+            plan.spec,
+            method=found.best.method,
+            params=dict(found.best.params),
+            scaling_coef=found.best.scaling_coef,
         )
         run_merge(plan_merge(winner), out, overwrite=overwrite)
     return {**result, "seconds": time.perf_counter() - started}
@@ -140,7 +148,10 @@ def save_scores(found: SearchResult, path: Path) -> None:
     Its metadata hold the labels of the C candidates, in order (JSON).
     """
     labels = list(found.correct)
-    tasks = {name: torch.stack([found.correct[label][name] for label in labels]) for name in found.base.val}
+    tasks = {
+        name: torch.stack([found.correct[label][name] for label in labels])
+        for name in found.base.val
+    }
     save_file(tasks, path, metadata={"candidates": json.dumps(labels)})
 
 
@@ -166,12 +177,18 @@ def _task(entry: TaskModel, plan: Plan, encoder: LoadedEncoder, spec: SearchSpec
     )
 
 
-def _problem(spec: SearchSpec, plan: Plan, opened: Opened, encoder: LoadedEncoder, tasks: Sequence[Task]) -> Problem:
+def _problem(
+    spec: SearchSpec, plan: Plan, opened: Opened, encoder: LoadedEncoder, tasks: Sequence[Task]
+) -> Problem:
     goals, problems = [], []
     for entry, task in zip(spec.models, tasks, strict=True):
         path = Path(entry.head) if entry.head else plan.layouts[entry.model.name].folder / HEAD_FILE
         try:
-            head = zero_shot_for(encoder, task, spec.templates) if entry.head == ZERO_SHOT else load_head(path)
+            head = (
+                zero_shot_for(encoder, task, spec.templates)
+                if entry.head == ZERO_SHOT
+                else load_head(path)
+            )
             check_head(head, encoder.feature_dim, task.class_names, str(path))
         except DeltaflError as error:
             problems.extend(error.problems)
@@ -196,7 +213,12 @@ def describe(spec: SearchSpec, plan: Plan, problem: Problem, found: SearchResult
     for name, row in spec.fixed:
         test = test_once(problem, row, build_rule(row.method, row.params))
         total = sum(map(abs, as_weights(problem.weights, len(problem.updates)).default))
-        rows.append({**_row(name, replace(row, server_lr=total * row.scaling_coef), test, single), "val": None})
+        rows.append(
+            {
+                **_row(name, replace(row, server_lr=total * row.scaling_coef), test, single),
+                "val": None,
+            }
+        )
     norms = found.norms
     lengths = found.gram.diagonal().sqrt().clamp_min(1e-30)
     return {
@@ -225,8 +247,12 @@ def describe(spec: SearchSpec, plan: Plan, problem: Problem, found: SearchResult
     }  # fmt: skip
 
 
-def _row(name: str, row: Row | None, test: Mapping[str, float], single: Mapping[str, float]) -> dict[str, Any]:
-    normalized = sum(test[t] / single[t] for t in test) / len(test) if all(single.values()) else None
+def _row(
+    name: str, row: Row | None, test: Mapping[str, float], single: Mapping[str, float]
+) -> dict[str, Any]:
+    normalized = (
+        sum(test[t] / single[t] for t in test) / len(test) if all(single.values()) else None
+    )
     return {
         "rule": name,
         "params": dict(row.params) if row else {},
@@ -240,7 +266,11 @@ def _row(name: str, row: Row | None, test: Mapping[str, float], single: Mapping[
 
 
 def _trained(task: str, source: Source, norm: float, training: Mapping[str, Any]) -> dict[str, Any]:
-    known = {"lr": training.get("lr"), "num_steps": source.num_steps, "num_examples": source.num_examples}
+    known = {
+        "lr": training.get("lr"),
+        "num_steps": source.num_steps,
+        "num_examples": source.num_examples,
+    }
     return {"task": task, "model": source.name, **known, "norm": norm}
 
 

@@ -10,14 +10,14 @@ from typing import Any, TypeAlias
 
 import torch
 
-from deltafl.datasets import load_task
 from deltafl.experiments.one_shot import SearchSpec, TaskModel, run_search
-from deltafl.finetuning import FinetuneRecipe, finetune
+from deltafl.merge.plan import MergeSpec, Model
 from deltafl.models import load_encoder
 from deltafl.models.heads import HEAD_FILE
 from deltafl.models.pretrained import new_vit
-from deltafl.preflight import MergeSpec, Model
-from deltafl.training import keyed_generator
+from deltafl.tasks import load_task
+from deltafl.training import FinetuneRecipe, finetune
+from deltafl.training.step import keyed_generator
 
 IMAGE_SIZE = 16
 
@@ -95,10 +95,27 @@ def _story(folder: Path, seed: int, on_stage: OnStage) -> dict[str, Any]:
 def pretrain(out: Path, seed: int, on_stage: OnStage) -> None:
     """A small ViT, trained with its head on the pre-training half of the plain digits."""
     generator = keyed_generator(seed, "base")
-    encoder = new_vit(hidden=64, layers=3, heads=4, patch=4, image_size=IMAGE_SIZE, channels=1, generator=generator)
+    encoder = new_vit(
+        hidden=64,
+        layers=3,
+        heads=4,
+        patch=4,
+        image_size=IMAGE_SIZE,
+        channels=1,
+        generator=generator,
+    )
     task = load_task("digits:pretrain", image_size=IMAGE_SIZE, channels=1, seed=seed)
-    recipe = FinetuneRecipe(steps=800, lr=1e-3, batch_size=32, head="linear", train_head=True, seed=seed)
-    finetune(encoder, task, recipe, out, save_every=0, on_progress=lambda d, t, _: on_stage("pre-train", d, t))
+    recipe = FinetuneRecipe(
+        steps=800, lr=1e-3, batch_size=32, head="linear", train_head=True, seed=seed
+    )
+    finetune(
+        encoder,
+        task,
+        recipe,
+        out,
+        save_every=0,
+        on_progress=lambda d, t, _: on_stage("pre-train", d, t),
+    )
 
 
 def fine_tune(folder: Path, task: Finetune, seed: int, on_stage: OnStage) -> None:

@@ -8,17 +8,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from deltafl.datasets import Task
+from deltafl.algebra.tensors import device_named
 from deltafl.errors import DeltaflError
 from deltafl.experiments.federated_suites import Cell
 from deltafl.federated import federate
-from deltafl.finetuning.state import run_config
+from deltafl.federated.sharding import Sharding, shard
 from deltafl.models import LoadedEncoder
-from deltafl.record import read_rows
-from deltafl.sharding import Sharding, shard
-from deltafl.tensorboard import write_rows
-from deltafl.tensors import device_named
-from deltafl.training import keyed_generator
+from deltafl.tasks import Task
+from deltafl.training.record import read_rows
+from deltafl.training.state import run_config
+from deltafl.training.step import keyed_generator
+from deltafl.training.tensorboard import write_rows
 from deltafl.usercode import find_callable
 
 
@@ -66,7 +66,9 @@ def preflight(suites: Mapping[str, Sequence[Cell]], task: Task, device: str | No
         raise DeltaflError(*problems)
 
 
-def run_suite(name: str, cells: Sequence[Cell], bench: Bench, on_run: OnRun) -> list[dict[str, Any]]:
+def run_suite(
+    name: str, cells: Sequence[Cell], bench: Bench, on_run: OnRun
+) -> list[dict[str, Any]]:
     """One summary per cell: labels, mean and spread of test accuracy over seeds, bytes, and the mean curve.
 
     A run whose configuration was run before, in any suite of the same folder, is read and not repeated; a killed one
@@ -104,7 +106,9 @@ def _one(recipe: Any, bench: Bench) -> tuple[Mapping[str, Any], Sequence[Mapping
 
 
 def summarise(
-    cell: Cell, runs: Sequence[tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]]], failed: str | None
+    cell: Cell,
+    runs: Sequence[tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]]],
+    failed: str | None,
 ) -> dict[str, Any]:
     """Plain values of one cell; spread is the sample standard deviation over seeds, None for one run."""
     if not runs:
@@ -130,7 +134,9 @@ def summarise(
 
 def mean_curve(runs: Sequence[Sequence[Mapping[str, Any]]], key: str) -> list[tuple[float, float]]:
     """(mean of `key`, mean validation accuracy) over runs, at the rounds that every run validated."""
-    by_round = [{row["round"]: row for row in rows if row["val_accuracy"] is not None} for rows in runs]
+    by_round = [
+        {row["round"]: row for row in rows if row["val_accuracy"] is not None} for rows in runs
+    ]
     shared = sorted(set.intersection(*(set(rows) for rows in by_round)))
     return [
         (

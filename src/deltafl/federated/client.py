@@ -9,21 +9,21 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from deltafl.aggregation import Update
-from deltafl.checkpoint import Difference
-from deltafl.datasets.task import Split
-from deltafl.datasets.transforms import random_crop, random_flip
+from deltafl.algebra.aggregate import Update
+from deltafl.algebra.tensors import Joined, Tensors
+from deltafl.checkpoints.checkpoint import Difference
 from deltafl.federated.recipe import FederatedRecipe
-from deltafl.finetuning.recipe import PRECISIONS
-from deltafl.finetuning.run import keyed_dropout
 from deltafl.models.flat import FlatModel
 from deltafl.models.heads import LinearHead
-from deltafl.rules import Source
+from deltafl.rules.rule import Source
 from deltafl.sparse.masks import Mask
 from deltafl.sparse.packed import KeptIndex, PackedDelta
 from deltafl.sparse.sgdm import SparseSGDM
-from deltafl.tensors import Joined, Tensors
-from deltafl.training import Batch, batches, keyed_generator, train_step
+from deltafl.tasks.task import Split
+from deltafl.tasks.transforms import random_crop, random_flip
+from deltafl.training.finetune import keyed_dropout
+from deltafl.training.recipe import PRECISIONS
+from deltafl.training.step import Batch, batches, keyed_generator, train_step
 
 HEAD = "deltafl_head."
 """Before the names of a trained head's tensors, weight and bias, among the server's parameters."""
@@ -69,7 +69,9 @@ class Client(Protocol):
 class GroupClient(Client, Protocol):
     """A client object that may be given all chosen clients of a round at once."""
 
-    def train_all(self, params: Tensors, mask: Mask | None, rounds: Sequence[Round]) -> Sequence[Update]:
+    def train_all(
+        self, params: Tensors, mask: Mask | None, rounds: Sequence[Round]
+    ) -> Sequence[Update]:
         """One update for each of `rounds`, in that order."""
         ...
 
@@ -92,7 +94,9 @@ class LocalTraining:
         load_params(self.model, self.head, params)
         optimiser = self._ready(mask)
         trained = [self.model.flat, *self.head.parameters()]
-        anchors = [p.detach().clone() for p in trained] if self.recipe.local_algorithm != "sgd" else []
+        anchors = (
+            [p.detach().clone() for p in trained] if self.recipe.local_algorithm != "sgd" else []
+        )
         adjust = self._adjustment(optimiser, trained, anchors, round)
         skipping = optimiser.skip_frozen() if mask is not None else nullcontext()
         dropout = keyed_dropout(self.model.device, self.recipe.seed, round.number, round.client)
@@ -101,7 +105,9 @@ class LocalTraining:
         after = self._after(params, optimiser)
         control = None
         if round.control is not None:  # c_i+ = (x - y) / (J lr) - (c - c_i), option II
-            moved = torch.cat([(a - p.detach()).reshape(-1) for a, p in zip(anchors, trained, strict=True)])
+            moved = torch.cat(
+                [(a - p.detach()).reshape(-1) for a, p in zip(anchors, trained, strict=True)]
+            )
             control = moved / (round.num_steps * round.lr) - round.control
         source = Source(
             f"client {round.client}",
@@ -112,7 +118,9 @@ class LocalTraining:
             prox_mu=self.recipe.prox_mu if self.recipe.local_algorithm == "fedprox" else None,
         )
         delta = Difference(params, after, {n: n for n in params}, torch.float32)
-        mean = float(loss) / round.num_steps  # reading it makes a GPU finish, so that the time is the client's
+        mean = (
+            float(loss) / round.num_steps
+        )  # reading it makes a GPU finish, so that the time is the client's
         return ClientUpdate(delta, source, mean, time.perf_counter() - started, control)
 
     def index(self, mask: Mask) -> KeptIndex | None:
@@ -167,7 +175,9 @@ class LocalTraining:
 
         return adjust
 
-    def _train(self, round: Round, optimiser: SparseSGDM, adjust: Callable[[], None] | None) -> Tensor:
+    def _train(
+        self, round: Round, optimiser: SparseSGDM, adjust: Callable[[], None] | None
+    ) -> Tensor:
         """Local steps on batches keyed by (seed, round, client); the sum of their losses, on the device."""
         r, purpose = self.recipe, f"round {round.number} client {round.client}"
         total = torch.zeros((), device=self.model.device)
@@ -175,7 +185,9 @@ class LocalTraining:
         for step, rows in enumerate(batches(ids, r.batch_size, r.seed, round.num_steps, purpose)):
             images, labels = round.split.at(rows, self.model.device)
             if r.augment != "none":
-                images = augmented(images, r.augment, keyed_generator(r.seed, "augment", purpose, step))
+                images = augmented(
+                    images, r.augment, keyed_generator(r.seed, "augment", purpose, step)
+                )
             total += train_step(
                 self.model,
                 self.head,
@@ -193,10 +205,14 @@ class LocalTraining:
         """The trained parameters, copied out of the working model; with a mask only the kept values are held."""
         own = self.model.tensors()
         flat = self.model.flat.detach()
-        rest = {n: t.detach().clone() for n, t in moving(self.model, self.head).items() if n not in own}
+        rest = {
+            n: t.detach().clone() for n, t in moving(self.model, self.head).items() if n not in own
+        }
         if optimiser.index is None:
             copy = flat.clone()
-            return {n: copy[part].view(own[n].shape) for n, part in self.model.slices.items()} | rest
+            return {
+                n: copy[part].view(own[n].shape) for n, part in self.model.slices.items()
+            } | rest
         shapes = {n: tuple(t.shape) for n, t in own.items()}
         packed = PackedDelta(optimiser.index.gather(flat), optimiser.index, shapes, onto=params)
         return Joined(packed, rest) if rest else packed
@@ -215,7 +231,9 @@ def moving(model: FlatModel, head: LinearHead) -> dict[str, Tensor]:
     Buffers that are not float stay the server's; a frozen head is not here.
     """
     persistent = model.module.state_dict().keys()
-    buffers = {n: b for n, b in model.module.named_buffers() if n in persistent and b.is_floating_point()}
+    buffers = {
+        n: b for n, b in model.module.named_buffers() if n in persistent and b.is_floating_point()
+    }
     trained = {HEAD + "weight": head.weight, HEAD + "bias": head.bias} if head.parameters() else {}
     return {**model.tensors(), **buffers, **trained}
 

@@ -24,7 +24,9 @@ class Ledger:
     step 0 sends is `setup_bytes`.
     """
 
-    def __init__(self, recipe: FederatedRecipe, model: FlatModel, head: LinearHead, mask: Mask | None) -> None:
+    def __init__(
+        self, recipe: FederatedRecipe, model: FlatModel, head: LinearHead, mask: Mask | None
+    ) -> None:
         self._recipe = recipe
         self._seen: set[int] = set()
         self._done = 0

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltafl.processes import portable
+from deltafl.algebra.processes import portable
 
 ALIGNMENT = 64
 

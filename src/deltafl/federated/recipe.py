@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deltafl.errors import DeltaflError, did_you_mean
-from deltafl.finetuning.recipe import PRECISIONS
-from deltafl.rules import Rule, Source, build_rule, check_rule, load_rules, parameters
-from deltafl.sharding import SHARDINGS, Dirichlet, Iid, NonIid, Sharding
+from deltafl.federated.sharding import SHARDINGS, Dirichlet, Iid, NonIid, Sharding
+from deltafl.rules.rule import Rule, Source, build_rule, check_rule, load_rules, parameters
 from deltafl.sparse.calibration import KINDS
 from deltafl.sparse.masks import MASK_STRATEGIES
-from deltafl.training import SCHEDULES
+from deltafl.training.recipe import PRECISIONS
+from deltafl.training.step import SCHEDULES
 
 ENGINES = ("sequential", "vmap")
 LOCAL_ALGORITHMS = ("sgd", "fedprox", "scaffold")
@@ -94,44 +94,81 @@ class FederatedRecipe:
         chosen = self.clients_per_round
         rules = (
             (self.num_clients >= 1, f"num_clients must be 1 or more, not {self.num_clients}"),
-            (0 < self.participation_rate <= 1, f"participation_rate must be in (0, 1], not {self.participation_rate}"),
+            (
+                0 < self.participation_rate <= 1,
+                f"participation_rate must be in (0, 1], not {self.participation_rate}",
+            ),
             (
                 chosen >= 1 or self.num_clients < 1 or not 0 < self.participation_rate <= 1,
                 f"participation_rate {self.participation_rate} of {self.num_clients} clients selects no client; "
                 f"take at least {1 / (self.num_clients or 1):g}",
             ),
             (self.local_steps >= 1, f"local_steps must be 1 or more, not {self.local_steps}"),
-            (self.local_steps_spread >= 1, f"local_steps_spread is a factor from 1, not {self.local_steps_spread}"),
+            (
+                self.local_steps_spread >= 1,
+                f"local_steps_spread is a factor from 1, not {self.local_steps_spread}",
+            ),
             (self.num_rounds >= 1, f"num_rounds must be 1 or more, not {self.num_rounds}"),
             (self.batch_size >= 1, f"batch_size must be 1 or more, not {self.batch_size}"),
             (self.lr > 0, f"lr must be positive, not {self.lr}"),
             (0 <= self.momentum < 1, f"momentum must be in [0, 1), not {self.momentum}"),
             (not self.nesterov or self.momentum > 0, "nesterov needs a momentum above 0"),
             (self.weight_decay >= 0, f"weight_decay must be 0 or more, not {self.weight_decay}"),
-            (self.grad_clip is None or self.grad_clip > 0, f"grad_clip must be positive, not {self.grad_clip}"),
-            (0 <= self.label_smoothing < 1, f"label_smoothing must be in [0, 1), not {self.label_smoothing}"),
+            (
+                self.grad_clip is None or self.grad_clip > 0,
+                f"grad_clip must be positive, not {self.grad_clip}",
+            ),
+            (
+                0 <= self.label_smoothing < 1,
+                f"label_smoothing must be in [0, 1), not {self.label_smoothing}",
+            ),
             (self.prox_mu >= 0, f"prox_mu must be 0 or more, not {self.prox_mu}"),
             (
-                self.local_algorithm != "scaffold" or (self.momentum == 0 and self.weight_decay == 0),
+                self.local_algorithm != "scaffold"
+                or (self.momentum == 0 and self.weight_decay == 0),
                 "scaffold's control variates are those of plain SGD; set momentum and weight_decay to 0",
             ),
-            (self.sharding != "non_iid" or self.nc is not None, "sharding non_iid needs nc, the classes of a client"),
-            (self.sharding != "dirichlet" or self.alpha is not None, "sharding dirichlet needs alpha"),
+            (
+                self.sharding != "non_iid" or self.nc is not None,
+                "sharding non_iid needs nc, the classes of a client",
+            ),
+            (
+                self.sharding != "dirichlet" or self.alpha is not None,
+                "sharding dirichlet needs alpha",
+            ),
             (self.server_lr > 0, f"server_lr must be positive, not {self.server_lr}"),
             (
                 self.server_momentum is None or 0 <= self.server_momentum < 1,
                 f"server_momentum must be in [0, 1), not {self.server_momentum}",
             ),
-            (0 <= self.server_beta2 < 1, f"server_beta2 must be in [0, 1), not {self.server_beta2}"),
+            (
+                0 <= self.server_beta2 < 1,
+                f"server_beta2 must be in [0, 1), not {self.server_beta2}",
+            ),
             (self.server_tau > 0, f"server_tau must be positive, not {self.server_tau}"),
             (self.few_shot is None or self.head == "ridge", "few_shot is about the ridge head"),
-            (self.templates is None or self.head == "zero-shot", "templates are about the zero-shot head"),
-            (0 <= self.sparsity_ratio < 1, f"sparsity_ratio must be in [0, 1), not {self.sparsity_ratio}"),
-            (self.calibration_rounds >= 1, f"calibration_rounds must be 1 or more, not {self.calibration_rounds}"),
-            (self.calibration_examples >= 1, f"calibration_examples must be positive, not {self.calibration_examples}"),
+            (
+                self.templates is None or self.head == "zero-shot",
+                "templates are about the zero-shot head",
+            ),
+            (
+                0 <= self.sparsity_ratio < 1,
+                f"sparsity_ratio must be in [0, 1), not {self.sparsity_ratio}",
+            ),
+            (
+                self.calibration_rounds >= 1,
+                f"calibration_rounds must be 1 or more, not {self.calibration_rounds}",
+            ),
+            (
+                self.calibration_examples >= 1,
+                f"calibration_examples must be positive, not {self.calibration_examples}",
+            ),
             (self.fisher_draws >= 1, f"fisher_draws must be 1 or more, not {self.fisher_draws}"),
             (self.eval_every >= 1, f"eval_every must be 1 or more, not {self.eval_every}"),
-            (self.patience is None or self.patience >= 1, f"patience must be 1 or more, not {self.patience}"),
+            (
+                self.patience is None or self.patience >= 1,
+                f"patience must be 1 or more, not {self.patience}",
+            ),
             *(
                 (value in known, f'unknown {kind} "{value}"; {did_you_mean(value, known)}')
                 for kind, value, known in (
@@ -219,7 +256,14 @@ class FederatedRecipe:
         """Raise DeltaflError if the rule cannot work with the clients of a round, as `LocalTraining` describes them."""
         if self.client is None:
             mu = self.prox_mu if self.local_algorithm == "fedprox" else None
-            source = Source("client", num_examples=1, num_steps=1, lr=self.lr, momentum=self.momentum, prox_mu=mu)
+            source = Source(
+                "client",
+                num_examples=1,
+                num_steps=1,
+                lr=self.lr,
+                momentum=self.momentum,
+                prox_mu=mu,
+            )
             check_rule(self.rule(), [source] * self.clients_per_round)
 
     def shards(self) -> Sharding:

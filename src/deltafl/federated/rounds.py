@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from deltafl.aggregation import Aggregate, Update
-from deltafl.datasets.task import Split
+from deltafl.algebra.aggregate import Aggregate, Update
+from deltafl.algebra.tensors import Tensors, block_of, blocks, numel_of, shape_of
 from deltafl.errors import DeltaflError, shorten
 from deltafl.federated.client import Client, ClientUpdate, GroupClient, LocalTraining, Round
 from deltafl.federated.controls import Controls
@@ -18,7 +18,7 @@ from deltafl.federated.recipe import FederatedRecipe
 from deltafl.federated.server import ServerState, choose_clients, round_lr, server_step, steps_of
 from deltafl.federated.workers import Workers, one_thread
 from deltafl.sparse.masks import Mask
-from deltafl.tensors import Tensors, block_of, blocks, numel_of, shape_of
+from deltafl.tasks.task import Split
 
 logger = logging.getLogger(__name__)
 
@@ -81,12 +81,18 @@ def run_round(
             updates.append((k, update, own))
             on_update(k, update)
         else:
-            logger.warning("round %d: the update of client %d has NaN or Inf and is left out", number, k)
+            logger.warning(
+                "round %d: the update of client %d has NaN or Inf and is left out", number, k
+            )
             failed.append(k)
     if not updates:
-        raise DeltaflError(f"round {number}: no client's update is finite ({len(failed)} of them); use a smaller lr")
+        raise DeltaflError(
+            f"round {number}: no client's update is finite ({len(failed)} of them); use a smaller lr"
+        )
     started = time.perf_counter()
-    stepped = server_step(state, aggregate([u for _, u, _ in updates], recipe, number), recipe, set(world.trained))
+    stepped = server_step(
+        state, aggregate([u for _, u, _ in updates], recipe, number), recipe, set(world.trained)
+    )
     stepped = _with_controls(replace(stepped, round=number), updates, world)
     losses = [u.loss for _, u, _ in updates if isinstance(u, ClientUpdate) and u.loss is not None]
     result = RoundResult(
@@ -112,13 +118,17 @@ def _trained(
     if isinstance(client, GroupClient):
         held = list(owns)
         started = time.perf_counter()
-        parts = [_part(world, number, k, state.control, own) for k, own in zip(chosen, held, strict=True)]
+        parts = [
+            _part(world, number, k, state.control, own) for k, own in zip(chosen, held, strict=True)
+        ]
         updates = client.train_all(state.params, world.mask, parts)
         seconds = (time.perf_counter() - started) / len(chosen)
         for k, own, update in zip(chosen, held, updates, strict=True):
             yield k, own, update, seconds
     elif world.workers is not None:
-        for k, own, (update, seconds) in zip(chosen, owns, world.workers.train(state, chosen), strict=True):
+        for k, own, (update, seconds) in zip(
+            chosen, owns, world.workers.train(state, chosen), strict=True
+        ):
             yield k, own, update, seconds
     else:
         for k, own in zip(chosen, owns, strict=True):
@@ -135,7 +145,9 @@ def in_workers(world: World, state: ServerState, count: int) -> Iterator[World]:
     if isinstance(client, LocalTraining) and world.mask is not None:
         known["index"] = client.index(world.mask)  # one object for all updates, as in one process
 
-    def train(params: Tensors, control: Tensor | None, number: int, k: int, own_round: int) -> tuple[Update, float]:
+    def train(
+        params: Tensors, control: Tensor | None, number: int, k: int, own_round: int
+    ) -> tuple[Update, float]:
         own = _own_control(world, control, k, {} if own_round < 0 else {k: own_round})
         return _train(world, params, _part(world, number, k, control, own))
 
@@ -151,7 +163,9 @@ def _train(world: World, params: Tensors, part: Round) -> tuple[Update, float]:
     started = time.perf_counter()
     with one_thread(part.split.images.device):
         update = world.client(params, world.mask, part)
-    return update, update.seconds if isinstance(update, ClientUpdate) else time.perf_counter() - started
+    return update, update.seconds if isinstance(
+        update, ClientUpdate
+    ) else time.perf_counter() - started
 
 
 def _part(world: World, number: int, k: int, control: Tensor | None, own: Tensor | None) -> Round:
@@ -161,7 +175,9 @@ def _part(world: World, number: int, k: int, control: Tensor | None, own: Tensor
     return Round(number, k, world.split, world.shards[k], steps, lr, rest)
 
 
-def _own_control(world: World, control: Tensor | None, client: int, rounds: Mapping[int, int]) -> Tensor | None:
+def _own_control(
+    world: World, control: Tensor | None, client: int, rounds: Mapping[int, int]
+) -> Tensor | None:
     """c_i where the server's c is; None without scaffold and for a client that never took part."""
     own = None if control is None else world.controls.read(client, rounds)
     return None if own is None or control is None else own.to(control.device)
@@ -181,7 +197,11 @@ def _refuse_other_tensors(update: Update, client: int, params: Tensors) -> None:
 def aggregate(updates: Sequence[Update], recipe: FederatedRecipe, number: int = 0) -> Aggregate:
     """R of the updates, weighed by examples where the recipe says so and the rule (fedavg) does not do it itself."""
     sizes = [u.source.num_examples for u in updates]
-    weigh = recipe.client_weights == "examples" and recipe.aggregator != "fedavg" and len(set(sizes)) > 1
+    weigh = (
+        recipe.client_weights == "examples"
+        and recipe.aggregator != "fedavg"
+        and len(set(sizes)) > 1
+    )
     weights = [float(n or 0) for n in sizes] if weigh else None
     return Aggregate(recipe.rule(number), updates, weights)
 
@@ -206,7 +226,9 @@ def _with_controls(
     for k, update, own in updates:
         new = update.control if isinstance(update, ClientUpdate) else None
         if new is None:
-            raise DeltaflError("scaffold needs clients that return their new control; this one's updates have none")
+            raise DeltaflError(
+                "scaffold needs clients that return their new control; this one's updates have none"
+            )
         control = control + (new if own is None else new - own) / world.recipe.num_clients
         world.controls.write(k, state.round, new)
         rounds[k] = state.round

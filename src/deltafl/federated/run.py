@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltafl.datasets.task import Split, Task
+from deltafl.algebra.tensors import Tensors, device_named
 from deltafl.errors import DeltaflError
 from deltafl.federated.client import HEAD, Client, LocalTraining, load_params
 from deltafl.federated.controls import Controls
@@ -20,20 +20,20 @@ from deltafl.federated.rounds import OnUpdate, World, in_workers, run_round
 from deltafl.federated.saving import save_model, save_update
 from deltafl.federated.server import ServerState
 from deltafl.federated.setup import MASK_FILE, STATE_FILE, Setting, make_shards, set_up
+from deltafl.federated.sharding import describe
 from deltafl.federated.stacked import StackedTraining
 from deltafl.federated.state import StateWriter
 from deltafl.federated.workers import count_workers
 from deltafl.files import atomic_folder, check_output
-from deltafl.finetuning.recipe import PRECISIONS
-from deltafl.finetuning.state import require_same_config, run_config
 from deltafl.models import LoadedEncoder
 from deltafl.models.flat import FlatModel
 from deltafl.models.heads import LinearHead
-from deltafl.record import RunRecord, write_json
-from deltafl.sharding import describe
 from deltafl.sparse.masks import model_hash, save_mask
-from deltafl.tensors import Tensors, device_named
-from deltafl.training import predict_correct
+from deltafl.tasks.task import Split, Task
+from deltafl.training.recipe import PRECISIONS
+from deltafl.training.record import RunRecord, write_json
+from deltafl.training.state import require_same_config, run_config
+from deltafl.training.step import predict_correct
 from deltafl.usercode import find_callable
 
 OnRound = Callable[[Mapping[str, Any], int], None]
@@ -78,7 +78,9 @@ def federate(
     if problems := recipe.problems():
         raise DeltaflError(*problems)
     if not len(task.val) or not len(task.test):
-        raise DeltaflError(f'task "{task.name}" has {len(task.val)} validation and {len(task.test)} test examples')
+        raise DeltaflError(
+            f'task "{task.name}" has {len(task.val)} validation and {len(task.test)} test examples'
+        )
     recipe.check_clients()
     where = device_named(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     count = count_workers(workers, recipe, where)
@@ -87,10 +89,14 @@ def federate(
     record = _record_to_resume(out, config) if resume else None
     if record is not None and (out / "result.json").is_file():
         shutil.rmtree(out / "state", ignore_errors=True)
-        return FederatedRun(out, json.loads((out / "result.json").read_text()), tuple(record.rows()))
+        return FederatedRun(
+            out, json.loads((out / "result.json").read_text()), tuple(record.rows())
+        )
     if record is None:
         check_output(out, overwrite=overwrite)
-    setting, state = set_up(FlatModel(encoder.copy_to(where)), task, recipe, shards, None if record is None else out)
+    setting, state = set_up(
+        FlatModel(encoder.copy_to(where)), task, recipe, shards, None if record is None else out
+    )
     client = make_client(setting)
     if record is None:
         record = _new_record(out, config, setting, overwrite=overwrite)
@@ -115,7 +121,9 @@ def _record_to_resume(out: Path, config: Mapping[str, Any]) -> RunRecord | None:
     return record
 
 
-def _new_record(out: Path, config: Mapping[str, Any], setting: Setting, *, overwrite: bool) -> RunRecord:
+def _new_record(
+    out: Path, config: Mapping[str, Any], setting: Setting, *, overwrite: bool
+) -> RunRecord:
     """A folder with an empty record and the mask, in place of an older one, whole or not at all."""
     recipe = setting.recipe
     with atomic_folder(out, overwrite=overwrite) as folder:
@@ -208,7 +216,12 @@ def _validated(state: ServerState, setting: Setting) -> ServerState:
     accuracy = _accuracy(state.params, setting, setting.task.val)
     if accuracy > state.best_accuracy:
         return replace(
-            state, accuracy=accuracy, best=state.params, best_round=state.round, best_accuracy=accuracy, waited=0
+            state,
+            accuracy=accuracy,
+            best=state.params,
+            best_round=state.round,
+            best_accuracy=accuracy,
+            waited=0,
         )
     return replace(state, accuracy=accuracy, waited=state.waited + 1)
 
@@ -217,7 +230,12 @@ def _accuracy(params: Tensors, setting: Setting, split: Split) -> float:
     """Share of the examples that the model with these parameters, which it keeps, gets right."""
     load_params(setting.model, setting.head, params)
     autocast = PRECISIONS[setting.recipe.mixed_precision]
-    return predict_correct(setting.model, setting.head, split, autocast=autocast).double().mean().item()
+    return (
+        predict_correct(setting.model, setting.head, split, autocast=autocast)
+        .double()
+        .mean()
+        .item()
+    )
 
 
 def _exhausted(state: ServerState, recipe: FederatedRecipe) -> bool:
@@ -239,7 +257,10 @@ def _finish(
         "best_round": state.best_round,
         "rounds": state.round,
         "failed_updates": sum(len(r["failed"]) for r in rows),
-        **{key: last.get(key, 0) for key in ("bytes_up_total", "bytes_down_total", "dense_bytes_up_total")},
+        **{
+            key: last.get(key, 0)
+            for key in ("bytes_up_total", "bytes_down_total", "dense_bytes_up_total")
+        },
         **setup_bytes(setting),
         **{key: sum(r[key] for r in rows) for key in ("client_seconds", "server_seconds")},
         "config": dict(config),

@@ -8,16 +8,16 @@ from typing import Any
 
 from torch import Tensor
 
-from deltafl.aggregation import Update
-from deltafl.checkpoint import Difference
+from deltafl.algebra.aggregate import Update
+from deltafl.algebra.tensors import Tensors
+from deltafl.checkpoints.checkpoint import Difference
+from deltafl.checkpoints.layout import fingerprint, read_layout
 from deltafl.federated.client import load_params
 from deltafl.federated.setup import Setting
 from deltafl.files import atomic_folder
-from deltafl.finetuning import TRAINING_JSON
-from deltafl.layout import fingerprint, read_layout
 from deltafl.models import save_encoder
 from deltafl.models.heads import HEAD_FILE, save_head
-from deltafl.tensors import Tensors
+from deltafl.training import TRAINING_JSON
 
 
 def save_model(out: Path, setting: Setting, config: Mapping[str, Any], *, steps: int) -> None:

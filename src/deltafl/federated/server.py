@@ -6,10 +6,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from deltafl.aggregation import Aggregate, Stepped
+from deltafl.algebra.aggregate import Aggregate, Stepped
+from deltafl.algebra.tensors import Tensors
 from deltafl.federated.recipe import FederatedRecipe
-from deltafl.tensors import Tensors
-from deltafl.training import keyed_generator, lr_at
+from deltafl.training.step import keyed_generator, lr_at
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,9 @@ class ServerState:
 def choose_clients(recipe: FederatedRecipe, number: int) -> list[int]:
     """round(C K) clients without replacement, ascending; a function of (seed, round)."""
     generator = keyed_generator(recipe.seed, "clients", number)
-    return sorted(torch.randperm(recipe.num_clients, generator=generator)[: recipe.clients_per_round].tolist())
+    return sorted(
+        torch.randperm(recipe.num_clients, generator=generator)[: recipe.clients_per_round].tolist()
+    )
 
 
 def steps_of(recipe: FederatedRecipe, client: int) -> int:
@@ -53,7 +55,9 @@ def round_lr(recipe: FederatedRecipe, number: int) -> float:
     return lr_at(number - 1, recipe.num_rounds, 0, recipe.lr, recipe.lr_schedule)
 
 
-def server_step(state: ServerState, update: Aggregate, recipe: FederatedRecipe, trained: set[str]) -> ServerState:
+def server_step(
+    state: ServerState, update: Aggregate, recipe: FederatedRecipe, trained: set[str]
+) -> ServerState:
     """theta <- theta + server_lr * u, with u from the pseudo-gradient R, for sgd without momentum R itself.
 
     sgd: m <- beta m + R, u = m. fedadam: m <- b1 m + (1 - b1) R, v <- b2 v + (1 - b2) R^2; fedyogi:
@@ -78,7 +82,9 @@ def server_step(state: ServerState, update: Aggregate, recipe: FederatedRecipe, 
         v[name] = _second_moment(recipe, old_v, R.square())
         directions[name] = m[name] / (v[name].sqrt() + recipe.server_tau)
     scaled: Tensors = directions
-    params = dict(Stepped(state.params, scaled, lambda name: recipe.server_lr if name in trained else 1.0))
+    params = dict(
+        Stepped(state.params, scaled, lambda name: recipe.server_lr if name in trained else 1.0)
+    )
     return replace(state, params=params, m=m, v=v)
 
 

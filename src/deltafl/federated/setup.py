@@ -7,23 +7,30 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deltafl.datasets.task import Task
+from deltafl.algebra.tensors import Tensors
 from deltafl.federated.client import moving
 from deltafl.federated.recipe import FederatedRecipe
 from deltafl.federated.server import ServerState
+from deltafl.federated.sharding import shard
 from deltafl.federated.state import decode
-from deltafl.finetuning.evaluation import zero_shot_for
-from deltafl.finetuning.recipe import PRECISIONS
 from deltafl.models.flat import FlatModel
-from deltafl.models.heads import ZERO_SHOT, LinearHead, check_head, few_per_class, load_head, random_head
+from deltafl.models.heads import (
+    ZERO_SHOT,
+    LinearHead,
+    check_head,
+    few_per_class,
+    load_head,
+    random_head,
+)
 from deltafl.models.ridge import RidgeStatistics, ridge_head
-from deltafl.sharding import shard
 from deltafl.sparse.calibration import calibrate
 from deltafl.sparse.eligible import eligible
 from deltafl.sparse.fisher import FisherSum, diagonal_fisher
 from deltafl.sparse.masks import Mask, load_mask, model_hash
-from deltafl.tensors import Tensors
-from deltafl.training import extract_features, keyed_generator
+from deltafl.tasks.task import Task
+from deltafl.training.evaluation import zero_shot_for
+from deltafl.training.recipe import PRECISIONS
+from deltafl.training.step import extract_features, keyed_generator
 
 MASK_FILE = "mask.safetensors"
 STATE_FILE = "state/state.safetensors"
@@ -47,14 +54,20 @@ class Setting:
 
 
 def set_up(
-    model: FlatModel, task: Task, recipe: FederatedRecipe, shards: tuple[Tensor, ...], begun: Path | None
+    model: FlatModel,
+    task: Task,
+    recipe: FederatedRecipe,
+    shards: tuple[Tensor, ...],
+    begun: Path | None,
 ) -> tuple[Setting, ServerState]:
     """Head and mask, and the state to begin with: the last one that a run `begun` wrote, or the model as it is."""
     if begun is None or not (begun / STATE_FILE).is_file():
         head = make_head(model, task, shards, recipe)
         mask = make_mask(model, head, task, shards, recipe)
         return Setting(recipe, task, model, head, mask, shards), _initial(model, head, recipe)
-    head = _head_like(model, task, recipe)  # must exist before the state that holds a trained one can be read
+    head = _head_like(
+        model, task, recipe
+    )  # must exist before the state that holds a trained one can be read
     state, tensors = decode(begun / STATE_FILE, _initial(model, head, recipe))
     head = replace(head, **{n: t.to(model.device) for n, t in tensors.items()})
     mask = load_mask(begun / MASK_FILE, model_hash(model)) if recipe.sparse else None
@@ -64,7 +77,9 @@ def set_up(
 def _head_like(model: FlatModel, task: Task, recipe: FederatedRecipe) -> LinearHead:
     count = len(task.class_names)
     weight = torch.zeros(count, model.encoder.feature_dim, device=model.device)
-    normalised = recipe.head not in HEADS and (recipe.head == ZERO_SHOT or load_head(Path(recipe.head)).normalised)
+    normalised = recipe.head not in HEADS and (
+        recipe.head == ZERO_SHOT or load_head(Path(recipe.head)).normalised
+    )
     head = LinearHead(weight, torch.zeros(count, device=model.device), task.class_names, normalised)
     return head.trainable() if recipe.train_head else head
 
@@ -73,7 +88,9 @@ def _initial(model: FlatModel, head: LinearHead, recipe: FederatedRecipe) -> Ser
     params = {n: t.detach().clone() for n, t in moving(model, head).items()}
     control = None
     if recipe.local_algorithm == "scaffold":
-        control = torch.zeros(model.flat.numel() + sum(p.numel() for p in head.parameters()), device=model.device)
+        control = torch.zeros(
+            model.flat.numel() + sum(p.numel() for p in head.parameters()), device=model.device
+        )
     return ServerState(0, params, control=control)
 
 
@@ -83,7 +100,9 @@ def make_shards(task: Task, recipe: FederatedRecipe) -> tuple[Tensor, ...]:
     return shard(task.train.labels.cpu(), recipe.num_clients, recipe.shards(), generator)
 
 
-def make_head(model: FlatModel, task: Task, shards: Sequence[Tensor], recipe: FederatedRecipe) -> LinearHead:
+def make_head(
+    model: FlatModel, task: Task, shards: Sequence[Tensor], recipe: FederatedRecipe
+) -> LinearHead:
     """The head of step 0, on the model's device, frozen or trainable as the recipe says.
 
     ridge: every client's (A, b) of its own samples, added by the server: the closed form of the union, strength and
@@ -99,7 +118,10 @@ def make_head(model: FlatModel, task: Task, shards: Sequence[Tensor], recipe: Fe
     elif recipe.head in HEADS:
         autocast = PRECISIONS[recipe.mixed_precision]
         features = extract_features(model, task.train, autocast=autocast).cpu()
-        val, val_labels = extract_features(model, task.val, autocast=autocast).cpu(), task.val.labels.cpu()
+        val, val_labels = (
+            extract_features(model, task.val, autocast=autocast).cpu(),
+            task.val.labels.cpu(),
+        )
         labels = task.train.labels.cpu()
         if recipe.head == "probe":
             from deltafl.models.probe import probe_head
@@ -131,7 +153,11 @@ def _known(shards: Sequence[Tensor], labels: Tensor, recipe: FederatedRecipe) ->
 
 
 def make_mask(
-    model: FlatModel, head: LinearHead, task: Task, shards: Sequence[Tensor], recipe: FederatedRecipe
+    model: FlatModel,
+    head: LinearHead,
+    task: Task,
+    shards: Sequence[Tensor],
+    recipe: FederatedRecipe,
 ) -> Mask | None:
     """The mask of a sparse run, from a file or calibrated: each round asks fresh clients for Fisher sums.
 
@@ -186,5 +212,7 @@ def calibration_clients(recipe: FederatedRecipe) -> list[list[int]]:
     if not recipe.calibrated:
         return []
     size = recipe.clients_per_round
-    order = torch.randperm(recipe.num_clients, generator=keyed_generator(recipe.seed, "calibration clients")).tolist()
+    order = torch.randperm(
+        recipe.num_clients, generator=keyed_generator(recipe.seed, "calibration clients")
+    ).tolist()
     return [sorted(order[r * size : (r + 1) * size]) for r in range(recipe.calibration_rounds)]

@@ -8,17 +8,17 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from deltafl.checkpoint import Difference
+from deltafl.algebra.tensors import Tensors
+from deltafl.checkpoints.checkpoint import Difference
 from deltafl.errors import DeltaflError
 from deltafl.federated.client import ClientUpdate, Round, augmented, load_params, moving
 from deltafl.federated.recipe import FederatedRecipe
 from deltafl.models.flat import FlatModel
 from deltafl.models.heads import LinearHead
-from deltafl.rules import Source
+from deltafl.rules.rule import Source
 from deltafl.sparse.masks import Mask
 from deltafl.sparse.sgdm import sgdm_
-from deltafl.tensors import Tensors
-from deltafl.training import batches, keyed_generator
+from deltafl.training.step import batches, keyed_generator
 
 
 class StackedTraining:
@@ -38,7 +38,9 @@ class StackedTraining:
 
     def __init__(self, model: FlatModel, head: LinearHead, recipe: FederatedRecipe) -> None:
         if problems := unsupported(model, head, recipe):
-            raise DeltaflError(*(f"engine vmap does not serve {what}; use engine sequential" for what in problems))
+            raise DeltaflError(
+                *(f"engine vmap does not serve {what}; use engine sequential" for what in problems)
+            )
         self.model, self.head, self.recipe = model, head, recipe
         self._net = _Logits(model, head)
 
@@ -46,7 +48,9 @@ class StackedTraining:
         """One client alone."""
         return self.train_all(params, mask, [round])[0]
 
-    def train_all(self, params: Tensors, mask: Mask | None, rounds: Sequence[Round]) -> list[ClientUpdate]:
+    def train_all(
+        self, params: Tensors, mask: Mask | None, rounds: Sequence[Round]
+    ) -> list[ClientUpdate]:
         """The updates of all clients, in the order of `rounds`; each is told an equal share of the seconds.
 
         Raises:
@@ -54,12 +58,16 @@ class StackedTraining:
                 buffers that change, decisions by value).
         """
         if mask is not None or any(r.control is not None for r in rounds):
-            raise DeltaflError("engine vmap serves neither masks nor control variates; use engine sequential")
+            raise DeltaflError(
+                "engine vmap serves neither masks nor control variates; use engine sequential"
+            )
         load_params(self.model, self.head, params)
         updates: dict[int, ClientUpdate] = {}
         for kind in dict.fromkeys((r.num_steps, r.lr) for r in rounds):
             places = [i for i, r in enumerate(rounds) if (r.num_steps, r.lr) == kind]
-            updates.update(zip(places, self._train_group(params, [rounds[i] for i in places]), strict=True))
+            updates.update(
+                zip(places, self._train_group(params, [rounds[i] for i in places]), strict=True)
+            )
         return [updates[i] for i in range(len(rounds))]
 
     def _train_group(self, params: Tensors, rounds: Sequence[Round]) -> list[ClientUpdate]:
@@ -82,7 +90,8 @@ class StackedTraining:
         totals = torch.zeros(count, device=self.model.device)
         self.model.module.train()
         own_batches = (
-            batches(p.ids, r.batch_size, r.seed, steps, f"round {p.number} client {p.client}") for p in rounds
+            batches(p.ids, r.batch_size, r.seed, steps, f"round {p.number} client {p.client}")
+            for p in rounds
         )
         for step, chosen in enumerate(zip(*own_batches, strict=True)):
             images, labels, shares = self._batch(rounds, chosen, step)
@@ -91,7 +100,9 @@ class StackedTraining:
             losses.sum().backward()
             totals += losses.detach()
             if r.grad_clip is not None:
-                clip_rows_([leaf.grad for leaf in leaves.values() if leaf.grad is not None], r.grad_clip)
+                clip_rows_(
+                    [leaf.grad for leaf in leaves.values() if leaf.grad is not None], r.grad_clip
+                )
             sgdm_(weights, gradients, momentum, step == 0, group)
         rest = {n: params[n] for n in moving(self.model, self.head) if n not in own}
         means = (totals / steps).tolist()
@@ -111,7 +122,9 @@ class StackedTraining:
             updates.append(ClientUpdate(delta, source, means[k], seconds))
         return updates
 
-    def _batch(self, rounds: Sequence[Round], chosen: Sequence[Tensor], step: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _batch(
+        self, rounds: Sequence[Round], chosen: Sequence[Tensor], step: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised images (K, B, C, H, W), labels (K, B) and shares in the mean (K, B) of each client's rows.
 
         A client whose batch is shorter than B repeats its first example with share 0.
@@ -134,12 +147,16 @@ class StackedTraining:
         key = keyed_generator(r.seed, "augment", f"round {part.number} client {part.client}", step)
         return torch.cat([augmented(images[:count], r.augment, key), images[count:]])
 
-    def _losses(self, leaves: dict[str, Tensor], images: Tensor, labels: Tensor, shares: Tensor) -> Tensor:
+    def _losses(
+        self, leaves: dict[str, Tensor], images: Tensor, labels: Tensor, shares: Tensor
+    ) -> Tensor:
         """Mean cross-entropy of each client's batch under its own model, (K,)."""
 
         def loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor, share: Tensor) -> Tensor:
             logits = functional_call(self._net, parameters, (x,))
-            each = nn.functional.cross_entropy(logits, y, reduction="none", label_smoothing=self.recipe.label_smoothing)
+            each = nn.functional.cross_entropy(
+                logits, y, reduction="none", label_smoothing=self.recipe.label_smoothing
+            )
             return (each * share).sum()
 
         buffers = [(n, b, b._version) for n, b in self.model.module.named_buffers()]
@@ -148,9 +165,13 @@ class StackedTraining:
                 losses = vmap(loss, randomness="error")(leaves, images, labels, shares)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
-            raise DeltaflError(f"engine vmap cannot run this model ({reason}); use engine sequential") from error
+            raise DeltaflError(
+                f"engine vmap cannot run this model ({reason}); use engine sequential"
+            ) from error
         if changed := next((n for n, b, version in buffers if b._version != version), None):
-            raise DeltaflError(f'engine vmap cannot run this model: buffer "{changed}" changes; use engine sequential')
+            raise DeltaflError(
+                f'engine vmap cannot run this model: buffer "{changed}" changes; use engine sequential'
+            )
         return losses
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from deltafl.checkpoint import NAMES as DTYPE_NAMES
+from deltafl.checkpoints.checkpoint import NAMES as DTYPE_NAMES
 from deltafl.errors import DeltaflError
 from deltafl.federated.controls import Controls
 from deltafl.federated.server import ServerState
@@ -43,7 +43,11 @@ def encode(state: ServerState, head: Mapping[str, Tensor]) -> list[bytes | memor
     for name, tensor in sorted(held.items(), key=lambda item: -item[1].element_size()):
         flat = tensor.detach().cpu().reshape(-1).view(torch.uint8)
         start, stop = stop, stop + len(flat)
-        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, stop]}
+        header[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, stop],
+        }
         data.append(memoryview(flat.numpy()))  # type: ignore[arg-type]
     raw = json.dumps(header).encode()
     raw += b" " * (-len(raw) % 8)
@@ -58,12 +62,20 @@ def decode(path: Path, like: ServerState) -> tuple[ServerState, dict[str, Tensor
     """
     try:
         with safe_open(path, "pt") as file:
-            numbers: dict[str, Any] = {key: json.loads(file.metadata()["state"])[key] for key in NUMBERS}
+            numbers: dict[str, Any] = {
+                key: json.loads(file.metadata()["state"])[key] for key in NUMBERS
+            }
             held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise DeltaflError(f'"{path}" is not the state of a run ({error}); delete the folder to start again') from None
+        raise DeltaflError(
+            f'"{path}" is not the state of a run ({error}); delete the folder to start again'
+        ) from None
     parts = {
-        part: {n: held[f"{part}/{n}"].to(t.device) for n, t in like.params.items() if f"{part}/{n}" in held}
+        part: {
+            n: held[f"{part}/{n}"].to(t.device)
+            for n, t in like.params.items()
+            if f"{part}/{n}" in held
+        }
         for part in PARTS
     }
     if parts["params"].keys() != like.params.keys():
@@ -75,7 +87,9 @@ def decode(path: Path, like: ServerState) -> tuple[ServerState, dict[str, Tensor
         like,
         **parts,
         round=numbers["round"],
-        control=None if control is None or like.control is None else control.to(like.control.device),
+        control=None
+        if control is None or like.control is None
+        else control.to(like.control.device),
         control_rounds={int(k): r for k, r in numbers["control_rounds"].items()},
         best_round=numbers["best_round"],
         best_accuracy=numbers["best_accuracy"],
@@ -93,7 +107,11 @@ class StateWriter:
     """
 
     def __init__(
-        self, path: Path, head: Mapping[str, Tensor], controls: Controls, before: Callable[[], None] = lambda: None
+        self,
+        path: Path,
+        head: Mapping[str, Tensor],
+        controls: Controls,
+        before: Callable[[], None] = lambda: None,
     ) -> None:
         self.path, self.head, self.controls, self.before = path, head, controls, before
         self._thread: threading.Thread | None = None

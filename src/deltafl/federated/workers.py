@@ -79,7 +79,12 @@ class Workers:
     """
 
     def __init__(
-        self, count: int, train: Train, state: ServerState, slots: int, known: Mapping[str, object] | None = None
+        self,
+        count: int,
+        train: Train,
+        state: ServerState,
+        slots: int,
+        known: Mapping[str, object] | None = None,
     ) -> None:
         given = _with_control(state)
         room = room_for(given.values())
@@ -95,14 +100,18 @@ class Workers:
                 self._fork(train, jobs)
         except OSError as error:
             self.close()
-            raise DeltaflError(f"cannot start {count} workers ({error}); use fewer, or workers 1") from None
+            raise DeltaflError(
+                f"cannot start {count} workers ({error}); use fewer, or workers 1"
+            ) from None
         finally:
             os.close(jobs)
 
     def _fork(self, train: Train, jobs: int) -> None:
         ours, theirs = Pipe(duplex=False)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of threads: a child with one never meets torch's pool
+            warnings.simplefilter(
+                "ignore", DeprecationWarning
+            )  # of threads: a child with one never meets torch's pool
             pid = os.fork()
         if pid == 0:
             self._serve(train, jobs, theirs)
@@ -117,12 +126,18 @@ class Workers:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             torch.set_num_threads(1)
             control = self._given.pop(CONTROL, None)
-            known = {id(self._given): "params"} | {id(value): name for name, value in self._known.items()}
+            known = {id(self._given): "params"} | {
+                id(value): name for name, value in self._known.items()
+            }
             before = _most_memory()
             while job := os.read(jobs, JOB.size):
                 position, number, client, own = JOB.unpack(job)
                 try:
-                    answer = pack(train(self._given, control, number, client, own), known, self._slots[position])
+                    answer = pack(
+                        train(self._given, control, number, client, own),
+                        known,
+                        self._slots[position],
+                    )
                 except BaseException as error:
                     answer = pack_error(error)
                 answers.send_bytes(ANSWER.pack(position, _most_memory() - before) + answer)
@@ -140,13 +155,18 @@ class Workers:
         for name, tensor in _with_control(state).items():
             self._given[name].copy_(tensor)
         known = self._known | {"params": state.params}
-        jobs = deque(JOB.pack(i, state.round + 1, k, state.control_rounds.get(k, -1)) for i, k in enumerate(clients))
+        jobs = deque(
+            JOB.pack(i, state.round + 1, k, state.control_rounds.get(k, -1))
+            for i, k in enumerate(clients)
+        )
         done: dict[int, bytes] = {}
         asked = 0
         try:
             for position in range(len(clients)):
                 while position not in done:
-                    while jobs and asked < 2 * len(self._pids):  # whoever is free finds another one at once
+                    while jobs and asked < 2 * len(
+                        self._pids
+                    ):  # whoever is free finds another one at once
                         with suppress(BrokenPipeError):
                             os.write(self._jobs, jobs.popleft())
                         asked += 1
@@ -155,7 +175,9 @@ class Workers:
                         done[found] = answer
                         asked -= 1
                 yield unpack(done.pop(position), known, self._slots[position])
-        except BaseException:  # what was not awaited must not be taken for an answer of the next round
+        except (
+            BaseException
+        ):  # what was not awaited must not be taken for an answer of the next round
             self.close()
             raise
 
@@ -165,7 +187,11 @@ class Workers:
         except (EOFError, OSError):
             pid = self._pids.pop(ours)
             code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+            how = (
+                f"was killed by {signal.Signals(-code).name}"
+                if code < 0
+                else f"ended with status {code}"
+            )
             raise DeltaflError(
                 f"a worker that trains clients (process {pid}) {how}; if memory ran out, use fewer workers; "
                 "the run goes on with --resume"

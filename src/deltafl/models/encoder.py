@@ -39,9 +39,16 @@ class InputSpec:
                 f"load the data with image_size={self.image_size}, channels={self.channels}"
             )
         size = self.image_size
-        mean, std = _at_pixels(self.mean, size, images.device), _at_pixels(self.std, size, images.device)
-        pixels = images.permute(0, 2, 3, 1).contiguous()  # as bytes: a permuting copy to floats takes twice as long
-        return pixels.to(torch.float32, copy=True).div_(255).sub_(mean).div_(std).permute(0, 3, 1, 2)
+        mean, std = (
+            _at_pixels(self.mean, size, images.device),
+            _at_pixels(self.std, size, images.device),
+        )
+        pixels = images.permute(
+            0, 2, 3, 1
+        ).contiguous()  # as bytes: a permuting copy to floats takes twice as long
+        return (
+            pixels.to(torch.float32, copy=True).div_(255).sub_(mean).div_(std).permute(0, 3, 1, 2)
+        )
 
 
 @cache
@@ -98,7 +105,9 @@ def assemble(
         probe = embed(module, torch.zeros(1, spec.channels, spec.image_size, spec.image_size))
         if not isinstance(probe, Tensor) or probe.ndim != 2 or len(probe) != 1:
             shape = tuple(probe.shape) if isinstance(probe, Tensor) else type(probe).__name__
-            raise DeltaflError(f'model "{origin}": one image gives {shape}, features must be (1, D); add `.embed(x)`')
+            raise DeltaflError(
+                f'model "{origin}": one image gives {shape}, features must be (1, D); add `.embed(x)`'
+            )
         grads = torch.autograd.grad(probe.sum(), parameters, allow_unused=True)
     for parameter, grad in zip(parameters, grads, strict=True):
         parameter.requires_grad_(grad is not None)

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor, nn
 
+from deltafl.algebra.tensors import Tensors, shape_of
+from deltafl.checkpoints.naming import match
 from deltafl.errors import DeltaflError, shorten
 from deltafl.models.encoder import LoadedEncoder
-from deltafl.naming import match
-from deltafl.tensors import Tensors, shape_of
 
 
 class FlatModel:
@@ -28,8 +28,12 @@ class FlatModel:
         if not trainable:
             raise DeltaflError(f'model "{encoder.origin}" has no trainable parameter')
         if len({p.device for p in trainable.values()}) > 1:
-            raise DeltaflError(f'model "{encoder.origin}" is on several devices; a flat model needs one')
-        self.flat = nn.Parameter(torch.cat([p.detach().float().reshape(-1) for p in trainable.values()]))
+            raise DeltaflError(
+                f'model "{encoder.origin}" is on several devices; a flat model needs one'
+            )
+        self.flat = nn.Parameter(
+            torch.cat([p.detach().float().reshape(-1) for p in trainable.values()])
+        )
         self.flat.grad = torch.zeros_like(self.flat)
         self.slices: dict[str, slice] = {}
         start = 0
@@ -51,7 +55,10 @@ class FlatModel:
     def tensors(self) -> dict[str, Tensor]:
         """Name -> view of `flat` in the parameter's shape, without gradient; module names, in order of `flat`."""
         shapes = dict(self.module.named_parameters())
-        return {name: self.flat.data[part].view(shapes[name].shape) for name, part in self.slices.items()}
+        return {
+            name: self.flat.data[part].view(shapes[name].shape)
+            for name, part in self.slices.items()
+        }
 
     @torch.no_grad()
     def load(self, tensors: Tensors) -> tuple[str, ...]:
@@ -69,7 +76,9 @@ class FlatModel:
             pairs = match(own, tensors.keys())[0]
         missing = [n for n in self.slices if n not in pairs]
         if missing:
-            raise DeltaflError(f"the model needs {shorten(missing)}, not among the {len(tensors)} tensors given")
+            raise DeltaflError(
+                f"the model needs {shorten(missing)}, not among the {len(tensors)} tensors given"
+            )
         for name, given in pairs.items():
             if own[name].shape != shape_of(tensors, given):
                 raise DeltaflError(

@@ -35,7 +35,11 @@ class LinearHead:
 
     def __post_init__(self) -> None:
         classes = len(self.class_names)
-        if self.weight.ndim != 2 or len(self.weight) != classes or tuple(self.bias.shape) != (classes,):
+        if (
+            self.weight.ndim != 2
+            or len(self.weight) != classes
+            or tuple(self.bias.shape) != (classes,)
+        ):
             raise DeltaflError(
                 f"a head of {classes} classes has weight {tuple(self.weight.shape)} and bias {tuple(self.bias.shape)}; "
                 f"they must be ({classes}, features) and ({classes},)"
@@ -58,7 +62,9 @@ class LinearHead:
 
     def trainable(self) -> "LinearHead":
         """A copy whose weight and bias are parameters with gradients, for training it together with the encoder."""
-        return replace(self, weight=nn.Parameter(self.weight.clone()), bias=nn.Parameter(self.bias.clone()))
+        return replace(
+            self, weight=nn.Parameter(self.weight.clone()), bias=nn.Parameter(self.bias.clone())
+        )
 
     def frozen(self) -> "LinearHead":
         """The same values without gradients."""
@@ -69,7 +75,9 @@ class LinearHead:
         return [t for t in (self.weight, self.bias) if t.requires_grad]
 
 
-def random_head(feature_dim: int, class_names: Sequence[str], generator: torch.Generator) -> LinearHead:
+def random_head(
+    feature_dim: int, class_names: Sequence[str], generator: torch.Generator
+) -> LinearHead:
     """Weights uniform in +-1/sqrt(D), as torch.nn.Linear draws them, bias 0."""
     bound = feature_dim**-0.5
     weight = torch.empty(len(class_names), feature_dim).uniform_(-bound, bound, generator=generator)
@@ -97,7 +105,10 @@ def save_head(head: LinearHead, path: Path) -> None:
     The names are all of the metadata: safetensors writes several keys in random order, and equal heads should be
     equal files.
     """
-    tensors = {"weight": head.weight.detach().contiguous().cpu(), "bias": head.bias.detach().contiguous().cpu()}
+    tensors = {
+        "weight": head.weight.detach().contiguous().cpu(),
+        "bias": head.bias.detach().contiguous().cpu(),
+    }
     if head.normalised:
         tensors["normalised"] = torch.ones(1, dtype=torch.uint8)
     save_file(tensors, path, metadata={"class_names": json.dumps(head.class_names)})
@@ -115,7 +126,9 @@ def load_head(path: Path) -> LinearHead:
             weight, bias = (file.get_tensor(name).float() for name in ("weight", "bias"))
             return LinearHead(weight, bias, tuple(names), "normalised" in set(file.keys()))
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise DeltaflError(f'head "{path}" cannot be read: {error}; `deltafl finetune` writes such files') from error
+        raise DeltaflError(
+            f'head "{path}" cannot be read: {error}; `deltafl finetune` writes such files'
+        ) from error
 
 
 def check_head(head: LinearHead, feature_dim: int, class_names: Sequence[str], where: str) -> None:
@@ -134,7 +147,11 @@ def check_head(head: LinearHead, feature_dim: int, class_names: Sequence[str], w
         counts = f"{len(head.class_names)} classes, the task has {len(class_names)}"
         problems.append(f'head "{where}" has {counts}; is it another task\'s?')
     elif head.class_names != tuple(class_names):
-        ours, theirs = next((a, b) for a, b in zip(head.class_names, class_names, strict=True) if a != b)
-        problems.append(f'head "{where}" has a class "{ours}" where the task has "{theirs}"; is it another task\'s?')
+        ours, theirs = next(
+            (a, b) for a, b in zip(head.class_names, class_names, strict=True) if a != b
+        )
+        problems.append(
+            f'head "{where}" has a class "{ours}" where the task has "{theirs}"; is it another task\'s?'
+        )
     if problems:
         raise DeltaflError(*problems)

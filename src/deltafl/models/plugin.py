@@ -35,8 +35,12 @@ def load_plugin(ref: str, kwargs: Mapping[str, Any] | None = None) -> LoadedEnco
     half = (0.5,) * channels
     mean, std = (tuple(float(v) for v in option(name, half)) for name in ("mean", "std"))
     if len(mean) != channels or len(std) != channels:
-        raise DeltaflError(f'model "{ref}": mean and std need one value for each of its {channels} channels')
-    return assemble(module, _embed, InputSpec(int(option("input_size", 224)), channels, mean, std), ref, factory)
+        raise DeltaflError(
+            f'model "{ref}": mean and std need one value for each of its {channels} channels'
+        )
+    return assemble(
+        module, _embed, InputSpec(int(option("input_size", 224)), channels, mean, std), ref, factory
+    )
 
 
 def load_saved_plugin(directory: Path) -> LoadedEncoder:
@@ -49,7 +53,9 @@ def load_saved_plugin(directory: Path) -> LoadedEncoder:
         found = json.loads((directory / MODEL_JSON).read_text())
         factory = Factory(found["factory"], found["kwargs"])
         given = found["input"]
-        spec = InputSpec(given["image_size"], given["channels"], tuple(given["mean"]), tuple(given["std"]))
+        spec = InputSpec(
+            given["image_size"], given["channels"], tuple(given["mean"]), tuple(given["std"])
+        )
         weights = load_file(directory / WEIGHTS)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise DeltaflError(f'model "{directory}" cannot be loaded: {error}') from error
@@ -76,7 +82,12 @@ def save_plugin(encoder: LoadedEncoder, directory: Path) -> None:
     content = {
         "factory": encoder.factory.ref,
         "kwargs": dict(encoder.factory.kwargs),
-        "input": {"image_size": spec.image_size, "channels": spec.channels, "mean": spec.mean, "std": spec.std},
+        "input": {
+            "image_size": spec.image_size,
+            "channels": spec.channels,
+            "mean": spec.mean,
+            "std": spec.std,
+        },
     }
     state = {
         name: tensor.clone(memory_format=torch.contiguous_format)
@@ -98,7 +109,11 @@ def _build(factory: Factory) -> tuple[Any, nn.Module]:
         try:
             module = builder(**factory.kwargs)
         except TypeError as error:
-            raise DeltaflError(f'model "{factory.ref}" with {dict(factory.kwargs)}: {error}') from error
+            raise DeltaflError(
+                f'model "{factory.ref}" with {dict(factory.kwargs)}: {error}'
+            ) from error
     if not isinstance(module, nn.Module):
-        raise DeltaflError(f'model "{factory.ref}" returned a {type(module).__name__}, not a torch.nn.Module')
+        raise DeltaflError(
+            f'model "{factory.ref}" returned a {type(module).__name__}, not a torch.nn.Module'
+        )
     return builder, module

@@ -63,7 +63,9 @@ def load_pretrained(ref: str) -> LoadedEncoder:
                 "wrap it in a function of your own and give that as module:attr"
             )
         class_name, embed, kwargs = _FAMILIES[config.model_type]
-        if config.model_type == "clip_vision_model" and "CLIPVisionModel" in (config.architectures or ()):
+        if config.model_type == "clip_vision_model" and "CLIPVisionModel" in (
+            config.architectures or ()
+        ):
             class_name, embed = "CLIPVisionModel", _pooled
         if config.model_type == "clip":
             config.vision_config.projection_dim = config.projection_dim
@@ -80,7 +82,9 @@ def load_pretrained(ref: str) -> LoadedEncoder:
         )
     broken = sorted(info["missing_keys"]) + sorted(str(k[0]) for k in info["mismatched_keys"])
     if broken:
-        raise DeltaflError(f'model "{ref}": {shorten(broken)} missing or misshapen in the file; is it complete?')
+        raise DeltaflError(
+            f'model "{ref}": {shorten(broken)} missing or misshapen in the file; is it complete?'
+        )
     if info["unexpected_keys"]:
         logger.info('model "%s": left out %s', ref, shorten(sorted(info["unexpected_keys"])))
     return assemble(module, embed, _input_spec(ref, config), ref)
@@ -104,7 +108,9 @@ def new_vit(
     import transformers
 
     if image_size % patch or hidden % heads:
-        raise DeltaflError(f"image_size {image_size} must be a multiple of patch {patch}, hidden {hidden} of {heads}")
+        raise DeltaflError(
+            f"image_size {image_size} must be a multiple of patch {patch}, hidden {hidden} of {heads}"
+        )
     config = transformers.ViTConfig(
         hidden_size=hidden,
         num_hidden_layers=layers,
@@ -124,7 +130,9 @@ def new_vit(
                 parameter.fill_(1)
             else:
                 nn.init.trunc_normal_(parameter, std=0.02, a=-0.04, b=0.04, generator=generator)
-    return assemble(module, _cls, InputSpec(image_size, channels, (0.5,) * channels, (0.5,) * channels), "")
+    return assemble(
+        module, _cls, InputSpec(image_size, channels, (0.5,) * channels, (0.5,) * channels), ""
+    )
 
 
 def new_vit_from(text: str) -> LoadedEncoder:
@@ -138,7 +146,9 @@ def new_vit_from(text: str) -> LoadedEncoder:
     for item in text.split(","):
         key, _, value = item.partition("=")
         if key not in required | known:
-            raise DeltaflError(f'model "vit:{text}": unknown "{key}"; {did_you_mean(key, required | known)}')
+            raise DeltaflError(
+                f'model "vit:{text}": unknown "{key}"; {did_you_mean(key, required | known)}'
+            )
         if not value.isdigit():
             raise DeltaflError(f'model "vit:{text}": {key} must be a whole number, not "{value}"')
         values[key] = int(value)

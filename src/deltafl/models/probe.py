@@ -12,7 +12,11 @@ STRENGTHS = (0.01, 0.1, 1.0, 10.0)
 
 
 def probe_head(
-    features: Tensor, labels: Tensor, val_features: Tensor, val_labels: Tensor, class_names: Sequence[str]
+    features: Tensor,
+    labels: Tensor,
+    val_features: Tensor,
+    val_labels: Tensor,
+    class_names: Sequence[str],
 ) -> LinearHead:
     """scikit-learn's multinomial logistic regression (L-BFGS) on features (N, D), its penalty chosen on validation.
 
@@ -24,12 +28,16 @@ def probe_head(
     mean, std = features.mean(0), features.std(0).clamp_min(1e-8)
 
     def fit(strength: float) -> LinearHead:
-        model = LogisticRegression(C=strength, max_iter=500).fit(((features - mean) / std).numpy(), labels.numpy())
+        model = LogisticRegression(C=strength, max_iter=500).fit(
+            ((features - mean) / std).numpy(), labels.numpy()
+        )
         weight = torch.zeros(len(class_names), features.shape[1])
         bias = torch.full((len(class_names),), -1e4)
         coefficients = torch.from_numpy(model.coef_).float()
         intercepts = torch.from_numpy(model.intercept_).float()
-        if len(model.classes_) == 2:  # scikit-learn gives the second class's logit, relative to the first
+        if (
+            len(model.classes_) == 2
+        ):  # scikit-learn gives the second class's logit, relative to the first
             coefficients = torch.cat([torch.zeros_like(coefficients), coefficients])
             intercepts = torch.cat([torch.zeros_like(intercepts), intercepts])
         rows = torch.from_numpy(model.classes_)
@@ -38,4 +46,6 @@ def probe_head(
         return LinearHead(weight, bias, tuple(class_names))
 
     heads = [fit(strength) for strength in STRENGTHS]
-    return max(heads, key=lambda h: (h.logits(val_features).argmax(1) == val_labels).double().mean().item())
+    return max(
+        heads, key=lambda h: (h.logits(val_features).argmax(1) == val_labels).double().mean().item()
+    )

@@ -38,8 +38,12 @@ class RidgeStatistics:
         if len(features) != len(labels):
             raise DeltaflError(f"{len(features)} rows of features and {len(labels)} labels")
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
-            raise DeltaflError(f"labels run from {labels.min()} to {labels.max()}, there are {num_classes} classes")
-        z = torch.cat([features.double(), features.new_ones(len(features), 1, dtype=torch.float64)], dim=1)
+            raise DeltaflError(
+                f"labels run from {labels.min()} to {labels.max()}, there are {num_classes} classes"
+            )
+        z = torch.cat(
+            [features.double(), features.new_ones(len(features), 1, dtype=torch.float64)], dim=1
+        )
         onehot = torch.nn.functional.one_hot(labels, num_classes).double()
         return cls(z.T @ z, z.T @ onehot)
 
@@ -88,7 +92,9 @@ def ridge_head(
         DeltaflError: no validation examples, or what `solve` raises.
     """
     if len(val_labels) == 0:
-        raise DeltaflError("a ridge head chooses its strength on validation data, and there is none")
+        raise DeltaflError(
+            "a ridge head chooses its strength on validation data, and there is none"
+        )
 
     def accuracy(head: LinearHead) -> float:
         return (head.logits(val_features).argmax(1) == val_labels).double().mean().item()
@@ -96,5 +102,7 @@ def ridge_head(
     heads = [solve(statistics, s, class_names) for s in sorted(strengths, reverse=True)]
     best = max(heads, key=accuracy)
     logits = best.logits(val_features).double()
-    T = min(TEMPERATURES, key=lambda t: torch.nn.functional.cross_entropy(t * logits, val_labels).item())
+    T = min(
+        TEMPERATURES, key=lambda t: torch.nn.functional.cross_entropy(t * logits, val_labels).item()
+    )
     return LinearHead(best.weight * T, best.bias * T, best.class_names)

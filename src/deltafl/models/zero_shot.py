@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from deltafl.datasets.cache import content_hash, default_cache_dir, key_of, writing_to
-from deltafl.datasets.named import prompt_names, prompt_templates
+from deltafl.checkpoints.layout import Layout, read_layout
 from deltafl.errors import DeltaflError, shorten
 from deltafl.files import write_atomically
-from deltafl.layout import Layout, read_layout
 from deltafl.models.heads import LinearHead
 from deltafl.models.pretrained import attempt, quiet
+from deltafl.tasks.cache import content_hash, default_cache_dir, key_of, writing_to
+from deltafl.tasks.named import prompt_names, prompt_templates
 
 logger = logging.getLogger(__name__)
 
@@ -52,14 +52,24 @@ def zero_shot_head(
     names = prompt_names(task, class_names)
     chosen = tuple(templates) if templates is not None else prompt_templates(task)
     if wrong := [t for t in chosen if "{}" not in t]:
-        raise DeltaflError(f"template {shorten(wrong)} has no {{}}; write {{}} where the name of the class goes")
+        raise DeltaflError(
+            f"template {shorten(wrong)} has no {{}}; write {{}} where the name of the class goes"
+        )
     if not chosen:
-        raise DeltaflError("no templates; write one on each line, with {} for the name of the class")
+        raise DeltaflError(
+            "no templates; write one on each line, with {} for the name of the class"
+        )
     layout = _clip_layout(ref)
     folder = cache_dir or default_cache_dir()
     with writing_to(folder):
         content = content_hash(_files(layout), folder)
-    made_of = {"model": content, "task": task, "names": names, "templates": chosen, "format": FORMAT}
+    made_of = {
+        "model": content,
+        "task": task,
+        "names": names,
+        "templates": chosen,
+        "format": FORMAT,
+    }
     file = folder / "zero-shot" / f"{key_of(made_of)}.safetensors"
     weight = _cached(file, len(names))
     if weight is None:
@@ -78,9 +88,13 @@ def read_templates(file: str | Path) -> tuple[str, ...]:
     try:
         lines = Path(file).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DeltaflError(f'templates "{file}" cannot be read: {error}; give a text file, one on each line') from error
+        raise DeltaflError(
+            f'templates "{file}" cannot be read: {error}; give a text file, one on each line'
+        ) from error
     if not any(line.strip() for line in lines):
-        raise DeltaflError(f'templates "{file}" holds none; write one on each line, with {{}} for the class')
+        raise DeltaflError(
+            f'templates "{file}" holds none; write one on each line, with {{}} for the class'
+        )
     return tuple(line.strip() for line in lines if line.strip())
 
 
@@ -97,9 +111,13 @@ def _clip_layout(ref: str) -> Layout:
         )
     layout = read_layout(ref)
     if not any(name.startswith("text_model.") for name in layout.entries):
-        raise DeltaflError(f'model "{ref}" holds no text tower, which a zero-shot head needs; use the base model')
+        raise DeltaflError(
+            f'model "{ref}" holds no text tower, which a zero-shot head needs; use the base model'
+        )
     held = {file.name for file in layout.folder.iterdir()}
-    if not ("tokenizer.json" in held or {"vocab.json", "merges.txt"} <= held):  # transformers would make an empty one
+    if not (
+        "tokenizer.json" in held or {"vocab.json", "merges.txt"} <= held
+    ):  # transformers would make an empty one
         raise DeltaflError(
             f'model "{ref}" has no tokenizer (tokenizer.json, or vocab.json and merges.txt), which a zero-shot head '
             "needs; copy it from the model's origin"
@@ -130,7 +148,11 @@ def _cached(file: Path, classes: int) -> Tensor | None:
 
 @torch.no_grad()
 def _weights(
-    folder: str, ref: str, names: Sequence[str], templates: Sequence[str], device: torch.device | str
+    folder: str,
+    ref: str,
+    names: Sequence[str],
+    templates: Sequence[str],
+    device: torch.device | str,
 ) -> Tensor:
     """float32 (K, D) on the CPU."""
     import transformers
@@ -138,16 +160,23 @@ def _weights(
     with quiet():
         tokenizer = attempt(ref, transformers.AutoTokenizer.from_pretrained, folder)
         model, info = attempt(
-            ref, transformers.CLIPModel.from_pretrained, folder, dtype=torch.float32, output_loading_info=True
+            ref,
+            transformers.CLIPModel.from_pretrained,
+            folder,
+            dtype=torch.float32,
+            output_loading_info=True,
         )
     needed = ("text_model.", "text_projection.", "logit_scale")
     if missing := sorted(key for key in info["missing_keys"] if key.startswith(needed)):
-        raise DeltaflError(f'model "{ref}": {shorten(missing)} missing in the file; is it complete?')
+        raise DeltaflError(
+            f'model "{ref}": {shorten(missing)} missing in the file; is it complete?'
+        )
     model.to(device).eval()
     prompts = [template.replace("{}", name) for name in names for template in templates]
     length = model.config.text_config.max_position_embeddings
     parts = [
-        _embedded(model, tokenizer, prompts[start : start + BATCH], length) for start in range(0, len(prompts), BATCH)
+        _embedded(model, tokenizer, prompts[start : start + BATCH], length)
+        for start in range(0, len(prompts), BATCH)
     ]
     each = torch.cat(parts).view(len(names), len(templates), -1)
     mean = torch.nn.functional.normalize(each.mean(1), dim=-1)
@@ -156,6 +185,8 @@ def _weights(
 
 def _embedded(model: Any, tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:
     """Normalised text embeddings, float64 (B, D) on the CPU."""
-    tokens = tokenizer(list(prompts), padding=True, truncation=True, max_length=length, return_tensors="pt")
+    tokens = tokenizer(
+        list(prompts), padding=True, truncation=True, max_length=length, return_tensors="pt"
+    )
     pooled = model.text_model(**tokens.to(model.device)).pooler_output
     return torch.nn.functional.normalize(model.text_projection(pooled).double(), dim=-1).cpu()

@@ -13,19 +13,24 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
 
 
-def task_bars(scores: Mapping[str, Mapping[str, float]], *, reference: Sequence[str] = (), caption: str = "") -> Figure:
+def task_bars(
+    scores: Mapping[str, Mapping[str, float]], *, reference: Sequence[str] = (), caption: str = ""
+) -> Figure:
     """Accuracy per task, one bar per rule, grouped by task; the rules in `reference` are grey.
 
     Few bars stand upright on a wide page; many bars, or a narrow page, lie flat so that every name is readable.
     """
     alt = "Accuracy per task. " + "; ".join(
-        f"{task}: " + ", ".join(f"{rule} {100 * row[task]:.1f}%" for rule, row in scores.items() if task in row)
+        f"{task}: "
+        + ", ".join(f"{rule} {100 * row[task]:.1f}%" for rule, row in scores.items() if task in row)
         for task in _tasks(scores)
     )
     return drawn(lambda width: draw_task_bars(scores, width, reference), caption, f"{alt}.")
 
 
-def draw_task_bars(scores: Mapping[str, Mapping[str, float]], width: int, reference: Sequence[str] = ()) -> "Drawing":
+def draw_task_bars(
+    scores: Mapping[str, Mapping[str, float]], width: int, reference: Sequence[str] = ()
+) -> "Drawing":
     """The drawing of `task_bars`."""
     colours: dict[str, str] = {}
     for rule in scores:
@@ -42,7 +47,10 @@ def _tasks(scores: Mapping[str, Mapping[str, float]]) -> list[str]:
 
 
 def _upright_bars(
-    scores: Mapping[str, Mapping[str, float]], tasks: list[str], colours: Mapping[str, str], width: int
+    scores: Mapping[str, Mapping[str, float]],
+    tasks: list[str],
+    colours: Mapping[str, str],
+    width: int,
 ) -> "Drawing":
     drawing = blank(width, 360)
     axes = drawing.add_subplot()
@@ -62,7 +70,10 @@ def _upright_bars(
 
 
 def _flat_bars(
-    scores: Mapping[str, Mapping[str, float]], tasks: list[str], colours: Mapping[str, str], width: int
+    scores: Mapping[str, Mapping[str, float]],
+    tasks: list[str],
+    colours: Mapping[str, str],
+    width: int,
 ) -> "Drawing":
     thick, gap = 13, 34
     group = thick * len(colours) + gap
@@ -74,9 +85,13 @@ def _flat_bars(
         axes.barh(at, widths, thick * 0.84, color=colour, label=shorten(rule, 40))
         for y, value in zip(at, widths, strict=True):
             if not isnan(value):
-                axes.text(value + 1.2, y, f"{value:.1f}", va="center_baseline", fontsize=10, color=MUTED)
+                axes.text(
+                    value + 1.2, y, f"{value:.1f}", va="center_baseline", fontsize=10, color=MUTED
+                )
     for i, task in enumerate(tasks):
-        axes.text(0, group * i + gap - 7, shorten(task, width // 9), va="baseline", color=INK, fontsize=13)
+        axes.text(
+            0, group * i + gap - 7, shorten(task, width // 9), va="baseline", color=INK, fontsize=13
+        )
     axes.set_ylim(group * len(tasks), 6)
     axes.set_xlim(0, 112)
     axes.set_xticks([0, 25, 50, 75, 100])

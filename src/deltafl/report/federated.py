@@ -21,11 +21,17 @@ def federated_page(result: Mapping[str, Any], rows: Rows) -> Page:
     facts = Facts(
         [
             ("test accuracy, once", f"{100 * result['test_accuracy']:.1f} %"),
-            (f"validation, best (round {result['best_round']})", f"{100 * result['val_accuracy']:.1f} %"),
+            (
+                f"validation, best (round {result['best_round']})",
+                f"{100 * result['val_accuracy']:.1f} %",
+            ),
             ("before the first round", f"{100 * start['val_accuracy']:.1f} %" if start else "–"),
             ("sent by clients", _bytes(result["bytes_up_total"])),
             ("sent before that, in step 0", _bytes(result.get("setup_bytes_up", 0))),
-            ("peak memory", _bytes(max((row.get("peak_memory_bytes", 0) for row in rows), default=0))),
+            (
+                "peak memory",
+                _bytes(max((row.get("peak_memory_bytes", 0) for row in rows), default=0)),
+            ),
         ]
     )
     sections = [
@@ -45,7 +51,9 @@ def _told(result: Mapping[str, Any], start: Mapping[str, Any]) -> str:
         f"{_bytes(result['dense_bytes_up_total'])}."
     )  # fmt: skip
     failed = result["failed_updates"]
-    left_out = f" Updates left out, being NaN or Inf: {failed}." if failed else " No update was left out."
+    left_out = (
+        f" Updates left out, being NaN or Inf: {failed}." if failed else " No update was left out."
+    )
     before = f" Before the first round the server sent {_bytes(result.get('setup_bytes_down', 0))}."
     return (
         f"{config['num_clients']} clients, {100 * config['participation_rate']:g} % of them in each of "
@@ -61,19 +69,34 @@ def curves(runs: Mapping[str, Rows]) -> list[Item]:
     what = "Validation accuracy"
     return [
         rounds_curve(by_round, score_name=what, caption="Validation accuracy after each round."),
-        rounds_curve(by_bytes, "MB sent by clients", score_name=what, caption="The same, by what the clients sent."),
+        rounds_curve(
+            by_bytes,
+            "MB sent by clients",
+            score_name=what,
+            caption="The same, by what the clients sent.",
+        ),
     ]
 
 
 def _points(rows: Rows, key: str, factor: float) -> list[tuple[float, float]]:
-    return [(factor * row.get(key, 0), row["val_accuracy"]) for row in rows if row["val_accuracy"] is not None]
+    return [
+        (factor * row.get(key, 0), row["val_accuracy"])
+        for row in rows
+        if row["val_accuracy"] is not None
+    ]
 
 
 def federated_figure(rows: Rows) -> bytes:
     """Validation accuracy by round, PNG."""
 
     def draw(width: int) -> "Drawing":
-        return draw_lines({"run": _points(rows, "round", 1)}, width, "Validation accuracy, %", "round", markers=False)
+        return draw_lines(
+            {"run": _points(rows, "round", 1)},
+            width,
+            "Validation accuracy, %",
+            "round",
+            markers=False,
+        )
 
     return to_png(draw, WIDE)
 
@@ -117,13 +140,19 @@ def rounds_table(rows: Rows) -> Table:
         Column("server s", "number", 3),
     ]
     caption = "Rounds" if step == 1 else f"Every {step}th of {len(rounds)} rounds, and the last"
-    return Table(columns, cells, f"{caption}. Bytes are all clients' together; seconds are of this machine.")
+    return Table(
+        columns, cells, f"{caption}. Bytes are all clients' together; seconds are of this machine."
+    )
 
 
 def settings_table(config: Mapping[str, Any]) -> Table:
     """Every setting that decides the result."""
     shown = {k: v for k, v in config.items() if k != "class_names"}
-    return Table([Column("setting"), Column("value")], [[k, str(v)] for k, v in shown.items()], "All settings.")
+    return Table(
+        [Column("setting"), Column("value")],
+        [[k, str(v)] for k, v in shown.items()],
+        "All settings.",
+    )
 
 
 def _bytes(count: float) -> str:

@@ -18,7 +18,12 @@ Profile = Sequence[tuple[str, float]] | Sequence[Sequence[str | float]]
 
 
 def heat_map(
-    names: Sequence[str], matrix: Matrix, *, neutral: float = 0.0, what: str = "Cosine", caption: str = ""
+    names: Sequence[str],
+    matrix: Matrix,
+    *,
+    neutral: float = 0.0,
+    what: str = "Cosine",
+    caption: str = "",
 ) -> Figure:
     """A symmetric [n, n] matrix with its values in the cells; the diagonal says nothing and stays blank.
 
@@ -43,10 +48,16 @@ def heat_map(
 
 def heat_map_height(names: Sequence[str], width: int) -> float:
     """The height that keeps the cells of a heat map of that width comfortable to read."""
-    return min(width * 0.62, 46 * len(names)) + 80 if width > NARROW else min(52 * len(names), 290) + 70
+    return (
+        min(width * 0.62, 46 * len(names)) + 80
+        if width > NARROW
+        else min(52 * len(names), 290) + 70
+    )
 
 
-def draw_heat_map(axes: "Axes", names: Sequence[str], matrix: Matrix, width: int, neutral: float = 0.0) -> None:
+def draw_heat_map(
+    axes: "Axes", names: Sequence[str], matrix: Matrix, width: int, neutral: float = 0.0
+) -> None:
     """Draw the cells on `axes`, which is about `width` pixels wide."""
     from matplotlib.patches import Rectangle
 
@@ -55,12 +66,25 @@ def draw_heat_map(axes: "Axes", names: Sequence[str], matrix: Matrix, width: int
     longest = max(map(len, labels), default=0)
     cell = (width - 7.6 * longest) / max(n, 1)
     slanted = 7.6 * longest > cell
-    known = [abs(values[i][j] - neutral) for i in range(n) for j in range(n) if i != j and isfinite(values[i][j])]
+    known = [
+        abs(values[i][j] - neutral)
+        for i in range(n)
+        for j in range(n)
+        if i != j and isfinite(values[i][j])
+    ]
     scale = max(known, default=0) or 1
     for i, j in ((i, j) for i in range(n) for j in range(n) if i != j):
         strength = (values[i][j] - neutral) / scale if isfinite(values[i][j]) else 0
         colour = POSITIVE if strength >= 0 else NEGATIVE
-        axes.add_patch(Rectangle((j - 0.48, i - 0.47), 0.96, 0.94, facecolor=colour, alpha=0.06 + 0.94 * abs(strength)))
+        axes.add_patch(
+            Rectangle(
+                (j - 0.48, i - 0.47),
+                0.96,
+                0.94,
+                facecolor=colour,
+                alpha=0.06 + 0.94 * abs(strength),
+            )
+        )
         if cell >= 22:
             ink = ON_FILL if abs(strength) > 0.6 else INK
             size = 10 if cell < 34 else 11 if cell < 44 else 12.5
@@ -76,11 +100,15 @@ def draw_heat_map(axes: "Axes", names: Sequence[str], matrix: Matrix, width: int
     else:
         axes.set_xticks(range(n), labels)
     axes.set_yticks(range(n), labels)
-    axes.tick_params(length=0, labelcolor=INK, top=False, labeltop=True, bottom=False, labelbottom=False)
+    axes.tick_params(
+        length=0, labelcolor=INK, top=False, labeltop=True, bottom=False, labelbottom=False
+    )
     axes.spines[:].set_visible(False)
 
 
-def layer_profile(layers: Mapping[str, Profile], *, what: str = "Norm of the delta", caption: str = "") -> Figure:
+def layer_profile(
+    layers: Mapping[str, Profile], *, what: str = "Norm of the delta", caption: str = ""
+) -> Figure:
     """Norm per layer, one line per model; the layers run down the page so that their names can be read."""
 
     def draw(width: int) -> "Drawing":
@@ -92,7 +120,11 @@ def layer_profile(layers: Mapping[str, Profile], *, what: str = "Norm of the del
         legend_below(drawing, axes, columns=2 if width <= NARROW else 4)
         return drawing
 
-    peaks = {model: max((float(norm), name) for name, norm in rows) for model, rows in layers.items() if rows}
+    peaks = {
+        model: max((float(norm), name) for name, norm in rows)
+        for model, rows in layers.items()
+        if rows
+    }
     largest = "; ".join(f"{model} in {name} ({norm:.3g})" for model, (norm, name) in peaks.items())
     alt = f"{what} layer by layer. Largest: {largest}"
     return drawn(draw, caption, f"{alt}.")
@@ -101,9 +133,13 @@ def layer_profile(layers: Mapping[str, Profile], *, what: str = "Norm of the del
 def draw_layer_profile(axes: "Axes", layers: Mapping[str, Profile], width: int) -> None:
     """Draw the lines on `axes`, which is about `width` pixels wide; a log scale where norms differ thirtyfold."""
     names = list(dict.fromkeys(str(name) for profile in layers.values() for name, _ in profile))
-    for number, (model, profile) in enumerate(zip(without_common_start(list(layers)), layers.values(), strict=True)):
+    for number, (model, profile) in enumerate(
+        zip(without_common_start(list(layers)), layers.values(), strict=True)
+    ):
         rows = [names.index(str(name)) for name, _ in profile]
-        axes.plot([float(norm) for _, norm in profile], rows, label=shorten(model, 34), **series(number))
+        axes.plot(
+            [float(norm) for _, norm in profile], rows, label=shorten(model, 34), **series(number)
+        )
     norms = [float(norm) for profile in layers.values() for _, norm in profile if float(norm) > 0]
     if norms and max(norms) > 30 * min(norms):
         axes.set_xscale("log")

@@ -43,9 +43,13 @@ def render(page: Page) -> str:
 
 
 def _section(section: Section, numbers: "count[int]") -> str:
-    paragraphs = [f"<p>{_inline(text)}</p>" for text in re.split(r"\n\s*\n", section.text.strip()) if text]
+    paragraphs = [
+        f"<p>{_inline(text)}</p>" for text in re.split(r"\n\s*\n", section.text.strip()) if text
+    ]
     items = [_item(item, next(numbers)) for item in section.items]
-    return "\n".join(["<section>", f"<h2>{escape(section.heading)}</h2>", *paragraphs, *items, "</section>"])
+    return "\n".join(
+        ["<section>", f"<h2>{escape(section.heading)}</h2>", *paragraphs, *items, "</section>"]
+    )
 
 
 def _item(item: Item, number: int) -> str:
@@ -55,17 +59,25 @@ def _item(item: Item, number: int) -> str:
         case Figure():
             return _figure(item, number)
         case Facts():
-            pairs = [f"<div><dt>{escape(what)}</dt><dd>{escape(value)}</dd></div>" for what, value in item.pairs]
+            pairs = [
+                f"<div><dt>{escape(what)}</dt><dd>{escape(value)}</dd></div>"
+                for what, value in item.pairs
+            ]
             return "\n".join(['<dl class="facts">', *pairs, "</dl>"])
         case Listing():
-            return "<ul>\n" + "\n".join(f"<li>{_inline(text)}</li>" for text in item.items) + "\n</ul>"
+            return (
+                "<ul>\n" + "\n".join(f"<li>{_inline(text)}</li>" for text in item.items) + "\n</ul>"
+            )
         case Code():
             return f'<pre tabindex="0"><code>{escape(item.text)}</code></pre>'
 
 
 def _table(table: Table, number: int) -> str:
     best = best_cells(table)
-    head = "".join(f'<th scope="col"{_kind(column.kind)}>{escape(column.name)}</th>' for column in table.columns)
+    head = "".join(
+        f'<th scope="col"{_kind(column.kind)}>{escape(column.name)}</th>'
+        for column in table.columns
+    )
     body = []
     for r, row in enumerate(table.rows):
         cells = []
@@ -89,7 +101,9 @@ def _table(table: Table, number: int) -> str:
 
 
 def _figure(figure: Figure, number: int) -> str:
-    drawings = [_drawing(figure.svg, "wide" if figure.narrow else "only", WIDE, figure.alt, f"f{number}w-")]
+    drawings = [
+        _drawing(figure.svg, "wide" if figure.narrow else "only", WIDE, figure.alt, f"f{number}w-")
+    ]
     if figure.narrow:
         drawings.append(_drawing(figure.narrow, "narrow", NARROW, figure.alt, f"f{number}n-"))
     caption = f"\n<figcaption>{_inline(figure.caption)}</figcaption>" if figure.caption else ""
@@ -97,7 +111,9 @@ def _figure(figure: Figure, number: int) -> str:
 
 
 def _drawing(svg: str, name: str, width: int, alt: str, prefix: str) -> str:
-    attributes = f'<svg class="{name}" style="max-width:{width}px" role="img" aria-label="{escape(alt)}" '
+    attributes = (
+        f'<svg class="{name}" style="max-width:{width}px" role="img" aria-label="{escape(alt)}" '
+    )
     return prefix_ids(svg, prefix).replace("<svg ", attributes, 1)
 
 
@@ -110,4 +126,6 @@ def _inline(text: str) -> str:
     parts = text.split("`")
     if len(parts) % 2 == 0:
         return escape(text)
-    return "".join(f"<code>{escape(part)}</code>" if i % 2 else escape(part) for i, part in enumerate(parts))
+    return "".join(
+        f"<code>{escape(part)}</code>" if i % 2 else escape(part) for i, part in enumerate(parts)
+    )

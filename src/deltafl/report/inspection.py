@@ -2,7 +2,13 @@
 
 from typing import TYPE_CHECKING, Literal
 
-from deltafl.report.grids import draw_heat_map, draw_layer_profile, heat_map, heat_map_height, layer_profile
+from deltafl.report.grids import (
+    draw_heat_map,
+    draw_layer_profile,
+    heat_map,
+    heat_map_height,
+    layer_profile,
+)
 from deltafl.report.marks import legend_below
 from deltafl.report.page import Column, Listing, Page, Section, Table
 from deltafl.report.parts import Result, cosine_figure, differences, training_table
@@ -25,7 +31,9 @@ def inspect_page(result: Result) -> Page:
     sections.append(Section("How far each model moved", "", [table]))
     if result.get("training"):
         text = differences(result["training"])
-        sections.append(Section("How they were trained", text, [training_table(result["training"])]))
+        sections.append(
+            Section("How they were trained", text, [training_table(result["training"])])
+        )
     if len(models) > 1:
         directions = [cosine_figure(result["cosine"])]
         signs = result.get("sign_agreement")
@@ -34,12 +42,16 @@ def inspect_page(result: Result) -> Page:
                 "Share of weights that two deltas move the same way: 0.5 is what chance gives. "
                 "Colour is relative to the strongest pair."
             )
-            figure = heat_map(signs["names"], signs["matrix"], neutral=0.5, what="Sign agreement", caption=caption)
+            figure = heat_map(
+                signs["names"], signs["matrix"], neutral=0.5, what="Sign agreement", caption=caption
+            )
             directions.append(figure)
         sections.append(Section("Whether they move the same way", "", directions))
     if result.get("layers"):
         caption = "Length of the delta in every layer. A model far to the right dominates a plain mean there."
-        sections.append(Section("Where they changed", "", [layer_profile(result["layers"], caption=caption)]))
+        sections.append(
+            Section("Where they changed", "", [layer_profile(result["layers"], caption=caption)])
+        )
     lead = f"{len(models)} models fine-tuned from one base, compared by their deltas: the weights after minus before."
     return Page(result.get("title", "How different are these models?"), lead, sections)
 
@@ -53,7 +65,9 @@ def inspect_figure(result: Result, kind: Literal["svg", "png"] = "png") -> bytes
         rows = max(map(len, layers.values()), default=0)
         bottom = (80 + min(26 * rows, 900) + 11 * len(layers)) if rows else 0
         drawing = blank(width, top + bottom)
-        panels = drawing.subplots(2, height_ratios=(top, bottom)) if rows else [drawing.add_subplot()]
+        panels = (
+            drawing.subplots(2, height_ratios=(top, bottom)) if rows else [drawing.add_subplot()]
+        )
         draw_heat_map(panels[0], names, result["cosine"]["matrix"], width)
         panels[0].set_title("Cosine between deltas", pad=36)
         if rows:

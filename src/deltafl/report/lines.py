@@ -36,7 +36,9 @@ def lambda_curves(
 
     def draw(width: int) -> "Drawing":
         title = f"{score_name}, %"
-        drawing, axes = _line_chart(lines, width, title, "scaling coefficient λ", floor=(baseline_name, baseline))
+        drawing, axes = _line_chart(
+            lines, width, title, "scaling coefficient λ", floor=(baseline_name, baseline)
+        )
         for number, (label, points) in enumerate(lines.items()):
             mark_chosen(axes, dict(points), rings.get(label), SERIES[number % len(SERIES)])
         return drawing
@@ -59,19 +61,29 @@ def rounds_curve(
     def draw(width: int) -> "Drawing":
         return draw_lines(runs, width, f"{score_name}, %", x_label, markers=False, log_x=log_x)
 
-    ends = ", ".join(f"{name} {100 * points[-1][1]:.1f}%" for name, points in runs.items() if points)
+    ends = ", ".join(
+        f"{name} {100 * points[-1][1]:.1f}%" for name, points in runs.items() if points
+    )
     return drawn(draw, caption, f"{score_name} against {x_label}. At the end: {ends}.")
 
 
 def draw_lines(
-    lines: Mapping[str, Curve], width: int, title: str, x_label: str, *, markers: bool = True, log_x: bool = False
+    lines: Mapping[str, Curve],
+    width: int,
+    title: str,
+    x_label: str,
+    *,
+    markers: bool = True,
+    log_x: bool = False,
 ) -> "Drawing":
     """A drawing of lines alone, for a file. `log_x`: a logarithmic axis, on which points at 0 have no place."""
     if not log_x:
         return _line_chart(lines, width, title, x_label, markers=markers)[0]
     placed = {name: [point for point in points if point[0] > 0] for name, points in lines.items()}
     held = {name: points for name, points in placed.items() if points}
-    return _line_chart(held, width, title, f"{x_label} (logarithmic)", markers=markers, log_x=True)[0]
+    return _line_chart(held, width, title, f"{x_label} (logarithmic)", markers=markers, log_x=True)[
+        0
+    ]
 
 
 def _log_axis(axes: "Axes") -> None:
@@ -108,7 +120,15 @@ def _line_chart(
     places = [x for points in lines.values() for x, _ in points]
     if level is not None and places:
         ends = [min(places), max(places)]
-        axes.plot(ends, [100 * level] * 2, color=MUTED, linewidth=1.4, linestyle=(0, (2, 2)), zorder=2, label=name)
+        axes.plot(
+            ends,
+            [100 * level] * 2,
+            color=MUTED,
+            linewidth=1.4,
+            linestyle=(0, (2, 2)),
+            zorder=2,
+            label=name,
+        )
     axes.set_title(title)
     axes.set_xlabel(x_label)
     axes.grid(axis="y")
@@ -117,7 +137,9 @@ def _line_chart(
     if log_x:
         _log_axis(axes)
     else:
-        axes.locator_params(axis="x", nbins=6 if narrow else 10, integer=all(float(x).is_integer() for x in places))
+        axes.locator_params(
+            axis="x", nbins=6 if narrow else 10, integer=all(float(x).is_integer() for x in places)
+        )
     if narrow:
         legend_below(drawing, axes)
     else:

@@ -26,7 +26,9 @@ def series(number: int, *, markers: bool = True) -> dict[str, Any]:
     }
 
 
-def mark_chosen(axes: "Axes", points: Mapping[float, float], chosen: float | None, colour: str) -> None:
+def mark_chosen(
+    axes: "Axes", points: Mapping[float, float], chosen: float | None, colour: str
+) -> None:
     """Ring the point of a line that was chosen; nothing where the line has no such point."""
     at = min(points, key=lambda x: abs(x - chosen)) if chosen is not None and points else None
     if at is None or chosen is None or abs(at - chosen) > 1e-9:
@@ -51,9 +53,13 @@ def direct_labels(axes: "Axes", height: float) -> None:
     starts = [((x - left) / (right - left), (y - low) / (high - low)) for x, y in ends]
     rows = spread([y for _, y in starts], 17 / height)
     for line, (x, y), row in zip(lines, starts, rows, strict=True):
-        leader = axes.plot([x, 1.025, 1.035], [y, row, row], transform=axes.transAxes, scalex=False, scaley=False)
+        leader = axes.plot(
+            [x, 1.025, 1.035], [y, row, row], transform=axes.transAxes, scalex=False, scaley=False
+        )
         leader[0].set(clip_on=False, color=line.get_color(), linewidth=0.8, zorder=2)
-        axes.text(1.045, row, str(line.get_label()), transform=axes.transAxes, va="center", color=INK)
+        axes.text(
+            1.045, row, str(line.get_label()), transform=axes.transAxes, va="center", color=INK
+        )
 
 
 def spread(wanted: Sequence[float], gap: float, low: float = 0.0, high: float = 1.0) -> list[float]:
@@ -79,9 +85,17 @@ def legend_below(drawing: "Drawing", axes: "Axes", columns: int = 2) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if len(handles) > 1:
         widest = max(len(label) for label in labels)
-        columns = max(1, min(columns, len(labels), int(drawing.get_figwidth() * 72 / (8 * widest + 40))))
+        columns = max(
+            1, min(columns, len(labels), int(drawing.get_figwidth() * 72 / (8 * widest + 40)))
+        )
         drawing.legend(
-            handles, labels, loc="outside lower left", ncols=columns, fontsize=11.5, columnspacing=1.4, borderpad=0.2
+            handles,
+            labels,
+            loc="outside lower left",
+            ncols=columns,
+            fontsize=11.5,
+            columnspacing=1.4,
+            borderpad=0.2,
         )
 
 
@@ -97,7 +111,11 @@ def without_common_start(names: Sequence[str]) -> list[str]:
     """The names with their common beginning, up to its last separator, cut to "…"; short beginnings stay."""
     common = os.path.commonprefix(list(names)) if len(names) > 1 else ""  # noqa: RUF071 letters, not path parts
     cut = max(common.rfind(mark) for mark in "-_/. ") + 1
-    return [f"…{name[cut:]}" for name in names] if cut >= 6 and all(len(name) > cut for name in names) else list(names)
+    return (
+        [f"…{name[cut:]}" for name in names]
+        if cut >= 6 and all(len(name) > cut for name in names)
+        else list(names)
+    )
 
 
 def shorten(name: str, most: int) -> str:

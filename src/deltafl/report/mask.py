@@ -33,7 +33,9 @@ def kinds(tensors: Sequence[Mapping[str, Any]]) -> dict[str, list[Part]]:
     for tensor in tensors:
         number = NUMBER.search(tensor["name"])
         kind = NUMBER.sub("*", tensor["name"], count=1)
-        found.setdefault(kind, []).append(Part(int(number[0]) if number else None, tensor["kept"], tensor["eligible"]))
+        found.setdefault(kind, []).append(
+            Part(int(number[0]) if number else None, tensor["kept"], tensor["eligible"])
+        )
     return found
 
 
@@ -59,21 +61,42 @@ def mask_page(result: Mapping[str, Any]) -> Page:
             ("untouched tensors", str(sum(not t["kept"] for t in result["tensors"]))),
         ]
     )
-    sections = [Section("In numbers", "", [facts]), Section("Where it is kept", "", [_figure(result)])]
+    sections = [
+        Section("In numbers", "", [facts]),
+        Section("Where it is kept", "", [_figure(result)]),
+    ]
     if result["excluded"]:
-        counts = Counter((NUMBER.sub("*", name, count=1), why) for name, why in result["excluded"].items())
-        rows = [f"`{kind}`{f' in {n} layers' if n > 1 else ''}: {why}" for (kind, why), n in counts.items()]
-        text = "These coordinates cannot be kept, whatever the strategy, and do not count as eligible."
+        counts = Counter(
+            (NUMBER.sub("*", name, count=1), why) for name, why in result["excluded"].items()
+        )
+        rows = [
+            f"`{kind}`{f' in {n} layers' if n > 1 else ''}: {why}"
+            for (kind, why), n in counts.items()
+        ]
+        text = (
+            "These coordinates cannot be kept, whatever the strategy, and do not count as eligible."
+        )
         sections.append(Section("What is excluded", text, [Listing(rows)]))
     sections.append(Section("By kind", "", [kinds_table(result)]))
-    cells = [[t["name"], t["kept"], t["eligible"], _share(t["kept"], t["eligible"])] for t in result["tensors"]]
+    cells = [
+        [t["name"], t["kept"], t["eligible"], _share(t["kept"], t["eligible"])]
+        for t in result["tensors"]
+    ]
     columns = [Column("tensor"), Column("kept", "number", 0), Column("eligible", "number", 0)]
-    every = Table([*columns, Column("kept, %", "percent", 2)], cells, "Every tensor, in the model's order.")
+    every = Table(
+        [*columns, Column("kept, %", "percent", 2)], cells, "Every tensor, in the model's order."
+    )
     sections.append(Section("Every tensor", "", [every]))
     if result["made"]:
         settings = [[key, str(value)] for key, value in result["made"].items()]
-        sections.append(Section("How it was made", "", [Table([Column("setting"), Column("value")], settings, "")]))
-    lead = "A mask says which coordinates of a model train and are sent; all others stay as they are."
+        sections.append(
+            Section(
+                "How it was made", "", [Table([Column("setting"), Column("value")], settings, "")]
+            )
+        )
+    lead = (
+        "A mask says which coordinates of a model train and are sent; all others stay as they are."
+    )
     return Page("Which coordinates train?", lead, sections)
 
 
@@ -92,15 +115,23 @@ def _share(kept: int, eligible: int) -> float | None:
 
 def _figure(result: Mapping[str, Any]) -> Figure:
     held = kinds(result["tensors"])
-    caption = (
-        "Percent of each tensor's eligible coordinates that are kept; the darker, the more. A dash: none is eligible."
-    )
+    caption = "Percent of each tensor's eligible coordinates that are kept; the darker, the more. A dash: none."
     if len(held) > MOST:
         caption += f" The first {MOST} of {len(held)} kinds of tensors are shown."
-    shares = {t["name"]: s for t in result["tensors"] if (s := _share(t["kept"], t["eligible"])) is not None}
+    shares = {
+        t["name"]: s
+        for t in result["tensors"]
+        if (s := _share(t["kept"], t["eligible"])) is not None
+    }
     low, high = min(shares, key=shares.__getitem__), max(shares, key=shares.__getitem__)
-    alt = f"Share kept of {len(result['tensors'])} tensors: least {100 * shares[low]:.1f}% of {low}, "
-    return drawn(lambda width: _draw(result, width), caption, f"{alt}most {100 * shares[high]:.1f}% of {high}.")
+    alt = (
+        f"Share kept of {len(result['tensors'])} tensors: least {100 * shares[low]:.1f}% of {low}, "
+    )
+    return drawn(
+        lambda width: _draw(result, width),
+        caption,
+        f"{alt}most {100 * shares[high]:.1f}% of {high}.",
+    )
 
 
 def _draw(result: Mapping[str, Any], width: int) -> "Drawing":
@@ -120,7 +151,9 @@ def _draw(result: Mapping[str, Any], width: int) -> "Drawing":
     axes.set_ylim(len(held) - 0.5, -0.5)
     axes.set_title("Kept coordinates, %")
     every = max(1, round(26 / cell))
-    ticks = [i for i, layer in enumerate(columns) if layer is None or layers.index(layer) % every == 0]
+    ticks = [
+        i for i, layer in enumerate(columns) if layer is None or layers.index(layer) % every == 0
+    ]
     axes.set_xticks(ticks, ["" if columns[i] is None else str(columns[i]) for i in ticks])
     if layers:
         axes.set_xlabel("layer (the * in a name)")
@@ -139,12 +172,22 @@ def _draw_cell(axes: "Axes", column: int, row: int, part: Part, top: float, widt
         axes.text(column, row, "–", ha="center", va="center_baseline", color=MUTED, fontsize=10)
         return
     strength = share / top if top else 0.0
-    box = Rectangle((column - 0.47, row - 0.45), 0.94, 0.9, facecolor=POSITIVE, alpha=0.05 + 0.95 * strength)
+    box = Rectangle(
+        (column - 0.47, row - 0.45), 0.94, 0.9, facecolor=POSITIVE, alpha=0.05 + 0.95 * strength
+    )
     axes.add_patch(box)
     if width >= 26:
         text = f"{100 * share:.0f}" if share == 0 or 100 * share >= 9.95 else f"{100 * share:.1f}"
         ink = ON_FILL if strength > 0.6 else INK
-        axes.text(column, row, text, ha="center", va="center_baseline", color=ink, fontsize=10 if width < 34 else 11)
+        axes.text(
+            column,
+            row,
+            text,
+            ha="center",
+            va="center_baseline",
+            color=ink,
+            fontsize=10 if width < 34 else 11,
+        )
 
 
 def _tail(name: str, most: int) -> str:

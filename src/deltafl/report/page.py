@@ -36,7 +36,9 @@ class Table:
     def __post_init__(self) -> None:
         for number, row in enumerate(self.rows):
             if len(row) != len(self.columns):
-                raise ValueError(f'table "{self.caption}": row {number} has {len(row)} cells, not {len(self.columns)}')
+                raise ValueError(
+                    f'table "{self.caption}": row {number} has {len(row)} cells, not {len(self.columns)}'
+                )
 
 
 @dataclass(frozen=True)

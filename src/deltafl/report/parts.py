@@ -58,7 +58,13 @@ def results_table(result: Result) -> Table:
     columns = [Column(name, "percent", best="max") for name in ("mean", "normalised", *tasks)]
     columns = [Column("model"), *columns, Column("setting")]
     cells: list[list[Cell]] = [
-        [_label(row), row["mean"], row["normalized"], *(row["test"].get(task) for task in tasks), _setting(row)]
+        [
+            _label(row),
+            row["mean"],
+            row["normalized"],
+            *(row["test"].get(task) for task in tasks),
+            _setting(row),
+        ]
         for row in rows
     ]
     caption = (
@@ -70,7 +76,8 @@ def results_table(result: Result) -> Table:
             line.insert(2, published.get(row["rule"]))
         columns.insert(2, Column("published", "percent"))
         others: list[list[Cell]] = [
-            [name, None, value, *[None] * (len(tasks) + 2)] for name, value in only_published(result).items()
+            [name, None, value, *[None] * (len(tasks) + 2)]
+            for name, value in only_published(result).items()
         ]
         cells[len(reference) : len(reference)] = others
         reference = range(len(reference) + len(others))
@@ -81,7 +88,9 @@ def results_table(result: Result) -> Table:
 def only_published(result: Result) -> dict[str, float]:
     """The published means of what is no row here."""
     ours = {row["rule"] for row in result["rows"]}
-    return {name: value for name, value in (result.get("reference") or {}).items() if name not in ours}
+    return {
+        name: value for name, value in (result.get("reference") or {}).items() if name not in ours
+    }
 
 
 def search_figures(result: Result) -> list[Item]:
@@ -104,7 +113,9 @@ def bars_figure(result: Result) -> Figure:
     reference = [row["rule"] for row in rows if row["rule"] in (SINGLE, BASE)]
     caption = "The same numbers as bars. Grey is what to compare with: a separate model per task, and the base."
     ordered = sorted(rows, key=lambda row: row["rule"] not in reference)
-    return task_bars({row["rule"]: row["test"] for row in ordered}, reference=reference, caption=caption)
+    return task_bars(
+        {row["rule"]: row["test"] for row in ordered}, reference=reference, caption=caption
+    )
 
 
 def cosine_figure(cosine: Result) -> Figure:
@@ -125,19 +136,30 @@ def training_table(training: Sequence[Row]) -> Table:
         "norm": Column("length of the delta", "significant", 3),
     }
     keys = [key for key in known if any(row.get(key) is not None for row in training)]
-    rows = [[row.get("task") or row.get("model"), *(row.get(key) for key in keys)] for row in training]
-    return Table([Column("model"), *(known[key] for key in keys)], rows, "How each model was fine-tuned.")
+    rows = [
+        [row.get("task") or row.get("model"), *(row.get(key) for key in keys)] for row in training
+    ]
+    return Table(
+        [Column("model"), *(known[key] for key in keys)], rows, "How each model was fine-tuned."
+    )
 
 
 def differences(training: Sequence[Row]) -> str:
     """One sentence on how far the trainings are apart, with the ratios that are at least 1.05; "" for none."""
-    words = {"num_steps": "steps", "lr": "learning rate", "num_examples": "examples", "norm": "length of the delta"}
+    words = {
+        "num_steps": "steps",
+        "lr": "learning rate",
+        "num_examples": "examples",
+        "norm": "length of the delta",
+    }
     found = []
     for key, word in words.items():
         apart = ratio([float(row[key]) for row in training if row.get(key) is not None])
         if apart >= 1.05:
             found.append(f"{word} {apart:.2g}-fold")
-    return f"Between the largest and the smallest, they differ in {_listed(found)}." if found else ""
+    return (
+        f"Between the largest and the smallest, they differ in {_listed(found)}." if found else ""
+    )
 
 
 def origin(result: Result) -> Section:
@@ -147,7 +169,9 @@ def origin(result: Result) -> Section:
         facts.append(f"{result['seconds']:.0f} seconds")
     facts += [f"{name} {version}" for name, version in result.get("versions", {}).items()]
     items = [Code(result["command"])] if result.get("command") else []
-    return Section("How to get these numbers again", f"{_listed(facts)}.".capitalize() if facts else "", items)
+    return Section(
+        "How to get these numbers again", f"{_listed(facts)}.".capitalize() if facts else "", items
+    )
 
 
 def _label(row: Row) -> str:

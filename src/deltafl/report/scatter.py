@@ -11,12 +11,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
 
 
-def draw_points(points: Mapping[str, Sequence[tuple[float, float]]], width: int, title: str, x_label: str) -> "Drawing":
+def draw_points(
+    points: Mapping[str, Sequence[tuple[float, float]]], width: int, title: str, x_label: str
+) -> "Drawing":
     """Shares, shown times 100, against ratios on a logarithmic axis, one colour and mark for each name."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     narrow = width <= NARROW
-    drawing = blank(width, (300 if narrow else 390) + 19 * (len(points) + 1) // (1 if narrow else 4))
+    drawing = blank(
+        width, (300 if narrow else 390) + 19 * (len(points) + 1) // (1 if narrow else 4)
+    )
     axes = drawing.add_subplot()
     axes.axhline(0, color=MUTED, linewidth=1.2, zorder=2)
     for number, (name, pairs) in enumerate(points.items()):

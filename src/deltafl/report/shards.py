@@ -22,7 +22,9 @@ MOST, LEVELS = 100, 5
 def shards_page(result: Result) -> Page:
     """The numbers, who holds what, and every client's size."""
     sizes, classes = result["sizes"], result["classes"]
-    missing = [name for name, count in zip(result["class_names"], result["left_out"], strict=True) if count]
+    missing = [
+        name for name, count in zip(result["class_names"], result["left_out"], strict=True) if count
+    ]
     facts = Facts(
         [
             ("clients", str(result["num_clients"])),
@@ -33,7 +35,10 @@ def shards_page(result: Result) -> Page:
         ]
     )
     text = f"Left out with all their samples: {', '.join(missing)}." if missing else ""
-    rows = [[str(client), size, held] for client, (size, held) in enumerate(zip(sizes, classes, strict=True))]
+    rows = [
+        [str(client), size, held]
+        for client, (size, held) in enumerate(zip(sizes, classes, strict=True))
+    ]
     columns = [Column("client"), Column("samples", "number", 0), Column("classes", "number", 0)]
     lead = f"The training samples of {result['task']}, sharded by `{result['how']}` with seed {result['seed']}."
     sections = [
@@ -99,7 +104,9 @@ def _draw(result: Result, width: int) -> "Drawing":
     return drawing
 
 
-def _draw_cells(axes: "Axes", counts: Sequence[Sequence[int]], names: Sequence[str], width: int) -> None:
+def _draw_cells(
+    axes: "Axes", counts: Sequence[Sequence[int]], names: Sequence[str], width: int
+) -> None:
     """Five shades up to the largest count, each one path: a chart of 100 x 100 cells stays small."""
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path
@@ -109,11 +116,19 @@ def _draw_cells(axes: "Axes", counts: Sequence[Sequence[int]], names: Sequence[s
     gap = 0.04 if len(names) <= 40 and len(counts) <= 40 else 0.0
     for level in range(levels):
         low, high = top * level // levels + 1, top * (level + 1) // levels
-        runs = [_box(i, start, stop, gap) for i, row in enumerate(counts) for start, stop in _runs(row, low, high, gap)]
+        runs = [
+            _box(i, start, stop, gap)
+            for i, row in enumerate(counts)
+            for start, stop in _runs(row, low, high, gap)
+        ]
         if runs:
             label = str(high) if low == high else f"{low} to {high}"
             path = Path.make_compound_path(*map(Path, runs))
-            axes.add_patch(PathPatch(path, facecolor=POSITIVE, alpha=(level + 1) / levels, linewidth=0, label=label))
+            axes.add_patch(
+                PathPatch(
+                    path, facecolor=POSITIVE, alpha=(level + 1) / levels, linewidth=0, label=label
+                )
+            )
     axes.set_xlim(-0.5, len(names) - 0.5)
     axes.set_ylim(len(counts) - 0.5, -0.5)
     axes.set_title("Samples of each class at each client")
@@ -123,7 +138,9 @@ def _draw_cells(axes: "Axes", counts: Sequence[Sequence[int]], names: Sequence[s
     if readable and len(names) * max(min(len(name), most) for name in names) < 80:
         axes.set_xticks(range(len(names)), [shorten(name, most) for name in names])
     elif readable:
-        axes.set_xticks(range(len(names)), [shorten(name, most) for name in names], rotation=40, ha="right")
+        axes.set_xticks(
+            range(len(names)), [shorten(name, most) for name in names], rotation=40, ha="right"
+        )
     else:
         axes.set_xticks(_ticks(len(names)))
         axes.set_xlabel("class, by its number")

@@ -44,7 +44,9 @@ def quickstart_page(result: Result) -> Page:
             "Only now were the test images used, once for every row: the settings were already fixed.",
             [results_table(result), bars_figure(result)],
         ),
-        Section("What to try next", "With a base and fine-tuned models of your own:", _next_steps()),
+        Section(
+            "What to try next", "With a base and fine-tuned models of your own:", _next_steps()
+        ),
         origin(result),
     ]
     return Page(result["title"], lead, sections)
@@ -59,10 +61,16 @@ def search_page(result: Result) -> Page:
     sections = [Section("What came out", _outcome(result), [headline(result)])]
     if result.get("training"):
         sections.append(
-            Section("What is merged", differences(result["training"]), [training_table(result["training"])])
+            Section(
+                "What is merged",
+                differences(result["training"]),
+                [training_table(result["training"])],
+            )
         )
     if result.get("cosine"):
-        sections.append(Section("How the deltas lie to each other", "", [cosine_figure(result["cosine"])]))
+        sections.append(
+            Section("How the deltas lie to each other", "", [cosine_figure(result["cosine"])])
+        )
     sections.append(_search(result))
     sections.append(Section("Tested once", "", [results_table(result), bars_figure(result)]))
     return Page(result["title"], lead, [*sections, origin(result)])
@@ -93,8 +101,9 @@ def _training(result: Result) -> tuple[str, list[Item]]:
 def _search(result: Result) -> Section:
     values = {x for curve in result.get("curves", {}).values() for x, _ in curve}
     tried = f" {len(values)} values from {min(values):g} to {max(values):g}" if values else ""
-    rho = " Rules with a setting ρ of their own were tried with several of them; the best is shown." * any(
-        "rho" in row.get("params", {}) for row in rules_of(result)
+    rho = (
+        " Rules with a setting ρ of their own were tried with several of them; the best is shown."
+        * any("rho" in row.get("params", {}) for row in rules_of(result))
     )
     text = (
         f"How far to go along the merged delta is the one choice that matters most. For every rule, λ was tried at"

@@ -84,10 +84,26 @@ def _gain(row: Result) -> list[Any]:
 
 def _training(result: Result) -> Table:
     rows = [
-        [row["kind"], row["rule"], row["mean"], row["spread"], *_gain(row), row["accuracy"], row["runs"]]
+        [
+            row["kind"],
+            row["rule"],
+            row["mean"],
+            row["spread"],
+            *_gain(row),
+            row["accuracy"],
+            row["runs"],
+        ]
         for row in result["rows"]
     ]
-    columns = [Column("models"), Column("rule"), OF_MANY, SPREAD, *GAINS, Column("test %", "percent", 1), MERGES]
+    columns = [
+        Column("models"),
+        Column("rule"),
+        OF_MANY,
+        SPREAD,
+        *GAINS,
+        Column("test %", "percent", 1),
+        MERGES,
+    ]
     caption = (
         f"{NORMALISED.replace('over runs', 'over merges')} The interval is Student's over all merges, of the gain over "
         "task arithmetic on the same models; merges of one seed share models, so that it is a little too narrow."
@@ -97,7 +113,16 @@ def _training(result: Result) -> Table:
 
 def _data(result: Result) -> Table:
     rows = [
-        [r["subset"], r["size"], r["cosine"], r["rule"], r["mean"], r["spread"], *_gain(r), r["runs"]]
+        [
+            r["subset"],
+            r["size"],
+            r["cosine"],
+            r["rule"],
+            r["mean"],
+            r["spread"],
+            *_gain(r),
+            r["runs"],
+        ]
         for r in result["rows"]
     ]
     columns = [
@@ -114,14 +139,32 @@ def _data(result: Result) -> Table:
 
 
 def _coefficients(result: Result) -> Table:
-    rows = [[r["rule"], r["mean"], r["spread"], r["accuracy"], r["scaling_coef"], r["runs"]] for r in result["rows"]]
-    columns = [Column("rule"), TEST, SPREAD, Column("test %", "percent", 1), Column("λ", "number", 2), RUNS]
+    rows = [
+        [r["rule"], r["mean"], r["spread"], r["accuracy"], r["scaling_coef"], r["runs"]]
+        for r in result["rows"]
+    ]
+    columns = [
+        Column("rule"),
+        TEST,
+        SPREAD,
+        Column("test %", "percent", 1),
+        Column("λ", "number", 2),
+        RUNS,
+    ]
     return Table(columns, rows, NORMALISED, _references(result))
 
 
 def _negation(result: Result) -> Table:
     rows = [
-        [r["way"], r["mean"], r["spread"], r["control"], r["control_spread"], r["scaling_coef"], r["runs"]]
+        [
+            r["way"],
+            r["mean"],
+            r["spread"],
+            r["control"],
+            r["control_spread"],
+            r["scaling_coef"],
+            r["runs"],
+        ]
         for r in result["rows"]
     ]
     columns = [
@@ -141,8 +184,16 @@ def _negation(result: Result) -> Table:
 
 
 def _analogy(result: Result) -> Table:
-    rows = [[r["way"], r["mean"], r["spread"], r["scaling_coef"], r["runs"]] for r in result["rows"]]
-    columns = [Column("model"), Column("test % on D", "percent", 1, "max"), SPREAD, Column("λ", "number", 2), RUNS]
+    rows = [
+        [r["way"], r["mean"], r["spread"], r["scaling_coef"], r["runs"]] for r in result["rows"]
+    ]
+    columns = [
+        Column("model"),
+        Column("test % on D", "percent", 1, "max"),
+        SPREAD,
+        Column("λ", "number", 2),
+        RUNS,
+    ]
     caption = "Mean over both domains and both halves of the classes. λ is chosen on validation data of D."
     return Table(columns, rows, caption, (0, len(rows) - 1))
 
@@ -174,7 +225,9 @@ def _training_charts(result: Result) -> list[Chart]:
         charts.append(
             Chart(
                 f"gain_by_{key.removesuffix('_ratio')}.png",
-                lambda width, points=points, label=label: draw_points(points, width, "Gain, points", label),
+                lambda width, points=points, label=label: draw_points(
+                    points, width, "Gain, points", label
+                ),
                 f"Gain over task arithmetic against how far the {word} are apart, one mark for each merge.",
                 f"Gain of {len(points)} rules against the ratio of {word}, over {len(result['points'])} points.",
             )
@@ -193,11 +246,22 @@ def _data_charts(result: Result) -> list[Chart]:
 
 
 def _coefficient_charts(result: Result) -> list[Chart]:
-    return [_lines("by_lambda.png", result["curves"], "Normalised accuracy on validation, %", "scaling coefficient λ")]
+    return [
+        _lines(
+            "by_lambda.png",
+            result["curves"],
+            "Normalised accuracy on validation, %",
+            "scaling coefficient λ",
+        )
+    ]
 
 
-def _lines(name: str, lines: Mapping[str, Sequence[Sequence[float]]], title: str, x_label: str) -> Chart:
-    ends = ", ".join(f"{label} {100 * max(y for _, y in points):.1f}%" for label, points in lines.items())
+def _lines(
+    name: str, lines: Mapping[str, Sequence[Sequence[float]]], title: str, x_label: str
+) -> Chart:
+    ends = ", ".join(
+        f"{label} {100 * max(y for _, y in points):.1f}%" for label, points in lines.items()
+    )
     return Chart(
         name,
         lambda width: draw_lines(lines, width, title, x_label),
@@ -215,7 +279,9 @@ def _bars(score: str) -> Callable[[Result], list[Chart]]:
         return [
             Chart(
                 "by_task.png",
-                lambda width: draw_task_bars(bars, width, ("base", "fine-tuned", "fine-tuned on D")),
+                lambda width: draw_task_bars(
+                    bars, width, ("base", "fine-tuned", "fine-tuned on D")
+                ),
                 "Test accuracy for each task, mean over seeds.",
                 f"Test accuracy of {len(bars)} models on {len(next(iter(bars.values())))} tasks.",
             )

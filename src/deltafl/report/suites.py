@@ -44,7 +44,10 @@ def suite_table(name: str, summaries: Summaries) -> Table:
     rows = [
         [
             *(str(s["labels"][key]) for key in keys),
-            *(s.get(key) for key in ("test", "spread", "runs", "val", "best_round", "megabytes_up")),
+            *(
+                s.get(key)
+                for key in ("test", "spread", "runs", "val", "best_round", "megabytes_up")
+            ),
         ]
         for s in summaries
     ]
@@ -59,16 +62,30 @@ def suite_section(name: str, summaries: Summaries) -> Section:
     notes = [f"{s['name']}: {s['failed']}" for s in summaries if s.get("failed")]
     text = "\n\n".join([QUESTIONS.get(name, ""), *notes])
     drawn = best(summaries)
-    more = "" if len(drawn) == len(summaries) else f" The {len(drawn)} best of {len(summaries)} are drawn."
+    more = (
+        ""
+        if len(drawn) == len(summaries)
+        else f" The {len(drawn)} best of {len(summaries)} are drawn."
+    )
     by_round = {s["name"]: s["by_round"] for s in drawn}
     by_bytes = {s["name"]: [(x / 1e6, y) for x, y in s["by_bytes"]] for s in drawn}
     what = "Validation accuracy"
     items: list[Item] = [suite_table(name, summaries)]
     if drawn:
-        items.append(rounds_curve(by_round, score_name=what, caption=f"Mean over seeds, after each round.{more}"))
+        items.append(
+            rounds_curve(
+                by_round, score_name=what, caption=f"Mean over seeds, after each round.{more}"
+            )
+        )
         caption = f"By what the clients sent.{more}"
         items.append(
-            rounds_curve(by_bytes, "MB sent by clients", score_name=what, caption=caption, log_x=apart(by_bytes))
+            rounds_curve(
+                by_bytes,
+                "MB sent by clients",
+                score_name=what,
+                caption=caption,
+                log_x=apart(by_bytes),
+            )
         )
     return Section(name.capitalize().replace("-", " "), text, items)
 
@@ -96,7 +113,11 @@ def suites_page(result: Mapping[str, Any]) -> Page:
     sections = [suite_section(name, summaries) for name, summaries in result["suites"].items()]
     sections += [study_section(name, study) for name, study in result["studies"].items()]
     title = "Federated learning under the lens of task arithmetic"
-    return Page(title if result["suites"] else "Task arithmetic as one-shot federated learning", lead, sections)
+    return Page(
+        title if result["suites"] else "Task arithmetic as one-shot federated learning",
+        lead,
+        sections,
+    )
 
 
 def suite_figure(summaries: Summaries, key: str) -> bytes:

@@ -76,7 +76,9 @@ def to_svg(draw: Draw, width: int) -> str:
     """The drawing as one `<svg>` element: real text in the page's font, colours that follow the page's theme."""
     out = BytesIO()
     with chart_style():
-        draw(width).savefig(out, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+        draw(width).savefig(
+            out, format="svg", metadata={"Date": None, "Creator": None}, transparent=True
+        )
     svg = out.getvalue().decode()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, count=1, flags=re.S)
@@ -100,7 +102,9 @@ def to_png(draw: Draw, width: int, scale: float = 2) -> bytes:
     """The drawing as a PNG image on a white ground, `scale` pixels to the CSS pixel."""
     out = BytesIO()
     with chart_style():
-        draw(width).savefig(out, format="png", dpi=72 * scale, facecolor="white", metadata={"Software": None})
+        draw(width).savefig(
+            out, format="png", dpi=72 * scale, facecolor="white", metadata={"Software": None}
+        )
     return out.getvalue()
 
 

@@ -28,7 +28,9 @@ def best_cells(table: Table) -> set[tuple[int, int]]:
         values = {
             r: value
             for r, row in enumerate(table.rows)
-            if isinstance(value := row[c], int | float) and not math.isnan(value) and r not in table.reference
+            if isinstance(value := row[c], int | float)
+            and not math.isnan(value)
+            and r not in table.reference
         }
         if column.best is None or len(values) < 2:
             continue
@@ -41,7 +43,11 @@ def to_markdown(table: Table) -> str:
     """A GitHub table with the caption above it, numbers to the right, the best in bold."""
     lines = [f"{table.caption}\n"] if table.caption else []
     lines.append(_markdown_row([column.name for column in table.columns]))
-    lines.append("|" + "|".join(" :-- " if column.kind == "text" else " --: " for column in table.columns) + "|")
+    lines.append(
+        "|"
+        + "|".join(" :-- " if column.kind == "text" else " --: " for column in table.columns)
+        + "|"
+    )
     lines += [_markdown_row(row) for row in _shown(table, _escape_markdown, "**{}**")]
     return "\n".join(lines) + "\n"
 
@@ -58,7 +64,9 @@ def to_csv(table: Table) -> str:
 def to_latex(table: Table) -> str:
     """A `table` environment for the booktabs package, the best in bold, a rule under the reference rows."""
     rows = [" & ".join(row) + r" \\" for row in _shown(table, _escape_latex, r"\textbf{{{}}}")]
-    if 0 < len(table.reference) < len(rows) and set(table.reference) == set(range(len(table.reference))):
+    if 0 < len(table.reference) < len(rows) and set(table.reference) == set(
+        range(len(table.reference))
+    ):
         rows.insert(len(table.reference), r"\midrule")
     header = " & ".join(_escape_latex(column.name) for column in table.columns) + r" \\"
     shape = "".join("l" if column.kind == "text" else "r" for column in table.columns)

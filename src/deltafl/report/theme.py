@@ -39,7 +39,9 @@ TONES: dict[str, Tone] = {
     "on-fill": Tone("#fdfdfd", "#0d1217"),
 }
 
-INK, MUTED, LINE, PAPER, ON_FILL = (TONES[role].light for role in ("ink", "muted", "line", "paper", "on-fill"))
+INK, MUTED, LINE, PAPER, ON_FILL = (
+    TONES[role].light for role in ("ink", "muted", "line", "paper", "on-fill")
+)
 POSITIVE, NEGATIVE = TONES["positive"].light, TONES["negative"].light
 SERIES = tuple(tone.light for role, tone in TONES.items() if role.startswith("series-"))
 REFERENCE = tuple(tone.light for role, tone in TONES.items() if role.startswith("reference-"))

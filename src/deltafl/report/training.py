@@ -39,7 +39,9 @@ def training_page(result: Mapping[str, Any], rows: Rows) -> Page:
     return Page(result["title"], lead, sections)
 
 
-def training_figure(result: Mapping[str, Any], rows: Rows, kind: Literal["svg", "png"] = "png") -> bytes:
+def training_figure(
+    result: Mapping[str, Any], rows: Rows, kind: Literal["svg", "png"] = "png"
+) -> bytes:
     """Training loss and validation accuracy by epoch, the best epoch ringed."""
 
     def draw(width: int) -> "Drawing":
@@ -59,11 +61,16 @@ def epochs_table(rows: Rows) -> Table:
     ]
     keys = ("epoch", "lr", "train_loss", "val_accuracy", "seconds")
     cells = [[row.get(key) for key in keys] for row in rows]
-    return Table(columns, cells, "Every epoch; epoch 0 is the model before training, with its head.")
+    return Table(
+        columns, cells, "Every epoch; epoch 0 is the model before training, with its head."
+    )
 
 
 def _told(result: Mapping[str, Any]) -> str:
-    early = f", stopped early after {result['config']['patience']} epochs without a gain" * result["stopped_early"]
+    early = (
+        f", stopped early after {result['config']['patience']} epochs without a gain"
+        * result["stopped_early"]
+    )
     return (
         f"{result['epochs']} epochs{early}. The epoch was chosen on {result['val_examples']} validation images; the "
         f"{result['test_examples']} test images were used once, for that epoch's model."
@@ -83,7 +90,11 @@ def _draw(result: Mapping[str, Any], rows: Rows, width: int) -> "Drawing":
     narrow = width <= NARROW
     drawing = blank(width, 480 if narrow else 300)
     loss, accuracy = drawing.subplots(2, 1) if narrow else drawing.subplots(1, 2)
-    _line(loss, [(row["epoch"], row["train_loss"]) for row in rows if row.get("train_loss") is not None], 0)
+    _line(
+        loss,
+        [(row["epoch"], row["train_loss"]) for row in rows if row.get("train_loss") is not None],
+        0,
+    )
     loss.set_title("Training loss")
     points = [(row["epoch"], 100 * row["val_accuracy"]) for row in rows]
     _line(accuracy, points, 1)

@@ -7,11 +7,11 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor
 
+from deltafl.algebra.tensors import Tensors
 from deltafl.errors import DeltaflError, did_you_mean
 from deltafl.models.flat import FlatModel
 from deltafl.sparse.eligible import Eligible
 from deltafl.sparse.masks import MASK_STRATEGIES, Mask, Scope, check_sparsity, select
-from deltafl.tensors import Tensors
 
 logger = logging.getLogger(__name__)
 
@@ -80,16 +80,22 @@ def calibrate(
     return survivors
 
 
-def _check_attenuate(attenuate: float, kind: str, needs_scores: bool, model: FlatModel | None) -> None:
+def _check_attenuate(
+    attenuate: float, kind: str, needs_scores: bool, model: FlatModel | None
+) -> None:
     if kind != "progressive" or not needs_scores:
         raise DeltaflError("attenuate lowers what progressive scoring dropped; leave it out here")
     if not 0 <= attenuate <= 1:
-        raise DeltaflError(f"attenuate is {attenuate}, a factor of dropped weights; write a number from 0 to 1")
+        raise DeltaflError(
+            f"attenuate is {attenuate}, a factor of dropped weights; write a number from 0 to 1"
+        )
     if model is None:
         raise DeltaflError("attenuate changes a model's weights for a while; give that model")
 
 
-def _mean(rounds: int, score: Callable[[int, Mask | None], Tensors], eligible: Eligible) -> dict[str, Tensor]:
+def _mean(
+    rounds: int, score: Callable[[int, Mask | None], Tensors], eligible: Eligible
+) -> dict[str, Tensor]:
     """Scores averaged over rounds, float64; a round that repeats the one before is logged."""
     total: dict[str, Tensor] = {}
     before: list[float] | None = None
@@ -101,14 +107,20 @@ def _mean(rounds: int, score: Callable[[int, Mask | None], Tensors], eligible: E
             sums.append(float(values.sum()))
             total[name] = total[name].add_(values) if r else values.clone()
         if sums == before:
-            logger.warning("calibration round %d gave the scores of round %d; are clients and data fresh?", r, r - 1)
+            logger.warning(
+                "calibration round %d gave the scores of round %d; are clients and data fresh?",
+                r,
+                r - 1,
+            )
         before = sums
     return {name: values.div_(rounds) for name, values in total.items()}
 
 
 @contextmanager
 @torch.no_grad()
-def attenuated(model: FlatModel, survivors: Mask, eligible: Eligible, factor: float) -> Iterator[None]:
+def attenuated(
+    model: FlatModel, survivors: Mask, eligible: Eligible, factor: float
+) -> Iterator[None]:
     """Within the block the eligible coordinates of `model` that do not survive are times `factor`.
 
     All of `model.flat` is put back bit by bit at the end, also after an error. What was never eligible is not dropped.

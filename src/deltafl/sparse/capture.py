@@ -54,7 +54,9 @@ def make_plan(net: nn.Module, inputs: Tensor, wanted: Collection[str]) -> Plan:
         names = {n: full for n, full in names.items() if full in wanted}
         if names:
             found[path] = names
-    probes = [_probe(net, inputs[torch.arange(size) % len(inputs)], found, wanted) for size in PROBES]
+    probes = [
+        _probe(net, inputs[torch.arange(size) % len(inputs)], found, wanted) for size in PROBES
+    ]
     layers: dict[str, Names] = {}
     for path, names in found.items():
         names = {
@@ -128,7 +130,9 @@ class _Layer:
             gradients.clear()
 
 
-def add_fast(net: nn.Module, plan: Plan, inputs: Tensor, choose: Choose, sums: Sums) -> Sequence[Target]:
+def add_fast(
+    net: nn.Module, plan: Plan, inputs: Tensor, choose: Choose, sums: Sums
+) -> Sequence[Target]:
     """Add sum_b w_b (d log p(y_b | x_b) / d theta)^2 of the covered parameters to `sums`; returns the targets.
 
     One backward pass of sum_b sqrt(w_b) log p(y_b | x_b) for each target gives all per-sample output gradients, since
@@ -140,11 +144,15 @@ def add_fast(net: nn.Module, plan: Plan, inputs: Tensor, choose: Choose, sums: S
     layers: dict[str, _Layer] = {}
     leaves: list[Tensor] = []
 
-    def record(layer: _Layer, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
+    def record(
+        layer: _Layer, module: nn.Module, args: Any, kwargs: Any, output: Tensor
+    ) -> Tensor | None:
         replaced = None
         if not output.requires_grad:
             leaves.append(output.detach().requires_grad_())
-            output = replaced = leaves[-1].clone()  # a leaf itself could not be changed in place by what follows
+            output = replaced = leaves[
+                -1
+            ].clone()  # a leaf itself could not be changed in place by what follows
         given = _first(args, kwargs)
         gradients: list[Tensor] = []
         layer.calls.append((output.detach() if given is None else given.detach(), gradients))
@@ -157,7 +165,10 @@ def add_fast(net: nn.Module, plan: Plan, inputs: Tensor, choose: Choose, sums: S
         assert rule is not None
         layers[path] = _Layer(module, rule, {n: sums[full] for n, full in names.items()})
     parameters = {n: p.detach() for n, p in net.named_parameters()}
-    with _hooks(net, {path: partial(record, layer) for path, layer in layers.items()}), torch.enable_grad():
+    with (
+        _hooks(net, {path: partial(record, layer) for path, layer in layers.items()}),
+        torch.enable_grad(),
+    ):
         logits = functional_call(net, parameters, (inputs,))
         log_p = logits.log_softmax(1)
     for path, layer in layers.items():
@@ -192,7 +203,9 @@ def add_by_vmap(net: nn.Module, inputs: Tensor, targets: Sequence[Target], sums:
     per_sample = vmap(grad(log_p), in_dims=(None, 0, 0))
     size = max(1, CHUNK // max(1, sum(math.prod(p.shape) for p in scored.values())))
     for labels, weights in targets:
-        for x, y, w in zip(inputs.split(size), labels.split(size), weights.split(size), strict=True):
+        for x, y, w in zip(
+            inputs.split(size), labels.split(size), weights.split(size), strict=True
+        ):
             with sdpa_kernel(SDPBackend.MATH):
                 gradients = per_sample(scored, x, y)
             for name, gradient in gradients.items():
@@ -207,7 +220,10 @@ def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
 @contextmanager
 def _hooks(net: nn.Module, hooks: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
     """Forward hooks on the modules named, removed on the way out."""
-    handles = [net.get_submodule(p).register_forward_hook(hook, with_kwargs=True) for p, hook in hooks.items()]
+    handles = [
+        net.get_submodule(p).register_forward_hook(hook, with_kwargs=True)
+        for p, hook in hooks.items()
+    ]
     try:
         yield
     finally:

@@ -61,7 +61,12 @@ def eligible(model: FlatModel) -> Eligible:
     """
     names = {id(p): n for n, p in model.module.named_parameters() if n in model.slices}
     shapes = {name: tuple(tensor.shape) for name, tensor in model.tensors().items()}
-    uses = [id(p) for module in model.module.modules() for p in module._parameters.values() if p is not None]
+    uses = [
+        id(p)
+        for module in model.module.modules()
+        for p in module._parameters.values()
+        if p is not None
+    ]
     partial: dict[str, Tensor] = {}
     for bias, third in _key_biases(model.module):
         if id(bias) in names and uses.count(id(bias)) == 1:
@@ -85,14 +90,21 @@ def _key_biases(root: nn.Module) -> Iterator[tuple[Tensor, bool]]:
     """(bias, whether the key is a third of it) of each attention module whose keys are only projected."""
     for module in root.modules():
         if isinstance(module, nn.MultiheadAttention):
-            if module.in_proj_bias is not None and module.bias_k is None and not module.add_zero_attn:
+            if (
+                module.in_proj_bias is not None
+                and module.bias_k is None
+                and not module.add_zero_attn
+            ):
                 yield module.in_proj_bias, True
             continue
         if any(word in name for name in _own_names(module) for word in KEY_TRANSFORMS):
             continue
         for triple in PROJECTIONS:
             query, key, value = (getattr(module, name, None) for name in triple)
-            if not all(isinstance(part, nn.Linear) for part in (query, key, value)) or key in (query, value):
+            if not all(isinstance(part, nn.Linear) for part in (query, key, value)) or key in (
+                query,
+                value,
+            ):
                 continue
             if isinstance(key, nn.Linear) and key.bias is not None:
                 yield key.bias, False
@@ -118,5 +130,7 @@ def _qkv(module: nn.Module) -> nn.Linear | None:
 
 def _own_names(module: nn.Module) -> list[str]:
     """Lower-case names of a module's children and own parameters; an nn.Identity (timm's absent norm) does nothing."""
-    children = [name for name, child in module.named_children() if not isinstance(child, nn.Identity)]
+    children = [
+        name for name, child in module.named_children() if not isinstance(child, nn.Identity)
+    ]
     return [name.lower() for name in (*children, *module._parameters)]

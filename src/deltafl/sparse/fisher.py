@@ -8,12 +8,12 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
-from deltafl.datasets.task import Split
 from deltafl.errors import DeltaflError, did_you_mean
 from deltafl.models.encoder import LoadedEncoder
 from deltafl.models.flat import FlatModel
 from deltafl.models.heads import LinearHead
 from deltafl.sparse.capture import Plan, Target, add_by_vmap, add_fast, make_plan
+from deltafl.tasks.task import Split
 
 Labels: TypeAlias = Literal["sampled", "empirical", "exact"]
 
@@ -31,8 +31,12 @@ class FisherSum:
     def __add__(self, other: "FisherSum") -> "FisherSum":
         """Raises DeltaflError if the two are of different models."""
         if {n: t.shape for n, t in self.sum.items()} != {n: t.shape for n, t in other.sum.items()}:
-            raise DeltaflError("two Fisher sums have different names or shapes; are they of the same model?")
-        return FisherSum({n: t + other.sum[n] for n, t in self.sum.items()}, self.count + other.count)
+            raise DeltaflError(
+                "two Fisher sums have different names or shapes; are they of the same model?"
+            )
+        return FisherSum(
+            {n: t + other.sum[n] for n, t in self.sum.items()}, self.count + other.count
+        )
 
     def mean(self) -> dict[str, Tensor]:
         """F = sum / count. Raises DeltaflError where nothing was counted."""
@@ -80,7 +84,9 @@ def reference_fisher(
     batch_size: int = 64,
 ) -> FisherSum:
     """What `diagonal_fisher` computes, by `vmap(grad)` alone: slower, and independent of every rule."""
-    return encoder_fisher(model.encoder, head, split, ids, labels, draws, generator, batch_size, fast=False)
+    return encoder_fisher(
+        model.encoder, head, split, ids, labels, draws, generator, batch_size, fast=False
+    )
 
 
 def encoder_fisher(
@@ -97,10 +103,18 @@ def encoder_fisher(
     """`diagonal_fisher` of an encoder in its own dtype, which may be float64."""
     _check(encoder, head, split, ids, labels, draws, generator, batch_size)
     net = _Classifier(encoder, head)
-    named = {n: p for n, p in net.encoder.named_parameters() if p.requires_grad and p.is_floating_point()}
-    totals = {n: torch.zeros_like(p, dtype=torch.float64, requires_grad=False) for n, p in named.items()}
+    named = {
+        n: p for n, p in net.encoder.named_parameters() if p.requires_grad and p.is_floating_point()
+    }
+    totals = {
+        n: torch.zeros_like(p, dtype=torch.float64, requires_grad=False) for n, p in named.items()
+    }
     sums = {f"encoder.{n}": torch.zeros_like(p, requires_grad=False) for n, p in named.items()}
-    uniform = torch.rand(len(ids), draws, dtype=torch.float64, generator=generator) if labels == "sampled" else None
+    uniform = (
+        torch.rand(len(ids), draws, dtype=torch.float64, generator=generator)
+        if labels == "sampled"
+        else None
+    )
     plan: Plan | None = None if fast else Plan({}, {})
     with _eval_mode(net), torch.no_grad():
         for positions in torch.arange(len(ids)).split(batch_size) if len(ids) else ():
@@ -108,7 +122,9 @@ def encoder_fisher(
             if plan is None:
                 plan = make_plan(net, inputs, sums.keys())
 
-            def choose(logits: Tensor, rows: Tensor = positions, given: Tensor = given) -> Sequence[Target]:
+            def choose(
+                logits: Tensor, rows: Tensor = positions, given: Tensor = given
+            ) -> Sequence[Target]:
                 return _targets(logits, given, labels, None if uniform is None else uniform[rows])
 
             for part in sums.values():
@@ -131,7 +147,9 @@ class _Classifier(nn.Module):
         self.loaded = encoder
         one = next(p for p in encoder.module.parameters() if p.is_floating_point())
         self.device, self.dtype = one.device, one.dtype
-        self.head = replace(head, weight=head.weight.detach().to(one), bias=head.bias.detach().to(one))
+        self.head = replace(
+            head, weight=head.weight.detach().to(one), bias=head.bias.detach().to(one)
+        )
 
     def batch(self, split: Split, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs and labels of the examples at `ids`, on the encoder's device."""
@@ -152,7 +170,9 @@ def _targets(logits: Tensor, given: Tensor, labels: Labels, uniform: Tensor | No
         return [(torch.full_like(given, k), p[:, k]) for k in range(p.shape[1])]
     assert uniform is not None
     below = p.double().cumsum(1)
-    drawn = torch.searchsorted(below, uniform.to(below.device) * below[:, -1:], right=True).clamp(max=p.shape[1] - 1)
+    drawn = torch.searchsorted(below, uniform.to(below.device) * below[:, -1:], right=True).clamp(
+        max=p.shape[1] - 1
+    )
     return [(drawn[:, r], one / drawn.shape[1]) for r in range(drawn.shape[1])]
 
 
@@ -170,17 +190,27 @@ def _check(
     if labels not in known:
         raise DeltaflError(f'unknown Fisher labels "{labels}"; {did_you_mean(labels, known)}')
     if labels == "sampled" and generator is None:
-        raise DeltaflError('Fisher labels "sampled" need a generator; give one, or labels="empirical"')
+        raise DeltaflError(
+            'Fisher labels "sampled" need a generator; give one, or labels="empirical"'
+        )
     if draws < 1 or batch_size < 1:
-        raise DeltaflError(f"Fisher needs draws >= 1 and batch_size >= 1, not {draws} and {batch_size}")
+        raise DeltaflError(
+            f"Fisher needs draws >= 1 and batch_size >= 1, not {draws} and {batch_size}"
+        )
     if head.feature_dim != encoder.feature_dim:
         raise DeltaflError(
             f"the head takes {head.feature_dim} features, the model gives {encoder.feature_dim}; "
             "was it made with another model?"
         )
     classes = len(head.class_names)
-    if labels == "empirical" and len(ids) and int(split.labels[ids.to(split.labels.device)].max()) >= classes:
-        raise DeltaflError(f"the split has labels beyond the head's {classes} classes; is the head another task's?")
+    if (
+        labels == "empirical"
+        and len(ids)
+        and int(split.labels[ids.to(split.labels.device)].max()) >= classes
+    ):
+        raise DeltaflError(
+            f"the split has labels beyond the head's {classes} classes; is the head another task's?"
+        )
     for name, module in encoder.module.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
             raise DeltaflError(

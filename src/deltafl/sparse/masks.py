@@ -14,12 +14,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch import Tensor
 
+from deltafl.algebra.tensors import Tensors
 from deltafl.errors import DeltaflError, shorten
 from deltafl.files import write_atomically
 from deltafl.models.flat import FlatModel
 from deltafl.registry import Registry
 from deltafl.sparse.eligible import Eligible
-from deltafl.tensors import Tensors
 
 Mask: TypeAlias = Mapping[str, Tensor]
 """Tensor name -> bool in the tensor's shape, True = trainable, for every trainable tensor, in the model's order."""
@@ -56,7 +56,9 @@ for _name, _strategy in {
 def check_sparsity(sparsity: float) -> None:
     """Raise DeltaflError unless 0 <= sparsity < 1."""
     if not 0 <= sparsity < 1:
-        raise DeltaflError(f"sparsity is {sparsity}, the frozen fraction; write a number of at least 0 and below 1")
+        raise DeltaflError(
+            f"sparsity is {sparsity}, the frozen fraction; write a number of at least 0 and below 1"
+        )
 
 
 def make_mask(
@@ -108,24 +110,38 @@ def select(
         raise DeltaflError(f'unknown scope "{scope}"; known: global, per_layer')
     chosen = MASK_STRATEGIES[strategy]
     if chosen.needs_scores and scores is None:
-        raise DeltaflError(f"{strategy} needs scores; compute sensitivities first, or choose a magnitude strategy")
-    given = [("weights", weights)] + ([("scores", scores)] if chosen.needs_scores and scores is not None else [])
+        raise DeltaflError(
+            f"{strategy} needs scores; compute sensitivities first, or choose a magnitude strategy"
+        )
+    given = [("weights", weights)] + (
+        [("scores", scores)] if chosen.needs_scores and scores is not None else []
+    )
     for kind, tensors in given:
         if missing := [n for n in eligible.shapes if n not in tensors]:
-            raise DeltaflError(f"the {kind} lack {shorten(missing)}; give them for the model that is masked")
+            raise DeltaflError(
+                f"the {kind} lack {shorten(missing)}; give them for the model that is masked"
+            )
         for name, shape in eligible.shapes.items():
             if tuple(tensors[name].shape) != shape:
-                raise DeltaflError(f'{kind} of "{name}" are {tuple(tensors[name].shape)}, the tensor is {shape}')
+                raise DeltaflError(
+                    f'{kind} of "{name}" are {tuple(tensors[name].shape)}, the tensor is {shape}'
+                )
 
     mask: dict[str, Tensor] = {}
     keys: dict[str, Tensor] = {}
     for name in eligible.shapes:
         weight = weights[name].detach()
-        score = scores[name].detach().to(weight.device) if chosen.needs_scores and scores is not None else weight
+        score = (
+            scores[name].detach().to(weight.device)
+            if chosen.needs_scores and scores is not None
+            else weight
+        )
         mask[name] = _candidates(name, eligible, among, weight.device)
         keys[name] = chosen.keys(_precise(score), _precise(weight))[mask[name]]
         if torch.isnan(keys[name]).any():
-            raise DeltaflError(f'{given[-1][0]} of "{name}" hold NaN; was the model trained to divergence?')
+            raise DeltaflError(
+                f'{given[-1][0]} of "{name}" hold NaN; was the model trained to divergence?'
+            )
     groups = [list(mask)] if scope == "global" else [[name] for name in mask]
     kept = 0
     for group in groups:
@@ -136,7 +152,9 @@ def select(
         for name, part in zip(group, parts, strict=True):
             mask[name][mask[name].clone()] = part
     if not kept:
-        raise DeltaflError(f"of {eligible.total} eligible coordinates none would be kept; choose a lower sparsity")
+        raise DeltaflError(
+            f"of {eligible.total} eligible coordinates none would be kept; choose a lower sparsity"
+        )
     return mask
 
 
@@ -199,12 +217,17 @@ def model_hash(model: FlatModel) -> str:
     return digest.hexdigest()
 
 
-def save_mask(mask: Mask, path: str | Path, model_hash: str, meta: Mapping[str, Any] | None = None) -> Path:
+def save_mask(
+    mask: Mask, path: str | Path, model_hash: str, meta: Mapping[str, Any] | None = None
+) -> Path:
     """Write a safetensors file of packed bits (uint8, 8 coordinates each, little bit order), whole or not at all.
 
     `model_hash`: of the model that the mask was made for. `meta`: values that JSON can hold, for `mask_meta`.
     """
-    packed = {name: np.packbits(kept.cpu().numpy().ravel(), bitorder="little") for name, kept in mask.items()}
+    packed = {
+        name: np.packbits(kept.cpu().numpy().ravel(), bitorder="little")
+        for name, kept in mask.items()
+    }
     shapes = {name: list(kept.shape) for name, kept in mask.items()}
     about = {"format": FORMAT, "model_hash": model_hash, "shapes": shapes, "meta": dict(meta or {})}
     return write_atomically(path, save(packed, metadata={"deltafl": json.dumps(about)}))
@@ -230,7 +253,9 @@ def load_mask(path: str | Path, model_hash: str | None) -> dict[str, Tensor]:
     for name, shape in about["shapes"].items():
         count = math.prod(shape)
         if name not in packed or len(packed[name]) != -(-count // 8):
-            raise DeltaflError(f'mask "{path}": tensor "{name}" has not the bits for {tuple(shape)}; make it anew')
+            raise DeltaflError(
+                f'mask "{path}": tensor "{name}" has not the bits for {tuple(shape)}; make it anew'
+            )
         bits = np.unpackbits(packed[name], count=count, bitorder="little")
         mask[name] = torch.from_numpy(bits.astype(bool)).reshape(shape)
     return mask

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deltafl.algebra.tensors import BLOCK, Tensors, blocks, read_into
 from deltafl.errors import DeltaflError
 from deltafl.sparse.masks import Mask
-from deltafl.tensors import BLOCK, Tensors, blocks, read_into
 
 STRIDE = 1 << 12
 """Elements between two stored counts: 8 bytes for 512 bytes of bits, and no place is farther from a known count."""
@@ -36,13 +36,19 @@ class KeptIndex:
 
     def __init__(self, bits: Tensor, numel: int) -> None:
         if bits.dtype != torch.uint8 or bits.shape != (-(-numel // 8),):
-            raise DeltaflError(f"{numel} elements need {-(-numel // 8)} bytes of uint8, not {tuple(bits.shape)}")
+            raise DeltaflError(
+                f"{numel} elements need {-(-numel // 8)} bytes of uint8, not {tuple(bits.shape)}"
+            )
         packed = bits.cpu().numpy()
         if numel % 8 and packed[-1] >> (numel % 8):
-            raise DeltaflError(f"bits are set beyond the last of {numel} elements; is the index damaged?")
+            raise DeltaflError(
+                f"bits are set beyond the last of {numel} elements; is the index damaged?"
+            )
         self.bits, self.numel = bits, numel
         starts = np.arange(0, len(packed), STRIDE // 8)
-        counts = [int(np.bitwise_count(packed[s : s + STRIDE // 8]).sum(dtype=np.int64)) for s in starts]
+        counts = [
+            int(np.bitwise_count(packed[s : s + STRIDE // 8]).sum(dtype=np.int64)) for s in starts
+        ]
         self._before = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
         self.count = int(self._before[-1])
         self._last: tuple[int, int, Tensor] | None = None
@@ -77,13 +83,19 @@ class KeptIndex:
     @property
     def digest(self) -> str:
         """sha256 of M and the bits."""
-        return hashlib.sha256(f"{self.numel} ".encode() + self.bits.cpu().numpy().tobytes()).hexdigest()
+        return hashlib.sha256(
+            f"{self.numel} ".encode() + self.bits.cpu().numpy().tobytes()
+        ).hexdigest()
 
     def before(self, position: int) -> int:
         """Number of kept elements below `position`."""
         base = position // STRIDE
         known = int(self._before[base])
-        return known if position % STRIDE == 0 else known + int(self._flags(base * STRIDE, position).sum())
+        return (
+            known
+            if position % STRIDE == 0
+            else known + int(self._flags(base * STRIDE, position).sum())
+        )
 
     def pieces(self) -> Iterator[tuple[int, int, int, int]]:
         """(start, stop, first, last): elements [start, stop) hold kept values [first, last); blocks without are left
@@ -106,16 +118,26 @@ class KeptIndex:
     def decode(self, start: int, stop: int) -> Tensor:
         """As `positions`, nothing remembered."""
         flags = self._flags(start, stop)
-        return torch.from_numpy(flags.nonzero()[0]) if isinstance(flags, np.ndarray) else flags.nonzero()[:, 0]
+        return (
+            torch.from_numpy(flags.nonzero()[0])
+            if isinstance(flags, np.ndarray)
+            else flags.nonzero()[:, 0]
+        )
 
     def _flags(self, start: int, stop: int) -> "np.ndarray | Tensor":
         """bool (stop - start,): whether each element is kept."""
         first = start // 8
         part = self.bits[first : -(-stop // 8)]
         if part.device.type == "cpu":
-            flags = np.unpackbits(part.numpy(), count=stop - 8 * first, bitorder="little").view(bool)
+            flags = np.unpackbits(part.numpy(), count=stop - 8 * first, bitorder="little").view(
+                bool
+            )
         else:
-            flags = (part[:, None] >> torch.arange(8, dtype=torch.uint8, device=part.device) & 1).bool().reshape(-1)
+            flags = (
+                (part[:, None] >> torch.arange(8, dtype=torch.uint8, device=part.device) & 1)
+                .bool()
+                .reshape(-1)
+            )
         return flags[start - 8 * first : stop - 8 * first]
 
     def gather(self, values: Tensor) -> Tensor:
@@ -125,7 +147,9 @@ class KeptIndex:
             if last - first == stop - start:
                 kept[first:last] = values[start:stop]
             else:
-                torch.index_select(values[start:stop], 0, self.decode(start, stop), out=kept[first:last])
+                torch.index_select(
+                    values[start:stop], 0, self.decode(start, stop), out=kept[first:last]
+                )
         return kept
 
     def scatter_(self, values: Tensor, kept: Tensor) -> Tensor:
@@ -138,7 +162,9 @@ class KeptIndex:
         return values
 
 
-def index_of(mask: Mask, slices: Mapping[str, slice], device: torch.device | str = "cpu") -> KeptIndex:
+def index_of(
+    mask: Mask, slices: Mapping[str, slice], device: torch.device | str = "cpu"
+) -> KeptIndex:
     """The index of a mask over `FlatModel.flat`, whose `slices` these are.
 
     Raises:
@@ -172,7 +198,11 @@ class PackedDelta(Mapping[str, Tensor]):
     fresh_blocks = True
 
     def __init__(
-        self, kept: Tensor, index: KeptIndex, shapes: Mapping[str, tuple[int, ...]], onto: Tensors | None = None
+        self,
+        kept: Tensor,
+        index: KeptIndex,
+        shapes: Mapping[str, tuple[int, ...]],
+        onto: Tensors | None = None,
     ) -> None:
         self._onto = onto
         self.kept, self.index, self._shapes = kept, index, dict(shapes)

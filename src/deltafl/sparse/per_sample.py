@@ -141,7 +141,9 @@ def embedding(module: nn.Module, calls: Sequence[Call], sums: Sums) -> None:
     table = cast(nn.Embedding, module)
     ids = torch.cat([x.reshape(len(x), -1) for x, _ in calls], 1)
     grads = torch.cat([g.reshape(len(g), -1, g.shape[-1]) for _, g in calls], 1)
-    keys = (torch.arange(len(ids), device=ids.device)[:, None] * table.num_embeddings + ids).flatten()
+    keys = (
+        torch.arange(len(ids), device=ids.device)[:, None] * table.num_embeddings + ids
+    ).flatten()
     pairs, place = keys.unique(return_inverse=True)
     rows = grads.new_zeros(len(pairs), grads.shape[-1]).index_add_(0, place, grads.flatten(0, 1))
     words = pairs % table.num_embeddings
@@ -194,9 +196,13 @@ _BY_NAME: dict[str, Rule] = {
 def rule_for(module: nn.Module) -> Rule | None:
     """The rule for exactly this class: a subclass may compute something else."""
     kind = type(module)
-    if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.scale_grad_by_freq):
+    if isinstance(module, nn.Embedding) and (
+        module.max_norm is not None or module.scale_grad_by_freq
+    ):
         return None
-    return _LAYERS.get(kind) or (_BY_NAME.get(kind.__name__) if kind.__module__.startswith("transformers.") else None)
+    return _LAYERS.get(kind) or (
+        _BY_NAME.get(kind.__name__) if kind.__module__.startswith("transformers.") else None
+    )
 
 
 def parameters_of(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -209,7 +215,9 @@ def parameters_of(module: nn.Module) -> dict[str, nn.Parameter]:
     return dict(module.named_parameters(recurse=False))
 
 
-def fits(module: nn.Module, given: Tensor | None, output: object, batch: int, names: Sequence[str]) -> bool:
+def fits(
+    module: nn.Module, given: Tensor | None, output: object, batch: int, names: Sequence[str]
+) -> bool:
     """Whether a call is batch first, in the shape that the module's rule expects, where `names` are wanted."""
     if not isinstance(output, Tensor) or output.ndim < 2 or len(output) != batch:
         return False

@@ -38,7 +38,9 @@ class SparseSGDM(torch.optim.Optimizer):
         extra: Sequence[Tensor] = (),
     ) -> None:
         if min(lr, momentum, weight_decay) < 0:
-            raise DeltaflError(f"lr {lr}, momentum {momentum}, weight_decay {weight_decay}: none may be negative")
+            raise DeltaflError(
+                f"lr {lr}, momentum {momentum}, weight_decay {weight_decay}: none may be negative"
+            )
         if nesterov and (momentum == 0 or dampening != 0):
             raise DeltaflError("Nesterov momentum needs momentum above 0 and dampening 0")
         self._model = model
@@ -92,7 +94,9 @@ class SparseSGDM(torch.optim.Optimizer):
                 weights[start:stop].index_copy_(0, places, kept)
         return loss
 
-    def _momentum(self, parameter: Tensor, index: KeptIndex | None, momentum: float) -> tuple[Tensor | None, bool]:
+    def _momentum(
+        self, parameter: Tensor, index: KeptIndex | None, momentum: float
+    ) -> tuple[Tensor | None, bool]:
         """(momentum buffer, whether this is its first step)."""
         if momentum == 0:
             return None, True
@@ -132,7 +136,9 @@ class SparseSGDM(torch.optim.Optimizer):
         not computed. Yields their names; at the end, also after an error, they are as before.
         """
         parameters = dict(self._model.module.named_parameters())
-        skipped: list[nn.Parameter] = [parameters[name] for name in self.frozen if parameters[name].requires_grad]
+        skipped: list[nn.Parameter] = [
+            parameters[name] for name in self.frozen if parameters[name].requires_grad
+        ]
         try:
             for parameter in skipped:
                 parameter.requires_grad_(False)
@@ -146,7 +152,12 @@ class SparseSGDM(torch.optim.Optimizer):
     @property
     def num_bytes(self) -> NumBytes:
         """Bytes of the momentum of `model.flat` and `extra` (0 before the first step), and of the index."""
-        values = sum(t.nbytes for state in self.state.values() for t in state.values() if isinstance(t, Tensor))
+        values = sum(
+            t.nbytes
+            for state in self.state.values()
+            for t in state.values()
+            if isinstance(t, Tensor)
+        )
         return NumBytes(values, 0 if self.index is None else self.index.num_bytes)
 
     def state_dict(self) -> dict[str, Any]:
@@ -161,13 +172,17 @@ class SparseSGDM(torch.optim.Optimizer):
         """
         if state_dict.get("mask", "") != (None if self.index is None else self.index.digest):
             raise DeltaflError("the optimiser's state was saved with another mask; load that mask")
-        super().load_state_dict({name: value for name, value in state_dict.items() if name != "mask"})
+        super().load_state_dict(
+            {name: value for name, value in state_dict.items() if name != "mask"}
+        )
         for state in self.state.values():
             if "momentum_buffer" in state:
                 state["momentum_buffer"] = state["momentum_buffer"].clone()
 
 
-def sgdm_(weights: Tensor, gradient: Tensor, buffer: Tensor | None, first: bool, group: dict[str, Any]) -> None:
+def sgdm_(
+    weights: Tensor, gradient: Tensor, buffer: Tensor | None, first: bool, group: dict[str, Any]
+) -> None:
     """One step of torch.optim.SGD, operation by operation, on `weights` and `buffer`, which are changed."""
     if group["weight_decay"]:
         gradient = gradient.add(weights, alpha=group["weight_decay"])

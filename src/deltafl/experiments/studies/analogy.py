@@ -8,9 +8,15 @@ from deltafl.experiments.studies.merging import Tuned, Work
 from deltafl.experiments.studies.statistics import by_seed, summary
 from deltafl.experiments.studies.study import Data, Study
 from deltafl.experiments.studies.trials import Trial, told
-from deltafl.taskvector import TaskVector
+from deltafl.merge.task_vector import TaskVector
 
-WAYS = ("base", "B: same classes, other domain", "C: same domain, other classes", "C + (B - A)", "fine-tuned on D")
+WAYS = (
+    "base",
+    "B: same classes, other domain",
+    "C: same domain, other classes",
+    "C + (B - A)",
+    "fine-tuned on D",
+)
 
 
 def analogy(study: Study, work: Work) -> dict[str, Any]:
@@ -59,7 +65,9 @@ def _completed(study: Study, d: Tuned, others: Sequence[Data]) -> dict[str, Any]
     a, b, c = (trial.delta(data, d.training) for data in others)
 
     def best(vector: TaskVector) -> float:
-        return max((0.0, *study.lambdas), key=lambda value: trial.accuracy(vector, value, d.data, "val"))
+        return max(
+            (0.0, *study.lambdas), key=lambda value: trial.accuracy(vector, value, d.data, "val")
+        )
 
     combined = c + (b - a)
     settings = (

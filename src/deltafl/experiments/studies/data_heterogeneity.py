@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltafl.aggregation import Rows, Update, as_weights
+from deltafl.algebra.aggregate import Rows, Update, as_weights
+from deltafl.algebra.reductions import gram_matrix
 from deltafl.experiments.one_shot import BASE, SINGLE
 from deltafl.experiments.studies.merging import Merge, Tuned, Work, normalised, row_of, settled
 from deltafl.experiments.studies.statistics import gained, summary
 from deltafl.experiments.studies.study import Data, Study
 from deltafl.experiments.studies.training_heterogeneity import REFERENCE
-from deltafl.reductions import gram_matrix
-from deltafl.rules import Source
-from deltafl.taskvector import TaskVector
+from deltafl.merge.task_vector import TaskVector
+from deltafl.rules.rule import Source
 
 PARTS = (2, 4)
 """Groups of classes that a data set is split into."""
@@ -39,12 +39,18 @@ def data_heterogeneity(study: Study, work: Work) -> dict[str, Any]:
         ]
         classes = len(study.task(Data(study.split), seed).class_names)
         for parts in (p for p in PARTS if p <= classes):
-            group = tuple(Tuned(Data(study.split, i, parts), study.training, seed) for i in range(parts))
+            group = tuple(
+                Tuned(Data(study.split, i, parts), study.training, seed) for i in range(parts)
+            )
             asked.append(({"subset": "classes of one data set", "size": parts}, Merge(group)))
     results = work.search([merge for _, merge in asked])
     cells = list(dict.fromkeys((labels["subset"], labels["size"]) for labels, _ in asked))
     held = {
-        cell: [r for (labels, _), r in zip(asked, results, strict=True) if (labels["subset"], labels["size"]) == cell]
+        cell: [
+            r
+            for (labels, _), r in zip(asked, results, strict=True)
+            if (labels["subset"], labels["size"]) == cell
+        ]
         for cell in cells
     }
     rules = [name for name, _ in study.methods]
@@ -55,7 +61,9 @@ def data_heterogeneity(study: Study, work: Work) -> dict[str, Any]:
             for rule in (SINGLE, BASE, *rules)
             if (row := _row(cell, rule, held[cell])) is not None
         ],
-        "notes": sorted({f"{name}: {why}" for result in results for name, why in result["left_out"].items()}),
+        "notes": sorted(
+            {f"{name}: {why}" for result in results for name, why in result["left_out"].items()}
+        ),
     }
 
 
@@ -63,7 +71,9 @@ def subsets(cosines: Tensor) -> list[tuple[str, tuple[int, ...]]]:
     """("near" | "far" | "all", subset) for every size from 2 to T, by the mean cosine (T, T) of its pairs."""
     count, found = len(cosines), []
     for size in range(2, count):
-        ranked = sorted(itertools.combinations(range(count), size), key=lambda s: mean_cosine(cosines, s))
+        ranked = sorted(
+            itertools.combinations(range(count), size), key=lambda s: mean_cosine(cosines, s)
+        )
         found += [("near", ranked[-1]), ("far", ranked[0])]
     return [*found, ("all", tuple(range(count)))]
 
@@ -79,13 +89,17 @@ def _cosines(study: Study, merge: Merge) -> list[list[float]]:
     updates = []
     for model in merge.models:
         folder = study.model(model.data, model.training, model.seed)
-        updates.append(Update(TaskVector.from_checkpoints(study.base, folder).tensors, Source(folder.name)))
+        updates.append(
+            Update(TaskVector.from_checkpoints(study.base, folder).tensors, Source(folder.name))
+        )
     gram = gram_matrix(Rows(updates, as_weights(None, len(updates))), 1)
     lengths = gram.diagonal().sqrt().clamp_min(1e-30)
     return (gram / lengths[:, None] / lengths[None, :]).tolist()
 
 
-def _row(cell: tuple[str, int], rule: str, results: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def _row(
+    cell: tuple[str, int], rule: str, results: Sequence[Mapping[str, Any]]
+) -> dict[str, Any] | None:
     gains, values, cosines = [], [], []
     for result in results:
         rows = {SINGLE: row_of(result, SINGLE), BASE: row_of(result, BASE), **settled(result)}

@@ -11,16 +11,16 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 
+from deltafl.algebra.processes import can_fork, forked
+from deltafl.checkpoints.layout import file_hash
 from deltafl.errors import DeltaflError
 from deltafl.experiments.one_shot import BASE, SINGLE, SearchSpec, TaskModel, run_search
 from deltafl.experiments.quickstart import on_one_thread
 from deltafl.experiments.studies.study import Data, Study, Training
-from deltafl.finetuning.run import TRAINING_JSON
-from deltafl.layout import file_hash
-from deltafl.preflight import MergeSpec, Model
-from deltafl.processes import can_fork, forked
-from deltafl.rules import Source, build_rule, check_rule, load_rules, parameters
-from deltafl.search import grid_of
+from deltafl.merge.plan import MergeSpec, Model
+from deltafl.merge.search import grid_of
+from deltafl.rules.rule import Source, build_rule, check_rule, load_rules, parameters
+from deltafl.training.finetune import TRAINING_JSON
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -80,7 +80,11 @@ class Work:
 
         count, found = len(items), []
         together = self.jobs > 1 and count > 1 and can_fork() and not torch.cuda.is_initialized()
-        results = forked(done, count, min(self.jobs, count)) if together else (done(at) for at in range(count))
+        results = (
+            forked(done, count, min(self.jobs, count))
+            if together
+            else (done(at) for at in range(count))
+        )
         with contextlib.closing(results):
             for result in results:
                 found.append(result)
@@ -132,7 +136,10 @@ def searched(study: Study, merge: Merge) -> dict[str, Any]:
 def seeded(methods: Sequence[Method], seed: int) -> list[Method]:
     """The methods, with the seed of the run for those that draw at random."""
     rules = load_rules()
-    return [(n, {"seed": seed, **params} if "seed" in parameters(rules[n]) else params) for n, params in methods]
+    return [
+        (n, {"seed": seed, **params} if "seed" in parameters(rules[n]) else params)
+        for n, params in methods
+    ]
 
 
 def _code(method: str) -> str:
@@ -141,10 +148,14 @@ def _code(method: str) -> str:
 
 
 def _source(training: Mapping[str, Any]) -> Source:
-    return Source(training["task"], num_steps=training["num_steps"], num_examples=training["num_examples"])
+    return Source(
+        training["task"], num_steps=training["num_steps"], num_examples=training["num_examples"]
+    )
 
 
-def able(methods: Sequence[Method], sources: Sequence[Source]) -> tuple[list[Method], dict[str, str]]:
+def able(
+    methods: Sequence[Method], sources: Sequence[Source]
+) -> tuple[list[Method], dict[str, str]]:
     """The methods that these models can be merged by, and why the others cannot."""
     good, left_out = [], {}
     for name, params in methods:
@@ -162,7 +173,10 @@ def settled(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     rows = {row["rule"]: row for row in result["rows"]}
     rows.pop(SINGLE)
     base = rows.pop(BASE)
-    return {name: row if row["val"] >= base["val"] else {**base, "rule": name} for name, row in rows.items()}
+    return {
+        name: row if row["val"] >= base["val"] else {**base, "rule": name}
+        for name, row in rows.items()
+    }
 
 
 def normalised(row: Mapping[str, Any]) -> float:

@@ -9,8 +9,8 @@ from deltafl.experiments.studies.merging import Tuned, Work
 from deltafl.experiments.studies.statistics import by_seed, summary
 from deltafl.experiments.studies.study import Data, Study
 from deltafl.experiments.studies.trials import Trial, random_like, told
-from deltafl.taskvector import TaskVector
-from deltafl.training import keyed_generator
+from deltafl.merge.task_vector import TaskVector
+from deltafl.training.step import keyed_generator
 
 KEPT = 0.95
 """The share of the base's control accuracy that must remain."""
@@ -29,7 +29,9 @@ def negation(study: Study, work: Work) -> dict[str, Any]:
     """
     targets = [spec for spec in study.tasks if spec != study.control]
     if not targets:
-        raise DeltaflError("negation: no task to forget; name one in --tasks that is not the --control")
+        raise DeltaflError(
+            "negation: no task to forget; name one in --tasks that is not the --control"
+        )
     asked = [Tuned(Data(spec), study.training, seed) for seed in study.seeds for spec in targets]
     work.fine_tune(asked)
     found = work.each("negate", negated, asked)
@@ -56,7 +58,9 @@ def _row(way: str, points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def negated(study: Study, model: Tuned) -> dict[str, Any]:
     """Of one target and seed: way -> test accuracies on target and control, and the coefficient; kept on disk."""
-    return study.kept("negations", told(study, model, [Data(study.control)]), lambda: _negated(study, model))
+    return study.kept(
+        "negations", told(study, model, [Data(study.control)]), lambda: _negated(study, model)
+    )
 
 
 def _negated(study: Study, model: Tuned) -> dict[str, Any]:

@@ -6,9 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from deltafl.errors import DeltaflError, did_you_mean
-from deltafl.rules import load_rules
+from deltafl.rules.rule import load_rules
 
-STUDY_NAMES = ("training-heterogeneity", "data-heterogeneity", "scaling-coef", "negation", "analogy")
+STUDY_NAMES = (
+    "training-heterogeneity",
+    "data-heterogeneity",
+    "scaling-coef",
+    "negation",
+    "analogy",
+)
 
 PARAMETERS: Mapping[str, Mapping[str, Any]] = {
     "cclip": {"unit": "quantile", "rho": [0.0, 0.25, 0.5, 0.75, 1.0]},
@@ -106,5 +112,7 @@ def names_of(asked: Sequence[str], known: Sequence[str]) -> list[str]:
         raise DeltaflError(f"name a suite: {', '.join(known)}, or all")
     unknown = [name for name in asked if name not in known and name != "all"]
     if unknown:
-        raise DeltaflError(*(f'no suite "{name}"; {did_you_mean(name, (*known, "all"))}' for name in unknown))
+        raise DeltaflError(
+            *(f'no suite "{name}"; {did_you_mean(name, (*known, "all"))}' for name in unknown)
+        )
     return list(known) if "all" in asked else list(dict.fromkeys(asked))

@@ -15,12 +15,18 @@ def scaling_coef(study: Study, work: Work) -> dict[str, Any]:
 
     Every point is exact: these searches are exhaustive.
     """
-    merges = [Merge(tuple(Tuned(Data(s), study.training, seed) for s in study.tasks)) for seed in study.seeds]
+    merges = [
+        Merge(tuple(Tuned(Data(s), study.training, seed) for s in study.tasks))
+        for seed in study.seeds
+    ]
     results = replace(work, study=replace(study, strategy="exhaustive")).search(merges)
     rules = [name for name, _ in study.methods if name not in results[0]["left_out"]]
     return {
         "rows": [_row(rule, results) for rule in (SINGLE, BASE, *rules)],
-        "curves": {rule: _mean_curve([dict(map(tuple, r["curves"][rule])) for r in results]) for rule in rules},
+        "curves": {
+            rule: _mean_curve([dict(map(tuple, r["curves"][rule])) for r in results])
+            for rule in rules
+        },
         "base": summary([row_of(r, BASE)["val"] for r in results]).mean,
         "notes": [f"{name}: {why}" for name, why in results[0]["left_out"].items()],
     }

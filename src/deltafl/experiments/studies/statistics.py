@@ -17,7 +17,9 @@ class Summary:
 
 def summary(values: Sequence[float]) -> Summary:
     """Of at least one value."""
-    return Summary(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+    return Summary(
+        statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None, len(values)
+    )
 
 
 def by_seed(points: Sequence[Mapping[str, Any]], key: str) -> list[float]:
@@ -32,7 +34,11 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, 
 
     if len(values) < 2:
         return None
-    half = float(t.ppf((1 + confidence) / 2, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+    half = (
+        float(t.ppf((1 + confidence) / 2, len(values) - 1))
+        * statistics.stdev(values)
+        / len(values) ** 0.5
+    )
     return statistics.mean(values) - half, statistics.mean(values) + half
 
 

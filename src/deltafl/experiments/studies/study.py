@@ -12,21 +12,21 @@ from typing import Any
 
 import numpy as np
 
-from deltafl.datasets import Task, load_task
-from deltafl.datasets.classes import class_groups, only_classes
-from deltafl.datasets.selection import stratified
-from deltafl.datasets.task import Split
+from deltafl.checkpoints.layout import file_hash, fingerprint, read_layout
 from deltafl.errors import DeltaflError
 from deltafl.files import atomic_folder, write_atomically
-from deltafl.finetuning import FinetuneRecipe, finetune
-from deltafl.finetuning.evaluation import make_head
-from deltafl.finetuning.run import TRAINING_JSON
-from deltafl.finetuning.state import run_config, sha256_of
-from deltafl.layout import file_hash, fingerprint, read_layout
 from deltafl.models import LoadedEncoder, load_encoder, save_encoder
 from deltafl.models.flat import FlatModel
 from deltafl.models.heads import LinearHead, load_head, save_head
-from deltafl.training import keyed_generator
+from deltafl.tasks import Task, load_task
+from deltafl.tasks.classes import class_groups, only_classes
+from deltafl.tasks.selection import stratified
+from deltafl.tasks.task import Split
+from deltafl.training import FinetuneRecipe, finetune
+from deltafl.training.evaluation import make_head
+from deltafl.training.finetune import TRAINING_JSON
+from deltafl.training.state import run_config, sha256_of
+from deltafl.training.step import keyed_generator
 
 
 @dataclass(frozen=True)
@@ -101,13 +101,19 @@ class Study:
         whole = _task(data.spec, self.base, seed, self.limit, self.data_dir)
         if data.parts == 1:
             return whole
-        groups = class_groups(len(whole.class_names), data.parts, keyed_generator(seed, "classes", data.parts))
+        groups = class_groups(
+            len(whole.class_names), data.parts, keyed_generator(seed, "classes", data.parts)
+        )
         return only_classes(whole, groups[data.part], f"{whole.name}_{data.part + 1}of{data.parts}")
 
     def judged(self, data: Data, seed: int) -> Task:
         """The task with no more validation and test examples than merges are judged on."""
         task = self.task(data, seed)
-        return replace(task, val=_some(task.val, self.val_limit, seed), test=_some(task.test, self.test_limit, seed))
+        return replace(
+            task,
+            val=_some(task.val, self.val_limit, seed),
+            test=_some(task.test, self.test_limit, seed),
+        )
 
     def head(self, data: Data, seed: int) -> Path:
         """The file of the frozen head of a data set, made from the base model where there is none yet.
@@ -117,14 +123,20 @@ class Study:
         task = self.task(Data(data.head or data.spec), seed)
         recipe = replace(self.recipe, seed=seed, steps=0)
         config = run_config(self.encoder(), task, recipe, None)
-        named = [Path(ref) for ref in (recipe.head, recipe.templates) if ref and Path(ref).is_file()]
+        named = [
+            Path(ref) for ref in (recipe.head, recipe.templates) if ref and Path(ref).is_file()
+        ]
         key = content_key(config | {"files": [file_hash([file]) for file in named]})
         file = self.folder / "heads" / f"{task.name}-{key}.safetensors"
         if not file.is_file():
-            write_head(make_head(FlatModel(self.encoder().copy_to(self.device)), task, recipe), file)
+            write_head(
+                make_head(FlatModel(self.encoder().copy_to(self.device)), task, recipe), file
+            )
         return file
 
-    def kept(self, kind: str, config: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def kept(
+        self, kind: str, config: Mapping[str, Any], make: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
         """What `make` gives, from disk where it was made before with this configuration."""
         file = self.folder / kind / f"{content_key(config)}.json"
         if not file.is_file():
@@ -143,9 +155,22 @@ class Study:
         head = load_head(self.head(data, seed))
         recipe = replace(self.recipe, lr=training.lr, steps=training.steps, seed=seed)
         key = content_key(run_config(self.encoder(), task, recipe, head))
-        out = self.folder / "models" / f"{task.name}-lr{training.lr:g}-steps{training.steps}-seed{seed}-{key}"
+        out = (
+            self.folder
+            / "models"
+            / f"{task.name}-lr{training.lr:g}-steps{training.steps}-seed{seed}-{key}"
+        )
         if not (out / TRAINING_JSON).is_file():
-            finetune(self.encoder(), task, recipe, out, head=head, resume=True, overwrite=True, device=self.device)
+            finetune(
+                self.encoder(),
+                task,
+                recipe,
+                out,
+                head=head,
+                resume=True,
+                overwrite=True,
+                device=self.device,
+            )
         return out
 
 
@@ -163,7 +188,9 @@ def save_base(encoder: LoadedEncoder, folder: Path) -> None:
         _write_base(encoder, Path(scratch))
         same = fingerprint(read_layout(str(folder))) == fingerprint(read_layout(scratch))
     if not same:
-        raise DeltaflError(f'"{folder}" is another model than "{encoder.origin}"; choose another --out, or --overwrite')
+        raise DeltaflError(
+            f'"{folder}" is another model than "{encoder.origin}"; choose another --out, or --overwrite'
+        )
 
 
 def _write_base(encoder: LoadedEncoder, folder: Path) -> None:
@@ -194,7 +221,9 @@ def _encoder(base: str) -> LoadedEncoder:
 def _task(spec: str, base: str, seed: int, limit: int | None, data_dir: str | None) -> Task:
     given = _encoder(base).input
     size, channels = given.image_size, given.channels
-    return load_task(spec, image_size=size, channels=channels, seed=seed, limit=limit, data_dir=data_dir)
+    return load_task(
+        spec, image_size=size, channels=channels, seed=seed, limit=limit, data_dir=data_dir
+    )
 
 
 def _some(split: Split, most: int | None, seed: int) -> Split:

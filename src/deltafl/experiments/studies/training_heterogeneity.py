@@ -12,7 +12,7 @@ from deltafl.experiments.one_shot import BASE, SINGLE
 from deltafl.experiments.studies.merging import Merge, Tuned, Work, normalised, row_of, settled
 from deltafl.experiments.studies.statistics import correlation, gained, summary
 from deltafl.experiments.studies.study import Data, Study, Training
-from deltafl.training import keyed_generator
+from deltafl.training.step import keyed_generator
 
 KINDS = ("alike", "steps differ", "lr differs", "both differ")
 REFERENCE = "task_arithmetic"
@@ -26,16 +26,29 @@ def training_heterogeneity(study: Study, work: Work) -> dict[str, Any]:
     draw, one of all with its steps, or any. The interval is Student's over all draws of all seeds; draws of one seed
     share models, so that it is a little too narrow.
     """
-    asked = [(kind, merge) for seed in study.seeds for kind in KINDS for merge in draws(study, kind, seed)]
+    asked = [
+        (kind, merge)
+        for seed in study.seeds
+        for kind in KINDS
+        for merge in draws(study, kind, seed)
+    ]
     results = work.search([merge for _, merge in asked])
-    points = [p for (kind, merge), result in zip(asked, results, strict=True) for p in measured(kind, merge, result)]
+    points = [
+        p
+        for (kind, merge), result in zip(asked, results, strict=True)
+        for p in measured(kind, merge, result)
+    ]
     rules = [name for name, _ in study.methods]
     cells = [(kind, rule) for kind in KINDS for rule in (SINGLE, BASE, *rules)]
     return {
         "rows": [row for kind, rule in cells if (row := _row(kind, rule, points)) is not None],
         "points": [p for p in points if p["rule"] in rules],
-        "relations": [relation for rule in rules if (relation := _relation(rule, points)) is not None],
-        "notes": sorted({f"{name}: {why}" for result in results for name, why in result["left_out"].items()}),
+        "relations": [
+            relation for rule in rules if (relation := _relation(rule, points)) is not None
+        ],
+        "notes": sorted(
+            {f"{name}: {why}" for result in results for name, why in result["left_out"].items()}
+        ),
     }
 
 
@@ -51,9 +64,17 @@ def draws(study: Study, kind: str, seed: int) -> list[Merge]:
         if len(found) == study.draws:
             break
         trainings = _drawn(study, kind, generator)
-        wanted = {"alike": (1, 1), "steps differ": (1, 2), "lr differs": (2, 1), "both differ": (2, 2)}[kind]
+        wanted = {
+            "alike": (1, 1),
+            "steps differ": (1, 2),
+            "lr differs": (2, 1),
+            "both differ": (2, 2),
+        }[kind]
         different = len({t.lr for t in trainings}), len({t.steps for t in trainings})
-        if all(have == 1 if want == 1 else have > 1 for have, want in zip(different, wanted, strict=True)):
+        if all(
+            have == 1 if want == 1 else have > 1
+            for have, want in zip(different, wanted, strict=True)
+        ):
             models = (Tuned(Data(s), t, seed) for s, t in zip(study.tasks, trainings, strict=True))
             found[Merge(tuple(models))] = None
     if not found:

@@ -6,16 +6,16 @@ from typing import Any
 
 import torch
 
-from deltafl.aggregation import Stepped
-from deltafl.checkpoint import open_tensors
-from deltafl.datasets import Task
+from deltafl.algebra.aggregate import Stepped
+from deltafl.algebra.tensors import Tensors
+from deltafl.checkpoints.checkpoint import open_tensors
 from deltafl.experiments.studies.merging import Tuned
 from deltafl.experiments.studies.study import Data, Study, Training
+from deltafl.merge.task_vector import TaskVector
 from deltafl.models.flat import FlatModel
 from deltafl.models.heads import LinearHead, load_head
-from deltafl.taskvector import TaskVector
-from deltafl.tensors import Tensors
-from deltafl.training import predict_correct
+from deltafl.tasks import Task
+from deltafl.training.step import predict_correct
 
 
 @dataclass(frozen=True)
@@ -31,21 +31,39 @@ class Trial:
     @classmethod
     def of(cls, study: Study, seed: int) -> "Trial":
         """Of one seed, on the study's device."""
-        return cls(study, seed, open_tensors(study.base), FlatModel(study.encoder().copy_to(study.device)))
+        return cls(
+            study, seed, open_tensors(study.base), FlatModel(study.encoder().copy_to(study.device))
+        )
 
     def delta(self, data: Data, training: Training) -> TaskVector:
         """The task vector of a fine-tune, in memory."""
-        lazy = TaskVector.from_checkpoints(self.study.base, self.study.model(data, training, self.seed))
+        lazy = TaskVector.from_checkpoints(
+            self.study.base, self.study.model(data, training, self.seed)
+        )
         return TaskVector(dict(lazy.tensors))
 
-    def accuracy(self, delta: TaskVector | None, coefficient: float, data: Data, split: str) -> float:
+    def accuracy(
+        self, delta: TaskVector | None, coefficient: float, data: Data, split: str
+    ) -> float:
         """Of base + coefficient * delta on "val" or "test" of a task."""
-        tensors = self.base if delta is None or not coefficient else Stepped(self.base, delta.tensors, coefficient)
+        tensors = (
+            self.base
+            if delta is None or not coefficient
+            else Stepped(self.base, delta.tensors, coefficient)
+        )
         self.working.load(tensors)
         if data not in self.seen:
-            self.seen[data] = self.study.judged(data, self.seed), load_head(self.study.head(data, self.seed))
+            self.seen[data] = (
+                self.study.judged(data, self.seed),
+                load_head(self.study.head(data, self.seed)),
+            )
         task, head = self.seen[data]
-        return predict_correct(self.working, head.to(self.working.device), getattr(task, split)).double().mean().item()
+        return (
+            predict_correct(self.working, head.to(self.working.device), getattr(task, split))
+            .double()
+            .mean()
+            .item()
+        )
 
 
 def random_like(delta: TaskVector, generator: torch.Generator) -> TaskVector:

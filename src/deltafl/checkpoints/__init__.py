@@ -1,0 +1,1 @@
+"""Find, read, align, name and write model files."""

@@ -1,0 +1,77 @@
+"""Ask the kernel for files before they are needed, while the heavy imports run."""
+
+import contextlib
+import os
+import signal
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from deltafl.algebra.processes import can_fork, fork
+
+STEP = 1 << 17
+"""Bytes asked for at once: Linux reads no more than a disk's readahead setting, by default 128 KiB, of one call."""
+
+TURN = 1 << 24
+"""Bytes of one file before it is the next one's turn."""
+
+AHEAD = 64
+"""Steps that may be under way: enough to keep a disk busy, few enough that other programs' reads need not wait."""
+
+MEMINFO = Path("/proc/meminfo")
+
+
+@contextlib.contextmanager
+def reading_ahead(files: Sequence[Path], share: float = 0.5) -> Iterator[None]:
+    """Meanwhile, a process of its own reads the files into the page cache, in turns, up to a share of the free memory.
+
+    A process and not a thread, so that what follows can fork; made before torch is imported, it costs little. It ends
+    when it is done, with the block, or with the process that made it.
+    """
+    if not hasattr(os, "posix_fadvise") or not can_fork():
+        yield
+        return
+    budget = int(share * _available())
+    child = fork()
+    if not child:
+        try:
+            _advise(files, budget)
+        finally:
+            os._exit(0)
+    try:
+        yield
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def _advise(files: Sequence[Path], budget: int) -> None:
+    """Ask for the files, a step at a time, few steps ahead of what has arrived."""
+    with contextlib.suppress(OSError):  # only a hint: who reads meets the error
+        sizes = {os.open(file, os.O_RDONLY): file.stat().st_size for file in files}
+        waiting: deque[tuple[int, int]] = deque()
+        for handle, at in _steps(sizes):
+            if budget <= 0:
+                return
+            os.posix_fadvise(handle, at, STEP, os.POSIX_FADV_WILLNEED)
+            budget -= STEP
+            waiting.append((handle, min(at + STEP, sizes[handle]) - 1))
+            if len(waiting) > AHEAD:
+                os.pread(waiting[0][0], 1, waiting[0][1])
+                waiting.popleft()
+
+
+def _steps(sizes: dict[int, int]) -> Iterator[tuple[int, int]]:
+    """(file, offset) of all steps: a turn of each file, the next turn of each, ..."""
+    for turn in range(0, max(sizes.values(), default=0), TURN):
+        for handle, size in sizes.items():
+            for at in range(turn, min(turn + TURN, size), STEP):
+                yield handle, at
+
+
+def _available() -> int:
+    """Bytes of memory that programs can still have: what is free, and what only caches files. As free tells it."""
+    for line in MEMINFO.read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return 1024 * int(line.split()[1])
+    return 0

@@ -1,0 +1,1 @@
+"""Merge, inspect and search: one server step over checkpoints."""

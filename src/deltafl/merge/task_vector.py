@@ -1,0 +1,236 @@
+"""Task vectors as values: the algebra of arXiv 2212.04089 for use in a notebook."""
+
+import copy
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, TypeVar, overload
+
+import torch
+from torch import Tensor, nn
+
+from deltafl.algebra.aggregate import Aggregate, Stepped, Update
+from deltafl.algebra.tensors import Tensors, block_of, blocks, dtype_of, shape_of
+from deltafl.checkpoints.align import align
+from deltafl.checkpoints.checkpoint import (
+    Checkpoint,
+    Difference,
+    entries_of,
+    open_tensors,
+    refuse_untied,
+)
+from deltafl.errors import DeltaflError, shorten
+from deltafl.rules.cclip import CClip
+from deltafl.rules.fedavg import FedAvg
+from deltafl.rules.fedgma import FedGMA
+from deltafl.rules.fednova import FedNova
+from deltafl.rules.median import Median
+from deltafl.rules.rule import Rule, Source
+from deltafl.rules.task_arithmetic import TaskArithmetic
+
+logger = logging.getLogger(__name__)
+
+ModelLike: TypeAlias = Tensors | nn.Module | str | os.PathLike[str]
+M = TypeVar("M", bound=nn.Module)
+
+
+class TaskVector:
+    """delta = tuned - base, a mapping name -> float tensor with the algebra of a vector space.
+
+    `tensors` is a dict, or, from files, a lazy mapping that reads when asked. No operation changes its operands.
+    Operands must hold the same tensors in the same shapes; anything else is an error that names them.
+    """
+
+    def __init__(self, tensors: Tensors) -> None:
+        self.tensors: Tensors = tensors
+
+    @classmethod
+    def from_checkpoints(cls, base: ModelLike, finetuned: ModelLike) -> "TaskVector":
+        """tuned - base in the base's names, in float32, or in float64 where one of them holds that. Each: a mapping, a
+        module, a path or a hub id.
+
+        From two files it is read when asked; a model in memory may be trained further, so its difference is taken now.
+        Heads and towers that only one of the two has are left out; any other difference raises DeltaflError.
+        """
+        ours, theirs = as_tensors(base), as_tensors(finetuned)
+        found = align(entries_of(ours), {"finetuned": entries_of(theirs)})
+        if found.problems:
+            raise DeltaflError(*found.problems)
+        refuse_untied(found, ours, {"finetuned": theirs})
+        for reason, left in (*found.copied.items(), *found.ignored.get("finetuned", {}).items()):
+            logger.info("left out of the task vector: %d tensors (%s)", len(left), reason)
+        names = found.names["finetuned"]
+        pairs = {n: names[n] for n in found.merged}
+        held = {
+            d
+            for ours_name, own in pairs.items()
+            for d in (dtype_of(ours, ours_name), dtype_of(theirs, own))
+        }
+        delta = Difference(
+            ours, theirs, pairs, torch.float64 if torch.float64 in held else torch.float32
+        )
+        lazy = isinstance(ours, Checkpoint) and isinstance(theirs, Checkpoint)
+        return cls(delta if lazy else dict(delta))
+
+    def _check_alike(self, other: "TaskVector") -> None:
+        """Raise DeltaflError unless the other one holds the same tensors in the same shapes."""
+        if set(self.tensors) != set(other.tensors):
+            raise DeltaflError(
+                f"task vectors differ in tensors: {shorten(sorted(set(self.tensors) ^ set(other.tensors)))}"
+            )
+        for name in self.tensors:
+            a, b = shape_of(self.tensors, name), shape_of(other.tensors, name)
+            if a != b:
+                raise DeltaflError(f'task vectors differ: tensor "{name}" is {a} and {b}')
+
+    def _combine(self, other: "TaskVector", sign: int) -> "TaskVector":
+        self._check_alike(other)
+        return TaskVector(
+            {n: torch.add(t, other.tensors[n], alpha=sign) for n, t in self.tensors.items()}
+        )
+
+    def __add__(self, other: "TaskVector") -> "TaskVector":
+        return self._combine(other, 1) if isinstance(other, TaskVector) else NotImplemented
+
+    def __radd__(self, other: object) -> "TaskVector":
+        return (
+            self if isinstance(other, int) and other == 0 else NotImplemented
+        )  # what `sum` starts with
+
+    def __sub__(self, other: "TaskVector") -> "TaskVector":
+        return self._combine(other, -1) if isinstance(other, TaskVector) else NotImplemented
+
+    def __neg__(self) -> "TaskVector":
+        return TaskVector({n: -t for n, t in self.tensors.items()})
+
+    def __mul__(self, factor: float) -> "TaskVector":
+        return TaskVector({n: t * factor for n, t in self.tensors.items()})
+
+    __rmul__ = __mul__
+
+    def __repr__(self) -> str:
+        return f"TaskVector({len(self.tensors)} tensors, {self.num_elements:,} elements)"
+
+    @property
+    def num_elements(self) -> int:
+        """Number of coordinates."""
+        return sum(torch.Size(shape_of(self.tensors, n)).numel() for n in self.tensors)
+
+    def dot(self, other: "TaskVector") -> float:
+        """<self, other> over all tensors: float64 in each block, the blocks added with one rounding, in any order."""
+        self._check_alike(other)
+        parts: list[float] = []
+        for name in self.tensors:
+            for start, stop in blocks(torch.Size(shape_of(self.tensors, name)).numel()):
+                a = block_of(self.tensors, name, start, stop).double()
+                parts.append(float(a @ block_of(other.tensors, name, start, stop).double()))
+        return math.fsum(parts)
+
+    def norm(self) -> float:
+        """The 2-norm over all tensors, in float64."""
+        return self.dot(self) ** 0.5
+
+    @overload
+    def apply_to(self, base: M, scaling_coef: float = 1.0) -> M: ...
+
+    @overload
+    def apply_to(
+        self, base: Tensors | str | os.PathLike[str], scaling_coef: float = 1.0
+    ) -> dict[str, Tensor]: ...
+
+    def apply_to(self, base: Any, scaling_coef: float = 1.0) -> Any:
+        """base + scaling_coef * delta: a new module for a module, a new dict for a mapping or a path.
+
+        Rounded once to each base tensor's dtype; tensors that the vector does not hold are the base's.
+        """
+        held = as_tensors(base)
+        stepped = Stepped(held, self.tensors, scaling_coef)
+        for name in self.tensors:
+            ours, theirs = shape_of(self.tensors, name), shape_of(held, name)
+            if ours != theirs:
+                raise DeltaflError(
+                    f'tensor "{name}" is {ours} in the task vector, {theirs} in the base'
+                )
+        if not isinstance(base, nn.Module):
+            return {name: stepped[name].clone() for name in stepped}
+        applied = copy.deepcopy(base)
+        applied.load_state_dict(dict(stepped))
+        return applied
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the tensors to one .safetensors file."""
+        from safetensors.torch import save_file
+
+        save_file(
+            {n: t.clone(memory_format=torch.contiguous_format) for n, t in self.tensors.items()},
+            path,
+            metadata={"format": "pt"},
+        )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "TaskVector":
+        """Read what `save` wrote, lazily."""
+        return cls(open_tensors(Path(path)))
+
+
+def as_tensors(model: ModelLike) -> Tensors:
+    """The named tensors of a mapping, a module, a path or a hub id."""
+    if isinstance(model, nn.Module):
+        return model.state_dict()
+    return model if isinstance(model, Mapping) else open_tensors(model)
+
+
+def merge_vectors(
+    task_vectors: Sequence[TaskVector], rule: Rule, sources: Sequence[Source] | None = None
+) -> TaskVector:
+    """Any rule on task vectors, at mean scale. Raises DeltaflError unless there is one source for each."""
+    known = (
+        [Source(f"task vector {i}") for i in range(len(task_vectors))]
+        if sources is None
+        else sources
+    )
+    if len(known) != len(task_vectors):
+        raise DeltaflError(f"{len(known)} numbers for {len(task_vectors)} task vectors")
+    return TaskVector(
+        dict(
+            Aggregate(
+                rule, [Update(v.tensors, s) for v, s in zip(task_vectors, known, strict=True)]
+            )
+        )
+    )
+
+
+def task_arithmetic(task_vectors: Sequence[TaskVector]) -> TaskVector:
+    """The mean of the task vectors; times n it is the sum of arXiv 2212.04089."""
+    return merge_vectors(task_vectors, TaskArithmetic())
+
+
+def fedavg(task_vectors: Sequence[TaskVector], num_examples: Sequence[int]) -> TaskVector:
+    """The mean weighted by the number of examples (arXiv 1602.05629)."""
+    sources = [Source(f"task vector {i}", num_examples=n) for i, n in enumerate(num_examples)]
+    return merge_vectors(task_vectors, FedAvg(), sources)
+
+
+def fednova(task_vectors: Sequence[TaskVector], local_steps: Sequence[int]) -> TaskVector:
+    """Each task vector normalised by its local steps: sum_i mean(tau) / (n tau_i) delta_i (arXiv 2007.07481)."""
+    sources = [Source(f"task vector {i}", num_steps=n) for i, n in enumerate(local_steps)]
+    return merge_vectors(task_vectors, FedNova(), sources)
+
+
+def fedgma(task_vectors: Sequence[TaskVector], rho: float) -> TaskVector:
+    """The mean, softened where fewer than a share rho agree in sign (arXiv 2201.11986)."""
+    return merge_vectors(task_vectors, FedGMA(rho))
+
+
+def median(
+    task_vectors: Sequence[TaskVector], middle: Literal["midpoint", "lower"] = "midpoint"
+) -> TaskVector:
+    """The coordinate-wise median (arXiv 1803.01498)."""
+    return merge_vectors(task_vectors, Median(middle))
+
+
+def cclip(task_vectors: Sequence[TaskVector], rho: float) -> TaskVector:
+    """The mean of the task vectors clipped to norm rho (arXiv 2012.10333)."""
+    return merge_vectors(task_vectors, CClip(rho))

@@ -1,0 +1,96 @@
+"""TIES-Merging (arXiv 2306.01708): trim, elect a sign, merge what agrees with it."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from deltafl.errors import DeltaflError
+from deltafl.rules.rule import RULES, Source, Traits, Transform, all_in_range
+from deltafl.rules.weighted import weighted_sum
+from deltafl.rules.weights import PerModel, check_per_model
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Trim:
+    """Keep the `density` fraction largest in magnitude; values equal to the threshold are all kept."""
+
+    density: PerModel | None
+    per_tensor: bool
+
+    def apply(self, block: Tensor, model: int, name: str, start: int, threshold: float) -> Tensor:
+        if block.itemsize != 4:
+            return block.masked_fill_(block.abs().float() < threshold, 0.0)
+        return block.hardshrink(below(threshold))
+
+
+def below(threshold: float) -> float:
+    """The largest float32 under a positive one: hardshrink keeps what is greater, and has vector instructions."""
+    bits = int.from_bytes(struct.pack("<f", threshold), "little")
+    return struct.unpack("<f", max(0, bits - 1).to_bytes(4, "little"))[0]
+
+
+@RULES.register("ties")
+@dataclass(frozen=True)
+class Ties:
+    """Trim each delta to `density`; s = sign(sum_i p_i delta_i); merge the deltas whose sign is s.
+
+    merge "mean" (the paper): sum_{agree} p_i delta_i / sum_{agree} p_i; "sum": sum_{agree} p_i delta_i. A zero sum
+    elects nothing: no update; with zero_sum "positive", as in mergekit, it elects +. The threshold is over the whole
+    delta, or `per_tensor`; `density` may be one for each model, and then by tensor. The election counts weights in
+    units of the least one, so that with equal weights (or small integer ratios) deltas that cancel sum to exactly 0.
+    """
+
+    density: PerModel = 0.2
+    merge: Literal["mean", "sum"] = "mean"
+    per_tensor: bool = False
+    zero_sum: Literal["none", "positive"] = "none"
+
+    def __post_init__(self) -> None:
+        all_in_range("ties", "density", self.density, 0, 1)
+        if self.merge not in ("mean", "sum"):
+            raise DeltaflError(f'ties: merge is "{self.merge}"; it must be mean or sum')
+        if self.zero_sum not in ("none", "positive"):
+            raise DeltaflError(f'ties: zero_sum is "{self.zero_sum}"; it must be none or positive')
+        if isinstance(self.density, Mapping) and len(self.density) > 1 and not self.per_tensor:
+            raise DeltaflError("ties: density by tensor needs per_tensor")
+
+    @property
+    def traits(self) -> Traits:
+        by_model = isinstance(self.density, Mapping)
+        return Traits(
+            fixed_point=self.density == 1, odd=self.zero_sum == "none", order_free=not by_model
+        )
+
+    @property
+    def transforms(self) -> tuple[Transform, ...]:
+        return () if self.density == 1 else (Trim(self.density, self.per_tensor),)
+
+    @classmethod
+    def examples(cls) -> Iterable[Ties]:
+        return (
+            cls(),
+            cls(0.5, "sum"),
+            cls(0.5, per_tensor=True),
+            cls(1.0),
+            cls(0.5, zero_sum="positive"),
+        )
+
+    def check(self, sources: Sequence[Source]) -> None:
+        check_per_model("ties: density", self.density, len(sources))
+
+    def combine(self, block: Tensor, weights: Sequence[float]) -> Tensor:
+        least = min(w for w in weights if w > 0)
+        elected = weighted_sum(block, [round(w / least, 9) for w in weights]).sign_()
+        if self.zero_sum == "positive":
+            elected.masked_fill_(elected == 0, 1.0)
+        agreeing = block.mul_(elected).clamp_min_(0.0)
+        merged = weighted_sum(agreeing, weights)
+        if self.merge == "mean":
+            merged /= weighted_sum(agreeing.sign_(), weights).clamp_min_(1e-12)
+        return merged.mul_(elected)

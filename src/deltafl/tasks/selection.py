@@ -1,0 +1,66 @@
+"""Which rows go where: stratified, seeded, exact in size."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Val is held out of train where the data have none: min(val_fraction * N, val_most) rows. `limit`: per split."""
+
+    val_fraction: float = 0.1
+    val_most: int = 5000
+    seed: int = 0
+    limit: int | None = None
+
+
+def select(
+    labels: Mapping[str, np.ndarray], selection: Selection
+) -> dict[str, tuple[str, np.ndarray]]:
+    """For each of "train", "val" and "test": the split of the data that it comes from, and its rows, ascending.
+
+    `labels` holds int64 (N,) for "train", "test" and, where the data have it, "val".
+    """
+    rows = {split: (split, np.arange(len(own))) for split, own in labels.items()}
+    if "val" not in labels:
+        rng = np.random.default_rng([selection.seed, 0])
+        train, val = hold_out(labels["train"], selection.val_fraction, selection.val_most, rng)
+        rows |= {"train": ("train", train), "val": ("train", val)}
+    if selection.limit is not None:
+        for number, split in enumerate(("train", "val", "test"), 1):
+            origin, own = rows[split]
+            rng = np.random.default_rng([selection.seed, number])
+            rows[split] = origin, own[stratified(labels[origin][own], selection.limit, rng)]
+    return rows
+
+
+def stratified(
+    labels: np.ndarray, count: int, rng: np.random.Generator, *, leave: int = 0
+) -> np.ndarray:
+    """Rows of a random subset in which every class has its share, int64 (count,), ascending.
+
+    Class c gets floor or ceil of n_c * count / N (largest remainders first), and at least `leave` of its rows stay
+    outside. The result is shorter than `count` only where `leave` forces it.
+    """
+    classes, inverse, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    room = np.maximum(sizes - leave, 0)
+    shares = sizes * (min(count, len(labels)) / max(len(labels), 1))
+    quotas = np.minimum(np.floor(shares + 1e-9).astype(np.int64), room)
+    missing = min(count, int(room.sum())) - int(quotas.sum())
+    while missing > 0:
+        open_ = np.flatnonzero(quotas < room)
+        chosen = open_[np.argsort(quotas[open_] - shares[open_], kind="stable")][:missing]
+        quotas[chosen] += 1
+        missing -= len(chosen)
+    rows = [rng.permutation(np.flatnonzero(inverse == c))[: quotas[c]] for c in range(len(classes))]
+    return np.sort(np.concatenate(rows)) if rows else np.empty(0, np.int64)
+
+
+def hold_out(
+    labels: np.ndarray, fraction: float, most: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows (train, val) with min(fraction * N, most) rows, at least one, held out; no class is emptied."""
+    val = stratified(labels, max(1, min(round(fraction * len(labels)), most)), rng, leave=1)
+    return np.setdiff1d(np.arange(len(labels)), val, assume_unique=True), val

@@ -1,0 +1,168 @@
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from deltafl.algebra import reductions
+from deltafl.algebra.aggregate import Rows, Update, as_weights
+from deltafl.algebra.reductions import gram_matrix, magnitude_thresholds
+from deltafl.algebra.streaming import CHUNK
+from deltafl.errors import DeltaflError
+from deltafl.rules.rule import Source
+from laws.worlds import flatten, make
+
+
+def rows_of(*deltas: Mapping[str, Tensor]) -> Rows:
+    updates = [Update(d, Source(f"m{i}")) for i, d in enumerate(deltas)]
+    return Rows(updates, as_weights(None, len(updates)))
+
+
+@pytest.fixture(params=["at once", "streamed"])
+def way(request, monkeypatch):
+    """Both ways to find a threshold: magnitudes held together, and histograms."""
+    if request.param == "streamed":
+        monkeypatch.setattr(reductions, "AT_ONCE", 0)
+
+
+def kth(values: Tensor, density: float) -> tuple[float, float]:
+    """(threshold, fraction that is >= it) by sorting."""
+    magnitudes = np.abs(values.float().numpy())
+    k = max(1, int(density * len(magnitudes))) if density > 0 else 0
+    if k == 0:
+        return np.inf, 0.0
+    threshold = np.sort(magnitudes)[::-1][k - 1]
+    return float(threshold), float((magnitudes >= threshold).mean())
+
+
+def adversarial() -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    normal = torch.randn(10_000, generator=draw)
+    return {
+        "normal": normal,
+        "constant": torch.full((1000,), -0.25),
+        "zero": torch.zeros(1000),
+        "mostly zero": torch.where(normal.abs() > 2, normal, 0.0),
+        "duplicates": torch.randint(-3, 4, (5000,), generator=draw).float(),
+        "bfloat16": normal.bfloat16(),
+        "every binade": 2.0 ** torch.arange(-149, 128).double().to(torch.float64).float(),
+        "subnormal": torch.arange(1.0, 300.0) * 2.0**-149,
+        "largest": torch.tensor([3.4028235e38, -3.4028235e38, 1.0, 0.0]),
+        "neighbours": torch.arange(5000, dtype=torch.int32).add(0x3F800000).view(torch.float32),
+        "two far apart": torch.tensor([1e-38] * 500 + [1e38] * 500),
+        "one": torch.tensor([-3.0]),
+    }
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("density", [0.0, 1e-3, 0.2, 0.5, 0.999, 1.0])
+@pytest.mark.parametrize("kind", adversarial())
+def test_the_threshold_is_the_sorted_one(kind, density):
+    values = adversarial()[kind]
+    thresholds, kept = magnitude_thresholds(rows_of({"w": values}), density, per_tensor=False)
+    assert (thresholds["w"][0], kept[0]) == kth(values, density)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("density", [0.01, 0.3, 0.9])
+def test_a_sample_that_misleads_costs_time_only(density, threads):
+    """Of 200 tensors a few are sampled: those hold the smallest values, or the largest."""
+    for sampled, others in ((1e-6, 1e3), (1e3, 1e-6)):
+        delta = {
+            f"t{i}": torch.randn(50, generator=torch.Generator().manual_seed(i))
+            * (sampled if i % 3 == 0 else others)
+            for i in range(200)
+        }
+        thresholds, kept = magnitude_thresholds(rows_of(delta), density, False, threads)
+        assert (thresholds["t0"][0], kept[0]) == kth(flatten(delta), density)
+        assert {t[0] for t in thresholds.values()} == {thresholds["t0"][0]}
+
+
+@pytest.mark.usefixtures("way")
+def test_each_delta_and_with_per_tensor_each_tensor_has_its_own():
+    deltas = [
+        {"a": d["layer.weight"], "b": d["layer.bias"] * 100, "none": d["nothing"]}
+        for d in make(3, 0).deltas
+    ]
+    whole, kept = magnitude_thresholds(rows_of(*deltas), 0.4, per_tensor=False)
+    single, _ = magnitude_thresholds(rows_of(*deltas), 0.4, per_tensor=True)
+    for i, delta in enumerate(deltas):
+        assert (whole["a"][i], kept[i]) == kth(flatten(delta), 0.4)
+        assert whole["a"][i] == whole["b"][i]
+        assert [single["a"][i], single["b"][i]] == [
+            kth(delta[n].flatten(), 0.4)[0] for n in ("a", "b")
+        ]
+        assert single["none"][i] == np.inf
+
+
+@pytest.mark.usefixtures("way")
+def test_each_delta_may_have_a_density_of_its_own():
+    deltas = make(3, 0).deltas
+    thresholds, kept = magnitude_thresholds(
+        rows_of(*deltas), {"*": [0.1, 0.0, 0.7]}, per_tensor=False
+    )
+    found = [(thresholds["layer.weight"][i], kept[i]) for i in range(3)]
+    assert found == [
+        kth(flatten(d), density) for d, density in zip(deltas, (0.1, 0.0, 0.7), strict=True)
+    ]
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_inf_count_as_largest_and_end_the_search(value):
+    """The rule refuses them later, with the model's name; here they must not hang or hide."""
+    values = torch.tensor([value, 1.0, 2.0, value])
+    thresholds, kept = magnitude_thresholds(rows_of({"w": values}), 0.75, per_tensor=False)
+    assert (thresholds["w"][0], kept[0]) == (2.0, 0.75)
+    assert magnitude_thresholds(rows_of({"w": values}), 0.5, per_tensor=False)[0]["w"][0] == np.inf
+
+
+def test_more_than_one_unit_of_work_gives_the_same_by_any_number_of_threads():
+    values = torch.randn(CHUNK + 12345, generator=torch.Generator().manual_seed(1)).bfloat16()
+    expected = kth(values, 0.2)
+    for threads in (1, 2):
+        thresholds, kept = magnitude_thresholds(rows_of({"w": values}), 0.2, False, threads)
+        assert (thresholds["w"][0], kept[0]) == expected
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_gram_matrix_is_the_one_of_numpy(threads):
+    world = make(5, seed=2, scale=1e-3)
+    flat = np.stack([flatten(d).double().numpy() for d in world.deltas])
+    gram = gram_matrix(rows_of(*world.deltas), threads)
+    assert gram.dtype == torch.float64
+    assert torch.equal(gram, gram.T)
+    # float64 sums of 69 products: 1e-14 of the norms is some 50 roundings.
+    np.testing.assert_allclose(
+        gram.numpy(), flat @ flat.T, rtol=0, atol=1e-14 * np.trace(flat @ flat.T)
+    )
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_gram_matrix_does_not_depend_on_the_order_of_the_tensors(threads):
+    deltas = [
+        {"large": torch.tensor([2.0**27]), **{f"t{i}": torch.tensor([1.0]) for i in range(8)}}
+    ] * 2
+    there = gram_matrix(rows_of(*deltas), threads)
+    back = gram_matrix(rows_of(*[dict(reversed(d.items())) for d in deltas]), threads)
+    assert torch.equal(there, back)
+    assert (
+        there[0, 1] == 2.0**54 + 8
+    )  # one by one after the large one, every 1 is lost: the spacing is 4
+
+
+def test_gram_matrix_does_not_overflow():
+    """Squares of 6e4 overflow float16, those of 1e30 float32."""
+    half = torch.full((1000,), 6e4, dtype=torch.float16)
+    assert gram_matrix(rows_of({"w": half}))[0, 0] == pytest.approx(1000 * float(half[0]) ** 2)
+    assert gram_matrix(rows_of({"w": torch.full((10,), 1e30)}))[0, 0] == pytest.approx(
+        1e61, rel=1e-6
+    )
+
+
+def test_gram_matrix_names_model_and_tensor_of_nan():
+    good, bad = torch.zeros(5), torch.tensor([0.0, 1.0, float("nan"), 0.0, 0.0])
+    with pytest.raises(DeltaflError, match=r'model "m1": tensor "v" .*element 2'):
+        gram_matrix(rows_of({"w": good, "v": good}, {"w": good, "v": bad}))

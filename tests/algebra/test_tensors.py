@@ -1,0 +1,106 @@
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from deltafl.algebra.tensors import (
+    BLOCK,
+    block_of,
+    blocks,
+    dtype_of,
+    numel_of,
+    round_once,
+    shape_of,
+)
+from laws.worlds import Lazy
+
+# dtype -> (bits of precision, least exponent of a normal number): IEEE 754 and bfloat16.
+FORMATS = {torch.bfloat16: (8, -126), torch.float16: (11, -14), torch.float32: (24, -126)}
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def nearest(x: float, dtype: torch.dtype) -> float:
+    """x rounded once to a format, in fractions: nearest, ties to even, overflow to infinity."""
+    if not math.isfinite(x) or x == 0:
+        return x
+    precision, least = FORMATS[dtype]
+    exponent = max(math.frexp(x)[1] - 1, least)
+    unit = Fraction(2) ** (exponent - precision + 1)
+    value = round(Fraction(x) / unit) * unit
+    if abs(value) > Fraction(torch.finfo(dtype).max):
+        return math.copysign(math.inf, x)
+    return math.copysign(float(value), x)
+
+
+def assert_rounds_once(values: list[float], dtype: torch.dtype) -> None:
+    rounded = round_once(torch.tensor(values, dtype=torch.float64), dtype)
+    assert rounded.dtype == dtype
+    expected = torch.tensor([nearest(x, dtype) for x in values], dtype=torch.float64)
+    torch.testing.assert_close(rounded.double(), expected, rtol=0, atol=0, equal_nan=True)
+    numbers = ~expected.isnan()
+    assert torch.equal(rounded.signbit()[numbers], expected.signbit()[numbers])
+
+
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+@given(values=st.lists(st.floats(), min_size=1))
+@example(values=[0.0, -0.0, math.nan, math.inf, -math.inf, 1e300, -1e300, 5e-324, -5e-324])
+@example(
+    values=[65504.0, 65519.9999, 65520.0, -65520.0, 3.3895e38, 3.3961e38, 3.4028235e38, 3.5e38]
+)
+@example(
+    values=[
+        2**-24.0,
+        2**-25.0,
+        2**-25 * (1 + 2**-40),
+        2**-133.0,
+        2**-134.0,
+        2**-134 * (1 + 2**-40),
+        1e-45,
+    ]
+)
+def test_any_float64_is_rounded_once(dtype, values):
+    assert_rounds_once(values, dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("cut", [-40, -30, -50])
+def test_values_beside_a_midpoint_are_rounded_once(dtype, cut):
+    """Midpoints of two neighbours, a hair above and below: where a step through float32 goes wrong."""
+    bits = torch.arange(0, 0x7F00 if dtype == torch.bfloat16 else 0x7B00, 37, dtype=torch.int16)
+    low, high = bits.view(dtype).double(), (bits + 1).view(dtype).double()
+    middle = (low + high) / 2
+    values = torch.cat([middle, middle * (1 + 2.0**cut), middle * (1 - 2.0**cut)])
+    assert (values.to(dtype) != round_once(values, dtype)).any(), (
+        "torch rounds twice; if it no longer does, drop this"
+    )
+    assert_rounds_once([*values.tolist(), *(-values).tolist()], dtype)
+
+
+def test_float32_is_rounded_by_torch():
+    values = torch.randn(1000)
+    for dtype in HALVES:
+        assert torch.equal(round_once(values, dtype), values.to(dtype))
+
+
+@pytest.mark.parametrize("numel", [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 5])
+def test_blocks_cover_a_tensor_in_order(numel):
+    pairs = list(blocks(numel))
+    assert [i for start, stop in pairs for i in (start, stop)] == sorted(
+        i for pair in pairs for i in pair
+    )
+    assert sum(stop - start for start, stop in pairs) == numel
+    assert all(stop - start == BLOCK for start, stop in pairs[:-1])
+
+
+def test_a_lazy_mapping_is_read_by_blocks_only():
+    tensor = torch.arange(12.0).reshape(3, 4).bfloat16()
+    for tensors in ({"w": tensor}, Lazy({"w": tensor}, fresh_blocks=False)):
+        assert block_of(tensors, "w", 5, 8).tolist() == [5, 6, 7]
+        assert (shape_of(tensors, "w"), numel_of(tensors, "w"), dtype_of(tensors, "w")) == (
+            (3, 4),
+            12,
+            torch.bfloat16,
+        )

@@ -1,0 +1,208 @@
+"""Small checkpoints on disk, the command line in this process, and what an error must look like."""
+
+import contextlib
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from deltafl.algebra.tensors import BLOCK
+from deltafl.cli import main
+
+CONFIG = {"model_type": "toy", "dtype": "float32"}
+
+
+def toy(seed: int = 0, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """A model of four float tensors, one of them longer than a block, an empty one, and an integer one."""
+    draw = torch.Generator().manual_seed(seed)
+    shapes = {
+        "embed.weight": (9, 8),
+        "layer.0.weight": (13, BLOCK // 10),
+        "layer.0.bias": (8,),
+        "norm.weight": (),
+    }
+    held = {n: (scale * torch.randn(s, generator=draw)).to(dtype) for n, s in shapes.items()}
+    return held | {"none.weight": torch.empty(0, 3, dtype=dtype), "steps": torch.tensor([seed])}
+
+
+def tuned(base: Mapping[str, Tensor], seed: int, scale: float = 0.01) -> dict[str, Tensor]:
+    """A fine-tune of a base: every float tensor moved a little, integers replaced by the seed."""
+    draw = torch.Generator().manual_seed(1000 + seed)
+    return {
+        n: (t.double() + scale * torch.randn(t.shape, generator=draw, dtype=torch.float64)).to(
+            t.dtype
+        )
+        if t.is_floating_point()
+        else torch.full_like(t, seed)
+        for n, t in base.items()
+    }
+
+
+def save(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    shards: int = 1,
+    config: Mapping[str, object] | None = CONFIG,
+    training: object = None,
+) -> Path:
+    """A Hugging Face directory, written by safetensors itself; shards are dealt in turns."""
+    folder.mkdir(parents=True)
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    if training is not None:
+        (folder / "training.json").write_text(json.dumps(training))
+    if shards == 1:
+        save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+    weight_map = {}
+    for i in range(shards):
+        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        part = {n: t for j, (n, t) in enumerate(tensors.items()) if j % shards == i}
+        save_file(part, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
+    return folder
+
+
+def load(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a directory, read by safetensors itself."""
+    held = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        held |= load_file(file)
+    return held
+
+
+@dataclass(frozen=True)
+class World:
+    """A base and two fine-tunes of it, in memory and on disk."""
+
+    root: Path
+    base: dict[str, Tensor]
+    models: tuple[dict[str, Tensor], ...]
+
+    @property
+    def out(self) -> Path:
+        return self.root / "out"
+
+    @property
+    def args(self) -> list[str]:
+        """`merge --base B --models M1 M2 --out DIR`."""
+        names = [str(self.root / f"m{i}") for i in range(len(self.models))]
+        return [
+            "merge",
+            "--base",
+            str(self.root / "base"),
+            "--models",
+            *names,
+            "--out",
+            str(self.out),
+        ]
+
+    def file(self, name: str) -> Path:
+        """The weights of "base", "m0" or "m1"."""
+        return self.root / name / "model.safetensors"
+
+
+def make_world(root: Path, n: int = 2, dtype: torch.dtype = torch.float32) -> World:
+    base = toy(dtype=dtype)
+    models = tuple(tuned(base, i) for i in range(n))
+    save(root / "base", base)
+    for i, model in enumerate(models):
+        save(root / f"m{i}", model)
+    return World(root, base, models)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+def cli(*arguments: object) -> Outcome:
+    """Run `deltafl ...` in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    code: object = None
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main([str(a) for a in arguments])
+        except SystemExit as leave:
+            code = leave.code
+    assert isinstance(code, int)
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def succeed(*arguments: object) -> Outcome:
+    """Run a command that must end well."""
+    outcome = cli(*arguments)
+    assert outcome.code == 0, outcome.err
+    return outcome
+
+
+def files_in(root: Path) -> dict[str, bytes]:
+    """Every file below a folder and its bytes; folders end in a slash."""
+    return {
+        str(p.relative_to(root)) + "/" * p.is_dir(): b"" if p.is_dir() else p.read_bytes()
+        for p in sorted(root.rglob("*"))
+    }
+
+
+def problems_of(outcome: Outcome) -> list[str]:
+    """The problems that a refusal lists: one `error:` line, or a numbered list under it. Nothing else is said."""
+    assert outcome.code == 2, (outcome.code, outcome.out, outcome.err)
+    lines = outcome.err.rstrip("\n").split("\n")
+    assert lines[0].startswith("error: "), outcome.err
+    if len(lines) == 1:
+        return [lines[0].removeprefix("error: ")]
+    assert lines[0] == f"error: {len(lines) - 1} problems:"
+    for i, line in enumerate(lines[1:], 1):
+        assert line.startswith(f"  {i}. ")
+    return [line.split(". ", 1)[1] for line in lines[1:]]
+
+
+def refused(root: Path, *arguments: object) -> list[str]:
+    """Run a command that must be refused, and check that every file below `root` is as before; its problems."""
+    before = files_in(root)
+    outcome = cli(*arguments)
+    assert files_in(root) == before
+    assert not outcome.out
+    return problems_of(outcome)
+
+
+def refusal(root: Path, *arguments: object) -> str:
+    """The one problem of a refused command."""
+    (problem,) = refused(root, *arguments)
+    return problem
+
+
+def mean_step(
+    base: Mapping[str, Tensor], models: tuple[dict[str, Tensor], ...], scale: float
+) -> dict[str, np.ndarray]:
+    """theta0 + scale * sum_i (theta_i - theta0) in float64 by numpy: the independent reference for task arithmetic."""
+    return {
+        n: t.double().numpy()
+        + scale * sum(m[n].double().numpy() - t.double().numpy() for m in models)
+        for n, t in base.items()
+        if t.is_floating_point()
+    }
+
+
+def patch_header(file: Path, change) -> None:
+    """Rewrite a safetensors file's header by `change(header)`, leaving its data."""
+    raw = file.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    change(header)
+    new = json.dumps(header).encode()
+    file.write_bytes(len(new).to_bytes(8, "little") + new + raw[8 + length :])

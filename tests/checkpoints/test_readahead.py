@@ -1,0 +1,155 @@
+"""Reading ahead is a hint: it touches what it is told to, within its budget, and never fails aloud."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from deltafl.checkpoints import readahead
+from deltafl.checkpoints.readahead import AHEAD, STEP, TURN, reading_ahead
+
+needs_fadvise = pytest.mark.skipif(
+    not hasattr(os, "posix_fadvise"), reason="the system has no posix_fadvise"
+)
+
+
+@pytest.fixture
+def advised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[tuple[str, int]]]:
+    """What the kernel is asked for: file name, offset."""
+    log = tmp_path / "log"
+    log.touch()
+
+    def advise(handle: int, at: int, length: int, kind: int) -> None:
+        assert (length, kind) == (STEP, os.POSIX_FADV_WILLNEED)
+        with log.open("a") as file:
+            file.write(f"{Path(os.readlink(f'/proc/self/fd/{handle}')).name} {at}\n")
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    monkeypatch.setattr(readahead, "can_fork", lambda: True)
+    return lambda: [(name, int(at)) for name, at in map(str.split, log.read_text().splitlines())]
+
+
+def run(files: list[Path], share: float = 0.5) -> None:
+    """Read ahead to the end."""
+    with reading_ahead(files, share):
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
+
+
+def sparse(path: Path, size: int) -> Path:
+    path.touch()
+    os.truncate(path, size)
+    return path
+
+
+@needs_fadvise
+def test_files_are_read_in_turns(
+    tmp_path: Path, advised: Callable[[], list[tuple[str, int]]]
+) -> None:
+    run([sparse(tmp_path / "a", 2 * TURN + 1), sparse(tmp_path / "b", STEP)])
+    first, second = (
+        [("a", at) for at in range(0, TURN, STEP)],
+        [("a", at) for at in range(TURN, 2 * TURN, STEP)],
+    )
+    assert advised() == [*first, ("b", 0), *second, ("a", 2 * TURN)]
+
+
+@needs_fadvise
+def test_few_steps_are_under_way(
+    tmp_path: Path, advised: Callable[[], list[tuple[str, int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def arrived(handle: int, count: int, at: int) -> bytes:
+        with (tmp_path / "arrived").open("a") as file:
+            file.write(f"{at} {len(advised())}\n")
+        return b"x"
+
+    monkeypatch.setattr(os, "pread", arrived)
+    run([sparse(tmp_path / "a", (AHEAD + 3) * STEP)])
+    seen = [
+        tuple(map(int, line.split())) for line in (tmp_path / "arrived").read_text().splitlines()
+    ]
+    assert seen == [((i + 1) * STEP - 1, AHEAD + 1 + i) for i in range(3)]
+
+
+@needs_fadvise
+def test_memory_that_only_caches_files_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = tmp_path / "meminfo"
+    told.write_text(
+        "MemTotal:       24683528 kB\nMemFree:          900000 kB\nMemAvailable:    9000000 kB\n"
+    )
+    monkeypatch.setattr(readahead, "MEMINFO", told)
+    assert readahead._available() == 9_000_000 * 1024
+
+
+@needs_fadvise
+def test_no_more_than_the_share_of_free_memory_is_asked_for(
+    tmp_path: Path, advised: Callable[[], list[tuple[str, int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readahead, "_available", lambda: 4 * STEP)
+    run([sparse(tmp_path / "a", 9 * STEP)], share=0.5)
+    assert advised() == [("a", 0), ("a", STEP)]
+
+
+@needs_fadvise
+def test_a_file_that_is_gone_is_left_to_whoever_reads_it(
+    tmp_path: Path, advised: Callable[[], list[tuple[str, int]]]
+) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    run([sparse(tmp_path / "a", 5), tmp_path / "gone"])
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@needs_fadvise
+def test_it_ends_with_the_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readahead, "can_fork", lambda: True)
+    monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: time.sleep(60))
+    with reading_ahead([sparse(tmp_path / "a", STEP)]):
+        pass
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+PARENT = """
+import os, sys, time
+from pathlib import Path
+from deltafl.checkpoints.readahead import reading_ahead
+
+os.posix_fadvise = lambda *arguments: time.sleep(0.01)
+with reading_ahead([Path(sys.argv[1])], 1e6):
+    print(flush=True)
+    time.sleep(60)
+"""
+
+
+@needs_fadvise
+def test_it_ends_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    file = sparse(tmp_path / "a", 10**6 * STEP)
+    with subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(file)], stdout=subprocess.PIPE
+    ) as parent:
+        assert parent.stdout
+        parent.stdout.readline()
+        parent.kill()
+        assert not parent.stdout.read()  # ends when whoever holds the other end has gone
+
+
+@needs_fadvise
+def test_a_thread_beside_keeps_it_from_forking(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readahead, "can_fork", lambda: False)
+    with reading_ahead([sparse(tmp_path / "a", STEP)]), pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def test_a_system_without_the_call_does_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "posix_fadvise", raising=False)
+    with reading_ahead([tmp_path / "none"]), pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)

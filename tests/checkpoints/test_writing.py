@@ -1,0 +1,411 @@
+"""Writing: the directory loads in transformers, is complete or absent, and says when the disk is full."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from checkpoint_files import (
+    cli,
+    files_in,
+    load,
+    make_world,
+    mean_step,
+    problems_of,
+    refusal,
+    save,
+    succeed,
+    toy,
+    tuned,
+)
+from deltafl.checkpoints.checkpoint import entries_of
+from deltafl.checkpoints.writing import plan_shards
+
+
+@pytest.fixture(scope="module")
+def llamas(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with tokenizer files, and two fine-tunes."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    root = tmp_path_factory.mktemp("llamas")
+    config = transformers.LlamaConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        vocab_size=50,
+    )
+    for seed, name in enumerate(("base", "m0", "m1")):
+        torch.manual_seed(seed)
+        transformers.LlamaForCausalLM(config).save_pretrained(root / name)
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "preprocessor_config.json",
+    ):
+        (root / "base" / name).write_text(json.dumps({"of": name}))
+    (root / "base/merges.txt").write_text("a b\n")
+    (root / "base/spiece.model").write_bytes(b"\0\1")
+    (root / "base/chat_template.jinja").write_text("{{ x }}")
+    (root / "base/README.md").write_text("about the base alone")
+    (root / "base/training.json").write_text("{}")
+    return root
+
+
+def merge_llamas(root: Path, out: Path, *more: object) -> None:
+    succeed(
+        "merge", "--base", root / "base", "--models", root / "m0", root / "m1", "--out", out, *more
+    )
+
+
+def reload(folder: Path):
+    import transformers
+
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True
+    )
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    return model
+
+
+@pytest.mark.parametrize("size", ["5GB", "4KB", "1B"])
+def test_a_merged_directory_loads_with_the_right_weights(
+    llamas: Path, tmp_path: Path, size: str
+) -> None:
+    merge_llamas(llamas, tmp_path / "out", "--scaling-coef", 0.4, "--max-shard-size", size)
+    held = reload(tmp_path / "out").state_dict()
+    wanted = mean_step(load(llamas / "base"), tuple(load(llamas / m) for m in ("m0", "m1")), 0.4)
+    assert set(held) == set(wanted)
+    for name, values in wanted.items():
+        np.testing.assert_allclose(held[name].double().numpy(), values, rtol=1e-6, atol=1e-7)
+
+
+def test_shards_hold_at_most_the_given_size_and_the_index_is_right(
+    llamas: Path, tmp_path: Path
+) -> None:
+    merge_llamas(llamas, tmp_path / "out", "--max-shard-size", "4KB")
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    shards = sorted(tmp_path.glob("out/*.safetensors"))
+    assert len(shards) > 2
+    assert {f.name for f in shards} == set(index["weight_map"].values())
+    assert shards[0].name == f"model-00001-of-{len(shards):05d}.safetensors"
+    total = 0
+    for shard in shards:
+        with safe_open(shard, "pt") as file:
+            assert file.metadata() == {"format": "pt"}
+            sizes = {n: file.get_tensor(n).nbytes for n in file.keys()}  # noqa: SIM118
+        assert {n for n, f in index["weight_map"].items() if f == shard.name} == set(sizes)
+        assert sum(sizes.values()) <= 4000 or len(sizes) == 1
+        total += sum(sizes.values())
+    assert index["metadata"]["total_size"] == total
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+def test_dtype_changes_weights_and_config(llamas: Path, tmp_path: Path, dtype: str) -> None:
+    merge_llamas(llamas, tmp_path / "out", "--dtype", dtype, "--server-lr", 0)
+    wanted = getattr(torch, dtype)
+    base = load(llamas / "base")
+    for name, values in load(tmp_path / "out").items():
+        assert values.dtype == wanted
+        assert torch.equal(values, base[name].to(wanted))
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == dtype
+    assert reload(tmp_path / "out").dtype == wanted
+
+
+def test_dtype_is_set_in_every_part_of_a_configuration(tmp_path: Path) -> None:
+    base = toy()
+    config = {
+        "torch_dtype": "float32",
+        "vision_config": {"torch_dtype": "float32", "size": 3},
+        "list": [1],
+    }
+    save(tmp_path / "base", base, config=config)
+    save(tmp_path / "m", tuned(base, 0))
+    args = (
+        "merge",
+        "--base",
+        tmp_path / "base",
+        "--models",
+        tmp_path / "m",
+        "--out",
+        tmp_path / "out",
+    )
+    succeed(*args, "--dtype", "bfloat16")
+    told = json.loads((tmp_path / "out/config.json").read_text())
+    assert told == {"dtype": "bfloat16", "vision_config": {"size": 3}, "list": [1]}
+
+
+def test_a_config_that_is_no_json_is_an_error_where_it_must_be_changed(tmp_path: Path) -> None:
+    world = make_world(tmp_path)
+    (world.root / "base/config.json").write_text("{")
+    problem = refusal(world.root, *world.args, "--dtype", "bfloat16")
+    assert problem.startswith(f'"{world.root / "base/config.json"}": is not a JSON object')
+
+
+def test_configuration_tokenizer_and_processor_come_from_the_base(
+    llamas: Path, tmp_path: Path
+) -> None:
+    merge_llamas(llamas, tmp_path / "out")
+    copied = {
+        "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+        "preprocessor_config.json", "merges.txt", "spiece.model", "chat_template.jinja",
+    }  # fmt: skip
+    held = {p.name for p in (tmp_path / "out").iterdir()}
+    assert held == copied | {"model.safetensors", "deltafl.json"}
+    for name in copied:
+        assert (tmp_path / "out" / name).read_bytes() == (llamas / "base" / name).read_bytes()
+
+
+def test_an_index_of_the_base_does_not_survive_beside_one_file(tmp_path: Path) -> None:
+    base = toy()
+    save(tmp_path / "base", base, shards=3)
+    save(tmp_path / "m", tuned(base, 0))
+    succeed(
+        "merge", "--base", tmp_path / "base", "--models", tmp_path / "m", "--out", tmp_path / "out"
+    )
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "config.json",
+        "deltafl.json",
+        "model.safetensors",
+    ]
+
+
+def test_every_tensor_is_aligned_to_its_size() -> None:
+    held = {
+        "flag": torch.ones(3, dtype=torch.bool),
+        **toy(dtype=torch.bfloat16),
+        "wide": torch.ones(5).double(),
+    }
+    for shard in plan_shards(entries_of(held), None, 10**9):
+        for entry in shard.entries.values():
+            assert entry.start % held_size(entry.dtype) == 0
+
+
+def held_size(dtype: str) -> int:
+    from deltafl.checkpoints.layout import SIZES
+
+    return SIZES[dtype]
+
+
+# Interrupted and full
+
+
+def big_world(root: Path, megabytes: int) -> list[str]:
+    """A base of zeros in a sparse file, and a fine-tune that is another: much to write, little to read."""
+    rows = megabytes * 2**20 // 4 // 1024 // 4
+    header = {}
+    for i in range(4):
+        at = i * rows * 4096
+        header[f"layer.{i}.weight"] = {
+            "dtype": "F32",
+            "shape": [rows, 1024],
+            "data_offsets": [at, at + rows * 4096],
+        }
+    raw = json.dumps(header).encode()
+    for name in ("base", "m"):
+        (root / name).mkdir()
+        (root / name / "config.json").write_text("{}")
+        with (root / name / "model.safetensors").open("wb") as file:
+            file.write(len(raw).to_bytes(8, "little") + raw)
+            file.truncate(8 + len(raw) + 4 * rows * 4096)
+    return [
+        "merge",
+        "--base",
+        str(root / "base"),
+        "--models",
+        str(root / "m"),
+        "--out",
+        str(root / "out"),
+        "--quiet",
+    ]
+
+
+FORKED = """
+import os, sys
+from deltafl.cli import main
+import deltafl.algebra.aggregate, deltafl.merge.run, deltafl.checkpoints.writing, torch
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        main(line.split())
+    print(child, flush=True)
+    os.waitpid(child, 0)
+    print("ended", flush=True)
+"""
+"""Imports everything, then forks one `deltafl` for each line of input, so that a kill meets work and not imports."""
+
+
+@pytest.fixture(scope="module")
+def forking() -> Iterator[subprocess.Popen[str]]:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen([sys.executable, "-c", FORKED], text=True, **pipes) as process:
+        yield process
+        assert process.stdin
+        process.stdin.close()
+
+
+def kill_after(server: subprocess.Popen[str], args: list[str], out: Path, delay: float) -> None:
+    """Start `deltafl`, wait until it has begun to write `out`, wait on, and kill it."""
+    assert server.stdin
+    assert server.stdout
+    before = set(out.parent.glob(f".{out.name}.*.tmp"))
+    print(*args, file=server.stdin, flush=True)
+    child = int(server.stdout.readline())
+    patience = time.monotonic() + 30
+    while (
+        not (begun := set(out.parent.glob(f".{out.name}.*.tmp")) - before)
+        and time.monotonic() < patience
+    ):
+        time.sleep(0.001)
+    assert begun
+    time.sleep(delay)
+    os.kill(child, signal.SIGKILL)  # its parent has not waited for it yet: the id is still its own
+    assert server.stdout.readline() == "ended\n"
+
+
+def test_a_kill_at_any_moment_leaves_the_output_absent_or_complete(
+    tmp_path: Path, forking: subprocess.Popen[str]
+) -> None:
+    args, out = big_world(tmp_path, 200), tmp_path / "out"
+    cut_short = 0
+    for delay in (0.0, 0.03, 0.1, 0.2, 0.4):
+        kill_after(forking, args, out, delay)
+        if whole(out, 200):
+            break
+        left = [p for p in tmp_path.iterdir() if p.name.startswith(".out.")]
+        assert len(left) == 1  # of this run: what the one before had left is gone
+        cut_short += 1
+    assert cut_short
+    succeed(*args, "--overwrite")
+    assert whole(out, 200)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "m", "out"]
+
+
+def test_a_kill_during_an_overwrite_never_costs_the_old_output(
+    tmp_path: Path, forking: subprocess.Popen[str]
+) -> None:
+    args, out = [*big_world(tmp_path, 20), "--overwrite"], tmp_path / "out"
+    succeed(*args)
+    for delay in (0.0, 0.03, 0.06):
+        kill_after(forking, args, out, delay)
+        assert whole(out, 20) or any(
+            p.name.endswith(".old.tmp") and whole(p, 20) for p in tmp_path.iterdir()
+        )
+    succeed(*args)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "m", "out"]
+
+
+def whole(out: Path, megabytes: int) -> bool:
+    """False: absent. True: complete. Anything between fails the test."""
+    if not out.exists():
+        return False
+    assert sorted(p.name for p in out.iterdir()) == [
+        "config.json",
+        "deltafl.json",
+        "model.safetensors",
+    ]
+    assert (out / "model.safetensors").stat().st_size >= megabytes * 2**20
+    json.loads((out / "deltafl.json").read_text())
+    return True
+
+
+def test_an_interrupt_leaves_nothing_and_exits_with_130(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = make_world(tmp_path)
+    before = files_in(world.root)
+
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("deltafl.merge.run.describe", interrupt)
+    outcome = cli(*world.args)
+    assert (outcome.code, outcome.err.strip()) == (130, "interrupted; nothing half-written is left")
+    assert files_in(world.root) == before
+
+
+def test_a_limit_on_file_sizes_is_one_clear_line(tmp_path: Path) -> None:
+    import resource
+
+    args = big_world(tmp_path, 20)
+    before = sorted(p.name for p in tmp_path.iterdir())
+    done = subprocess.run(
+        [sys.executable, "-m", "deltafl", *args],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20)),
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f'error: "{tmp_path}": cannot hold the ')
+    assert done.stderr.endswith("(File too large); lower --max-shard-size\n")
+    assert done.stderr.count("\n") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 8 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small disk needs root")
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small disk: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_is_one_clear_line(tmp_path: Path, small_disk: Path) -> None:
+    args = big_world(tmp_path, 20)
+    (small_disk / "other").write_text("untouched")
+    before = files_in(small_disk)
+    problem = refusal(small_disk, *args, "--out", small_disk / "out")
+    assert problem.startswith(f'"{small_disk}": cannot hold the 20,97')
+    assert "No space left on device" in problem
+    assert "free some space, or choose another --out" in problem
+    assert files_in(small_disk) == before
+
+
+@pytest.mark.parametrize("call", ["posix_fallocate", "pwrite", "fsync"])
+def test_a_disk_that_fills_at_any_step_leaves_nothing(
+    tmp_path: Path, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+
+    world = make_world(tmp_path)
+
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = files_in(world.root)
+    monkeypatch.setattr(os, call, full)
+    (problem,) = problems_of(cli(*world.args))
+    assert "No space left on device" in problem
+    assert files_in(world.root) == before
+
+
+def test_a_disk_that_fails_is_one_clear_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = make_world(tmp_path)
+
+    def broken(*arguments: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "pwrite", broken)
+    assert refusal(world.root, *world.args) == "cannot read or write: Input/output error"

@@ -1,0 +1,164 @@
+"""`deltafl shards` from the outside, and its page."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from deltafl import files
+from deltafl.cli.shards import shards
+from deltafl.errors import DeltaflError
+from deltafl.federated.sharding import NonIid, shard
+from deltafl.report import render
+from deltafl.report.shards import shards_figure, shards_page
+from deltafl.tasks import load_task
+from deltafl.training.step import keyed_generator
+
+TASK = ("tiny_models:tiny_task_factory", "--channels", "1")
+
+
+def run(*arguments: object, ok: bool = True) -> Result:
+    result = CliRunner().invoke(shards, [str(a) for a in arguments])
+    if ok and result.exception:
+        raise result.exception
+    return result
+
+
+def rows_of(said: str) -> list[list[str]]:
+    return [
+        line.split()
+        for line in said.split("---\n")[-1].splitlines()
+        if line and not line.startswith("report")
+    ]
+
+
+def test_the_table_and_the_file_tell_what_the_library_gives(tmp_path: Path):
+    out = tmp_path / "out"
+    said = run(
+        "digits", "--num-clients", 10, "--sharding", "non_iid", "--nc", 2, "--seed", 3, "--out", out
+    ).output
+    labels = load_task("digits", image_size=8, seed=3).train.labels
+    expected = shard(labels, 10, NonIid(2), keyed_generator(3, "shards"))
+    held = json.loads((out / "shards.json").read_text())
+    assert held["positions"] == [rows.tolist() for rows in expected]
+    assert held["sharding"] == {"name": "non_iid", "nc": 2, "allow_missing_classes": False}
+    assert (held["task"], held["seed"], held["num_clients"], held["duplicates"]) == (
+        "digits",
+        3,
+        10,
+        0,
+    )
+    assert "10 clients, 600 samples; 60 a client, of 2 classes" in said
+    for client, (row, rows) in enumerate(zip(rows_of(said), expected, strict=True)):
+        classes = sorted(set(labels[rows].tolist()))
+        assert row == [str(client), str(len(rows)), "2", f'"{classes[0]}",', f'"{classes[1]}"']
+    assert sorted(f.name for f in out.iterdir()) == ["figure.png", "report.html", "shards.json"]
+    assert (out / "figure.png").read_bytes().startswith(b"\x89PNG\r\n")
+    assert str(out / "report.html") in said
+
+
+def test_many_clients_are_told_by_the_first_and_the_last():
+    clients = [row[0] for row in rows_of(run("digits", "--num-clients", 21).output)]
+    assert clients == ["0", "1", "2", "3", "4", "...", "16", "17", "18", "19", "20"]
+    assert len(rows_of(run("digits", "--num-clients", 20).output)) == 20
+
+
+def test_left_out_classes_are_told(tmp_path: Path):
+    said = run(
+        *TASK,
+        "--num-clients",
+        2,
+        "--sharding",
+        "non_iid",
+        "--nc",
+        1,
+        "--allow-missing-classes",
+        "--out",
+        tmp_path / "o",
+    ).output
+    assert 'left out: 16 samples of "right"' in said
+    assert json.loads((tmp_path / "o" / "shards.json").read_text())["left_out"] == [0, 0, 16]
+    assert "Left out with all their samples: right." in (tmp_path / "o" / "report.html").read_text()
+
+
+def test_the_seed_decides_and_options_reach_the_sharding(tmp_path: Path):
+    def positions(name: str, *arguments: object) -> list[list[int]]:
+        run(
+            *TASK,
+            "--num-clients",
+            4,
+            "--sharding",
+            "dirichlet",
+            *arguments,
+            "--out",
+            tmp_path / name,
+        )
+        return json.loads((tmp_path / name / "shards.json").read_text())["positions"]
+
+    base = positions("a", "--alpha", 1)
+    assert positions("b", "--alpha", 1) == base
+    assert positions("c", "--alpha", 1, "--seed", 1) != base
+    assert sorted(map(len, base)) == [12, 12, 13, 13]
+    assert sorted(map(len, positions("d", "--alpha", 1, "--form", "label"))) != [12, 12, 13, 13]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sharding", "noniid"], 'unknown sharding "noniid"; did you mean "non_iid"?'),
+        (["--sharding", "non_iid"], "--sharding non_iid needs --nc"),
+        (["--alpha", "1"], "--alpha is not for --sharding iid"),
+        (
+            ["--sharding", "dirichlet", "--alpha", "1", "--allow-missing-classes"],
+            "--allow-missing-classes is not for",
+        ),
+        (["--num-clients", "51"], "there are 50 samples"),
+        (["--num-clients", "2", "--sharding", "non_iid", "--nc", "1"], "cannot hold all 3 classes"),
+    ],
+)
+def test_mistakes_are_told_and_nothing_is_written(
+    arguments: list[str], message: str, tmp_path: Path
+):
+    result = run(*TASK, *arguments, "--out", tmp_path / "out", ok=False)
+    assert isinstance(result.exception, DeltaflError), result.exception
+    assert message in str(result.exception)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_is_kept_unless_told_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(files, "MARKS", (*files.MARKS, "shards.json"))
+    out = tmp_path / "out"
+    run(*TASK, "--num-clients", 3, "--out", out)
+    before = (out / "shards.json").read_bytes()
+    refused = run(*TASK, "--num-clients", 4, "--out", out, ok=False)
+    assert "--overwrite" in str(refused.exception)
+    assert (out / "shards.json").read_bytes() == before
+    run(*TASK, "--num-clients", 4, "--out", out, "--overwrite")
+    assert json.loads((out / "shards.json").read_text())["num_clients"] == 4
+
+
+def result_of(counts: torch.Tensor) -> dict:
+    return {
+        "task": "t", "seed": 0, "how": "iid()", "num_clients": len(counts),
+        "class_names": [f"class <{c}>" for c in range(counts.shape[1])], "sizes": counts.sum(1).tolist(),
+        "classes": (counts > 0).sum(1).tolist(), "left_out": [0] * counts.shape[1], "counts": counts.tolist(),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("clients", "classes"), [(1, 1), (3, 2), (30, 12), (130, 45)])
+def test_the_page_draws_any_number_of_clients(clients: int, classes: int):
+    counts = torch.arange(clients * classes).reshape(clients, classes) % 7 + (
+        torch.arange(classes) == 0
+    )
+    page = render(shards_page(result_of(counts)))
+    assert page.count('class="wide"') == page.count('class="narrow"') == 1
+    assert ("The first 100 of 130 clients are shown" in page) == (clients == 130)
+    assert "class <" not in page
+    assert shards_figure(result_of(counts), "svg").startswith(b"<svg")
+
+
+def test_a_page_of_a_hundred_clients_and_classes_stays_small():
+    counts = 4 + (torch.arange(10_000).reshape(100, 100) + torch.arange(100)[:, None]) % 2
+    assert len(render(shards_page(result_of(counts)))) < 1_000_000

@@ -1,0 +1,230 @@
+"""`deltafl suite` from the outside."""
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from checkpoint_files import cli, problems_of, refused, succeed
+from deltafl.experiments.federated_suites import SUITES, Cell, SuiteOptions, check_suites
+from deltafl.experiments.suite_runs import Bench, run_suite
+from deltafl.federated.recipe import FederatedRecipe
+from deltafl.report.page import Figure
+from deltafl.report.suites import apart, suite_section, suite_table
+from deltafl.rules.rule import load_rules
+from deltafl.sparse.masks import MASK_STRATEGIES
+from federated.worlds import plain
+from tiny_models import tiny_task
+
+MODEL = "vit:hidden=16,layers=1,heads=2,patch=4,image_size=8,channels=1"
+SMALL = (
+    "--model", MODEL, "--data", "digits", "--num-clients", 8, "--participation-rate", 0.5, "--num-rounds", 2,
+    "--local-steps", 2, "--batch-size", 16, "--lr", 0.01, "--nc-values", 2, "--limit", 200,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("suite") / "out"
+    succeed(
+        "suite", "heterogeneity", "calibration-rounds", *SMALL, "--sparsity-ratio", 0.5, "--calibration-values", 1, 2,
+        "--num-runs", 2, "--out", out,
+    )  # fmt: skip
+    return out
+
+
+def test_a_suite_leaves_tables_figures_and_a_report(suite: Path) -> None:
+    for name in ("heterogeneity", "calibration-rounds"):
+        assert sorted(f.name for f in (suite / name).iterdir()) == [
+            "by_bytes.png", "by_round.png", "table.csv", "table.md", "table.tex",
+        ]  # fmt: skip
+    page = (suite / "report.html").read_text()
+    assert "Heterogeneity" in page
+    assert "Calibration rounds" in page
+
+
+def test_the_table_is_the_mean_and_spread_of_the_runs(suite: Path) -> None:
+    with (suite / "heterogeneity" / "table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["sharding"] for row in rows] == ["IID", "Nc = 2"]
+    for row, sharding in zip(rows, ("iid", "non_iid"), strict=True):
+        found = [
+            result["test_accuracy"]
+            for result in map(json.loads, (f.read_text() for f in suite.glob("runs/*/result.json")))
+            if (c := result["config"])["sharding"] == sharding and c["sparsity_ratio"] == 0
+        ]
+        assert len(found) == 2
+        assert float(row["test %"]) == pytest.approx(sum(found) / 2)
+        assert float(row["± %"]) == pytest.approx(abs(found[0] - found[1]) / 2**0.5)
+        assert row["runs"] == "2"
+
+
+def test_a_cell_that_cannot_run_says_why_and_the_others_go_on(tmp_path: Path) -> None:
+    base = FederatedRecipe(num_clients=4, participation_rate=0.5, num_rounds=1, head="linear")
+    cells = [Cell({"rule": rule}, replace(base, aggregator=rule)) for rule in ("krum", "median")]
+    bench = Bench(plain(), lambda seed: tiny_task(), tmp_path / "runs", 2, "cpu", None)
+    krum, median = run_suite("aggregators", cells, bench, lambda *told: None)
+    assert (krum["runs"], median["runs"]) == (0, 2)
+    assert "needs at least 2f + 3 = 3 models" in krum["failed"]
+    section = suite_section("aggregators", [krum, median])
+    assert "krum: krum: 2 models" in section.text
+    assert check_suites(["aggregators"], base, SuiteOptions())["aggregators"]
+
+
+def test_event_files_of_every_run_lie_under_its_suite_and_cell(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    cells = [Cell({"rule": "median"}, FederatedRecipe(4, 0.5, num_rounds=1, head="linear"))]
+    bench = Bench(
+        plain(), lambda seed: tiny_task(), tmp_path / "runs", 2, "cpu", tmp_path / "metrics"
+    )
+    run_suite("aggregators", cells, bench, lambda *told: None)
+    for seed in (0, 1):
+        assert (
+            len(list((tmp_path / "metrics" / "aggregators" / "median" / f"seed-{seed}").iterdir()))
+            == 1
+        )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("heterogeneity", "--nc-values", 2, 11), "heterogeneity, Nc = 11: non_iid: nc is 11"),
+        (("heterogeneity", "--num-clients", 5000), "heterogeneity, IID: num_clients is 5000"),
+        (
+            ("calibration-rounds", "--calibration-values", 1, 3),
+            "calibration-rounds, average, R = 3: 3 calibration",
+        ),
+        (("sparsity", "--mask-file", "mask"), "mask_file is a finished mask"),
+        (
+            ("heterogeneity", "--engine", "vmap", "--train-head"),
+            "engine vmap does not serve train_head",
+        ),
+        (
+            ("heterogeneity", "--aggregator", "krum", "--num-byzantine", 2),
+            "needs at least 2f + 3 = 7 models",
+        ),
+        (("heterogeneity", "--device", "cuda:7"), "cuda:7"),
+        (("heterogeneity", "--client", "nowhere:Client"), "nowhere"),
+        (("heterogeneity", "--model", "no/such/model"), "no/such/model"),
+    ],
+    ids=str,
+)
+def test_what_can_be_told_is_told_before_an_older_suite_is_replaced(
+    suite: Path, arguments: tuple[object, ...], message: str
+) -> None:
+    lines = refused(suite.parent, "suite", *SMALL, *arguments, "--overwrite", "--out", suite)
+    assert any(message in line for line in lines), lines
+
+
+def test_a_suite_none_of_whose_runs_can_be_made_is_an_error(tmp_path: Path) -> None:
+    outcome = cli(
+        "suite", "heterogeneity", *SMALL, "--head", "no/such/head", "--out", tmp_path / "out"
+    )
+    assert len(problems_of(outcome)) == 1
+    assert "no/such/head" in outcome.err
+
+
+def test_bytes_that_differ_much_are_drawn_over_a_logarithmic_axis() -> None:
+    dense, sparse = [(0.0, 0.1), (4.0, 0.3), (8.0, 0.4)], [(0.0, 0.1), (0.4, 0.3), (0.8, 0.35)]
+    assert apart({"dense": dense, "sparse": sparse})
+    assert not apart({"dense": dense, "other": dense})
+    assert not apart({"dense": dense})
+    labels = {"labels": {"sparsity": 0.9}, "runs": 1, "by_round": dense, "failed": None}
+    rows = [{**labels, "name": n, "test": 0.4, "by_bytes": [(1e6 * x, y) for x, y in c]}
+            for n, c in (("dense", dense), ("sparse", sparse))]  # fmt: skip
+    drawings = [
+        item.svg for item in suite_section("sparsity", rows).items if isinstance(item, Figure)
+    ]
+    assert ["(logarithmic)" in svg for svg in drawings] == [False, True]
+
+
+def test_a_resumed_suite_repeats_no_run_and_gives_the_same_tables(suite: Path) -> None:
+    stamps = {f: f.stat().st_mtime_ns for f in suite.glob("runs/*/result.json")}
+    before = (suite / "heterogeneity" / "table.csv").read_text()
+    succeed(
+        "suite",
+        "heterogeneity",
+        *SMALL,
+        "--sparsity-ratio",
+        0.5,
+        "--num-runs",
+        2,
+        "--resume",
+        "--out",
+        suite,
+    )
+    assert {f: f.stat().st_mtime_ns for f in suite.glob("runs/*/result.json")} == stamps
+    assert (suite / "heterogeneity" / "table.csv").read_text() == before
+
+
+@pytest.mark.parametrize(
+    "flag", ["--heterogeneity-experiment", "--local-steps-experiment", "--compare-strategies"]
+)
+def test_the_spellings_of_the_course_work_start_a_suite(
+    flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(
+        "deltafl.cli.suite.run_suites", lambda names, held, **rest: asked.extend(names)
+    )
+    succeed("federate", "--model", MODEL, "--data", "digits", flag, "--out", tmp_path / "x")
+    assert asked == [
+        {"--het": "heterogeneity", "--loc": "local-steps", "--com": "mask-strategies"}[flag[:5]]
+    ]
+
+
+def test_equal_work_for_every_number_of_local_steps() -> None:
+    cells = SUITES["local-steps"](FederatedRecipe(num_rounds=40), SuiteOptions(j_values=(4, 8, 16)))
+    assert {c.recipe.local_steps * c.recipe.num_rounds for c in cells} == {160}
+
+
+def test_the_quick_suite_divides_its_work_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, tuple[int, ...]]] = []
+    monkeypatch.setattr(
+        "deltafl.cli.suite.run_suites",
+        lambda names, held, values, *rest, **more: asked.append(
+            (held["num_rounds"], values.j_values)
+        ),
+    )
+    succeed("suite", "local-steps", "--quick")
+    succeed("suite", "local-steps", "--quick", "--j-values", 2, 3)
+    (rounds, quick), (_, given) = asked
+    assert [rounds * quick[0] % j for j in quick] == [0] * len(quick)
+    assert given == (2, 3)
+
+
+def test_a_best_round_of_zero_is_explained() -> None:
+    row = {"labels": {"sharding": "IID"}, "test": 0.5, "runs": 1, "val": 0.5, "megabytes_up": 1.0}
+    captions = [
+        suite_table("heterogeneity", [row | {"best_round": number}]).caption for number in (0, 3)
+    ]
+    assert ["before training" in caption for caption in captions] == [True, False]
+
+
+def test_every_strategy_and_rule_is_compared() -> None:
+    base = FederatedRecipe(num_clients=100)
+    strategies = [
+        c.recipe.mask_strategy for c in SUITES["mask-strategies"](base, SuiteOptions())[1:]
+    ]
+    assert sorted(strategies) == sorted(MASK_STRATEGIES)
+    rules = {c.recipe.aggregator for c in SUITES["aggregators"](base, SuiteOptions())}
+    assert rules == set(load_rules())
+    assert all(cells for cells in check_suites(list(SUITES), base, SuiteOptions()).values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "name a suite: heterogeneity"),
+        (("heterogenity",), 'no suite "heterogenity"; did you mean "heterogeneity"?'),
+        (("all", "--quick", "--full"), "give one of them"),
+        (("heterogeneity", *SMALL, "--lr", -1), "lr must be positive"),
+        (("heterogeneity", *SMALL, "--num-runs", 0), "num-runs"),
+    ],
+)
+def test_bad_input_is_one_clear_line(
+    arguments: tuple[object, ...], message: str, tmp_path: Path
+) -> None:
+    assert message in "\n".join(refused(tmp_path, "suite", *arguments, "--out", tmp_path / "out"))

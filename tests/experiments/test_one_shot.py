@@ -1,0 +1,262 @@
+"""A search over real fine-tunes of a tiny ViT on the digits: what it reads, and that its winner is what it writes."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from checkpoint_files import load
+from deltafl.checkpoints.checkpoint import Checkpoint
+from deltafl.errors import DeltaflError
+from deltafl.experiments.one_shot import BASE, SINGLE, SearchSpec, TaskModel, most_rows, run_search
+from deltafl.merge.plan import MergeSpec, Model
+from deltafl.models import load_encoder
+from deltafl.models.heads import HEAD_FILE
+from deltafl.tasks import load_task
+from deltafl.training import FinetuneRecipe, evaluate, finetune
+
+VARIANTS = ("mirrored", "thick")
+METHODS: tuple[tuple[str, Mapping[str, Any]], ...] = (
+    ("task_arithmetic", {}), ("fednova", {}), ("fedgma", {"rho": [0.4, 1.0]}), ("median", {}),
+    ("cclip", {"unit": "quantile", "rho": [0.5, 1.0]}),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_digits(tmp_path_factory)
+
+
+def train_digits(factory: pytest.TempPathFactory) -> Path:
+    """The folder of a base and a fine-tune of it on each variant, with the base's head; made once for all tests."""
+    root = factory.getbasetemp() / "trained-digits"
+    if root.exists():
+        return root
+    spec = "vit:hidden=16,layers=1,heads=2,patch=4,image_size=8,channels=1"
+    plain = load_task("digits:pretrain", image_size=8, channels=1)
+    finetune(
+        load_encoder(spec),
+        plain,
+        FinetuneRecipe(steps=30, lr=3e-3, head="linear", train_head=True),
+        root / "base",
+    )
+    for i, variant in enumerate(VARIANTS):
+        task = load_task(f"digits:{variant}", image_size=8, channels=1)
+        recipe = FinetuneRecipe(steps=10 + 10 * i, lr=1e-3, head=str(root / "base" / HEAD_FILE))
+        finetune(load_encoder(root / "base"), task, recipe, root / variant)
+    return root
+
+
+def search_spec(root: Path, **changes: Any) -> SearchSpec:
+    models = tuple(Model(str(root / v), v) for v in VARIANTS)
+    spec = SearchSpec(
+        merge=MergeSpec(str(root / "base"), models, "task_arithmetic", threads=1),
+        models=tuple(TaskModel(m, f"digits:{m.name}") for m in models),
+        methods=METHODS,
+        lambdas=(0.3, 0.8),
+    )
+    return replace(spec, **changes)
+
+
+def run(spec: SearchSpec, out: Path | None = None) -> dict[str, Any]:
+    result = run_search(spec, out, on_row=lambda row, total: None)
+    return {k: v for k, v in result.items() if k != "seconds"}
+
+
+def test_the_rows_are_singles_base_and_each_method_with_their_own_test_scores(
+    trained: Path,
+) -> None:
+    result = run(search_spec(trained))
+    assert [r["rule"] for r in result["rows"]] == [SINGLE, BASE, *(m for m, _ in METHODS)]
+    for i, variant in enumerate(VARIANTS):
+        task = load_task(f"digits:{variant}", image_size=8, channels=1)
+        name = result["tasks"][i]
+        assert result["single"][name] == evaluate(trained / variant, task, "test").accuracy
+        assert result["single_val"][name] == evaluate(trained / variant, task, "val").accuracy
+        head = str(trained / "base" / HEAD_FILE)
+        assert (
+            result["rows"][1]["test"][name]
+            == evaluate(trained / "base", task, "test", head=head).accuracy
+        )
+    for row in result["rows"]:
+        assert row["mean"] == pytest.approx(sum(row["test"].values()) / 2)
+        normalized = sum(row["test"][t] / result["single"][t] for t in result["tasks"]) / 2
+        assert row["normalized"] == pytest.approx(normalized)
+
+
+def test_the_merged_model_scores_what_its_row_says(trained: Path, tmp_path: Path) -> None:
+    from transformers import AutoModel
+
+    result = run(search_spec(trained), tmp_path / "merged")
+    best = result["best"]
+    assert best["method"] != "base"
+    head = str(trained / "base" / HEAD_FILE)
+    tested = next(r for r in result["rows"] if r["rule"] == best["method"])
+    for name, variant in zip(result["tasks"], VARIANTS, strict=True):
+        task = load_task(f"digits:{variant}", image_size=8, channels=1)
+        assert evaluate(tmp_path / "merged", task, "val", head=head).accuracy == best["val"][name]
+        assert (
+            evaluate(tmp_path / "merged", task, "test", head=head).accuracy == tested["test"][name]
+        )
+    assert AutoModel.from_pretrained(tmp_path / "merged").config.hidden_size == 16
+    record = json.loads((tmp_path / "merged/deltafl.json").read_text())
+    assert (record["method"], record["params"]) == (best["method"], best["params"])
+    assert record["scaling_coef"] == pytest.approx(best["scaling_coef"])
+
+
+def test_every_candidate_is_kept_and_told(trained: Path) -> None:
+    told: list[tuple[str, int]] = []
+    spec = search_spec(trained)
+    result = run_search(spec, None, on_row=lambda row, total: told.append((row.method, total)))
+    assert [c["method"] for c in result["candidates"]] == [m for m, _ in told]
+    assert len(told) == most_rows(spec) == 1 + 2 * (1 + 1 + 2 + 1 + 2)
+    assert {total for _, total in told} == {most_rows(spec)}
+
+
+def test_the_same_search_gives_the_same_numbers(trained: Path) -> None:
+    assert run(search_spec(trained)) == run(search_spec(trained))
+
+
+# What is read
+
+
+def counting(
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, key: Callable[..., object]
+) -> Counter[object]:
+    """Count the calls of a method by `key(*arguments)`."""
+    counts: Counter[object] = Counter()
+    original = getattr(owner, name)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        counts[key(*args, **kwargs)] += 1
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, counted)
+    return counts
+
+
+def test_mistake_checkpoints_read_again_for_every_candidate(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = counting(
+        monkeypatch, Checkpoint, "_read", lambda self, name, *rest: (self.layout.ref, name)
+    )
+    run(search_spec(trained))
+    assert {ref for ref, _ in reads} == {str(trained / n) for n in ("base", *VARIANTS)}
+    assert set(reads.values()) == {1}
+
+
+def test_streaming_gives_the_rows_of_memory_without_reading_per_coefficient(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(search_spec(trained)) == run(search_spec(trained, memory=0))
+    methods = (("median", {}),)
+    reads = counting(
+        monkeypatch, Checkpoint, "_read", lambda self, *rest: Path(self.layout.ref).name
+    )
+    counts = []
+    for lambdas in ((0.1,), (0.1, 0.2, 0.3, 0.4)):
+        reads.clear()
+        run(search_spec(trained, memory=0, methods=methods, lambdas=lambdas))
+        counts.append([reads[v] for v in VARIANTS])
+    assert counts[0] == counts[1]
+
+
+def test_mistake_images_decoded_again_for_every_candidate(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deltafl.tasks import loading
+
+    decoded = counting(monkeypatch, loading, "_chosen", lambda source, *rest: source.name)
+    run(search_spec(trained))
+    assert decoded == {f"digits_{v}": 1 for v in VARIANTS}
+
+
+def test_the_test_split_is_scored_once_for_each_reported_row(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deltafl.training.step import Accuracy
+
+    def split_of(scorer: Accuracy, *rest: object) -> str:
+        return hashlib.sha256(scorer.split.images.numpy().tobytes()).hexdigest()
+
+    scored = counting(monkeypatch, Accuracy, "__call__", split_of)
+    result = run(search_spec(trained))
+    for name, variant in zip(result["tasks"], VARIANTS, strict=True):
+        test = load_task(f"digits:{variant}", image_size=8, channels=1).test
+        digest = hashlib.sha256(test.images.numpy().tobytes()).hexdigest()
+        assert scored[digest] == len(result["rows"]), name
+    assert len(scored) == 4
+
+
+# What is refused, before any work
+
+
+def refused(spec: SearchSpec, monkeypatch: pytest.MonkeyPatch) -> DeltaflError:
+    """The error of a search that must not come to scoring anything."""
+    from deltafl.training.step import Accuracy
+
+    scored = counting(monkeypatch, Accuracy, "__call__", lambda *rest: None)
+    with pytest.raises(DeltaflError) as error:
+        run(spec)
+    assert not scored
+    return error.value
+
+
+def test_unknown_methods_and_missing_steps_are_found_before_any_data_is_loaded(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deltafl.experiments import one_shot
+
+    monkeypatch.setattr(one_shot, "load_task", lambda *a, **k: pytest.fail("data was loaded"))
+    error = refused(
+        search_spec(trained, methods=(("fedgm", {}), ("median", {"rho": 1.0}))), monkeypatch
+    )
+    assert len(error.problems) == 2
+
+
+def test_two_models_of_one_task_are_an_error(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = search_spec(trained)
+    models = tuple(replace(m, data="digits:thick") for m in spec.models)
+    assert "two models have one task" in str(refused(replace(spec, models=models), monkeypatch))
+
+
+def test_heads_that_are_missing_or_of_another_model_are_all_reported(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deltafl.models.heads import random_head, save_head
+
+    save_head(
+        random_head(32, tuple("0123456789"), torch.Generator()), tmp_path / "wide.safetensors"
+    )
+    spec = search_spec(trained)
+    heads = (str(tmp_path / "none.safetensors"), str(tmp_path / "wide.safetensors"))
+    models = tuple(replace(m, head=h) for m, h in zip(spec.models, heads, strict=True))
+    error = refused(replace(spec, models=models), monkeypatch)
+    assert len(error.problems) == 2
+    assert 'none.safetensors" cannot be read' in error.problems[0]
+    assert 'wide.safetensors" takes 32 features, the model gives 16' in error.problems[1]
+
+
+def test_where_the_base_is_best_nothing_is_merged(trained: Path, tmp_path: Path) -> None:
+    result = run(
+        search_spec(trained, lambdas=(-30.0,), methods=(("median", {}),)), tmp_path / "merged"
+    )
+    assert result["best"]["method"] == "base"
+    assert not (tmp_path / "merged").exists()
+    assert [r["rule"] for r in result["rows"]] == [SINGLE, BASE, "median"]
+
+
+def test_a_search_changes_no_input(trained: Path, tmp_path: Path) -> None:
+    before = {n: load(trained / n) for n in ("base", *VARIANTS)}
+    run(search_spec(trained), tmp_path / "merged")
+    for name, tensors in before.items():
+        assert all(torch.equal(t, tensors[n]) for n, t in load(trained / name).items())

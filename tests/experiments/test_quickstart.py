@@ -1,0 +1,110 @@
+"""`deltafl quickstart`: the whole story, small; and at full size twice, with the same numbers."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkpoint_files import refusal, succeed
+from deltafl.experiments import quickstart
+from deltafl.training import FinetuneRecipe
+from deltafl.training.record import read_rows
+
+RULES = ["task_arithmetic", "fednova", "fedgma", "median", "cclip"]
+
+
+@dataclass(frozen=True)
+class Story:
+    """What a small run left: its folder, what it said, its result and its tasks."""
+
+    out: Path
+    said: str
+    result: dict[str, Any]
+    tasks: tuple[quickstart.Finetune, ...]
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
+    """Two tasks, some steps, two coefficients and one rho."""
+    out = tmp_path_factory.mktemp("quickstart") / "story"
+    tasks = tuple(
+        quickstart.Finetune(t.variant, t.lr, 3 + i) for i, t in enumerate(quickstart.TASKS[:2])
+    )
+    original = quickstart.FinetuneRecipe
+
+    def shorter(*, steps: int, **rest: Any) -> FinetuneRecipe:
+        return original(steps=min(steps, 20), **rest)
+
+    given = {"fedgma": {"rho": 0.6}, "cclip": {"unit": "quantile", "rho": 0.5}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quickstart, "TASKS", tasks)
+        patch.setattr(quickstart, "LAMBDAS", (0.3, 0.8))
+        patch.setattr(quickstart, "METHODS", [(m, given.get(m, p)) for m, p in quickstart.METHODS])
+        patch.setattr(quickstart, "FinetuneRecipe", shorter)
+        said = succeed("quickstart", "--out", out, "--seed", 1).out
+    return Story(out, said, json.loads((out / "result.json").read_text()), tasks)
+
+
+def test_a_run_leaves_table_report_record_and_models(story: Story) -> None:
+    out, result = story.out, story.result
+    for name in (
+        "config.yaml",
+        "record.jsonl",
+        "report.html",
+        "table.csv",
+        "table.md",
+        "table.tex",
+    ):
+        assert (out / name).is_file(), name
+    assert [r["rule"] for r in result["rows"]][2:] == RULES
+    assert result["tasks"] == [f"digits_{t.variant}" for t in story.tasks]
+    assert (result["seed"], result["command"]) == (1, "deltafl quickstart --seed 1")
+    assert (out / "merged/model.safetensors").is_file() == (result["best"]["method"] != "base")
+    assert sum(r["event"] == "test" for r in read_rows(out / "record.jsonl")) == len(result["rows"])
+    assert all(rule in (out / "report.html").read_text() for rule in RULES)
+
+
+def test_the_table_shows_the_results_and_the_way_to_the_report(story: Story) -> None:
+    lines = {line.split("  ")[0]: line for line in story.said.splitlines()}
+    for row in story.result["rows"]:
+        assert lines[row["rule"]].split()[-2] == f"{100 * row['mean']:.1f}"
+    assert str(story.out / "report.html") in story.said
+
+
+def test_fine_tunes_start_from_the_base_with_its_head_and_differ_in_steps(story: Story) -> None:
+    head = (story.out / "base/head.safetensors").read_bytes()
+    for task in story.tasks:
+        folder = story.out / "models" / task.variant
+        assert (folder / "head.safetensors").read_bytes() == head
+        assert json.loads((folder / "training.json").read_text())["num_steps"] == task.steps
+        assert (folder / "model.safetensors").read_bytes() != (
+            story.out / "base/model.safetensors"
+        ).read_bytes()
+
+
+def test_an_existing_output_is_refused(story: Story) -> None:
+    assert refusal(story.out.parent, "quickstart", "--out", story.out).startswith(
+        f'"{story.out}" exists'
+    )
+
+
+def test_there_are_four_or_more_tasks_with_different_learning_rates_and_steps() -> None:
+    tasks = quickstart.TASKS
+    assert len({t.variant for t in tasks}) == len(tasks) >= 4
+    assert len({t.lr for t in tasks}) > 1
+    assert len({t.steps for t in tasks}) > 1
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_numbers(tmp_path: Path) -> None:
+    results = []
+    for name in ("a", "b"):
+        succeed("quickstart", "--out", tmp_path / name, "--seed", 3, "--quiet")
+        results.append(json.loads((tmp_path / name / "result.json").read_text()))
+    assert all(r.pop("seconds") > 0 for r in results)
+    assert results[0] == results[1]
+    for folder in ("merged", "base", *(f"models/{t.variant}" for t in quickstart.TASKS)):
+        a, b = ((tmp_path / n / folder / "model.safetensors").read_bytes() for n in ("a", "b"))
+        assert a == b, folder

@@ -1,0 +1,352 @@
+"""Sharding: disjoint, complete, and what each family promises; balance against brute force and integer programming."""
+
+from collections.abc import Sequence
+from itertools import combinations, product
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from scipy.optimize import Bounds, LinearConstraint, milp
+from torch import Tensor
+
+from deltafl.errors import DeltaflError
+from deltafl.federated.sharding import SHARDINGS, Dirichlet, Iid, NonIid, Sharding, describe, shard
+from deltafl.registry import Registry
+
+totals_of_few = st.lists(st.integers(1, 40), min_size=1, max_size=8)
+seeds = st.integers(0, 2**40)
+
+
+def labels_of(totals: Sequence[int], seed: int = 0) -> Tensor:
+    labels = torch.arange(len(totals)).repeat_interleave(torch.tensor(list(totals)))
+    return labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
+
+
+def shards_of(
+    labels: Tensor, num_clients: int, sharding: Sharding, seed: int = 0
+) -> tuple[Tensor, ...]:
+    return shard(labels, num_clients, sharding, torch.Generator().manual_seed(seed))
+
+
+def counts_of(
+    totals: Sequence[int], num_clients: int, sharding: Sharding, seed: int = 0
+) -> np.ndarray:
+    """int64 (K, L), counted here and not by `describe`, after checking the form of the shards."""
+    labels = labels_of(totals, seed)
+    shards = shards_of(labels, num_clients, sharding, seed)
+    assert len(shards) == num_clients
+    for rows in shards:
+        assert rows.dtype == torch.int64
+        assert (rows.diff() > 0).all()
+    everything = torch.cat(shards)
+    assert len(everything.unique()) == len(everything)
+    return np.stack([np.bincount(labels[rows].numpy(), minlength=len(totals)) for rows in shards])
+
+
+def spread(sizes: np.ndarray) -> int:
+    return int(sizes.max() - sizes.min())
+
+
+@given(
+    totals_of_few,
+    st.integers(1, 30),
+    seeds,
+    st.sampled_from([Iid(), Dirichlet(0.2), Dirichlet(1e-320), Dirichlet(1e308)]),
+)
+def test_every_sample_has_one_client_and_sizes_differ_by_at_most_one(
+    totals, num_clients, seed, sharding
+):
+    assume(sum(totals) >= num_clients)
+    counts = counts_of(totals, num_clients, sharding, seed)
+    assert counts.sum(0).tolist() == totals
+    assert spread(counts.sum(1)) <= 1
+
+
+@given(totals_of_few, st.integers(1, 30), seeds)
+def test_iid_deals_every_class_evenly(totals, num_clients, seed):
+    assume(sum(totals) >= num_clients)
+    counts = counts_of(totals, num_clients, Iid(), seed)
+    assert np.ptp(counts, axis=0).max() <= 1
+
+
+def test_iid_has_no_favourite_among_clients():
+    larger = {int(counts_of([2, 3], 2, Iid(), seed).sum(1).argmax()) for seed in range(20)}
+    assert larger == {0, 1}
+
+
+@given(totals_of_few, st.integers(1, 6), seeds, st.floats(0.5, 100))
+def test_dirichlet_label_uses_every_sample_and_every_client(totals, num_clients, seed, alpha):
+    assume(sum(totals) >= 12 * num_clients)
+    counts = counts_of(totals, num_clients, Dirichlet(alpha, "label"), seed)
+    assert counts.sum(0).tolist() == totals
+    assert counts.sum(1).min() >= 1
+
+
+def test_dirichlet_label_draws_proportions_of_the_right_variance():
+    """Two clients: the first one's share of a class is Beta(a, a), with mean 1/2 and variance 1 / (4 (2 a + 1))."""
+    for alpha in (0.3, 2.0):
+        shares = counts_of([400] * 600, 2, Dirichlet(alpha, "label"))[0] / 400
+        assert shares.mean() == pytest.approx(0.5, abs=0.06)
+        assert shares.var() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.2)
+
+
+@pytest.mark.parametrize("alpha", [0.3, 2.0, 50.0])
+def test_dirichlet_hsu_draws_mixes_of_the_right_variance(alpha: float):
+    """Two clients, two equal classes, where nothing runs out before the second client: a share x / n is binomial
+    around q ~ Beta(a / 2, a / 2), so E (x / n - 1/2)^2 = v + (1/4 - v) / n with v = 1 / (4 (a + 1))."""
+    n, v = 60, 1 / (4 * (alpha + 1))
+    shares = np.array(
+        [counts_of([n, n], 2, Dirichlet(alpha), seed)[0, 0] / n for seed in range(600)]
+    )
+    assert ((shares - 0.5) ** 2).mean() == pytest.approx(v + (0.25 - v) / n, rel=0.2)
+    assert shares.mean() == pytest.approx(0.5, abs=0.08)
+
+
+def test_dirichlet_hsu_follows_the_prior():
+    """With a large alpha the first of many clients have the data's mix: 3 to 1, at clients of 40."""
+    counts = counts_of([3000, 1000], 100, Dirichlet(1e6))
+    assert np.median(counts[:, 0]) == pytest.approx(30, abs=1.5)
+    assert counts[:, 0].std() == pytest.approx((40 * 0.75 * 0.25) ** 0.5, rel=0.4)
+
+
+def test_dirichlet_grows_even_with_alpha():
+    for form in ("hsu", "label"):
+        held = [
+            (counts_of([200] * 10, 10, Dirichlet(a, form)) > 0).sum() for a in (0.05, 0.5, 100.0)
+        ]
+        assert held[0] < held[1] < held[2] == 100
+
+
+@pytest.mark.parametrize("nc", [1, 5, 10, 50, 100])
+def test_cifar_100_with_100_clients_is_exact(nc: int):
+    labels = labels_of([450] * 100)  # 500 a class, 50 of them held out
+    shards = shards_of(labels, 100, NonIid(nc))
+    told = describe(shards, labels, 100)
+    assert told.sizes.tolist() == [450] * 100
+    assert told.classes.tolist() == [nc] * 100
+    assert (told.counts > 0).sum(0).tolist() == [nc] * 100
+    assert (
+        set(told.counts[told.counts > 0].tolist())
+        == {1: {450}, 5: {90}, 10: {45}, 50: {9}, 100: {4, 5}}[nc]
+    )
+    assert (told.duplicates, told.left_out.tolist()) == (0, [0] * 100)
+    assert torch.equal(torch.cat(shards).sort().values, torch.arange(45000))
+
+
+@st.composite
+def non_iid_cases(draw: st.DrawFn, most_clients: int = 9, most_classes: int = 7, most: int = 60):
+    """Totals, K and nc that can be done, balanced or not."""
+    num_classes = draw(st.integers(1, most_classes))
+    num_clients, nc = draw(st.integers(1, most_clients)), draw(st.integers(1, num_classes))
+    assume(num_clients * nc >= num_classes)
+    least = -(-num_clients * nc // num_classes)
+    totals = draw(
+        st.lists(st.integers(least, least + most), min_size=num_classes, max_size=num_classes)
+    )
+    return totals, num_clients, nc
+
+
+@given(non_iid_cases(), seeds)
+def test_non_iid_clients_hold_exactly_nc_classes_and_everything_is_used(case, seed):
+    totals, num_clients, nc = case
+    counts = counts_of(totals, num_clients, NonIid(nc), seed)
+    assert counts.sum(0).tolist() == totals
+    assert ((counts > 0).sum(1) == nc).all()
+    holders = (counts > 0).sum(0)
+    assert set(holders) <= {num_clients * nc // len(totals), -(-num_clients * nc // len(totals))}
+    large, small = [
+        [t for t, h in zip(totals, holders, strict=True) if h == n]
+        for n in (holders.max(), holders.min())
+    ]
+    assert holders.max() == holders.min() or min(large) >= max(small)
+
+
+@given(non_iid_cases(), st.integers(1, 500), seeds)
+def test_equal_classes_are_cut_by_controlled_rounding(case, size, seed):
+    """Where K nc is a multiple of L, n / r pieces give every client nc n / r: rounding both is always possible."""
+    totals, num_clients, nc = case
+    holders, rest = divmod(num_clients * nc, len(totals))
+    assume(rest == 0)
+    each = max(size, holders)
+    counts = counts_of([each] * len(totals), num_clients, NonIid(nc), seed)
+    assert set(counts[counts > 0]) <= {each // holders, -(-each // holders)}
+    assert spread(counts.sum(1)) <= 1
+
+
+def cuts(total: int, parts: int) -> list[tuple[int, ...]]:
+    """Every way to cut `total` into `parts` pieces of at least 1."""
+    bars = combinations(range(1, total), parts - 1)
+    return [tuple(np.diff((0, *places, total)).tolist()) for places in bars]
+
+
+def smallest_spread_by_search(held: np.ndarray, totals: Sequence[int]) -> int:
+    best = sum(totals)
+    for choice in product(
+        *(cuts(total, int(column.sum())) for total, column in zip(totals, held.T, strict=True))
+    ):
+        sizes = np.zeros(len(held), int)
+        for column, pieces in zip(held.T, choice, strict=True):
+            sizes[column] += pieces
+        best = min(best, spread(sizes))
+    return best
+
+
+def smallest_spread_by_programming(held: np.ndarray, totals: Sequence[int]) -> int:
+    """Minimise top - bottom over integer pieces >= 1 with the classes' sums and bottom <= sizes <= top."""
+    client, kind = np.nonzero(held)
+    pieces = len(client)
+    sums = np.zeros((len(totals), pieces + 2))
+    sums[kind, np.arange(pieces)] = 1
+    above, below = np.zeros((2, len(held), pieces + 2))
+    above[client, np.arange(pieces)] = below[client, np.arange(pieces)] = 1
+    above[:, -2] = below[:, -1] = -1
+    constraints = [
+        LinearConstraint(sums, totals, totals),  # type: ignore[arg-type]
+        LinearConstraint(above, -np.inf, 0),
+        LinearConstraint(below, 0, np.inf),
+    ]
+    cost = np.r_[np.zeros(pieces), 1, -1]
+    found = milp(
+        cost, constraints=constraints, bounds=Bounds(1, np.inf), integrality=np.ones(pieces + 2)
+    )
+    assert found.success
+    return round(found.fun)
+
+
+@settings(max_examples=60)
+@given(non_iid_cases(most_clients=3, most_classes=3, most=5), seeds)
+def test_sizes_are_as_equal_as_brute_force_can_make_them(case, seed):
+    totals, num_clients, nc = case
+    counts = counts_of(totals, num_clients, NonIid(nc), seed)
+    assert spread(counts.sum(1)) == smallest_spread_by_search(counts > 0, totals)
+
+
+@settings(max_examples=60)
+@given(non_iid_cases(most_clients=12, most_classes=10, most=300), seeds)
+def test_sizes_are_as_equal_as_integer_programming_can_make_them(case, seed):
+    totals, num_clients, nc = case
+    counts = counts_of(totals, num_clients, NonIid(nc), seed)
+    assert spread(counts.sum(1)) == smallest_spread_by_programming(counts > 0, totals)
+
+
+def test_pieces_stay_near_their_share_where_sizes_allow():
+    """Everyone holds everything: sizes are equal however pieces are cut, so the cut is the even one."""
+    counts = counts_of([70, 700, 14], 7, NonIid(3))
+    assert counts.tolist() == [[10, 100, 2]] * 7
+
+
+def test_who_holds_a_class_together_looks_random():
+    """Taking the largest quota first pairs clients into complements; the trades undo that. Of 3 out of 6 classes, two
+    random clients hold complements with probability 1 / 20, and the next client of the plain order with 1."""
+    held = [counts_of([40] * 6, 8, NonIid(3), seed) > 0 for seed in range(80)]
+    pairs = [(h[a] != h[b]).all() for h in held for a in range(8) for b in range(a)]
+    assert np.mean(pairs) < 0.12
+
+
+def test_missing_classes_are_the_smallest_and_are_told():
+    totals = [9, 30, 8, 30, 7]
+    labels = labels_of(totals)
+    shards = shards_of(labels, 3, NonIid(1, allow_missing_classes=True))
+    told = describe(shards, labels, 5)
+    assert told.left_out.tolist() == [0, 0, 8, 0, 7]
+    assert told.counts.sum(0).tolist() == [9, 30, 0, 30, 0]
+    assert told.classes.tolist() == [1, 1, 1]
+    assert sum(map(len, shards)) == 69
+
+
+def test_allowing_missing_classes_changes_nothing_where_none_is_missing():
+    labels = labels_of([20, 30, 40])
+    plain, allowed = (shards_of(labels, 5, NonIid(2, allow)) for allow in (False, True))
+    assert all(map(torch.equal, plain, allowed))
+
+
+@pytest.mark.parametrize(
+    "sharding",
+    [Iid(), NonIid(2), Dirichlet(0.5), Dirichlet(5.0, "label")],
+    ids=lambda s: f"{s}".split("(")[0],
+)
+def test_the_generator_decides(sharding: Sharding):
+    labels = labels_of([40] * 5)
+    once, again, other = (shards_of(labels, 10, sharding, seed) for seed in (3, 3, 4))
+    assert all(map(torch.equal, once, again))
+    assert not all(len(a) == len(b) and torch.equal(a, b) for a, b in zip(once, other, strict=True))
+
+
+def test_labels_are_not_touched_and_their_names_do_not_matter():
+    labels = labels_of([12, 30, 9])
+    kept = labels.clone()
+    named = shards_of(labels * 1000 - 7, 4, NonIid(2))
+    assert all(map(torch.equal, named, shards_of(labels, 4, NonIid(2))))
+    assert torch.equal(labels, kept)
+
+
+@pytest.mark.parametrize(
+    ("totals", "num_clients", "sharding", "message"),
+    [
+        ([5, 5], 0, Iid(), "num_clients is 0; take at least 1"),
+        ([5, 5], -1, NonIid(1), "num_clients is -1; take at least 1"),
+        ([5, 5], 11, Iid(), "num_clients is 11, but there are 10 samples"),
+        ([0], 1, Iid(), "there are 0 samples"),
+        ([5, 5, 5], 3, NonIid(4), "nc is 4, but the samples have 3 classes; take 1 to 3"),
+        ([5, 5, 5], 3, NonIid(0), "nc is 0"),
+        ([5, 5, 5], 2, NonIid(1), "2 clients with 1 classes each cannot hold all 3 classes"),
+        ([9, 2, 9], 3, NonIid(3), "1 classes have fewer samples than clients that hold them, such as one with 2"),
+        ([5, 5], 2, Dirichlet(0.0), "alpha is 0.0"),
+        ([5, 5], 2, Dirichlet(-1.0), "alpha is -1.0"),
+        ([5, 5], 2, Dirichlet(float("nan"), "label"), "alpha is nan"),
+        ([5, 5], 2, Dirichlet(float("inf")), "alpha is inf"),
+        ([5, 5], 2, Dirichlet(1.0, "labels"), 'unknown form "labels"; did you mean "label"?'),  # type: ignore[arg-type]
+        ([50, 50], 40, Dirichlet(1e-3, "label"), "left a client of 40 without samples in each of 100 draws"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_done_is_an_error(totals, num_clients, sharding, message):
+    with pytest.raises(DeltaflError) as caught:
+        shards_of(labels_of(totals), num_clients, sharding)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [torch.zeros(3), torch.zeros(3, 1, dtype=torch.int64), torch.zeros(3, dtype=torch.uint8)],
+)
+def test_labels_of_another_form_are_an_error(labels: Tensor):
+    with pytest.raises(DeltaflError, match=r"sharding takes torch.int64 \(N,\)"):
+        shards_of(labels, 1, Iid())
+
+
+def test_the_registry_names_every_family():
+    assert {name: SHARDINGS[name] for name in SHARDINGS} == {
+        "dirichlet": Dirichlet,
+        "iid": Iid,
+        "non_iid": NonIid,
+    }
+    assert isinstance(SHARDINGS, Registry)
+    with pytest.raises(DeltaflError, match='did you mean "non_iid"'):
+        SHARDINGS["noniid"]
+
+
+def test_describe_counts_what_is_held_left_out_and_given_twice():
+    labels = torch.tensor([0, 1, 1, 2, 0, 2])
+    told = describe([torch.tensor([0, 1, 2]), torch.tensor([2, 3])], labels, 4)
+    assert told.counts.tolist() == [[1, 2, 0, 0], [0, 1, 1, 0]]
+    assert told.counts.dtype == torch.int64
+    assert (told.sizes.tolist(), told.classes.tolist()) == ([3, 2], [2, 2])
+    assert (told.smallest, told.largest, told.duplicates) == (2, 3, 1)
+    assert told.left_out.tolist() == [1, 0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("shards", "labels", "message"),
+    [
+        ([], [0, 1], "no shards"),
+        ([[0]], [0, 4], "labels go from 0 to 4; num_classes is 3"),
+        ([[0]], [-1, 1], "labels go from -1"),
+        ([[0, 2]], [0, 1], "outside 0 to 1"),
+    ],
+)
+def test_describe_refuses_what_does_not_fit(shards, labels, message):
+    with pytest.raises(DeltaflError, match=message):
+        describe([torch.tensor(rows) for rows in shards], torch.tensor(labels), 3)

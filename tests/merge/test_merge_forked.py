@@ -1,0 +1,149 @@
+"""Merging in forked processes: the same bits and the same errors as in this one, and nothing is left behind."""
+
+import contextlib
+import errno
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoint_files import cli, files_in, make_world, problems_of, refusal, save, succeed
+from deltafl.algebra import streaming
+from deltafl.rules.rule import load_rules
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork")
+
+PARAMS = {
+    "cclip": ["--rho", 0.5, "--unit", "quantile"], "dare": ["--drop-rate", 0.5, "--inner", "ties"],
+    "fedgma": ["--rho", 0.6], "fednova": ["--num-steps", 10, 20, 40],
+    "fedavg": ["--num-examples", 5, 6, 7],
+}  # fmt: skip
+
+
+@pytest.fixture
+def forks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Every block is a unit of work, and the test runner's threads do not matter; how many workers each pass forked."""
+    asked: list[int] = []
+    forked = streaming.forked
+
+    def counted(work, count, workers, begin):
+        asked.append(workers)
+        return forked(work, count, workers, begin)
+
+    monkeypatch.setattr(streaming.chunks, "__defaults__", (1,))
+    monkeypatch.setattr(streaming, "can_fork", lambda: True)
+    monkeypatch.setattr(streaming, "forked", counted)
+    return asked
+
+
+@pytest.mark.parametrize("method", list(load_rules()))
+def test_processes_change_no_bit(
+    tmp_path: Path, method: str, forks: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deltafl.algebra import reductions
+
+    monkeypatch.setattr(reductions, "AT_ONCE", 0)  # thresholds by counting, as for a large model
+    world = make_world(tmp_path, 3, torch.bfloat16)
+    given = [*world.args, "--method", method, *PARAMS.get(method, []), "--exact"]
+    succeed(*given, "--threads", 1)
+    assert not forks
+    wanted = files_in(world.out)
+    succeed(*given, "--threads", 3, "--overwrite")
+    assert len(forks) >= (
+        3 if method in ("ties", "dare") else 2 if method in ("cclip", "krum") else 1
+    )
+    assert files_in(world.out) == wanted
+
+
+def test_inspect_says_the_same(tmp_path: Path, forks: list[int]) -> None:
+    world = make_world(tmp_path, 3)
+    told = []
+    for threads in (1, 2):
+        succeed(
+            "inspect", *world.args[1:-2], "--threads", threads, "--out", tmp_path / str(threads)
+        )
+        told.append(json.loads((tmp_path / str(threads) / "inspect.json").read_text()))
+    assert forks
+    assert told[0] == told[1]
+
+
+@pytest.mark.parametrize("method", ["median", "krum"])
+def test_infinity_is_named(tmp_path: Path, method: str, forks: list[int]) -> None:
+    world = make_world(tmp_path, 5)
+    broken = {n: t.clone() for n, t in world.models[2].items()}
+    broken["layer.0.weight"][-1, -1] = torch.inf
+    os.remove(world.file("m2"))
+    (world.root / "m2/config.json").unlink()
+    (world.root / "m2").rmdir()
+    save(world.root / "m2", broken)
+    problem = refusal(world.root, *world.args, "--method", method, "--threads", 2)
+    assert problem.startswith(
+        'model "m2": tensor "layer.0.weight" differs from the base by NaN or Inf'
+    )
+    assert forks
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG, errno.EIO])
+def test_a_disk_that_fills_or_fails_is_told_as_in_one_process(
+    tmp_path: Path, number: int, forks: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = make_world(tmp_path)
+    parent, pwrite = os.getpid(), os.pwrite
+
+    def failing(*arguments) -> int:
+        if os.getpid() != parent:
+            raise OSError(number, os.strerror(number))
+        return pwrite(*arguments)
+
+    monkeypatch.setattr(os, "pwrite", failing)
+    before = files_in(world.root)
+    (problem,) = problems_of(cli(*world.args, "--threads", 2))
+    assert os.strerror(number) in problem
+    assert ("lower --max-shard-size" in problem) == (number == errno.EFBIG)
+    assert forks
+    assert files_in(world.root) == before
+
+
+def test_a_worker_that_is_killed_is_one_clear_line_and_leaves_nothing(
+    tmp_path: Path, forks: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = make_world(tmp_path)
+    parent, pwrite = os.getpid(), os.pwrite
+
+    def killed(*arguments) -> int:
+        if os.getpid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return pwrite(*arguments)
+
+    monkeypatch.setattr(os, "pwrite", killed)
+    problem = refusal(world.root, *world.args, "--threads", 2)
+    assert problem.startswith("a worker process ended early (signal SIGKILL)")
+    assert forks
+
+
+def test_an_interrupt_leaves_nothing(
+    tmp_path: Path, forks: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = make_world(tmp_path)
+    parent, pwrite, once = os.getpid(), os.pwrite, Path(tmp_path / "once")
+
+    def interrupting(*arguments) -> int:
+        if os.getpid() != parent:
+            with contextlib.suppress(FileNotFoundError):
+                once.unlink()
+                os.kill(parent, signal.SIGINT)
+                signal.pause()  # until the parent, which may be slow to see it, ends this process
+        return pwrite(*arguments)
+
+    monkeypatch.setattr(os, "pwrite", interrupting)
+    before = files_in(world.root)
+    once.touch()
+    outcome = cli(*world.args, "--threads", 2)
+    assert (outcome.code, outcome.err.strip()) == (130, "interrupted; nothing half-written is left")
+    assert forks
+    assert files_in(world.root) == before
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)

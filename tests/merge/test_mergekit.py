@@ -1,0 +1,301 @@
+"""A mergekit configuration gives mergekit's numbers, and what it says that is not supported is said key by key."""
+
+import json
+import os
+import runpy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+from checkpoint_files import cli, load, problems_of, succeed
+
+ROOT = Path(__file__).parents[2]
+FIXTURE = ROOT / "tests" / "fixtures" / "mergekit.safetensors"
+"""Made by mergekit 0.1.5, see benchmarks/mergekit_reference.py."""
+
+with safe_open(FIXTURE, "np") as file:
+    SHAPES = {name: tuple(shape) for name, shape in json.loads(file.metadata()["shapes"]).items()}
+    CONFIGS: dict[str, dict[str, Any]] = json.loads(file.metadata()["configs"])
+VECTORS = load_file(FIXTURE)
+
+script = runpy.run_path(str(ROOT / "benchmarks" / "mergekit_reference.py"), run_name="script")
+PEER = os.environ.get("DELTAFL_MERGEKIT")
+
+
+def tensors(name: str) -> dict[str, np.ndarray]:
+    """One vector of the fixture as a model."""
+    found, at = {}, 0
+    for tensor, shape in SHAPES.items():
+        size = int(np.prod(shape))
+        found[tensor] = VECTORS[name][at : at + size].reshape(shape)
+        at += size
+    return found
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with the models of the fixture."""
+    script["write_models"](tmp_path, {name: tensors(name) for name in ("base", "m0", "m1", "m2")})
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def merge(folder: Path, config: dict[str, Any], *options: object) -> dict[str, np.ndarray]:
+    (folder / "mergekit.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    succeed("merge", "mergekit.yaml", "--out", "out", "--overwrite", *options)
+    return {name: tensor.float().numpy() for name, tensor in load(folder / "out").items()}
+
+
+def assert_same(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> None:
+    """Equal up to a few roundings in float32 (its unit is 6e-8) of values up to about 2."""
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        np.testing.assert_allclose(found[name], wanted[name], rtol=1e-6, atol=5e-7, err_msg=name)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_numbers_are_those_of_mergekit(name: str, folder: Path) -> None:
+    assert_same(merge(folder, CONFIGS[name]), tensors(f"out {name}"))
+
+
+def test_the_fixture_is_that_of_the_script() -> None:
+    assert script["CONFIGS"] == CONFIGS
+    assert {name: tuple(shape) for name, shape in script["shapes"]().items()} == SHAPES
+    for name, made in script["inputs"]().items():
+        assert all((made[tensor] == values).all() for tensor, values in tensors(name).items())
+
+
+@pytest.mark.peer
+@pytest.mark.skipif(PEER is None, reason="DELTAFL_MERGEKIT is not set to a mergekit-yaml program")
+@pytest.mark.parametrize("name", CONFIGS)
+def test_mergekit_itself_agrees(name: str, folder: Path) -> None:
+    assert PEER
+    assert_same(merge(folder, CONFIGS[name]), script["merged"](PEER, folder, CONFIGS[name]))
+
+
+def ties(deltas: list[np.ndarray], weights: list[float], densities: list[float]) -> np.ndarray:
+    """The update of one tensor, in float64 and by sorting."""
+    kept = []
+    for delta, density in zip(deltas, densities, strict=True):
+        flat = delta.ravel()
+        k = len(flat) if density == 1 else max(1, int(density * len(flat))) if density > 0 else 0
+        mask = np.zeros(len(flat))
+        mask[np.argsort(-np.abs(flat), kind="stable")[:k]] = 1
+        kept.append(flat * mask)
+    weighted = np.array(weights)[:, None] * np.array(kept)
+    sign = np.where(weighted.sum(0) >= 0, 1, -1)
+    agree = np.sign(weighted) == sign
+    divisor = (np.array(weights)[:, None] * agree).sum(0)
+    return ((weighted * agree).sum(0) / np.where(divisor == 0, 1, divisor)).reshape(deltas[0].shape)
+
+
+def test_ties_by_its_definition(folder: Path) -> None:
+    config = CONFIGS["ties, gradients"]
+    base, *tuned = [
+        {n: t.astype(np.float64) for n, t in tensors(m).items()} for m in ("base", "m0", "m1", "m2")
+    ]
+    wanted = {}
+    for name in SHAPES:
+        t = int(name.split(".")[2]) / 2 if ".layers." in name else 0.0
+        common = np.interp(t, [0, 0.5, 1], [0.2, 0.9, 0.4])
+        densities = [common, 0.05 if "q_proj" in name else common, common]
+        update = ties(
+            [m[name] - base[name] for m in tuned],
+            [np.interp(t, [0, 1], [0.1, 0.9]), 1, 1],
+            densities,
+        )
+        wanted[name] = base[name] + np.interp(t, [0, 1], [0.5, 1.5]) * update
+    assert_same(merge(folder, config), wanted)
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
+def test_dare_drops_by_density_and_rescales(method: str, folder: Path) -> None:
+    """What is kept is divided by the density; mergekit rescales to the L1 norm, which has the same expectation."""
+    densities = [{"filter": "mlp", "value": 0.25}, {"value": 1}]
+    models = [{"model": "m2", "parameters": {"weight": 0.5, "density": densities}}]
+    found = merge(folder, {"merge_method": method, "base_model": "base", "models": models})
+    base, tuned = tensors("base"), tensors("m2")
+    moved = {n: (tuned[n] - base[n])[tuned[n] != base[n]] for n in SHAPES}
+    inside = np.concatenate(
+        [(found[n] - base[n])[tuned[n] != base[n]] / moved[n] for n in SHAPES if "mlp" in n]
+    )
+    assert set(inside.round(2)) == {0.0, 2.0}
+    share = (inside > 1).mean()
+    assert abs(share - 0.25) < 5 * np.sqrt(0.25 * 0.75 / len(inside))  # five standard deviations
+    for name in SHAPES:
+        if "mlp" not in name:
+            np.testing.assert_allclose(
+                found[name], base[name] + 0.5 * (tuned[name] - base[name]), atol=5e-7
+            )
+
+
+def test_options_go_before_the_file_and_notes_say_what_makes_no_difference(folder: Path) -> None:
+    config = CONFIGS["ties, sum"] | {"dtype": "bfloat16"}
+    (folder / "mergekit.yaml").write_text(yaml.safe_dump(config))
+    planned = succeed("merge", "mergekit.yaml", "--dry-run", "--dtype", "float32")
+    assert "merge 3 models into base by ties" in planned.out
+    assert planned.err.splitlines() == [
+        "note: parameters.int8_mask: makes no difference with ties",
+        "note: dtype: computed in float32 and rounded once, where mergekit computes in bfloat16",
+    ]
+    assert not (folder / "out").exists()
+    assert_same(merge(folder, config, "--dtype", "float32"), tensors("out ties, sum"))
+    unmoved = merge(folder, CONFIGS["task_arithmetic"], "--scaling-coef", "0")
+    assert_same(unmoved, tensors("base"))
+    succeed("inspect", "mergekit.yaml")
+
+
+def test_the_record_says_it_in_our_terms(folder: Path) -> None:
+    merge(folder, CONFIGS["ties, gradients"])
+    record = json.loads((folder / "out" / "deltafl.json").read_text())
+    assert record["params"] == {
+        "density": {
+            "model.layers.0.self_attn.q_proj.weight": [0.2, 0.05, 0.2],
+            "model.layers.1.self_attn.q_proj.weight": [0.9, 0.05, 0.9],
+            **{f"model.layers.1.{n}.weight": [0.9] * 3 for n in OTHERS},
+            "model.layers.2.self_attn.q_proj.weight": [0.4, 0.05, 0.4],
+            **{f"model.layers.2.{n}.weight": [0.4] * 3 for n in OTHERS},
+            "*": [0.2, 0.2, 0.2],
+        },
+        "per_tensor": True, "merge": "mean", "zero_sum": "positive",
+    }  # fmt: skip
+    assert record["server_lr"] == 0.5
+    assert record["scale_patterns"] == [["model.layers.1.*", 1.0], ["model.layers.2.*", 1.5]]
+    assert record["weight_patterns"] == [
+        ["model.layers.1.*", [0.5, 1, 1]],
+        ["model.layers.2.*", [0.9, 1, 1]],
+    ]
+
+
+OTHERS = sorted(
+    {n.split(".", 3)[3].removesuffix(".weight") for n in SHAPES if ".layers." in n}
+    - {"self_attn.q_proj"}
+)
+
+LEAST = {
+    "merge_method": "ties",
+    "base_model": "base",
+    "models": [{"model": "m0", "parameters": {"weight": 1.0}}],
+}
+
+
+def said(folder: Path, config: dict[str, Any]) -> list[str]:
+    (folder / "mergekit.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    problems = problems_of(cli("merge", "mergekit.yaml", "--out", "out"))
+    assert not (folder / "out").exists()
+    return problems
+
+
+def test_every_key_that_is_not_supported_is_one_line(folder: Path) -> None:
+    config = {
+        "merge_method": "slerp",
+        "base_model": "base+adapter",
+        "models": [
+            {
+                "model": {"model": {"path": "m0"}, "lora": {"path": "adapter"}},
+                "parameters": {"weight": 1, "gamma": 0.1},
+            },
+            {
+                "model": "m1",
+                "parameters": {"weight": "much", "normalize": True},
+                "layer_range": [0, 3],
+            },
+        ],
+        "modules": {"text": {}},
+        "parameters": {
+            "t": 0.5,
+            "lambda": [1.0, "x"],
+            "rescale": 1,
+            "density": [{"filtre": "mlp", "value": 1}],
+        },
+        "dtype": "int8",
+        "tokenizer_source": "union",
+        "tokenizer": {"source": "base", "tokens": {"<x>": {}}},
+        "chat_template": "auto",
+        "merge_methods": "ties",
+    }
+    lines = said(folder, config)
+    wanted = [
+        "merge_method: is not supported; it must be one of linear, task_arithmetic, ties, dare_linear, dare_ties",
+        "base_model: must be a whole model; merge the LoRA after the + into it first, not 'base+adapter'",
+        "models.0.model: must be a whole model of its own architecture",
+        'unknown key "models.0.parameters.gamma"; known: density, weight',
+        "models.1.parameters.weight: must be a number, a list of such over the layers, or a list of {filter, value}",
+        'unknown key "models.1.parameters.normalize"; known: density, weight',
+        'unknown key "models.1.layer_range"; known: model, parameters',
+        "modules: is not supported",
+        "parameters.density: must be a number",
+        "parameters.lambda: must be a number",
+        "parameters.rescale: must be true or false",
+        'unknown key "parameters.t"; known: density, int8_mask, lambda, normalize, rescale, weight',
+        "dtype: input should be 'float32', 'float16', 'bfloat16' or 'float64', not 'int8'",
+        "tokenizer_source: must be base, whose tokenizer is copied, not 'union'",
+        "tokenizer: must be base",
+        "chat_template: is not supported",
+        'unknown key "merge_methods"; did you mean "merge_method"?',
+    ]
+    assert [line.startswith(start) for line, start in zip(lines, wanted, strict=True)] == [
+        True
+    ] * len(wanted)
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"base_model": None}, "base_model: is missing; ties merges differences from it"),
+        ({"models": None}, "models: give models, or slices"),
+        ({"models": [{"model": "base"}]}, "models: there is none beside the base"),
+        ({"models": [{"model": "m0"}]}, 'weight: is missing for model "m0"'),
+        ({"models": [*LEAST["models"]] * 2}, "models: one is given twice"),
+        ({"parameters": {"density": 1.5}}, 'density: 1.5 of model "m0" is not in [0, 1]'),
+        ({"parameters": {"rescale": True}}, "parameters.rescale: must be false with ties, as it is by default"),
+        (
+            {"parameters": {"normalize": [True, False]}},
+            "parameters.normalize: must be one value for all tensors",
+        ),
+        (
+            {"models": [{"model": "m0", "parameters": {"weight": -1}}]},
+            "weight: must not be negative with ties and normalize",
+        ),
+        (
+            {"merge_method": "dare_ties", "parameters": {"density": 0}},
+            'density: 0 of model "m0" is not in (0, 1]',
+        ),
+        (
+            {"merge_method": "linear"},
+            "base_model: linear merges the models alone; list it among them with its weight",
+        ),
+        (
+            {"merge_method": "linear", "base_model": "m0", "models": CONFIGS["linear"]["models"],
+             "parameters": {"normalize": False}},
+            "parameters.normalize: false needs weights of sum 1 with linear, not 1.7",
+        ),
+        (
+            {"models": None, "slices": [CONFIGS["slices"]["slices"][1]]},
+            "slices.0: must hold the same layers of all models, from layer 0 on",
+        ),
+        (
+            {"models": None, "slices": [CONFIGS["slices"]["slices"][0]]},
+            'slices: they end at layer 2, and the layers of "base" do not',
+        ),
+    ],
+)  # fmt: skip
+def test_what_a_method_cannot_do(changes: dict[str, Any], line: str, folder: Path) -> None:
+    assert line in said(folder, {k: v for k, v in (LEAST | changes).items() if v is not None})
+
+
+def test_a_scale_pattern_that_matches_nothing_or_is_not_finite_is_said(folder: Path) -> None:
+    recipe = {
+        "base": "base",
+        "models": ["m0"],
+        "scale_patterns": {"lm_haed.*": 0.5, "lm_head.*": float("nan")},
+    }
+    assert said(folder, recipe) == [
+        'scale of "lm_head.*": nan is not a finite number',
+        'scale of "lm_haed.*": the pattern matches no merged tensor',
+    ]

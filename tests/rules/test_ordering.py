@@ -1,0 +1,60 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from deltafl.rules.ordering import network, ranks, selection_network
+
+
+def all_bits(n: int) -> torch.Tensor:
+    """(n, 2^n): every column of zeros and ones."""
+    numbers = torch.arange(2**n)
+    return torch.stack([(numbers >> i) & 1 for i in range(n)]).to(torch.uint8)
+
+
+@pytest.mark.parametrize("n", range(1, 18))
+def test_the_network_sorts(n):
+    """0-1 principle (Knuth vol. 3, 5.3.4): a network that sorts all zeros and ones sorts everything."""
+    wires = list(all_bits(n).unbind(0))
+    for i, j in network(n):
+        assert 0 <= i < j < n
+        wires[i], wires[j] = wires[i].minimum(wires[j]), wires[i].maximum(wires[j])
+    assert all((a <= b).all() for a, b in itertools.pairwise(wires))
+
+
+@pytest.mark.parametrize("n", range(1, 13))
+def test_a_part_of_the_network_finds_each_rank(n):
+    """The same principle for a rank: k zeros or fewer put a one there."""
+    block = all_bits(n)
+    zeros = n - block.sum(0, dtype=torch.int64)
+    for rank, value in enumerate(ranks(block, range(n))):
+        assert torch.equal(value.bool(), zeros <= rank)
+    for rank in range(n):
+        (value,) = ranks(block, [rank])
+        assert torch.equal(value.bool(), zeros <= rank)
+
+
+def test_the_network_is_as_small_as_batchers():
+    """Knuth vol. 3, 5.3.4, table 1: Batcher's method for n = 1 .. 16."""
+    batcher = [0, 1, 3, 5, 9, 12, 16, 19, 26, 31, 37, 41, 48, 53, 59, 63]
+    assert [len(network(n)) for n in range(1, 17)] == batcher
+
+
+def test_a_rank_takes_less_than_the_whole_sort():
+    used = sum(low + high for _, _, low, high in selection_network(9, frozenset([4])))
+    assert used < 2 * len(network(9))
+
+
+def test_ranks_of_equal_and_signed_values():
+    block = torch.tensor([[1.0, -0.5, 2.0], [1.0, 0.5, -2.0], [1.0, -0.5, 0.0]])
+    expected = np.sort(block.numpy(), axis=0)
+    for rank, value in enumerate(ranks(block, range(3))):
+        np.testing.assert_array_equal(value.numpy(), expected[rank])
+
+
+def test_nan_spreads_to_every_rank_it_meets():
+    assert all(
+        value.isnan().all()
+        for value in ranks(torch.tensor([[1.0], [float("nan")], [2.0]]), range(3))
+    )

@@ -1,0 +1,118 @@
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+from deltafl.errors import DeltaflError
+from deltafl.registry import Registry
+from deltafl.rules.cclip import CClip
+from deltafl.rules.dare import Dare
+from deltafl.rules.rule import RULES, CoordinateRule, LinearRule, build_rule, load_rules, parameters
+from deltafl.rules.task_arithmetic import TaskArithmetic
+from deltafl.rules.ties import Ties
+
+METHODS = [
+    "cclip",
+    "dare",
+    "fedavg",
+    "fedgma",
+    "fednova",
+    "geometric_median",
+    "krum",
+    "median",
+    "multi_krum",
+    "task_arithmetic",
+    "ties",
+    "trimmed_mean",
+]
+
+
+def test_every_method_is_registered():
+    assert set(METHODS) <= set(load_rules())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_rule_is_frozen_and_linear_or_by_coordinates(name):
+    for rule in load_rules()[name].examples():
+        core = rule.inner if name == "dare" else rule
+        assert isinstance(core, LinearRule) != isinstance(core, CoordinateRule)
+        field = next(iter(dataclasses.fields(rule)), None)
+        if field:
+            with pytest.raises(dataclasses.FrozenInstanceError):
+                setattr(rule, field.name, None)
+
+
+def test_rules_are_known_without_torch():
+    """The command line lists methods and their parameters before the heavy imports."""
+    code = """
+import sys
+from deltafl.rules.rule import load_rules, parameters
+assert all(parameters(load_rules()[n]) is not None for n in load_rules())
+assert "torch" not in sys.modules, "torch was imported"
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_parameters_have_types_and_defaults():
+    assert parameters(CClip)["rho"] == (float, dataclasses.MISSING)
+    assert parameters(CClip)["iterations"] == (int, 1)
+    assert parameters(Dare)["inner"][1] == TaskArithmetic()
+
+
+def test_build_rule_with_and_without_defaults():
+    assert build_rule("task_arithmetic", {}) == TaskArithmetic()
+    assert build_rule("cclip", {"rho": 2.0, "iterations": 3}) == CClip(2.0, iterations=3)
+    assert build_rule("dare", {"drop_rate": 0.5}) == Dare(0.5)
+
+
+def test_a_wrapper_hands_on_what_is_not_its_own():
+    built = build_rule("dare", {"drop_rate": 0.5, "inner": "ties", "density": 0.3, "seed": 4})
+    assert built == Dare(0.5, Ties(0.3), seed=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "problems"),
+    [
+        ("fedgna", {}, ['unknown method "fedgna"; did you mean "fedgma"?']),
+        ("xyz", {}, ["known: cclip, dare"]),
+        ("fedgma", {}, ["fedgma needs --rho"]),
+        ("dare", {}, ["dare needs --drop-rate"]),
+        (
+            "cclip",
+            {"rho": 1.0, "iteration": 3},
+            ['no parameter "iteration"; did you mean "iterations"?'],
+        ),
+        ("median", {"rho": 1.0}, ['median has no parameter "rho"; known: middle']),
+        ("cclip", {"foo": 1, "bar": 2}, ['"foo"', '"bar"', "needs --rho"]),
+        (
+            "dare",
+            {"inner": "ties", "densty": 0.3},
+            ['ties has no parameter "densty"; did you mean "density"?', "dare needs --drop-rate"],
+        ),
+        (
+            "dare",
+            {"drop_rate": 0.5, "inner": "tise"},
+            ['unknown method "tise"; did you mean "ties"?'],
+        ),
+    ],
+)
+def test_build_rule_reports_every_mistake_at_once(name, params, problems):
+    with pytest.raises(DeltaflError) as error:
+        build_rule(name, params)
+    assert len(error.value.problems) == len(problems)
+    for part, line in zip(problems, error.value.problems, strict=True):
+        assert part in line
+
+
+def test_a_name_is_registered_once():
+    registry: Registry[int] = Registry("thing")
+    assert registry.register("one")(1) == 1
+    with pytest.raises(ValueError, match='thing "one" is registered twice'):
+        registry.register("one")(2)
+    assert list(registry) == ["one"]
+    assert "one" in registry
+    assert "two" not in registry
+    with pytest.raises(ValueError, match="registered twice"):
+        RULES.register("ties")(Ties)

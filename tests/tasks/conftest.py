@@ -1,0 +1,43 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dataset_files import picture, png, write_parquet
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("DELTAFL_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def parquet_folder(tmp_path) -> Path:
+    """40 + 12 pictures of four classes: picture i of train is flat grey i, of test 100 + i, class i modulo 4."""
+    folder = tmp_path / "set"
+    names = ["ant", "bee", "cat", "dog"]
+    write_parquet(
+        folder / "train.parquet",
+        [png(picture(i)) for i in range(40)],
+        np.arange(40) % 4,
+        names=names,
+    )
+    write_parquet(
+        folder / "test.parquet",
+        [png(picture(100 + i)) for i in range(12)],
+        np.arange(12) % 4,
+        names=names,
+    )
+    return folder
+
+
+@pytest.fixture
+def image_folder(tmp_path) -> Path:
+    """Six training and two test pictures of "left" (grey below 100) and "right" (from 100), and a stray text file."""
+    folder = tmp_path / "pictures"
+    for split, count in (("train", 6), ("test", 2)):
+        for start, name in ((0, "left"), (100, "right")):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                picture(start + i).save(folder / split / name / f"{i}.png")
+    (folder / "train" / "left" / "notes.txt").write_text("no picture")
+    return folder

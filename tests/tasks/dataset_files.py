@@ -1,0 +1,42 @@
+"""Small data sets in the real formats."""
+
+import io
+import json
+from pathlib import Path
+
+from PIL import Image
+
+
+def picture(number: int, size: tuple[int, int] = (12, 12), mode: str = "RGB") -> Image.Image:
+    """A picture whose every pixel is `number` (modulo 256)."""
+    return Image.new(mode, size, number % 256 if mode == "L" else (number % 256,) * 3)
+
+
+def png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def write_parquet(path: Path, images, labels, image="image", label="label", names=None) -> Path:
+    """A file as `datasets` writes it: image struct{bytes, path}, label a ClassLabel if `names`, else int64."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [
+        None if content is None else {"bytes": content, "path": f"{i}.png"}
+        for i, content in enumerate(images)
+    ]
+    kind = (
+        {"_type": "ClassLabel", "names": names} if names else {"_type": "Value", "dtype": "int64"}
+    )
+    features = {"info": {"features": {image: {"_type": "Image"}, label: kind}}}
+    table = pa.table(
+        {
+            image: pa.array(rows, pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+            label: pa.array(labels),
+        }
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(features)}), path)
+    return path

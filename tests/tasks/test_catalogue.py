@@ -1,0 +1,283 @@
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from dataset_files import picture, png, write_parquet
+
+from deltafl.errors import DeltaflError
+from deltafl.tasks import load_task
+from deltafl.tasks.catalogue import CATALOGUE, GENERIC_TEMPLATES
+from deltafl.tasks.named import cleaned, prompt_names, prompt_templates
+from deltafl.tasks.spec import find
+
+NAMES = (
+    "stanford_cars", "dtd", "eurosat", "gtsrb", "mnist",
+    "resisc45", "sun397", "svhn", "cifar10", "cifar100",
+    "stl10", "flowers102", "food101", "fashion_mnist", "kmnist",
+    "emnist_letters", "oxford_iiit_pet", "fer2013", "pcam", "rendered_sst2",
+)  # fmt: skip
+
+
+def write_task(
+    folder,
+    classes,
+    prefix="",
+    splits=("train", "test"),
+    train=None,
+    image="image",
+    label="label",
+    **options,
+):
+    """Parquet files with two pictures of every class in train and one in every other split."""
+    for split in splits:
+        labels = np.arange(2 * classes if split == "train" else classes) % classes
+        labels = train if train is not None and split == "train" else labels
+        pictures = [png(picture(i)) for i in range(len(labels))]
+        write_parquet(
+            folder / f"{prefix}{split}.parquet", pictures, labels, image, label, **options
+        )
+    return folder
+
+
+def test_the_catalogue_holds_the_tasks_of_the_study():
+    assert sorted(CATALOGUE) == sorted(NAMES)
+    # Only FER2013 has no hub id that could be given.
+    assert [name for name, task in CATALOGUE.items() if task.hub is None] == ["fer2013"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_entry_is_whole(name):
+    task = CATALOGUE[name]
+    assert task.hub is None or re.fullmatch(r"[\w-]+/[\w-]+", task.hub)
+    assert len(task.templates) >= 3
+    assert len(set(task.templates)) == len(task.templates)
+    assert all(template.count("{}") == 1 for template in task.templates)
+    for names in (task.class_names, task.labels):
+        assert names is None or len(names) == len(set(map(str.casefold, names))) == task.num_classes
+        assert names is None or all(names)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_task_loads_by_name_from_a_folder_of_many(name, tmp_path):
+    classes = CATALOGUE[name].num_classes
+    write_task(tmp_path, classes, f"{name}_")
+    write_task(tmp_path, 2, "other_")
+    task = load_task(name, image_size=4, data_dir=tmp_path, val_fraction=0.5)
+    assert (task.name, len(task.class_names)) == (name, classes)
+    assert task.class_names == (
+        CATALOGUE[name].class_names or tuple(str(i) for i in range(classes))
+    )
+    assert [len(task.train), len(task.val), len(task.test)] == [classes, classes, classes]
+
+
+@pytest.mark.parametrize("where", ["cifar10", "cifar10/data", "svhn/cropped_digits", "mnist/mnist"])
+def test_a_copy_of_the_hubs_repository_is_a_folder(where, tmp_path):
+    write_task(tmp_path / where, 10, names=[f"c{i}" for i in range(10)])
+    name = where.split("/")[0]
+    for task in (
+        load_task(name, image_size=4, data_dir=tmp_path),
+        load_task(f"{name}?data_dir={tmp_path}", image_size=4),
+    ):
+        assert (task.name, task.class_names[3]) == (name, "c3")
+
+
+def test_the_columns_are_the_catalogues_until_others_are_named(tmp_path):
+    write_task(tmp_path, 100, "cifar100_", image="img", label="fine_label")
+    assert load_task("cifar100", image_size=4, data_dir=tmp_path).class_names[1] == "aquarium fish"
+    write_task(tmp_path, 10, "cifar10_", image="picture", label="kind")
+    with pytest.raises(DeltaflError, match=r'no column "image".*"\?image=COLUMN"'):
+        load_task("cifar10", image_size=4, data_dir=tmp_path)
+    assert (
+        len(load_task("cifar10?image=picture&label=kind", image_size=4, data_dir=tmp_path).test)
+        == 10
+    )
+    given = load_task(
+        "cifar10", image_size=4, data_dir=tmp_path, image_column="picture", label_column="kind"
+    )
+    assert len(given.test) == 10
+
+
+def test_food101_is_tested_on_what_its_hub_set_calls_validation(tmp_path):
+    write_task(tmp_path / "food101", 101, splits=("train", "validation"))
+    task = load_task("food101", image_size=4, data_dir=tmp_path, val_fraction=0.5)
+    assert [len(task.train), len(task.val), len(task.test)] == [101, 101, 101]
+    write_task(tmp_path / "cifar10", 10, splits=("train", "validation"))
+    with pytest.raises(DeltaflError, match="has no test split"):
+        load_task("cifar10", image_size=4, data_dir=tmp_path)
+
+
+def test_yes_and_no_are_the_classes_0_and_1(tmp_path):
+    labels = np.array([True, False, True, False])
+    for split in ("train", "valid", "test"):
+        write_parquet_of_bools(tmp_path / "pcam" / f"{split}.parquet", labels)
+    task = load_task("pcam", image_size=4, data_dir=tmp_path)
+    assert task.test.labels.tolist() == [1, 0, 1, 0]
+    assert "tumour" in task.class_names[1]
+
+
+def write_parquet_of_bools(path, labels):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    write_parquet(path, [png(picture(i)) for i in range(len(labels))], labels.astype(int))
+    table = pq.read_table(path).set_column(1, "label", pa.array(labels))
+    features = {"image": {"_type": "Image"}, "label": {"_type": "Value", "dtype": "bool"}}
+    pq.write_table(
+        table.replace_schema_metadata(
+            {"huggingface": json.dumps({"info": {"features": features}})}
+        ),
+        path,
+    )
+
+
+@pytest.mark.parametrize("count", [9, 11])
+def test_another_number_of_classes_is_one_line(count, tmp_path):
+    write_task(tmp_path, count, "mnist_", names=[f"c{i}" for i in range(count)])
+    with pytest.raises(
+        DeltaflError, match=f'task "mnist" has 10 classes, the labels of the data name {count}'
+    ) as error:
+        load_task("mnist", image_size=4, data_dir=tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_cached_task_of_another_name_is_not_taken_for_it(tmp_path):
+    write_task(tmp_path, 10, "mnist_")
+    plain = load_task(f"{tmp_path}/mnist", image_size=4)
+    named = load_task("mnist", image_size=4, data_dir=tmp_path)
+    assert plain.class_names == named.class_names
+    shutil.copy(tmp_path / "mnist_train.parquet", tmp_path / "cifar10_train.parquet")
+    shutil.copy(tmp_path / "mnist_test.parquet", tmp_path / "cifar10_test.parquet")
+    assert load_task("cifar10", image_size=4, data_dir=tmp_path).class_names[0] == "airplane"
+    assert load_task(f"{tmp_path}/cifar10", image_size=4).class_names[0] == "0"
+
+
+def test_a_folder_here_goes_before_the_hub_and_data_dir_before_it(tmp_path, monkeypatch):
+    write_task(tmp_path / "here" / "cifar10", 10, names=[f"here{i}" for i in range(10)])
+    write_task(tmp_path / "there" / "cifar10", 10, names=[f"there{i}" for i in range(10)])
+    monkeypatch.chdir(tmp_path / "here")
+    assert load_task("cifar10", image_size=4).class_names[0] == "here0"
+    assert (
+        load_task("cifar10", image_size=4, data_dir=tmp_path / "there").class_names[0] == "there0"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "revision"),
+    [
+        ("cifar100", "tanganke/cifar100", None),
+        ("svhn", "ufldl-stanford/svhn:cropped_digits", "abc"),
+    ],
+)
+def test_without_a_folder_the_hub_is_asked_for_the_id(name, target, revision, monkeypatch):
+    asked = []
+
+    def hub_source(*arguments):
+        asked.append(arguments)
+        raise DeltaflError("no network.")
+
+    monkeypatch.setattr("deltafl.tasks.named.hub_source", hub_source)
+    with pytest.raises(DeltaflError, match=f'task "{name}": no network. .*--data-dir'):
+        find(
+            name if revision is None else f"{name}?revision={revision}",
+            {"image": None, "label": None},
+        )
+    assert asked == [(target, CATALOGUE[name].image, CATALOGUE[name].label, revision)]
+
+
+def test_without_network_one_line_names_the_remedy():
+    with pytest.raises(
+        DeltaflError, match=r'task "mnist": .*hub:ylecun/mnist.*--data-dir'
+    ) as error:
+        load_task("mnist", image_size=4)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("spec", "told"),
+    [
+        ("cifar1000", 'no data set "cifar1000".*did you mean "cifar100"'),
+        ("fer2013", 'task "fer2013" is on no hub under a known id.*--data-dir'),
+    ],
+)
+def test_names_that_lead_nowhere(spec, told):
+    with pytest.raises(DeltaflError, match=told):
+        load_task(spec, image_size=4)
+
+
+@pytest.mark.parametrize(
+    ("spec", "told"),
+    [
+        (
+            "cifar1000",
+            r'no task "cifar1000", neither in folder ".*" nor by name; did you mean "cifar100"',
+        ),
+        ("cifar100", r'folder ".*" has no task "cifar100".*\(it has: birds\)'),
+        ("digits", r'data_dir ".*" is for a task by its name'),
+        ("hub:tanganke/dtd", r'data_dir ".*" is for a task by its name'),
+        ("./cifar10", r'data_dir ".*" is for a task by its name'),
+        ("cifar10?revision=a", r"without a revision"),
+        ("cifar10?size=3", r'unknown option "size"'),
+    ],
+)
+def test_names_that_lead_nowhere_in_a_folder(spec, told, tmp_path):
+    write_task(tmp_path, 2, "birds_")
+    with pytest.raises(DeltaflError, match=told):
+        load_task(spec, image_size=4, data_dir=tmp_path)
+    assert load_task("birds", image_size=4, data_dir=tmp_path).name == "birds"
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(DeltaflError, match="there is no folder"):
+        load_task("cifar10", image_size=4, data_dir=tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("label", "words"),
+    [
+        ("aquarium_fish", "aquarium fish"),
+        ("AnnualCrop", "Annual Crop"),
+        ("/a/airport_terminal", "airport terminal"),
+        ("bow_window/indoor", "bow window indoor"),
+        ("McLaren MP4-12C Coupe 2012", "McLaren MP4-12C Coupe 2012"),
+        ("BMW_M3", "BMW M3"),
+        ("apple_pie ", "apple pie"),
+    ],
+)
+def test_labels_become_words(label, words):
+    assert cleaned(label) == words
+
+
+def test_prompt_names_follow_the_labels_whatever_their_order():
+    known = CATALOGUE["cifar10"].class_names
+    assert known is not None
+    assert prompt_names("cifar10", [str(i) for i in range(10)]) == known
+    assert prompt_names("cifar10", [name.upper() for name in reversed(known)]) == tuple(
+        reversed(known)
+    )
+    labels = CATALOGUE["eurosat"].labels
+    assert labels is not None
+    assert prompt_names("eurosat", labels) == CATALOGUE["eurosat"].class_names
+    # One unknown word: the data's own names, none given to another class.
+    mixed = ["plane", *known[1:]]
+    assert prompt_names("cifar10", mixed) == tuple(mixed)
+
+
+def test_prompt_names_of_other_tasks_are_their_own_words():
+    assert prompt_names("birds", ["blue_tit", "GreyHeron"]) == ("blue tit", "Grey Heron")
+    assert prompt_templates("birds") == GENERIC_TEMPLATES
+    assert prompt_templates("mnist") == CATALOGUE["mnist"].templates
+    own = [f"/a/scene_{i}" for i in range(397)]
+    assert prompt_names("sun397", own)[5] == "scene 5"
+
+
+def test_prompt_names_need_words_and_the_right_number_of_them():
+    with pytest.raises(
+        DeltaflError, match=r'task "sun397" has numbers for class names.*sun397_classes.json'
+    ):
+        prompt_names("sun397", [str(i) for i in range(397)])
+    with pytest.raises(
+        DeltaflError, match=r'task "mnist" has 4 classes, the one of that name in the catalogue 10'
+    ):
+        prompt_names("mnist", ["a", "b", "c", "d"])

@@ -1,0 +1,87 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+from deltafl.errors import DeltaflError
+from deltafl.tasks import load_task
+from deltafl.tasks.digits import CANVAS, VARIANTS, partition
+
+LABELS = load_digits(return_X_y=True)[1]
+
+
+def test_no_row_is_in_two_places_and_every_row_is_used():
+    parts = [rows for splits in partition(LABELS).values() for rows in splits.values()]
+    assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(1797))
+    assert {
+        pool: [len(r) for r in splits.values()] for pool, splits in partition(LABELS).items()
+    } == {
+        "pretraining": [597, 100, 100],
+        "tasks": [600, 200, 200],
+    }
+
+
+def test_every_part_is_stratified():
+    for splits in partition(LABELS).values():
+        for rows in splits.values():
+            # Classes have 174 to 183 of 1,797 rows, and each part is drawn from what the last one left.
+            assert np.ptp(np.bincount(LABELS[rows], minlength=10) / len(rows)) < 0.02
+
+
+@pytest.mark.parametrize("name", list(VARIANTS))
+def test_a_variant_is_a_deterministic_change_of_every_image(name):
+    spec = f"digits:{name}"
+    task, again = (
+        load_task(spec, image_size=16, channels=1),
+        load_task(spec, image_size=16, channels=1, seed=9),
+    )
+    plain = load_task("digits", image_size=16, channels=1)
+    assert task.name == f"digits_{name}"
+    assert task.class_names == tuple("0123456789")
+    for split, other, untouched in zip(*map(_splits, (task, again, plain)), strict=True):
+        assert split.images.dtype == torch.uint8
+        assert split.images.shape[1:] == (1, 16, 16)
+        assert torch.equal(split.images, other.images)
+        if name == "pretrain":
+            continue
+        assert torch.equal(split.labels, untouched.labels)
+        same = (split.images == untouched.images).flatten(1).all(1)
+        assert same.all() if name == "plain" else not same.any()
+
+
+@pytest.mark.parametrize("name", list(VARIANTS))
+def test_a_variant_keeps_range_shape_and_its_argument(name):
+    images = np.random.default_rng(0).random((5, CANVAS, CANVAS))
+    before = images.copy()
+    changed = VARIANTS[name](images, np.random.default_rng(0))
+    assert changed.shape == images.shape
+    assert changed.min() >= 0
+    assert np.array_equal(images, before)
+
+
+def test_variants_differ_from_each_other():
+    names = [name for name in VARIANTS if name not in ("plain", "pretrain")]
+    images = {
+        name: load_task(f"digits:{name}", image_size=16, channels=1).test.images for name in names
+    }
+    assert len(names) >= 8
+    for a, b in itertools.combinations(names, 2):
+        assert not torch.equal(images[a], images[b])
+
+
+def test_digits_leave_no_cache(tmp_path):
+    load_task("digits", image_size=8, cache_dir=tmp_path / "unused")
+    assert not (tmp_path / "unused").exists()
+
+
+def test_a_misspelt_variant_is_an_error():
+    with pytest.raises(
+        DeltaflError, match='unknown variant of digits "invert"; did you mean "inverted"'
+    ):
+        load_task("digits:invert", image_size=8)
+
+
+def _splits(task):
+    return task.train, task.val, task.test
