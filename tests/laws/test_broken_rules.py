@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from deltafl.algebra.deltas import Deltas
+from deltafl.algebra.tensors import lazy
 from deltafl.errors import DeltaflError
 from deltafl.rules.rule import NO_TRANSFORMS, Traits
 from laws import laws
@@ -111,7 +112,7 @@ def test_purity_is_checked_on_what_the_engine_hands_out(monkeypatch):
     rule = Coordinate(lambda b, w: mean(b, w))
 
     def own(self, name, start, stop):
-        return torch.stack([u.delta.block(name, start, stop).add_(1) for u in self.updates])
+        return torch.stack([lazy(u.delta).block(name, start, stop).add_(1) for u in self.updates])
 
     monkeypatch.setattr(Deltas, "stack", own)
     with pytest.raises(AssertionError):
