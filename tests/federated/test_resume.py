@@ -95,7 +95,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     """The folder of the killed runs, made in a process of one thread, and how many kills there were."""
     folder = tmp_path_factory.mktemp("killed")
     environment = os.environ | {
-        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path]),
         "OMP_NUM_THREADS": "1",
     }
     code = f"from pathlib import Path; from federated.test_resume import *; kill_again_and_again(Path({str(folder)!r}))"

@@ -22,13 +22,14 @@ from deltafl.errors import DeltaflError
 from deltafl.models import load_encoder
 from deltafl.models.flat import FlatModel
 from deltafl.models.heads import load_head, save_head
+from deltafl.seeding import keyed_generator
 from deltafl.tasks import Split
 from deltafl.training import centralized_best as best
 from deltafl.training import evaluate
 from deltafl.training import step as training
 from deltafl.training.centralized import CentralizedRecipe, CentralizedRun, centralize
 from deltafl.training.record import without_timings
-from deltafl.training.step import batch_ids, keyed_generator
+from deltafl.training.step import batch_ids
 from tiny_models import tiny_head, tiny_task, tiny_vit
 
 RECIPE = CentralizedRecipe(epochs=3, lr=0.02, batch_size=16, head="linear", train_head=True, seed=7)
@@ -181,7 +182,7 @@ def test_the_test_images_are_used_once(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_killed_run_resumes_to_the_same_bits(whole: Path, tmp_path: Path):
     out = tmp_path / "run"
     env = os.environ | {
-        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path]),
         "OMP_NUM_THREADS": "1",
         "KILL_AT": "7",
     }
@@ -284,7 +285,10 @@ def test_two_processes_are_one_up_to_rounding(tmp_path: Path):
         f"centralize(tiny_vit(), tiny_task(), {recipe!r}, sys.argv[1], device='cpu')\n"
         "print(f'<{PartialState().num_processes}>')\n"
     )
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path]),
+        "OMP_NUM_THREADS": "1",
+    }
     launch = [
         "-m",
         "torch.distributed.run",

@@ -42,7 +42,10 @@ def run_script(
 ) -> subprocess.CompletedProcess[str]:
     env = (
         os.environ
-        | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+        | {
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path]),
+            "OMP_NUM_THREADS": "1",
+        }
         | environment
     )
     return subprocess.run(
