@@ -174,7 +174,7 @@ def test_options_go_before_the_recipe(trained: Path, tmp_path: Path) -> None:
     )
     assert (held["memory"], held["threads"], held["batch_size"]) == ("0", 2, 64)
     result = json.loads((tmp_path / "out/result.json").read_text())
-    assert (result["metric"], result["seed"]) == ("absolute", 3)
+    assert (result["criterion"], result["seed"]) == ("absolute", 3)
     assert [c["server_lr"] for c in result["candidates"]] == pytest.approx(
         [0, 0.3, 0.8]
     )  # median: a mean, by the paper
@@ -199,23 +199,26 @@ def test_a_race_chooses_what_an_exhaustive_search_does_and_says_what_it_saved(
     ).read_bytes()
     held = yaml.safe_load((tmp_path / "raced/config.yaml").read_text())
     assert (held["strategy"], held["confidence"]) == ("racing", 0.9)
-    images = raced["images"]
-    assert whole["images"] == {
-        "evaluated": images["exhaustive"],
-        "exhaustive": images["exhaustive"],
+    examples = raced["examples"]
+    assert whole["examples"] == {
+        "evaluated": examples["exhaustive"],
+        "exhaustive": examples["exhaustive"],
     }
     rows = [r for r in read_rows(tmp_path / "raced/record.jsonl") if r["event"] == "candidate"]
-    assert sum(r["evaluated"] or 0 for r in rows) == images["evaluated"] < images["exhaustive"]
+    assert sum(r["evaluated"] or 0 for r in rows) == examples["evaluated"] < examples["exhaustive"]
     dropped = [r for r in rows if r["dropped_at"] is not None]
     assert len(rows) == len(whole["candidates"]) > len(dropped) > 0
     with safe_open(tmp_path / "raced/scores.safetensors", "pt") as scores:
         kept = json.loads(scores.metadata()["candidates"])
     assert len(kept) == sum(r["dropped_at"] is None and r["same_as"] is None for r in rows)
-    ratio = images["exhaustive"] / images["evaluated"]
-    assert f"racing: {images['evaluated']:,} images evaluated, {ratio:.1f} times fewer than" in said
+    ratio = examples["exhaustive"] / examples["evaluated"]
+    assert (
+        f"racing: {examples['evaluated']:,} examples evaluated, {ratio:.1f} times fewer than"
+        in said
+    )
     page = (tmp_path / "raced/report.html").read_text()
     assert f"{len(dropped)} of {len(rows)} candidates were dropped" in page
-    assert f"{images['evaluated']:,} images were evaluated" in page
+    assert f"{examples['evaluated']:,} examples were evaluated" in page
     assert "The search raced" not in (tmp_path / "whole/report.html").read_text()
 
 

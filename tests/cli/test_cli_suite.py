@@ -51,7 +51,7 @@ def test_the_table_is_the_mean_and_spread_of_the_runs(suite: Path) -> None:
     assert [row["sharding"] for row in rows] == ["IID", "Nc = 2"]
     for row, sharding in zip(rows, ("iid", "non_iid"), strict=True):
         found = [
-            result["test_accuracy"]
+            result["test_score"]
             for result in map(json.loads, (f.read_text() for f in suite.glob("runs/*/result.json")))
             if (c := result["config"])["sharding"] == sharding and c["sparsity_ratio"] == 0
         ]

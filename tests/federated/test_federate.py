@@ -328,10 +328,10 @@ def test_the_best_round_is_chosen_on_validation_and_tested_once(
     )
     assert len(judged) == 6
     assert set(ASKED) == {5}, "the test split was touched before the last round"
-    assert (run.result["best_round"], run.result["val_accuracy"], run.result["test_accuracy"]) == (
+    assert (run.result["best_round"], run.result["val_score"], run.result["test_score"]) == (
         best, max(values), 0.5,
     )  # fmt: skip
-    assert [r["val_accuracy"] for r in run.rows] == values
+    assert [r["val_score"] for r in run.rows] == values
     saved = load_encoder(tmp_path / "run" / "model").module.state_dict()
     for name, tensor in judged[best].items():
         assert torch.equal(saved[name], tensor)
@@ -346,20 +346,17 @@ def test_the_tested_model_is_the_saved_one(tmp_path: Path) -> None:
     head = load_head(tmp_path / "run" / "model" / "head.safetensors")
     assert run.result["best_round"] > 0
     assert (
-        predict_correct(model, head, task.test).double().mean().item()
-        == run.result["test_accuracy"]
+        predict_correct(model, head, task.test).double().mean().item() == run.result["test_score"]
     )
-    assert (
-        predict_correct(model, head, task.val).double().mean().item() == run.result["val_accuracy"]
-    )
-    assert run.result["val_accuracy"] == max(r["val_accuracy"] for r in run.rows)
+    assert predict_correct(model, head, task.val).double().mean().item() == run.result["val_score"]
+    assert run.result["val_score"] == max(r["val_score"] for r in run.rows)
     assert run.result["test_examples"] == 31
 
 
 def test_validation_every_few_rounds_and_after_the_last(tmp_path: Path) -> None:
     recipe = replace(RECIPE, num_rounds=5, eval_every=2)
     run = federate(plain(), tiny_task(), recipe, tmp_path / "run", device="cpu")
-    assert [r["round"] for r in run.rows if r["val_accuracy"] is not None] == [0, 2, 4, 5]
+    assert [r["round"] for r in run.rows if r["val_score"] is not None] == [0, 2, 4, 5]
 
 
 def test_patience_counts_validations_without_a_gain(

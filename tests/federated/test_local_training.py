@@ -301,7 +301,7 @@ def test_augmentation_is_of_training_batches_only(
         workers=1,
     )
     assert not seen
-    assert plain.rows[0]["val_accuracy"] == run.rows[0]["val_accuracy"]
+    assert plain.rows[0]["val_score"] == run.rows[0]["val_score"]
     assert plain.rows[1]["loss"] != run.rows[1]["loss"]
 
 

@@ -95,7 +95,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     """The folder of the killed runs, made in a process of one thread, and how many kills there were."""
     folder = tmp_path_factory.mktemp("killed")
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path]),
+        "PYTHONPATH": os.pathsep.join(sys.path),
         "OMP_NUM_THREADS": "1",
     }
     code = f"from pathlib import Path; from federated.test_resume import *; kill_again_and_again(Path({str(folder)!r}))"
@@ -266,7 +266,7 @@ def full_state() -> ServerState:
 
     return ServerState(
         5, tensors(0), tensors(1), tensors(2), control=torch.randn(10), control_rounds={3: 2, 11: 5}, best=tensors(4),
-        best_round=2, best_accuracy=0.1 + 0.2, waited=3,
+        best_round=2, best_score=0.1 + 0.2, waited=3,
     )  # fmt: skip
 
 
@@ -282,10 +282,10 @@ def test_a_state_comes_back_bit_for_bit(best_round: int, tmp_path: Path) -> None
     assert torch.equal(found.control, state.control)
     assert {
         n: getattr(found, n)
-        for n in ("round", "control_rounds", "best_round", "best_accuracy", "waited")
+        for n in ("round", "control_rounds", "best_round", "best_score", "waited")
     } == {
         n: getattr(state, n)
-        for n in ("round", "control_rounds", "best_round", "best_accuracy", "waited")
+        for n in ("round", "control_rounds", "best_round", "best_score", "waited")
     }
     assert_same(head, {"weight": torch.ones(2, 3)})
 

@@ -295,9 +295,9 @@ def test_a_search_that_races_finds_the_winner_and_its_exact_value(seed: int) -> 
     assert raced.best.dropped_at is None
     assert [r.label for r in raced.rows] == [r.label for r in whole.rows]
     assert [r.same_as for r in raced.rows] == [r.same_as for r in whole.rows]
-    assert raced.images < whole.images / 2.5
-    assert raced.exhaustive_images == whole.exhaustive_images == whole.images
-    assert raced.images == sum(r.evaluated or 0 for r in raced.rows)
+    assert raced.examples < whole.examples / 2.5
+    assert raced.exhaustive_examples == whole.exhaustive_examples == whole.examples
+    assert raced.examples == sum(r.evaluated or 0 for r in raced.rows)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -306,7 +306,7 @@ def test_a_race_within_each_method_finds_the_best_of_every_method(seed: int) -> 
     assert {m: (r.label, r.value) for m, r in raced.best_of.items()} == {
         m: (r.label, r.value) for m, r in whole.best_of.items()
     }
-    assert raced.images < whole.images
+    assert raced.examples < whole.examples
 
 
 def test_dropped_rows_are_kept_marked_and_not_chosen() -> None:
@@ -343,7 +343,7 @@ def test_an_estimate_never_goes_before_an_exact_value() -> None:
 def test_updates_that_do_not_fit_are_computed_again_to_the_same_rows() -> None:
     held, again = (both(2, memory=memory)[1] for memory in (8_000_000_000, 0))
     assert held.rows == again.rows
-    assert held.images == again.images
+    assert held.examples == again.examples
 
 
 def test_a_shelf_never_holds_more_than_its_room() -> None:

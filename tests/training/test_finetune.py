@@ -41,12 +41,7 @@ def run_script(
     *arguments: str, launcher: tuple[str, ...] = (), **environment: str
 ) -> subprocess.CompletedProcess[str]:
     env = (
-        os.environ
-        | {
-            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path]),
-            "OMP_NUM_THREADS": "1",
-        }
-        | environment
+        os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"} | environment
     )
     return subprocess.run(
         [sys.executable, *(launcher or ("-c", SCRIPT)), *arguments],
@@ -95,7 +90,7 @@ def test_what_a_run_leaves(base: Path, tmp_path: Path):
         "schedule": "cosine", "warmup_steps": 1, "grad_clip": 1.0, "label_smoothing": 0.0, "val_examples": 20,
     }  # fmt: skip
     assert {key: recorded[key] for key in wanted} == wanted
-    assert recorded["val_accuracy"] == evaluate(done.out, task, "val").accuracy
+    assert recorded["val_score"] == evaluate(done.out, task, "val").accuracy
     assert (
         evaluate(done.out, task).accuracy
         > evaluate(base, task, head=done.out / "head.safetensors").accuracy

@@ -10,13 +10,13 @@ from deltafl.training import tensorboard
 from deltafl.training.record import RunRecord
 
 ROWS = [
-    {"event": "start", "round": 0, "val_accuracy": 0.25},
+    {"event": "start", "round": 0, "val_score": 0.25},
     {
         "event": "round",
         "round": 1,
         "clients": [3, 1],
         "loss": 1.5,
-        "val_accuracy": None,
+        "val_score": None,
         "ok": True,
     },
     {
@@ -24,7 +24,7 @@ ROWS = [
         "round": 2,
         "clients": [0, 2],
         "loss": 0.75,
-        "val_accuracy": 0.5,
+        "val_score": 0.5,
         "bytes_up": 2**24,
     },
 ]
@@ -52,7 +52,7 @@ def test_every_number_of_the_record_is_there_at_its_round(tmp_path: Path):
     pytest.importorskip("tensorboard")
     folder = run(tmp_path / "run", ROWS)
     expected = {
-        "val_accuracy": [(0, 0.25), (2, 0.5)],
+        "val_score": [(0, 0.25), (2, 0.5)],
         "loss": [(1, 1.5), (2, 0.75)],
         "bytes_up": [(2, float(2**24))],
     }

@@ -116,8 +116,8 @@ def summary(result: Mapping[str, Any], out: Path) -> str:
     """What came out, in a small table."""
     early = ", stopped early" if result["stopped_early"] else ""
     facts = [
-        ("test accuracy", f"{result['test_accuracy']:.2%} of {result['test_examples']}"),
-        ("validation accuracy", f"{result['val_accuracy']:.2%} after epoch {result['best_epoch']}"),
+        ("test accuracy", f"{result['test_score']:.2%} of {result['test_examples']}"),
+        ("validation accuracy", f"{result['val_score']:.2%} after epoch {result['best_epoch']}"),
         ("epochs", f"{result['epochs']}{early}"),
     ]
     return f"{table(('centralised training', ''), facts)}\nmodel: {out / 'model'}\nreport: {out / 'report.html'}"
@@ -125,4 +125,4 @@ def summary(result: Mapping[str, Any], out: Path) -> str:
 
 def _line(row: Mapping[str, Any], epochs: int) -> str:
     told = "" if row["epoch"] == 0 else f"loss {row['train_loss']:.4f}, "
-    return f"epoch {row['epoch']}/{epochs}: {told}validation {row['val_accuracy']:.2%}"
+    return f"epoch {row['epoch']}/{epochs}: {told}validation {row['val_score']:.2%}"

@@ -258,9 +258,7 @@ def round_progress(*, quiet: bool) -> Any:
     with progress_by_stage(quiet=quiet) as show:
 
         def on_round(row: Any, total: int) -> None:
-            seen = (
-                "" if row.get("val_accuracy") is None else f", validation {row['val_accuracy']:.1%}"
-            )
+            seen = "" if row.get("val_score") is None else f", validation {row['val_score']:.1%}"
             show("rounds" + seen if total == row["round"] else "rounds", row["round"], total)
 
         yield on_round
@@ -279,8 +277,8 @@ def write_report(out: Path, result: Mapping[str, Any], rows: Sequence[Mapping[st
 def summary(result: Mapping[str, Any], out: Path) -> str:
     """What came out, in a small table."""
     facts = [
-        ("test accuracy", f"{result['test_accuracy']:.2%} of {result['test_examples']}"),
-        ("validation accuracy", f"{result['val_accuracy']:.2%} after round {result['best_round']}"),
+        ("test accuracy", f"{result['test_score']:.2%} of {result['test_examples']}"),
+        ("validation accuracy", f"{result['val_score']:.2%} after round {result['best_round']}"),
         ("rounds", str(result["rounds"])),
         ("sent by clients", as_bytes(result["bytes_up_total"])),
         ("sent by the server", as_bytes(result["bytes_down_total"])),

@@ -87,7 +87,7 @@ def search(recipe: str, quiet: bool, **options: Any) -> None:
     if not quiet:
         click.echo(results(result | published))
         if result["strategy"] == "racing":
-            click.echo(race_line(result["images"]))
+            click.echo(race_line(result["examples"]))
         if held.out is not None:
             merged = f"merged model: {Path(held.out) / 'merged'}"
             kept = "no merged model: on validation data no candidate is better than the base"
@@ -116,10 +116,10 @@ def write_result(
     (folder / "report.html").write_text(render(page))
 
 
-def race_line(images: dict[str, int]) -> str:
+def race_line(examples: dict[str, int]) -> str:
     """How much a race evaluated, against an exhaustive search."""
-    evaluated, whole = images["evaluated"], images["exhaustive"]
-    return f"racing: {evaluated:,} images evaluated, {whole / evaluated:.1f} times fewer than all {whole:,}"
+    evaluated, whole = examples["evaluated"], examples["exhaustive"]
+    return f"racing: {evaluated:,} examples evaluated, {whole / evaluated:.1f} times fewer than all {whole:,}"
 
 
 def results(result: dict[str, Any]) -> str:

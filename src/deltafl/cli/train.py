@@ -114,7 +114,7 @@ def finetune(
             on_progress=on_progress,
         )
     if not quiet:
-        accuracy, count = done.training["val_accuracy"], done.training["val_examples"]
+        accuracy, count = done.training["val_score"], done.training["val_examples"]
         click.echo(
             f"{done.out}: {done.training['num_steps']} steps, {accuracy:.2%} of {count} validation examples"
         )

@@ -114,7 +114,7 @@ def summarise(
     if not runs:
         return {"labels": dict(cell.labels), "name": cell.name, "runs": 0, "failed": failed}
     results = [result for result, _ in runs]
-    tests = [result["test_accuracy"] for result in results]
+    tests = [result["test_score"] for result in results]
     return {
         "labels": dict(cell.labels),
         "name": cell.name,
@@ -122,7 +122,7 @@ def summarise(
         "failed": failed,
         "test": statistics.mean(tests),
         "spread": statistics.stdev(tests) if len(tests) > 1 else None,
-        "val": statistics.mean(result["val_accuracy"] for result in results),
+        "val": statistics.mean(result["val_score"] for result in results),
         "best_round": statistics.mean(result["best_round"] for result in results),
         "megabytes_up": statistics.mean(result["bytes_up_total"] for result in results) / 1e6,
         "seconds": sum(result["client_seconds"] + result["server_seconds"] for result in results),
@@ -135,13 +135,13 @@ def summarise(
 def mean_curve(runs: Sequence[Sequence[Mapping[str, Any]]], key: str) -> list[tuple[float, float]]:
     """(mean of `key`, mean validation accuracy) over runs, at the rounds that every run validated."""
     by_round = [
-        {row["round"]: row for row in rows if row["val_accuracy"] is not None} for rows in runs
+        {row["round"]: row for row in rows if row["val_score"] is not None} for rows in runs
     ]
     shared = sorted(set.intersection(*(set(rows) for rows in by_round)))
     return [
         (
             statistics.mean(rows[number].get(key, 0) for rows in by_round),
-            statistics.mean(rows[number]["val_accuracy"] for rows in by_round),
+            statistics.mean(rows[number]["val_score"] for rows in by_round),
         )
         for number in shared
     ]

@@ -59,7 +59,7 @@ class Ledger:
         return {
             "event": "round",
             "round": number,
-            "val_accuracy": accuracy,
+            "val_score": accuracy,
             "loss": result.loss,
             "clients": list(result.clients),
             "failed": list(result.failed),

@@ -201,7 +201,7 @@ def _start_row(state: ServerState, setting: Setting, ledger: Ledger) -> dict[str
     return {
         "event": "start",
         "round": 0,
-        "val_accuracy": state.best_accuracy,
+        "val_score": state.best_score,
         "smallest_client": shape.smallest,
         "largest_client": shape.largest,
         "classes_per_client": [int(shape.classes.min()), int(shape.classes.max())],
@@ -214,13 +214,13 @@ def _start_row(state: ServerState, setting: Setting, ledger: Ledger) -> dict[str
 def _validated(state: ServerState, setting: Setting) -> ServerState:
     """The state after a validation; of equal accuracies the first is the best."""
     accuracy = _accuracy(state.params, setting, setting.task.val)
-    if accuracy > state.best_accuracy:
+    if accuracy > state.best_score:
         return replace(
             state,
             accuracy=accuracy,
             best=state.params,
             best_round=state.round,
-            best_accuracy=accuracy,
+            best_score=accuracy,
             waited=0,
         )
     return replace(state, accuracy=accuracy, waited=state.waited + 1)
@@ -251,9 +251,10 @@ def _finish(
     last = rows[-1] if rows else {}
     result = {
         "title": f"{task.name}: {recipe.num_clients} clients, {recipe.aggregator}",
-        "test_accuracy": _accuracy(state.best, setting, task.test),
+        "metric": "accuracy",
+        "test_score": _accuracy(state.best, setting, task.test),
         "test_examples": len(task.test),
-        "val_accuracy": state.best_accuracy,
+        "val_score": state.best_score,
         "best_round": state.best_round,
         "rounds": state.round,
         "failed_updates": sum(len(r["failed"]) for r in rows),

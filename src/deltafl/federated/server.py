@@ -1,5 +1,6 @@
 """The server: what it holds between rounds, whom it asks, and how it moves."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -31,7 +32,7 @@ class ServerState:
     accuracy: float | None = None
     best: Mapping[str, Tensor] = field(default_factory=dict)
     best_round: int = 0
-    best_accuracy: float = -1.0
+    best_score: float = -math.inf
     waited: int = 0
 
 

@@ -19,7 +19,7 @@ from deltafl.federated.server import ServerState
 from deltafl.files import write_atomically
 
 PARTS = ("params", "m", "v", "best")
-NUMBERS = ("round", "control_rounds", "best_round", "best_accuracy", "waited")
+NUMBERS = ("round", "control_rounds", "best_round", "best_score", "waited")
 
 
 PAUSE = 100
@@ -92,7 +92,7 @@ def decode(path: Path, like: ServerState) -> tuple[ServerState, dict[str, Tensor
         else control.to(like.control.device),
         control_rounds={int(k): r for k, r in numbers["control_rounds"].items()},
         best_round=numbers["best_round"],
-        best_accuracy=numbers["best_accuracy"],
+        best_score=numbers["best_score"],
         waited=numbers["waited"],
     )
     return state, {n.removeprefix("head/"): t for n, t in held.items() if n.startswith("head/")}

@@ -25,8 +25,8 @@ class Row:
     """One candidate: its scale in both conventions, mean score per task on validation, and the metric's value.
 
     same_as: an earlier row whose model has the same bits, so that it was not evaluated again. evaluated: validation
-    images, over all tasks, that the row was evaluated on; None: on none of its own. dropped_at: the look of the race
-    after which it was dropped, so that `val` and `value` are estimates from those images; None: they are exact.
+    examples, over all tasks, that the row was evaluated on; None: on none of its own. dropped_at: the look of the race
+    after which it was dropped, so that `val` and `value` are estimates from those examples; None: they are exact.
     """
 
     method: str

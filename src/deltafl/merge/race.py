@@ -30,7 +30,7 @@ class Finish:
     """How far one candidate came.
 
     scores: of each task, (n_t,), in the order of the race's subset, or of the examples where all were seen.
-    evaluated: images, over all tasks. dropped_at: the look (from 1) after which it was dropped; None: it was kept.
+    evaluated: examples, over all tasks. dropped_at: the look (from 1) after which it was dropped; None: it was kept.
     """
 
     scores: tuple[Tensor, ...]

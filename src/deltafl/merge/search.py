@@ -47,7 +47,7 @@ class SearchResult:
 
     single: task -> validation score of its own model. correct: label of a row that was evaluated on all validation
     data -> task -> scores (N,). The best of a method whose every row was dropped is the one that lasted longest.
-    images: images that candidates were evaluated on; exhaustive_images: those that an exhaustive search takes.
+    examples: examples that candidates were evaluated on; exhaustive_examples: those that an exhaustive search takes.
     """
 
     best: Row
@@ -58,8 +58,8 @@ class SearchResult:
     correct: Mapping[str, Mapping[str, Tensor]]
     norms: tuple[float, ...]
     gram: Tensor
-    images: int
-    exhaustive_images: int
+    examples: int
+    exhaustive_examples: int
 
 
 def search(
@@ -115,10 +115,19 @@ def search(
         rows = _exhaust(judged, plan, on_row)
     best_of = {m: max((r for r in rows if r.method == m), key=lambda r: r.rank) for m, _ in methods}
     best = max(rows, key=lambda r: r.rank)
-    images = [r.evaluated for r in rows if r.evaluated is not None]
-    whole = len(images) * sum(len(g.val) for g in problem.goals)
+    evaluated = [r.evaluated for r in rows if r.evaluated is not None]
+    whole = len(evaluated) * sum(len(g.val) for g in problem.goals)
     return SearchResult(
-        best, tuple(rows), best_of, rows[0], single, judged.correct, norms, gram, sum(images), whole
+        best,
+        tuple(rows),
+        best_of,
+        rows[0],
+        single,
+        judged.correct,
+        norms,
+        gram,
+        sum(evaluated),
+        whole,
     )
 
 

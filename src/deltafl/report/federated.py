@@ -20,12 +20,12 @@ def federated_page(result: Mapping[str, Any], rows: Rows) -> Page:
     start = next((row for row in rows if row["event"] == "start"), {})
     facts = Facts(
         [
-            ("test accuracy, once", f"{100 * result['test_accuracy']:.1f} %"),
+            ("test accuracy, once", f"{100 * result['test_score']:.1f} %"),
             (
                 f"validation, best (round {result['best_round']})",
-                f"{100 * result['val_accuracy']:.1f} %",
+                f"{100 * result['val_score']:.1f} %",
             ),
-            ("before the first round", f"{100 * start['val_accuracy']:.1f} %" if start else "–"),
+            ("before the first round", f"{100 * start['val_score']:.1f} %" if start else "–"),
             ("sent by clients", _bytes(result["bytes_up_total"])),
             ("sent before that, in step 0", _bytes(result.get("setup_bytes_up", 0))),
             (
@@ -80,9 +80,7 @@ def curves(runs: Mapping[str, Rows]) -> list[Item]:
 
 def _points(rows: Rows, key: str, factor: float) -> list[tuple[float, float]]:
     return [
-        (factor * row.get(key, 0), row["val_accuracy"])
-        for row in rows
-        if row["val_accuracy"] is not None
+        (factor * row.get(key, 0), row["val_score"]) for row in rows if row["val_score"] is not None
     ]
 
 
@@ -109,7 +107,7 @@ def rounds_table(rows: Rows) -> Table:
     chosen = [row for i, row in enumerate(rounds) if i % step == 0 or row is rounds[-1]]
     cells: list[list[Any]] = [
         [
-            "0", row["val_accuracy"], None, None, None,
+            "0", row["val_score"], None, None, None,
             row.get("setup_bytes_up", 0) / 1e6, row.get("setup_bytes_down", 0) / 1e6, None, None,
         ]
         for row in zero
@@ -117,7 +115,7 @@ def rounds_table(rows: Rows) -> Table:
     cells += [
         [
             str(row["round"]),
-            row["val_accuracy"],
+            row["val_score"],
             row["loss"],
             row["num_steps"],
             len(row["failed"]),

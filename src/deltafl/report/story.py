@@ -116,13 +116,13 @@ def _raced(result: Result) -> str:
     """What a race evaluated; "" for an exhaustive search."""
     if result.get("strategy") != "racing":
         return ""
-    evaluated, whole = result["images"]["evaluated"], result["images"]["exhaustive"]
+    evaluated, whole = result["examples"]["evaluated"], result["examples"]["exhaustive"]
     dropped = sum(row["dropped_at"] is not None for row in result["candidates"])
     return (
         f"\n\nThe search raced: {dropped} of {len(result['candidates'])} candidates were dropped on part of the "
-        f"images, so that {evaluated:,} images were evaluated rather than {whole:,} ({whole / evaluated:.1f} times "
-        "fewer). Their points on the curves are estimates from those images, and none of them was chosen; the winner's "
-        "value is exact."
+        f"examples, so that {evaluated:,} examples were evaluated rather than {whole:,} ({whole / evaluated:.1f} times "
+        "fewer). Their points on the curves are estimates from those examples, and none of them was chosen; the "
+        "winner's value is exact."
     )
 
 

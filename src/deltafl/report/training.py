@@ -22,9 +22,9 @@ def training_page(result: Mapping[str, Any], rows: Rows) -> Page:
     start = next((row for row in rows if row["epoch"] == 0), {})
     facts = Facts(
         [
-            ("test accuracy, once", percent(result["test_accuracy"])),
-            (f"validation, best (epoch {result['best_epoch']})", percent(result["val_accuracy"])),
-            ("before the first epoch", percent(start.get("val_accuracy"))),
+            ("test accuracy, once", percent(result["test_score"])),
+            (f"validation, best (epoch {result['best_epoch']})", percent(result["val_score"])),
+            ("before the first epoch", percent(start.get("val_score"))),
             ("epochs", str(result["epochs"])),
             ("seconds of training", f"{result['seconds']:.0f}"),
         ]
@@ -59,7 +59,7 @@ def epochs_table(rows: Rows) -> Table:
         Column("validation", "percent", 2, best="max"),
         Column("seconds", "number", 1),
     ]
-    keys = ("epoch", "lr", "train_loss", "val_accuracy", "seconds")
+    keys = ("epoch", "lr", "train_loss", "val_score", "seconds")
     cells = [[row.get(key) for key in keys] for row in rows]
     return Table(
         columns, cells, "Every epoch; epoch 0 is the model before training, with its head."
@@ -80,7 +80,7 @@ def _told(result: Mapping[str, Any]) -> str:
 def _figure(result: Mapping[str, Any], rows: Rows) -> Figure:
     caption = "Mean training loss of each epoch, and validation accuracy after it; the ring marks the epoch chosen."
     losses = [row["train_loss"] for row in rows if row.get("train_loss") is not None]
-    alt = f"Validation accuracy best at epoch {result['best_epoch']} with {percent(result['val_accuracy'])}."
+    alt = f"Validation accuracy best at epoch {result['best_epoch']} with {percent(result['val_score'])}."
     if losses:
         alt += f" Training loss from {losses[0]:.3g} to {losses[-1]:.3g}."
     return drawn(lambda width: _draw(result, rows, width), caption, alt)
@@ -96,7 +96,7 @@ def _draw(result: Mapping[str, Any], rows: Rows, width: int) -> "Drawing":
         0,
     )
     loss.set_title("Training loss")
-    points = [(row["epoch"], 100 * row["val_accuracy"]) for row in rows]
+    points = [(row["epoch"], 100 * row["val_score"]) for row in rows]
     _line(accuracy, points, 1)
     accuracy.set_title("Validation accuracy, %")
     mark_chosen(accuracy, {x: y / 100 for x, y in points}, result["best_epoch"], SERIES[1])

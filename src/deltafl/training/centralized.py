@@ -114,12 +114,12 @@ def centralize(
     def validated(progress: Progress, epoch: int) -> tuple[Progress, float]:
         check_finite(model, progress.step)
         accuracy = _accuracy(model, head, task.val, recipe, count)
-        if accuracy > progress.best_accuracy:
+        if accuracy > progress.best_score:
             kept = {n: t.clone() for n, t in model.module.state_dict().items()}
             best = {"module": kept, "head": [t.detach().clone() for t in (head.weight, head.bias)]}
             best["normalised"] = head.normalised
             return replace(
-                progress, best=best, best_epoch=epoch, best_accuracy=accuracy, waited=0
+                progress, best=best, best_epoch=epoch, best_score=accuracy, waited=0
             ), accuracy
         return replace(progress, waited=progress.waited + 1), accuracy
 
@@ -142,7 +142,7 @@ def centralize(
             {
                 "event": "start",
                 "epoch": 0,
-                "val_accuracy": accuracy,
+                "val_score": accuracy,
                 "parameters": model.flat.numel(),
             }
         )
@@ -170,7 +170,7 @@ def centralize(
             rate = lr_at(done - 1, total, recipe.warmup, recipe.lr, recipe.lr_schedule)
             seconds = time.perf_counter() - started
             tell({"event": "epoch", "epoch": epoch + 1, "step": done, "lr": rate, "train_loss": mean,
-                  "val_accuracy": accuracy, "seconds": seconds})  # fmt: skip
+                  "val_score": accuracy, "seconds": seconds})  # fmt: skip
             started = time.perf_counter()
         if position == per_epoch - 1 or (save_every and done % save_every == 0):
             save(progress)

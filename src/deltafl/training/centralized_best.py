@@ -31,7 +31,7 @@ class Progress:
     loss: Tensor
     best: Mapping[str, Any]
     best_epoch: int
-    best_accuracy: float
+    best_score: float
     waited: int
 
 
@@ -55,9 +55,10 @@ def write_best(
     rows = [row for row in record.rows() if row["event"] == "epoch"]
     result = {
         "title": f"{task.name}: centralised training",
-        "test_accuracy": correct.double().mean().item(),
+        "metric": "accuracy",
+        "test_score": correct.double().mean().item(),
         "test_examples": len(correct),
-        "val_accuracy": progress.best_accuracy,
+        "val_score": progress.best_score,
         "val_examples": len(task.val),
         "best_epoch": progress.best_epoch,
         "epochs": len(rows),
@@ -74,7 +75,7 @@ def write_best(
         "num_examples": len(task.train),
         "num_classes": len(task.class_names),
         "epochs": progress.best_epoch,
-        "val_accuracy": progress.best_accuracy,
+        "val_score": progress.best_score,
         "config": dict(config),
     }
     with atomic_folder(out / "model", overwrite=True) as folder:

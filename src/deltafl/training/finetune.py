@@ -270,7 +270,7 @@ def _training(
         if recipe.epochs is None
         else recipe.epochs,
         "warmup_steps": warmup,
-        "val_accuracy": correct.double().mean().item(),
+        "val_score": correct.double().mean().item(),
         "val_examples": len(correct),
         "versions": {
             name: version(name) for name in ("deltafl", "torch", "transformers", "accelerate")
