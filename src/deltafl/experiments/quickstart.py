@@ -2,19 +2,17 @@
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
-
-import torch
 
 from deltafl.experiments.one_shot import SearchSpec, TaskModel, run_search
 from deltafl.merge.plan import MergeSpec, Model
 from deltafl.models import load_encoder
 from deltafl.models.heads import HEAD_FILE
 from deltafl.models.pretrained import new_vit
+from deltafl.pool import one_thread
 from deltafl.seeding import keyed_generator
 from deltafl.tasks import load_task
 from deltafl.training import FinetuneRecipe, finetune
@@ -64,20 +62,9 @@ def run_quickstart(
     One thread: a model this small gains nothing from more, and sums then have one order on every machine.
     """
     started = time.perf_counter()
-    with on_one_thread():
+    with one_thread():
         result = _story(folder, seed, on_stage)
     return {**result, "seconds": time.perf_counter() - started}
-
-
-@contextmanager
-def on_one_thread() -> Iterator[None]:
-    """Within the block torch uses one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _story(folder: Path, seed: int, on_stage: OnStage) -> dict[str, Any]:
