@@ -16,14 +16,16 @@ from deltafl.federated.recipe import FederatedRecipe
 from deltafl.models.flat import FlatModel
 from deltafl.models.heads import LinearHead
 from deltafl.rules.rule import Source
+from deltafl.seeding import keyed_generator
 from deltafl.sparse.masks import Mask
 from deltafl.sparse.packed import KeptIndex, PackedDelta
 from deltafl.sparse.sgdm import SparseSGDM
-from deltafl.tasks.task import Split
+from deltafl.tasks.arrays import Split
 from deltafl.tasks.transforms import random_crop, random_flip
 from deltafl.training.finetune import keyed_dropout
+from deltafl.training.legacy import Batch, train_step
 from deltafl.training.recipe import PRECISIONS
-from deltafl.training.step import Batch, batches, keyed_generator, train_step
+from deltafl.training.step import batches
 
 HEAD = "deltafl_head."
 """Before the names of a trained head's tensors, weight and bias, among the server's parameters."""

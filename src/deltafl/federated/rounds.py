@@ -18,7 +18,7 @@ from deltafl.federated.recipe import FederatedRecipe
 from deltafl.federated.server import ServerState, choose_clients, round_lr, server_step, steps_of
 from deltafl.federated.workers import Workers, one_thread
 from deltafl.sparse.masks import Mask
-from deltafl.tasks.task import Split
+from deltafl.tasks.arrays import Split
 
 logger = logging.getLogger(__name__)
 

@@ -16,9 +16,10 @@ from deltafl.federated.recipe import FederatedRecipe
 from deltafl.models.flat import FlatModel
 from deltafl.models.heads import LinearHead
 from deltafl.rules.rule import Source
+from deltafl.seeding import keyed_generator
 from deltafl.sparse.masks import Mask
 from deltafl.sparse.sgdm import sgdm_
-from deltafl.training.step import batches, keyed_generator
+from deltafl.training.step import batches
 
 
 class StackedTraining:
