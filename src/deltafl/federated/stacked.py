@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from deltafl.algebra.deltas import Difference
 from deltafl.algebra.tensors import Tensors
-from deltafl.checkpoints.checkpoint import Difference
 from deltafl.errors import DeltaflError
 from deltafl.federated.client import ClientUpdate, Round, augmented, load_params, moving
 from deltafl.federated.recipe import FederatedRecipe
@@ -108,7 +108,6 @@ class StackedTraining:
         rest = {n: params[n] for n in moving(self.model, self.head) if n not in own}
         means = (totals / steps).tolist()
         seconds = (time.perf_counter() - started) / count
-        names = {n: n for n in params}
         updates = []
         for k, part in enumerate(rounds):
             after = {n: leaves[f"encoder.{n}"].detach()[k] for n in own} | rest
@@ -119,7 +118,7 @@ class StackedTraining:
                 lr=part.lr,
                 momentum=r.momentum,
             )
-            delta = Difference(params, after, names, torch.float32)
+            delta = Difference(params, after)
             updates.append(ClientUpdate(delta, source, means[k], seconds))
         return updates
 
