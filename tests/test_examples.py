@@ -22,7 +22,7 @@ from deltafl.merge.recipe import MergeRecipe, ModelEntry, load_yaml, parse
 from deltafl.merge.search import check_methods
 from deltafl.merge.search_recipe import SearchEntry, SearchRecipe
 from deltafl.rules.rule import RULES, load_rules, parameters
-from deltafl.tasks.catalogue import CATALOGUE
+from deltafl.tasks.catalogue import catalogue
 from laws import laws
 from laws.worlds import make
 
@@ -112,7 +112,7 @@ def test_the_search_recipe_is_read():
 def test_the_recipe_of_published_checkpoints_holds_every_rule_and_task():
     spec = parse(SearchRecipe, load_yaml(ROOT / "configs" / "clip-vit-b-32-ta8.yaml")).spec()
     assert sorted(name for name, _ in spec.methods) == list(load_rules())
-    assert all(entry.head == "zero-shot" and entry.data in CATALOGUE for entry in spec.models)
+    assert all(entry.head == "zero-shot" and entry.data in catalogue() for entry in spec.models)
     names = [
         entry.model.ref.removeprefix("tanganke/clip-vit-base-patch32_") for entry in spec.models
     ]

@@ -74,11 +74,13 @@ def shards(
     from deltafl.federated.sharding import describe, shard
     from deltafl.files import check_output
     from deltafl.seeding import keyed_generator
-    from deltafl.tasks import load_task
+    from deltafl.tasks.arrays import load_arrays
 
     if out is not None:
         check_output(out, overwrite=overwrite)
-    loaded = load_task(task, image_size=image_size, channels=channels, seed=seed, data_dir=data_dir)
+    loaded = load_arrays(
+        task, image_size=image_size, channels=channels, seed=seed, data_dir=data_dir
+    )
     labels = loaded.train.labels
     positions = shard(labels, num_clients, chosen, keyed_generator(seed, "shards"))
     told = describe(positions, labels, len(loaded.class_names))

@@ -35,7 +35,7 @@ from deltafl.models import LoadedEncoder, load_encoder
 from deltafl.models.flat import FlatModel
 from deltafl.models.heads import HEAD_FILE, ZERO_SHOT, check_head, load_head
 from deltafl.rules.rule import Source, build_rule
-from deltafl.tasks import Task, load_task
+from deltafl.tasks.arrays import Task, load_arrays
 from deltafl.training.evaluation import zero_shot_for
 from deltafl.training.legacy import Accuracy
 from deltafl.version import __version__
@@ -78,7 +78,6 @@ class SearchSpec:
     data_dir: str | None = None
     templates: str | None = None
     fixed: tuple[tuple[str, Row], ...] = ()
-    cache_dir: Path | None = None
 
 
 def run_search(
@@ -167,13 +166,12 @@ def _task(entry: TaskModel, plan: Plan, encoder: LoadedEncoder, spec: SearchSpec
     given, seed = encoder.input, spec.seed
     if seed is None:
         seed = int(read_training(plan.layouts[entry.model.name]).get("seed") or 0)
-    return load_task(
+    return load_arrays(
         entry.data,
         image_size=given.image_size,
         channels=given.channels,
         seed=seed,
         data_dir=spec.data_dir,
-        cache_dir=spec.cache_dir,
     )
 
 

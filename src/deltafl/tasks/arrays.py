@@ -10,6 +10,7 @@ from deltafl.tasks.images import Images, ImageTask
 from deltafl.tasks.inputs import ImageInput
 from deltafl.tasks.loading import load_task
 from deltafl.tasks.recipe import DataRecipe
+from deltafl.tasks.task import Task as AnyTask
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,13 @@ def image_task(task: Task) -> ImageTask:
     return ImageTask(task.name, splits, task.class_names)
 
 
+def arrays_of(task: AnyTask) -> Task:
+    """The same data in the old form."""
+    assert isinstance(task, ImageTask)
+    parts = {split: Split(part.images, part.labels) for split, part in task.splits.items()}
+    return Task(task.name, **parts, class_names=task.class_names)
+
+
 def load_arrays(
     spec: str,
     *,
@@ -58,6 +66,4 @@ def load_arrays(
     """`load_task` in the old form."""
     recipe = DataRecipe.of(data=spec, data_dir=data_dir and str(data_dir), limit=limit)
     task = load_task(recipe, ImageInput(image_size, channels), seed)
-    assert isinstance(task, ImageTask)
-    parts = {split: Split(part.images, part.labels) for split, part in task.splits.items()}
-    return Task(task.name, **parts, class_names=task.class_names)
+    return arrays_of(task)

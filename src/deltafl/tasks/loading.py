@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from urllib.parse import parse_qsl
 
 import numpy as np
 import PIL
@@ -41,13 +42,16 @@ def load_task(data: DataRecipe | str, inputs: ImageInput | TextInput, seed: int 
     Raises:
         DeltaflError: whatever is wrong with the settings, the data or the cache folder, in one line.
     """
-    recipe = DataRecipe(data=data) if isinstance(data, str) else data
+    recipe = DataRecipe.of(data=data) if isinstance(data, str) else data
     spec = recipe.data
     kind, colon, target = spec.partition(":")
-    if "?" in spec:
+    location, mark, query = spec.partition("?")
+    if mark:
+        keys = {"image": "image_column", "label": "label_column"}
+        moved = [f"{keys.get(key, key)}: {value}" for key, value in parse_qsl(query)]
         raise DeltaflError(
-            f'data "{spec}": what followed "?" has keys and options of its own: image_column, '
-            "label_column, revision and data_dir (--image-column ..)"
+            f'data "{spec}": what follows "?" has keys and options of its own; write data: '
+            f"{location}, {', '.join(moved)} (options: --image-column ..)"
         )
     builtin = kind in ("hub", "parquet", "folder", "lines", *FAMILIES) or Path(spec).exists()
     if MODULE_ATTR.fullmatch(spec) and not builtin:
