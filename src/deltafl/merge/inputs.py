@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deltafl.algebra.aggregate import Update, Weights, as_weights
+from deltafl.algebra.aggregate import Update, Weights
 from deltafl.algebra.tensors import Tensors, block_of, device_named, numel_of
 from deltafl.checkpoints.checkpoint import (
     Checkpoint,
@@ -59,8 +59,8 @@ def open_updates(plan: Plan, memory: int = 0) -> Iterator[Opened]:
 
     Raises DeltaflError if a tied tensor does not equal its twin.
     """
-    spec = plan.spec
-    device = device_named(spec.device)
+    recipe = plan.recipe
+    device = device_named(recipe.device)
     in_memory = (
         plan.base.num_bytes + sum(layout.num_bytes for layout in plan.layouts.values()) <= memory
     )
@@ -75,7 +75,7 @@ def open_updates(plan: Plan, memory: int = 0) -> Iterator[Opened]:
         base = opened(plan.base)
         tuned = {name: opened(layout) for name, layout in plan.layouts.items()}
         refuse_untied(plan.alignment, base, tuned)
-        wide = spec.exact or any(e.dtype == "F64" for e in entries_of(base).values())
+        wide = recipe.exact or any(e.dtype == "F64" for e in entries_of(base).values())
         dtype = torch.float64 if wide else torch.float32
         working = Latest(base, dtype, device)
         names = {
@@ -86,13 +86,11 @@ def open_updates(plan: Plan, memory: int = 0) -> Iterator[Opened]:
             Update(Difference(working, tuned[s.name], names[s.name], dtype), s)
             for s in plan.sources
         )
-        default = as_weights(spec.weights, len(updates)).default
-        weights = as_weights(Weights(default, spec.weight_patterns), len(updates))
         whole = {
             name: Completed(base, tensors, plan.alignment.names[name])
             for name, tensors in tuned.items()
         }
-        yield Opened(base, working, dtype, updates, weights, whole)
+        yield Opened(base, working, dtype, updates, recipe.model_weights, whole)
 
 
 def large_deltas(opened: Opened, limit: float = 0.5) -> list[str]:
