@@ -35,7 +35,7 @@ from deltafl.federated.state import StateWriter
 from deltafl.models import load_encoder
 from deltafl.models.flat import FlatModel
 from deltafl.models.heads import LinearHead
-from deltafl.tasks.task import Split
+from deltafl.tasks.arrays import Split
 from deltafl.training.step import batch_ids
 
 HERE = Path(__file__).parent

@@ -15,7 +15,7 @@ from deltafl.models import load_encoder
 from deltafl.models.flat import FlatModel
 from deltafl.models.heads import random_head
 from deltafl.sparse.fisher import diagonal_fisher
-from deltafl.tasks.task import Split
+from deltafl.tasks.arrays import Split
 
 TARGET = 1.5
 MODEL = "vit:hidden=384,layers=12,heads=6,patch=16,image_size=224"

@@ -13,7 +13,7 @@ from mlp import Setting, make_data, make_head
 from deltafl.federated import FederatedRecipe, federate
 from deltafl.models import load_encoder
 from deltafl.models.heads import LinearHead, save_head
-from deltafl.tasks.task import Split, Task
+from deltafl.tasks.arrays import Split, Task
 
 NAMES = tuple("abcdefghij")
 

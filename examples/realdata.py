@@ -13,7 +13,7 @@ from torch import nn
 
 from deltafl.errors import DeltaflError
 from deltafl.tasks import Task, load_task
-from deltafl.tasks.task import Split
+from deltafl.tasks.arrays import Split
 
 
 def folder() -> Path:

@@ -97,3 +97,33 @@ def tiny_clip(folder: Path, seed: int = 0):
             parameter.data.normal_(std=0.3)
     model.save_pretrained(folder)
     return t.CLIPModel.from_pretrained(folder).eval(), t.AutoTokenizer.from_pretrained(folder)
+
+
+def tiny_llama(folder: Path, seed: int = 0):
+    """A Llama with random weights on bytes; `folder` gets its configuration and tokenizer."""
+    import transformers as t
+
+    from deltafl.models.causal import new_causal
+
+    t.ByT5Tokenizer().save_pretrained(folder)
+    config = t.LlamaConfig(
+        vocab_size=384,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+    )
+    config.save_pretrained(folder)
+    return new_causal(str(folder), config, seed)
+
+
+def write_lines(folder: Path, count: int = 30) -> Path:
+    """Two sources of lines that are easily learnt."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = {"a": "one and {} are more", "b": "the {}th of May"}
+    for name, text in sources.items():
+        lines = "\n".join(text.format(i) for i in range(count))
+        (folder / f"train-{name}.txt").write_text(lines)
+        (folder / f"test-{name}.txt").write_text(text.format(100 + len(name)) + "\n\n")
+    return folder

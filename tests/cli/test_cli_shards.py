@@ -13,8 +13,8 @@ from deltafl.errors import DeltaflError
 from deltafl.federated.sharding import NonIid, shard
 from deltafl.report import render
 from deltafl.report.shards import shards_figure, shards_page
+from deltafl.seeding import keyed_generator
 from deltafl.tasks import load_task
-from deltafl.training.step import keyed_generator
 
 TASK = ("tiny_models:tiny_task_factory", "--channels", "1")
 

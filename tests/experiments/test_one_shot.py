@@ -182,7 +182,7 @@ def test_mistake_images_decoded_again_for_every_candidate(
 def test_the_test_split_is_scored_once_for_each_reported_row(
     trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from deltafl.training.step import Accuracy
+    from deltafl.training.legacy import Accuracy
 
     def split_of(scorer: Accuracy, *rest: object) -> str:
         return hashlib.sha256(scorer.split.images.numpy().tobytes()).hexdigest()
@@ -201,7 +201,7 @@ def test_the_test_split_is_scored_once_for_each_reported_row(
 
 def refused(recipe: SearchRecipe, monkeypatch: pytest.MonkeyPatch) -> DeltaflError:
     """The error of a search that must not come to scoring anything."""
-    from deltafl.training.step import Accuracy
+    from deltafl.training.legacy import Accuracy
 
     scored = counting(monkeypatch, Accuracy, "__call__", lambda *rest: None)
     with pytest.raises(DeltaflError) as error:

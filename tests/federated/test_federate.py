@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltafl.algebra.aggregate import Update
+from deltafl.algebra.deltas import Update
 from deltafl.errors import DeltaflError
 from deltafl.federated import FederatedRecipe, LocalTraining, choose_clients, federate, run_round
 from deltafl.federated import run as federated_run
@@ -19,7 +19,7 @@ from deltafl.models.flat import FlatModel
 from deltafl.models.heads import load_head
 from deltafl.rules.rule import Source
 from deltafl.tasks import Split, Task
-from deltafl.training.step import predict_correct
+from deltafl.training.legacy import predict_correct
 from federated.worlds import RECIPE, begin, normed, plain
 from tiny_models import tiny_task
 

@@ -15,8 +15,9 @@ from deltafl.models.flat import FlatModel
 from deltafl.models.heads import few_per_class, random_head, save_head
 from deltafl.models.probe import probe_head
 from deltafl.models.ridge import RidgeStatistics, ridge_head, solve
+from deltafl.seeding import keyed_generator
 from deltafl.sparse.masks import MASK_STRATEGIES, load_mask, mask_meta, model_hash, save_mask
-from deltafl.training.step import extract_features, keyed_generator, predict_correct
+from deltafl.training.legacy import extract_features, predict_correct
 from federated.worlds import RECIPE, assert_same, begin, plain
 from tiny_models import NAMES, tiny_task
 

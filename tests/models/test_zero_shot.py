@@ -15,8 +15,8 @@ from deltafl.models.flat import FlatModel
 from deltafl.models.heads import LinearHead, load_head, save_head
 from deltafl.models.zero_shot import read_templates, zero_shot_head
 from deltafl.sparse.fisher import diagonal_fisher
+from deltafl.tasks.arrays import Split, Task
 from deltafl.tasks.catalogue import CATALOGUE
-from deltafl.tasks.task import Split, Task
 from deltafl.training import FinetuneRecipe, evaluate, finetune
 from tiny_models import tiny_clip, tiny_vit
 

@@ -10,7 +10,7 @@ from deltafl.errors import DeltaflError
 from deltafl.models.encoder import InputSpec, LoadedEncoder
 from deltafl.models.flat import FlatModel
 from deltafl.sparse.sgdm import SparseSGDM
-from deltafl.training.step import Batch, train_step
+from deltafl.training.legacy import Batch, train_step
 from tiny_models import tiny_head, tiny_task, tiny_vit
 
 COMBINATIONS = [

@@ -8,20 +8,20 @@ import torch
 from dataset_files import picture, png, write_parquet
 
 from deltafl.errors import DeltaflError
-from deltafl.tasks import cache, images, load_task
+from deltafl.tasks import cache, decoding, load_task
 
 
 @pytest.fixture
 def decodes(monkeypatch):
     """The list grows by one for each image that is decoded."""
     calls = []
-    real = images.decode
+    real = decoding.decode
 
     def counted(encoded, geometry):
         calls.append(geometry)
         return real(encoded, geometry)
 
-    monkeypatch.setattr(images, "decode", counted)
+    monkeypatch.setattr(decoding, "decode", counted)
     return calls
 
 

@@ -4,7 +4,7 @@ from dataset_files import picture, png
 from PIL import Image
 
 from deltafl.errors import DeltaflError
-from deltafl.tasks.images import BATCH, Geometry, decode, decoded
+from deltafl.tasks.decoding import BATCH, Geometry, decode, decoded
 from deltafl.tasks.source import RawSplit
 
 

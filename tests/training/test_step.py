@@ -6,21 +6,12 @@ import torch
 from torch import nn
 
 from deltafl.errors import DeltaflError
+from deltafl.merge.scores import Scorer
 from deltafl.models.flat import FlatModel
+from deltafl.seeding import keyed_generator
 from deltafl.tasks import Split
-from deltafl.training.step import (
-    Accuracy,
-    Batch,
-    Scorer,
-    batch_ids,
-    batches,
-    default_warmup,
-    extract_features,
-    keyed_generator,
-    lr_at,
-    predict_correct,
-    train_step,
-)
+from deltafl.training.legacy import Accuracy, Batch, extract_features, predict_correct, train_step
+from deltafl.training.step import batch_ids, batches, default_warmup, lr_at
 from tiny_models import tiny_head, tiny_task, tiny_vit
 
 

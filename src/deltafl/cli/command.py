@@ -152,6 +152,7 @@ def describe(leaf: Leaf) -> str:
     """What a setting is, in which range, and its default."""
     field = leaf.field
     text = (field.description or "").rstrip(".") + "."
+    text = text[0].upper() + text[1:]
     text += "".join(f" {part}." for part in _range(field))
     default = field.get_default(call_default_factory=True)
     if leaf.flattened or default in (None, False, "", ()) or field.is_required():

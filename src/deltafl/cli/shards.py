@@ -73,8 +73,8 @@ def shards(
     )
     from deltafl.federated.sharding import describe, shard
     from deltafl.files import check_output
+    from deltafl.seeding import keyed_generator
     from deltafl.tasks import load_task
-    from deltafl.training.step import keyed_generator
 
     if out is not None:
         check_output(out, overwrite=overwrite)

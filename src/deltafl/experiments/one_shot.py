@@ -36,7 +36,7 @@ from deltafl.progress import OnProgress, Progress, ignore
 from deltafl.rules.rule import Source, build_rule
 from deltafl.tasks import Task, load_task
 from deltafl.training.evaluation import zero_shot_for
-from deltafl.training.step import Accuracy
+from deltafl.training.legacy import Accuracy
 from deltafl.version import __version__
 
 SINGLE, BASE = "single-task models", "base (unmerged)"

@@ -14,9 +14,9 @@ from deltafl.merge.search_recipe import SearchRecipe
 from deltafl.models import load_encoder
 from deltafl.models.heads import HEAD_FILE
 from deltafl.models.pretrained import new_vit
+from deltafl.seeding import keyed_generator
 from deltafl.tasks import load_task
 from deltafl.training import FinetuneRecipe, finetune
-from deltafl.training.step import keyed_generator
 
 IMAGE_SIZE = 16
 

@@ -14,10 +14,10 @@ from deltafl.experiments.federated_suites import Cell
 from deltafl.federated import federate
 from deltafl.federated.sharding import Sharding, shard
 from deltafl.models import LoadedEncoder
+from deltafl.seeding import keyed_generator
 from deltafl.tasks import Task
 from deltafl.training.record import read_rows
 from deltafl.training.state import run_config
-from deltafl.training.step import keyed_generator
 from deltafl.training.tensorboard import write_rows
 from deltafl.usercode import find_callable
 

@@ -9,21 +9,22 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from deltafl.algebra.aggregate import Update
+from deltafl.algebra.deltas import Difference, Update
 from deltafl.algebra.tensors import Joined, Tensors
-from deltafl.checkpoints.checkpoint import Difference
 from deltafl.federated.recipe import FederatedRecipe
 from deltafl.models.flat import FlatModel
 from deltafl.models.heads import LinearHead
 from deltafl.rules.rule import Source
+from deltafl.seeding import keyed_generator
 from deltafl.sparse.masks import Mask
 from deltafl.sparse.packed import KeptIndex, PackedDelta
 from deltafl.sparse.sgdm import SparseSGDM
-from deltafl.tasks.task import Split
+from deltafl.tasks.arrays import Split
 from deltafl.tasks.transforms import random_crop, random_flip
 from deltafl.training.finetune import keyed_dropout
+from deltafl.training.legacy import Batch, train_step
 from deltafl.training.recipe import PRECISIONS
-from deltafl.training.step import Batch, batches, keyed_generator, train_step
+from deltafl.training.step import batches
 
 HEAD = "deltafl_head."
 """Before the names of a trained head's tensors, weight and bias, among the server's parameters."""
@@ -117,7 +118,7 @@ class LocalTraining:
             momentum=self.recipe.momentum,
             prox_mu=self.recipe.prox_mu if self.recipe.local_algorithm == "fedprox" else None,
         )
-        delta = Difference(params, after, {n: n for n in params}, torch.float32)
+        delta = Difference(params, after)
         mean = (
             float(loss) / round.num_steps
         )  # reading it makes a GPU finish, so that the time is the client's
@@ -215,7 +216,8 @@ class LocalTraining:
             } | rest
         shapes = {n: tuple(t.shape) for n, t in own.items()}
         packed = PackedDelta(optimiser.index.gather(flat), optimiser.index, shapes, onto=params)
-        return Joined(packed, rest) if rest else packed
+        parts = (packed, rest)
+        return Joined({n: (part, n) for part in parts for n in part}) if rest else packed
 
 
 def augmented(images: Tensor, kind: str, generator: torch.Generator) -> Tensor:

@@ -29,11 +29,11 @@ from deltafl.models import LoadedEncoder
 from deltafl.models.flat import FlatModel
 from deltafl.models.heads import LinearHead
 from deltafl.sparse.masks import model_hash, save_mask
-from deltafl.tasks.task import Split, Task
+from deltafl.tasks.arrays import Split, Task
+from deltafl.training.legacy import predict_correct
 from deltafl.training.recipe import PRECISIONS
 from deltafl.training.record import RunRecord, write_json
 from deltafl.training.state import require_same_config, run_config
-from deltafl.training.step import predict_correct
 from deltafl.usercode import find_callable
 
 OnRound = Callable[[Mapping[str, Any], int], None]

@@ -10,7 +10,8 @@ from torch import Tensor
 from deltafl.algebra.aggregate import Aggregate, Stepped
 from deltafl.algebra.tensors import Tensors
 from deltafl.federated.recipe import FederatedRecipe
-from deltafl.training.step import keyed_generator, lr_at
+from deltafl.seeding import keyed_generator
+from deltafl.training.step import lr_at
 
 
 @dataclass(frozen=True)

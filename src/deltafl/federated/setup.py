@@ -23,14 +23,15 @@ from deltafl.models.heads import (
     random_head,
 )
 from deltafl.models.ridge import RidgeStatistics, ridge_head
+from deltafl.seeding import keyed_generator
 from deltafl.sparse.calibration import calibrate
 from deltafl.sparse.eligible import eligible
 from deltafl.sparse.fisher import FisherSum, diagonal_fisher
 from deltafl.sparse.masks import Mask, load_mask, model_hash
-from deltafl.tasks.task import Task
+from deltafl.tasks.arrays import Task
 from deltafl.training.evaluation import zero_shot_for
+from deltafl.training.legacy import extract_features
 from deltafl.training.recipe import PRECISIONS
-from deltafl.training.step import extract_features, keyed_generator
 
 MASK_FILE = "mask.safetensors"
 STATE_FILE = "state/state.safetensors"

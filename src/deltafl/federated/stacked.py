@@ -8,17 +8,18 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from deltafl.algebra.deltas import Difference
 from deltafl.algebra.tensors import Tensors
-from deltafl.checkpoints.checkpoint import Difference
 from deltafl.errors import DeltaflError
 from deltafl.federated.client import ClientUpdate, Round, augmented, load_params, moving
 from deltafl.federated.recipe import FederatedRecipe
 from deltafl.models.flat import FlatModel
 from deltafl.models.heads import LinearHead
 from deltafl.rules.rule import Source
+from deltafl.seeding import keyed_generator
 from deltafl.sparse.masks import Mask
 from deltafl.sparse.sgdm import sgdm_
-from deltafl.training.step import batches, keyed_generator
+from deltafl.training.step import batches
 
 
 class StackedTraining:
@@ -107,7 +108,6 @@ class StackedTraining:
         rest = {n: params[n] for n in moving(self.model, self.head) if n not in own}
         means = (totals / steps).tolist()
         seconds = (time.perf_counter() - started) / count
-        names = {n: n for n in params}
         updates = []
         for k, part in enumerate(rounds):
             after = {n: leaves[f"encoder.{n}"].detach()[k] for n in own} | rest
@@ -118,7 +118,7 @@ class StackedTraining:
                 lr=part.lr,
                 momentum=r.momentum,
             )
-            delta = Difference(params, after, names, torch.float32)
+            delta = Difference(params, after)
             updates.append(ClientUpdate(delta, source, means[k], seconds))
         return updates
 

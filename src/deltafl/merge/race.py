@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deltafl.errors import DeltaflError
-from deltafl.training.step import keyed_generator
+from deltafl.seeding import keyed_generator
 
 FIRST = 8
 """Examples of each task at the first look; every further look adds half as many again."""

@@ -65,14 +65,14 @@ def run_merge(
         )
         dtype = DTYPES[recipe.stored_dtype] if recipe.stored_dtype else None
         scale = step_scale(recipe, opened.weights)
-        stepped = Stepped(opened.base, aggregate, scale, dtype=dtype, working=opened.working)
+        stepped = Stepped(opened.base, aggregate, scale, dtype=dtype)
         shards = plan_shards(entries_of(opened.base), recipe.stored_dtype, recipe.max_shard_size)
         write_tensors(
             stepped,
             shards,
             folder,
             threads=plan.threads,
-            processes=opened.working.device.type == "cpu",  # type: ignore[attr-defined]
+            processes=opened.base.device.type == "cpu",
             on_elements=lambda count: on_elements(n * count),
         )
         if any(

@@ -3,59 +3,19 @@
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from deltafl.errors import DeltaflError
+from deltafl.tasks.inputs import ImageInput
 
 Embed: TypeAlias = Callable[[nn.Module, Tensor], Tensor]
 """(module, normalised float images (B, C, H, W)) -> features (B, D)."""
 
 
-@dataclass(frozen=True)
-class InputSpec:
-    """What a model takes: square images of `image_size` pixels, `(x / 255 - mean) / std` in each channel."""
-
-    image_size: int
-    channels: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def normalise(self, images: Tensor) -> Tensor:
-        """uint8 (B, C, H, W) -> float32 (B, C, H, W), on the images' device, channels last in memory.
-
-        On a CPU that layout makes convolutions up to 2.3 times faster (MobileNetV1); shape and values are the same.
-
-        Raises:
-            DeltaflError: the images have another number of channels or another size.
-        """
-        expected = (self.channels, self.image_size, self.image_size)
-        if tuple(images.shape[1:]) != expected:
-            raise DeltaflError(
-                f"the images are {tuple(images.shape[1:])} (channels, height, width), the model takes {expected}; "
-                f"load the data with image_size={self.image_size}, channels={self.channels}"
-            )
-        size = self.image_size
-        mean, std = (
-            _at_pixels(self.mean, size, images.device),
-            _at_pixels(self.std, size, images.device),
-        )
-        pixels = images.permute(
-            0, 2, 3, 1
-        ).contiguous()  # as bytes: a permuting copy to floats takes twice as long
-        return (
-            pixels.to(torch.float32, copy=True).div_(255).sub_(mean).div_(std).permute(0, 3, 1, 2)
-        )
-
-
-@cache
-def _at_pixels(values: tuple[float, ...], size: int, device: torch.device) -> Tensor:
-    """float32 (size, size, C), a channel's value at every pixel: the loops over (1, 1, C) would be C long."""
-    with torch.inference_mode(False):
-        return torch.tensor(values, device=device).expand(size, size, -1).contiguous()
+InputSpec = ImageInput
 
 
 @dataclass(frozen=True)

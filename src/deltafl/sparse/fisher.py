@@ -13,7 +13,7 @@ from deltafl.models.encoder import LoadedEncoder
 from deltafl.models.flat import FlatModel
 from deltafl.models.heads import LinearHead
 from deltafl.sparse.capture import Plan, Target, add_by_vmap, add_fast, make_plan
-from deltafl.tasks.task import Split
+from deltafl.tasks.arrays import Split
 
 Labels: TypeAlias = Literal["sampled", "empirical", "exact"]
 

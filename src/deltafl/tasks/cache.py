@@ -24,7 +24,7 @@ import torch
 
 from deltafl.errors import DeltaflError
 from deltafl.files import sync_folder, write_atomically
-from deltafl.tasks.task import Split, Task
+from deltafl.tasks.arrays import Split, Task
 
 log = logging.getLogger(__name__)
 

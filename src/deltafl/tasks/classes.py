@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from deltafl.errors import DeltaflError
-from deltafl.tasks.task import Split, Task
+from deltafl.tasks.arrays import Split, Task
 
 
 def class_groups(classes: int, parts: int, generator: torch.Generator) -> list[Tensor]:

@@ -1,95 +1,115 @@
-"""From encoded images to uint8 arrays of one size, in threads."""
+"""Image classification: uint8 images of one size and a class for each."""
 
-import io
-import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
-import numpy as np
-from PIL import Image, ImageOps
+import torch
+from torch import Tensor, nn
 
 from deltafl.errors import DeltaflError
-from deltafl.tasks.source import Encoded, RawSplit
+from deltafl.tasks.task import SPLITS, Batch, Model, Split, Task, hash_of
+from deltafl.tasks.transforms import random_crop, random_flip
 
-BATCH = 256
-"""Images decoded between two writes."""
-
-Resize = Literal["crop", "stretch"]
+Augmentation = Literal["none", "flip", "crop_flip"]
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """The form that a model reads: `channels` (1 or 3) x `size` x `size`.
+@dataclass(frozen=True, eq=False)
+class Images:
+    """uint8 (N, C, H, W), possibly memory-mapped, and their classes, int64 (N,)."""
 
-    `crop` brings the short side to `size` and takes the centre, as CLIP's and ViT's processors do; `stretch` ignores
-    the aspect ratio. Both are Pillow's bicubic with antialiasing.
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def at(self, rows: Tensor) -> "Images":
+        """Those at `rows`, int64; whole images are copied, not pixels."""
+        rows = rows.to(self.images.device)
+        return Images(self.images.index_select(0, rows), self.labels.index_select(0, rows))
+
+    def to(self, device: torch.device | str) -> "Images":
+        """The same on another device."""
+        return Images(self.images.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True, eq=False)
+class ImageTask(Task):
+    """Classification by cross-entropy; `model(images)` gives logits (B, K).
+
+    A batch is {"images": uint8 (B, C, H, W), "labels": int64 (B,)}; of training, `augment`-ed
+    and with {"smoothing": float32 (B,)} where `label_smoothing` is not 0: the target is then
+    (1 - s) one-hot + s / K. Score: 1 where the largest logit is the label's, else 0.
     """
 
-    size: int
-    channels: int = 3
-    resize: Resize = "crop"
+    name: str
+    splits: Mapping[str, Images]
+    class_names: tuple[str, ...]
+    augment: Augmentation = "none"
+    label_smoothing: float = 0.0
 
+    metric = "accuracy"
+    ratio_scaled = True
 
-def decode(encoded: Encoded, geometry: Geometry) -> np.ndarray:
-    """One image as uint8 (C, H, W). Raises whatever Pillow raises for a file that is no image."""
-    with _open(encoded) as image:
-        if image.mode.startswith(("I", "F")):
-            raise ValueError(f"pixels of mode {image.mode} have more than 8 bits")
-        upright = ImageOps.exif_transpose(image)
-        if upright.mode == "P" and "transparency" in upright.info:
-            upright = upright.convert("RGBA")
-        pixels = np.asarray(
-            _resized(upright.convert("RGB" if geometry.channels == 3 else "L"), geometry)
-        )
-    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    def size(self, split: Split) -> int:
+        return len(self.splits[split])
 
+    def groups(self, split: Split) -> Tensor:
+        return self.splits[split].labels.cpu()
 
-def _open(encoded: Encoded) -> Image.Image:
-    if isinstance(encoded, np.ndarray):
-        return Image.fromarray(encoded)
-    return Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded)
+    def batch(
+        self,
+        split: Split,
+        ids: Tensor,
+        device: torch.device | str = "cpu",
+        generator: torch.Generator | None = None,
+    ) -> Batch:
+        part = self.splits[split].at(ids).to(device)
+        batch = {"images": part.images, "labels": part.labels}
+        if generator is None:
+            return batch
+        if self.augment == "crop_flip":
+            shift = max(1, part.images.shape[-1] // 8)
+            batch["images"] = random_crop(batch["images"], shift, generator)
+        if self.augment != "none":
+            batch["images"] = random_flip(batch["images"], generator)
+        if self.label_smoothing:
+            batch["smoothing"] = torch.full((len(ids),), self.label_smoothing, device=device)
+        return batch
 
+    def loss(self, model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
+        logits = model(batch["images"]).float()
+        losses = nn.functional.cross_entropy(logits, batch["labels"], reduction="none")
+        if "smoothing" in batch:
+            losses = torch.lerp(losses, -logits.log_softmax(1).mean(1), batch["smoothing"])
+        return losses, torch.ones_like(losses)
 
-def _resized(image: Image.Image, geometry: Geometry) -> Image.Image:
-    size = geometry.size
-    if image.size == (size, size):
-        return image
-    if geometry.resize == "stretch":
-        return image.resize((size, size), Image.Resampling.BICUBIC)
-    short = min(image.size)
-    width, height = (size if side == short else size * side // short for side in image.size)
-    left, top = (width - size) // 2, (height - size) // 2
-    scaled = image.resize((width, height), Image.Resampling.BICUBIC)
-    return scaled.crop((left, top, left + size, top + size))
+    def score(self, model: Model, batch: Batch) -> Tensor:
+        return (model(batch["images"]).argmax(1) == batch["labels"]).float()
 
+    def sampled(self, model: Model, batch: Batch, generator: torch.Generator) -> Batch:
+        """Labels drawn from softmax(logits), on the generator's device."""
+        chances = model(batch["images"]).float().softmax(1).to(generator.device)
+        labels = torch.multinomial(chances, 1, generator=generator)[:, 0]
+        return {**batch, "labels": labels.to(batch["labels"].device)}
 
-def decoded(split: RawSplit, rows: np.ndarray, geometry: Geometry) -> Iterator[np.ndarray]:
-    """The images of `rows` in order, as batches uint8 (n, C, H, W).
+    def fingerprint(self) -> str:
+        """Of all labels, of 64 images spread over each split, and of the class names."""
+        parts = [self.splits[s] for s in SPLITS]
+        some = [p.images[:: max(1, len(p) // 64)] for p in parts]
+        return hash_of(*(p.labels for p in parts), *some, *self.class_names)
 
-    Raises `DeltaflError` with the row and the file of the first image that cannot be decoded.
-    """
-
-    def one(row: int, encoded: Encoded) -> np.ndarray:
-        try:
-            return decode(encoded, geometry)
-        except (
-            OSError,
-            SyntaxError,
-            ValueError,
-            TypeError,
-            AttributeError,
-            Image.DecompressionBombError,
-        ) as error:
-            place = f" ({encoded})" if isinstance(encoded, Path) else ""
+    def only(self, rows: Mapping[str, Tensor], name: str) -> "ImageTask":
+        """Labels and class names stay, so that one head fits all parts."""
+        if empty := [split for split in SPLITS if not len(rows[split])]:
             raise DeltaflError(
-                f"row {row} of {split.where}{place} is not an 8-bit image that can be read: {error}. "
-                "Repair the row or remove it."
-            ) from error
+                f'task "{name}" has no example in {", ".join(empty)}; take fewer parts or more data'
+            )
+        splits = {split: self.splits[split].at(rows[split]) for split in SPLITS}
+        return replace(self, name=name, splits=splits)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, len(rows), BATCH):
-            batch = rows[start : start + BATCH].tolist()
-            yield np.stack(list(pool.map(one, batch, split.read(batch))))
+    def to(self, device: torch.device | str) -> "ImageTask":
+        if torch.device(device).type == "cpu":
+            return self
+        return replace(self, splits={s: part.to(device) for s, part in self.splits.items()})

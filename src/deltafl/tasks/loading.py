@@ -14,11 +14,11 @@ import torch
 
 from deltafl.errors import DeltaflError, shorten
 from deltafl.tasks import cache
-from deltafl.tasks.images import Geometry, Resize, decoded
+from deltafl.tasks.arrays import Split, Task
+from deltafl.tasks.decoding import Geometry, Resize, decoded
 from deltafl.tasks.selection import Selection, select
 from deltafl.tasks.source import RawTask, Source
 from deltafl.tasks.spec import find
-from deltafl.tasks.task import Split, Task
 
 log = logging.getLogger(__name__)
 

@@ -6,12 +6,12 @@ from pathlib import Path
 from urllib.parse import parse_qsl
 
 from deltafl.errors import DeltaflError, did_you_mean
+from deltafl.tasks.arrays import Task
 from deltafl.tasks.catalogue import CATALOGUE
 from deltafl.tasks.hub import hub_source
 from deltafl.tasks.local import local_source
 from deltafl.tasks.named import named_source
 from deltafl.tasks.source import FAMILIES, Source
-from deltafl.tasks.task import Task
 from deltafl.tasks.user import user_builder
 
 OPTIONS = ("image", "label", "revision", "data_dir")

@@ -1,33 +1,103 @@
-"""The one form in which every data set is used."""
+"""What everything that trains or judges knows of data: examples in batches, a loss and a score."""
 
-from dataclasses import dataclass
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from deltafl.errors import DeltaflError
 
-@dataclass(frozen=True)
-class Split:
-    """Images as uint8 (N, C, H, W), possibly memory-mapped, and labels as int64 (N,)."""
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
-    images: Tensor
-    labels: Tensor
+Batch = Mapping[str, Tensor]
+"""Named tensors (B, ...) on the model's device."""
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def at(self, ids: Tensor, device: torch.device | str) -> tuple[Tensor, Tensor]:
-        """Images and labels of the examples at `ids`, int64 (B,), on `device`; whole images are copied, not pixels."""
-        images = self.images.index_select(0, ids.to(self.images.device))
-        return images.to(device), self.labels.index_select(0, ids.to(self.labels.device)).to(device)
+Model = Callable[..., Any]
+"""A module, a `Net` or anything called like it: a function of other parameters, under vmap."""
 
 
-@dataclass(frozen=True)
-class Task:
-    """A classification task: `val` chooses, `test` is looked at once."""
+class Task(ABC):
+    """Data, objective and score; no weights. `val` chooses, `test` is looked at once.
+
+    `metric` names the score ("accuracy"). `ratio_scaled`: scores have a zero and may be divided
+    by one another; a log-likelihood may not.
+    """
 
     name: str
-    train: Split
-    val: Split
-    test: Split
-    class_names: tuple[str, ...]
+    metric: str = "score"
+    ratio_scaled: bool = False
+
+    @abstractmethod
+    def size(self, split: Split) -> int:
+        """Number of examples; their ids are 0 .. size - 1."""
+
+    @abstractmethod
+    def batch(
+        self,
+        split: Split,
+        ids: Tensor,
+        device: torch.device | str = "cpu",
+        generator: torch.Generator | None = None,
+    ) -> Batch:
+        """The examples at `ids`, int64 (B,), in that order.
+
+        generator: given where a model trains on the batch; augmentation is drawn from it, and
+        what softens the target (label smoothing) is in the batch. None: the examples as they are.
+        """
+
+    @abstractmethod
+    def loss(self, model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
+        """For each example the sum of its losses and how many they are, both float (B,).
+
+        The mean loss is sums.sum() / weights.sum(): over examples of classification, over tokens
+        of language. Nothing of one example depends on another.
+        """
+
+    @abstractmethod
+    def score(self, model: Model, batch: Batch) -> Tensor:
+        """For each example how well it is done, (B,), larger is better; may be negative."""
+
+    def groups(self, split: Split) -> Tensor:
+        """int64 (N,): the class, source or author of each example, which shards go by."""
+        return torch.zeros(self.size(split), dtype=torch.int64)
+
+    def sampled(self, model: Model, batch: Batch, generator: torch.Generator) -> Batch:
+        """The batch with targets drawn from the model's own distribution, for Fisher scores.
+
+        Raises:
+            DeltaflError: the task has no such distribution.
+        """
+        raise DeltaflError(
+            f'task "{self.name}" draws no labels from a model; use fisher_labels empirical'
+        )
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A hash of the data: what decides whether a run may go on, and what is cached."""
+
+    def only(self, rows: Mapping[str, Tensor], name: str) -> "Task":
+        """The examples at `rows`, int64 for each split, as a task of their own.
+
+        Raises:
+            DeltaflError: the task cannot be divided.
+        """
+        raise DeltaflError(f'task "{self.name}" cannot be divided; give its parts as tasks')
+
+    def to(self, device: torch.device | str) -> "Task":
+        """The task with its data on `device`; itself where that gains nothing."""
+        return self
+
+
+def hash_of(*parts: Tensor | str) -> str:
+    """sha256 of the bytes of tensors and texts, in order."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, str):
+            digest.update(part.encode())
+        else:
+            digest.update(part.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 from deltafl.errors import DeltaflError, did_you_mean
+from deltafl.tasks.arrays import Task
 from deltafl.tasks.source import FAMILIES
-from deltafl.tasks.task import Task
 from deltafl.usercode import importable
 
 

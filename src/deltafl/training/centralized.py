@@ -20,14 +20,16 @@ from deltafl.files import check_output
 from deltafl.models import LoadedEncoder
 from deltafl.models.flat import FlatModel
 from deltafl.models.heads import LinearHead
-from deltafl.tasks.task import Split, Task
+from deltafl.seeding import keyed_generator
+from deltafl.tasks.arrays import Split, Task
 from deltafl.training.centralized_best import Progress, write_best
 from deltafl.training.centralized_recipe import CentralizedRecipe
 from deltafl.training.finetune import check_finite, join_processes, shared_head, training_steps
+from deltafl.training.legacy import predict_correct
 from deltafl.training.recipe import PRECISIONS
 from deltafl.training.record import RunRecord, killed_at_start
 from deltafl.training.state import read_state, require_same_config, run_config, write_state
-from deltafl.training.step import keyed_generator, lr_at, predict_correct
+from deltafl.training.step import lr_at
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from deltafl.files import atomic_folder
 from deltafl.models import save_encoder
 from deltafl.models.flat import FlatModel
 from deltafl.models.heads import HEAD_FILE, LinearHead, save_head
-from deltafl.tasks.task import Task
+from deltafl.tasks.arrays import Task
 from deltafl.training import TRAINING_JSON
 from deltafl.training.centralized_recipe import CentralizedRecipe
+from deltafl.training.legacy import predict_correct
 from deltafl.training.recipe import PRECISIONS
 from deltafl.training.record import RunRecord, write_json
-from deltafl.training.step import predict_correct
 
 
 @dataclass(frozen=True)

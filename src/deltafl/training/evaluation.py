@@ -22,9 +22,10 @@ from deltafl.models.heads import (
 )
 from deltafl.models.ridge import RidgeStatistics, ridge_head
 from deltafl.models.zero_shot import read_templates, zero_shot_head
-from deltafl.tasks.task import Task
+from deltafl.seeding import keyed_generator
+from deltafl.tasks.arrays import Task
+from deltafl.training.legacy import extract_features, predict_correct
 from deltafl.training.recipe import PRECISIONS, FinetuneRecipe
-from deltafl.training.step import extract_features, keyed_generator, predict_correct
 
 
 def make_head(model: FlatModel, task: Task, recipe: FinetuneRecipe) -> LinearHead:

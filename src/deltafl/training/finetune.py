@@ -18,8 +18,10 @@ from deltafl.files import atomic_folder, check_output
 from deltafl.models import LoadedEncoder, save_encoder
 from deltafl.models.flat import FlatModel
 from deltafl.models.heads import HEAD_FILE, LinearHead, check_head, save_head
-from deltafl.tasks.task import Split, Task
+from deltafl.seeding import keyed_generator
+from deltafl.tasks.arrays import Split, Task
 from deltafl.training.evaluation import make_head
+from deltafl.training.legacy import Batch, predict_correct, train_step
 from deltafl.training.recipe import PRECISIONS, FinetuneRecipe
 from deltafl.training.state import (
     read_state,
@@ -28,15 +30,7 @@ from deltafl.training.state import (
     state_path,
     write_state,
 )
-from deltafl.training.step import (
-    Batch,
-    batch_ids,
-    default_warmup,
-    keyed_generator,
-    lr_at,
-    predict_correct,
-    train_step,
-)
+from deltafl.training.step import batch_ids, default_warmup, lr_at
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from deltafl.errors import DeltaflError
 from deltafl.files import write_atomically
 from deltafl.models import LoadedEncoder
 from deltafl.models.heads import LinearHead
-from deltafl.tasks.task import Task
+from deltafl.tasks.arrays import Task
 
 State = Mapping[str, Any]
 """step, module (its state dict), head (weight, bias), optimiser (its state dict)."""

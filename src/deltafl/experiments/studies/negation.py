@@ -10,7 +10,7 @@ from deltafl.experiments.studies.statistics import by_seed, summary
 from deltafl.experiments.studies.study import Data, Study
 from deltafl.experiments.studies.trials import Trial, random_like, told
 from deltafl.merge.task_vector import TaskVector
-from deltafl.training.step import keyed_generator
+from deltafl.seeding import keyed_generator
 
 KEPT = 0.95
 """The share of the base's control accuracy that must remain."""

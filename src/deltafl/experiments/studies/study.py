@@ -18,15 +18,15 @@ from deltafl.files import atomic_folder, write_atomically
 from deltafl.models import LoadedEncoder, load_encoder, save_encoder
 from deltafl.models.flat import FlatModel
 from deltafl.models.heads import LinearHead, load_head, save_head
+from deltafl.seeding import keyed_generator
 from deltafl.tasks import Task, load_task
+from deltafl.tasks.arrays import Split
 from deltafl.tasks.classes import class_groups, only_classes
 from deltafl.tasks.selection import stratified
-from deltafl.tasks.task import Split
 from deltafl.training import FinetuneRecipe, finetune
 from deltafl.training.evaluation import make_head
 from deltafl.training.finetune import TRAINING_JSON
 from deltafl.training.state import run_config, sha256_of
-from deltafl.training.step import keyed_generator
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from deltafl.experiments.one_shot import BASE, SINGLE
 from deltafl.experiments.studies.merging import Merge, Tuned, Work, normalised, row_of, settled
 from deltafl.experiments.studies.statistics import correlation, gained, summary
 from deltafl.experiments.studies.study import Data, Study, Training
-from deltafl.training.step import keyed_generator
+from deltafl.seeding import keyed_generator
 
 KINDS = ("alike", "steps differ", "lr differs", "both differ")
 REFERENCE = "task_arithmetic"

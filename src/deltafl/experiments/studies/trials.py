@@ -15,7 +15,7 @@ from deltafl.merge.task_vector import TaskVector
 from deltafl.models.flat import FlatModel
 from deltafl.models.heads import LinearHead, load_head
 from deltafl.tasks import Task
-from deltafl.training.step import predict_correct
+from deltafl.training.legacy import predict_correct
 
 
 @dataclass(frozen=True)

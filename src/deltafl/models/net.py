@@ -1,0 +1,154 @@
+"""A model as everything that trains, merges and judges sees it: one module, and what of it trains."""
+
+import copy
+from abc import ABC, abstractmethod
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltafl.algebra.tensors import Tensors, lazy
+from deltafl.checkpoints.naming import match
+from deltafl.errors import DeltaflError, shorten
+from deltafl.models.head_recipe import HeadFit, HeadRecipe
+from deltafl.tasks.inputs import ImageInput, TextInput
+from deltafl.tasks.task import Task
+
+
+class Format(ABC):
+    """How one kind of model is written: what `load_net` read is what `save` writes."""
+
+    @abstractmethod
+    def save(self, module: nn.Module, folder: Path) -> None:
+        """Write `module` into the existing `folder`, so that `load_net(folder)` gives it back."""
+
+    def file_name(self, name: str) -> str:
+        """The name that the model's files have for the module's tensor `name`."""
+        return name
+
+    def prepare(self, net: "Net", task: Task, recipe: HeadRecipe, fit: HeadFit) -> None:
+        """Make the model ready for a task, in place: a classifier gets its head."""
+        del net, task, recipe, fit
+
+
+class Net:
+    """A module with its head inside, whose trained parameters are views of one vector.
+
+    What trains is what requires a gradient: freeze or release parameters before the first use of
+    `flat`. `inputs`: what the module takes. `origin`: the folder, hub id or `module:attr` that it
+    came from, "" for a new one.
+    """
+
+    def __init__(
+        self, module: nn.Module, inputs: ImageInput | TextInput, format: Format, origin: str = ""
+    ) -> None:
+        self.module, self.inputs, self.format, self.origin = module, inputs, format, origin
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module gives."""
+        return self.module(*args, **kwargs)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module is, and batches must be."""
+        return next(self.module.parameters()).device
+
+    @cached_property
+    def flat(self) -> nn.Parameter:
+        """The trained parameters end to end, (P,), in the order of `module.named_parameters()`, tied
+        ones once. They become views of it, and their gradients of its gradient, which always exists:
+        one optimiser over `[flat]` and one all-reduce of `flat.grad` serve the whole model.
+
+        Raises:
+            DeltaflError: nothing trains, or parameters on several devices or of several dtypes.
+        """
+        trained = [p for p in self.module.parameters() if p.requires_grad]
+        kinds = {(p.device, p.dtype) for p in trained}
+        if len(kinds) != 1:
+            found = ", ".join(sorted(f"{dtype} on {device}" for device, dtype in kinds))
+            raise DeltaflError(
+                f'model "{self.origin}": what trains must be of one dtype on one device, '
+                f"not {found or 'nothing'}"
+            )
+        flat = nn.Parameter(torch.cat([p.detach().reshape(-1) for p in trained]))
+        flat.grad = torch.zeros_like(flat)
+        parts = [p.numel() for p in trained]
+        for p, values, grad in zip(
+            trained, flat.data.split(parts), flat.grad.split(parts), strict=True
+        ):
+            p.data, p.grad = values.view(p.shape), grad.view(p.shape)
+        return flat
+
+    @cached_property
+    def slices(self) -> dict[str, slice]:
+        """Where in `flat` each trained parameter is, by its name in the module."""
+        found, start = {}, 0
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad:
+                found[name] = slice(start, start := start + parameter.numel())
+        return found
+
+    @property
+    def trained(self) -> dict[str, Tensor]:
+        """Name -> trained parameter without its gradient; views, in the order of `flat`."""
+        assert self.flat is not None
+        return {n: p.data for n, p in self.module.named_parameters() if n in self.slices}
+
+    def state(self) -> dict[str, Tensor]:
+        """All that training changes: trained parameters and float buffers that are saved; views.
+
+        Buffers that are not float (counters of batches) are nobody's training.
+        """
+        saved = self.module.state_dict().keys()
+        buffers = {n: b for n, b in self.module.named_buffers() if n in saved}
+        return self.trained | {n: b for n, b in buffers.items() if b.is_floating_point()}
+
+    @torch.no_grad()
+    def load(self, tensors: Tensors) -> tuple[str, ...]:
+        """Copy in values by the module's names or by those of its files; dtypes are converted.
+
+        Every trained tensor must be given; frozen ones and buffers are copied where given. Returns
+        the names that this module does not hold (a text tower, a pooler).
+
+        Raises:
+            DeltaflError: a trained tensor is absent or has another shape; nothing is changed then.
+        """
+        state = self.module.state_dict()
+        needed = [n for n, p in self.module.named_parameters() if p.requires_grad]
+        pairs = {n: n for n in state if n in tensors}
+        if not pairs.keys() >= set(needed):
+            files = {self.format.file_name(n): n for n in state}
+            pairs = {files[n]: given for n, given in match(files, tensors.keys())[0].items()}
+        if missing := [n for n in needed if n not in pairs]:
+            raise DeltaflError(
+                f"the model needs {shorten(missing)}, not among the {len(tensors)} tensors given"
+            )
+        for name, given in pairs.items():
+            shape = lazy(tensors).spec(given).shape
+            if state[name].shape != shape:
+                raise DeltaflError(
+                    f'tensor "{given}" is {shape}, the model has {tuple(state[name].shape)}'
+                )
+        for name, given in pairs.items():
+            state[name].copy_(tensors[given])
+        used = set(pairs.values())
+        return tuple(n for n in tensors if n not in used)
+
+    def prepare(self, task: Task, recipe: HeadRecipe, fit: HeadFit | None = None) -> None:
+        """Make the model ready for `task`, in place, before the first use of `flat`: a classifier gets
+        the head that `recipe` names, and a causal language model needs none.
+
+        Raises:
+            DeltaflError: a head of another model or task, or one that this model cannot have.
+        """
+        self.format.prepare(self, task, recipe, fit or HeadFit())
+
+    def save(self, folder: Path) -> None:
+        """Write the model into the existing `folder`, so that `load_net(folder)` gives it back."""
+        self.format.save(self.module, folder)
+
+    def copy_to(self, device: torch.device | str) -> "Net":
+        """A copy of the model on `device`."""
+        return Net(copy.deepcopy(self.module).to(device), self.inputs, self.format, self.origin)
