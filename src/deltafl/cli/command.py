@@ -1,0 +1,169 @@
+"""A command from its recipe: one option for each setting, the file, and the checks, in one decorator."""
+
+import functools
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import click
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic.fields import FieldInfo
+
+from deltafl.cli.text import as_bytes
+from deltafl.recipes import Flags, Leaf, Recipe, Size, flag_of, leaves, load_yaml, read_recipe
+
+quiet = click.option("--quiet", is_flag=True, help="No progress, no summary.")
+resume = click.option("--resume", is_flag=True, help="Continue a run that was killed.")
+dry_run = click.option("--dry-run", is_flag=True, help="Check everything, say what would be done.")
+
+
+class RecipeCommand(click.Command):
+    """A command that makes a recipe. Options that may be repeated also take several values: `--models A B C`."""
+
+    def __init__(self, *args: Any, recipe: type[Recipe], **attributes: Any) -> None:
+        super().__init__(*args, **attributes)
+        self.recipe = recipe
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Write `--models A B` as `--models A --models B`, then parse as usual; an old option names the new one."""
+        options = [p for p in self.params if isinstance(p, click.Option)]
+        many = {name for p in options if p.multiple for name in p.opts}
+        spread: list[str] = []
+        current = None
+        for arg in args:
+            name = arg.split("=", 1)[0]
+            if arg.startswith("-") and not _is_number(arg):
+                current = name if name in many else None
+                spread += [arg] if arg != current else []
+            else:
+                spread += [current, arg] if current is not None else [arg]
+        try:
+            return super().parse_args(ctx, spread)
+        except click.NoSuchOption as error:
+            key = error.option_name.lstrip("-").replace("-", "_")
+            for old, new in self.recipe.renamed.items():
+                if old.split(".")[-1] == key:
+                    now = new if " " in new else f"is now --{new.split('.')[-1].replace('_', '-')}"
+                    raise click.UsageError(f"{error.option_name} {now}", ctx) from None
+            raise
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The options by section."""
+        sections: dict[str, list[tuple[str, str]]] = {"Options": []}
+        known = leaves(self.recipe)
+        for param in self.get_params(ctx):
+            if not isinstance(param, click.Option):
+                continue
+            path = known[param.name].path if param.name in known else ()
+            title = " ".join(path[:-1]).capitalize() or "Options"
+            sections.setdefault(title, []).extend(filter(None, [param.get_help_record(ctx)]))
+        for title, rows in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(rows)
+
+
+def recipe_command(
+    recipe: type[Recipe],
+    *,
+    argument: bool = False,
+    load: Callable[[str | Path], dict[str, Any]] = load_yaml,
+) -> Callable[[Callable[..., Any]], RecipeCommand]:
+    """Decorator: f(recipe, **what click options below the decorator say) as a command with the options of a recipe.
+
+    argument: the file may also be given without --config. load: reads it.
+    """
+
+    def decorate(function: Callable[..., Any]) -> RecipeCommand:
+        @functools.wraps(function)
+        def call(config: str | None, file: str | None = None, **given: Any) -> Any:
+            if config and file:
+                raise click.UsageError(f'"{file}" and --config "{config}": give one file')
+            settings = {name: given.pop(name) for name in leaves(recipe) if name in given}
+            settings = {name: v for name, v in settings.items() if v not in (None, ())}
+            return function(read_recipe(recipe, config or file, settings, load=load), **given)
+
+        for leaf in reversed(leaves(recipe).values()):
+            if names := option_names(leaf):
+                call = click.option(*names, leaf.name, **_looks(leaf))(call)
+        text = (
+            "A YAML file with the same names, num_clients for --num-clients; options go before it."
+        )
+        call = click.option("--config", metavar="FILE", help=text)(call)
+        if argument:
+            call = click.argument("file", required=False, metavar="[FILE]")(call)
+        return click.command(cls=RecipeCommand, recipe=recipe)(call)
+
+    return decorate
+
+
+def option_names(leaf: Leaf) -> tuple[str, ...]:
+    """The options of a setting; () if it can only be given in a file."""
+    for flags in leaf.marks(Flags):
+        return flags.names
+    kinds, flag = _kinds(leaf.field.annotation), flag_of(leaf)
+    is_on = kinds == [bool] and leaf.field.default is True
+    return (f"{flag}/--no{flag[1:]}" if is_on else flag,) if kinds else ()
+
+
+def _looks(leaf: Leaf) -> dict[str, Any]:
+    """Type and help of an option."""
+    kind = _kinds(leaf.field.annotation)[0]
+    look: dict[str, Any] = {"default": None, "help": describe(leaf)}
+    if get_origin(leaf.field.annotation) is tuple:
+        look["multiple"] = True
+    if kind is bool:
+        return look | {"is_flag": True}
+    if get_origin(kind) is Literal:
+        return look | {"metavar": f"[{'|'.join(map(str, get_args(kind)))}]"}
+    return look | {"type": str if is_size(leaf.field) else kind}
+
+
+def _kinds(annotation: Any) -> list[Any]:
+    """The types that one value on the command line may have: str, int, float, bool or a Literal."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _kinds(get_args(annotation)[0])
+    if origin in (Union, types.UnionType, tuple):
+        return [kind for part in get_args(annotation) for kind in _kinds(part)]
+    return [annotation] if annotation in (str, int, float, bool) or origin is Literal else []
+
+
+def is_size(field: FieldInfo) -> bool:
+    """Whether a setting is a number of bytes."""
+    return any(mark in field.metadata for mark in get_args(Size)[1:])
+
+
+def describe(leaf: Leaf) -> str:
+    """What a setting is, in which range, and its default."""
+    field = leaf.field
+    text = (field.description or "").rstrip(".") + "."
+    text += "".join(f" {part}." for part in _range(field))
+    default = field.get_default(call_default_factory=True)
+    if leaf.flattened or default in (None, False, "", ()) or field.is_required():
+        return text
+    shown = as_bytes(default) if is_size(field) else str(default)
+    if isinstance(default, tuple):
+        shown = " ".join(map(str, default))
+    return f"{text} Default: {shown}."
+
+
+def _range(field: FieldInfo) -> Iterator[str]:
+    for mark in field.metadata:
+        match mark:
+            case Ge(ge=low):
+                yield f"{low} or more"
+            case Gt(gt=low):
+                yield f"Above {low}"
+            case Le(le=high):
+                yield f"At most {high}"
+            case Lt(lt=high):
+                yield f"Below {high}"
+
+
+def _is_number(arg: str) -> bool:
+    try:
+        float(arg)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,36 @@
+"""The parameters of all rules as settings of recipes, so that a new rule's are there by themselves."""
+
+import dataclasses
+from typing import Annotated, Any, TypeAlias
+
+from pydantic.fields import FieldInfo
+
+from deltafl.recipes import Flattened, OneOf
+from deltafl.rules.rule import load_rules, parameters
+
+
+def rule_fields() -> dict[str, FieldInfo]:
+    """Parameter -> its type, the default of the first rule that takes it, and which rules take it."""
+    fields: dict[str, FieldInfo] = {}
+    rules = load_rules()
+    for name in rules:
+        for key, (hint, default) in parameters(rules[name]).items():
+            required = default is dataclasses.MISSING
+            about = name + (" (required)" if required else f" (default {default})")
+            if key == "inner":
+                hint, default, about = str, None, name
+            if key in fields:
+                fields[key].description = f"{fields[key].description}, {about}"
+            else:
+                default = None if required else default
+                fields[key] = FieldInfo(
+                    annotation=hint, default=default, description=f"For {about}"
+                )
+    return fields
+
+
+RuleName: TypeAlias = Annotated[str, OneOf(load_rules)]
+"""The name of a rule."""
+
+RuleParameters: TypeAlias = Annotated[dict[str, Any], Flattened(rule_fields)]
+"""Parameters of a rule: name -> value, for `build_rule`; in a file and on the command line beside its name."""

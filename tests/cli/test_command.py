@@ -1,0 +1,122 @@
+"""A command made from a recipe: its options, its help, its file, and what it says of mistakes."""
+
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+from pydantic import Field
+
+from deltafl.cli.command import quiet, recipe_command
+from deltafl.recipes import Flags, Recipe, Size
+from deltafl.rules.parameters import RuleName, RuleParameters
+from deltafl.rules.rule import load_rules, parameters
+
+
+class Server(Recipe):
+    rule: RuleName = Field("fedavg", description="Any method of `deltafl rules`.")
+    params: RuleParameters = Field({})
+    momentum: float | None = Field(None, ge=0, lt=1, description="Of the server.")
+
+
+class Whole(Recipe):
+    renamed: ClassVar = {"K": "num_clients", "engine": "is gone; clients run one by one"}
+
+    model: Annotated[str, Flags(("--model", "--base"))] = Field(description="The model.")
+    tasks: tuple[str, ...] = Field((), description="Data sets.")
+    lambdas: tuple[float, ...] = Field((0.1, 1.0), description="Coefficients.")
+    num_clients: int = Field(100, ge=1, description="Clients.")
+    precision: Literal["no", "bf16"] = Field("no", description="Of the arithmetic.")
+    size: Size = Field(5_000_000_000, description="Of a file.")
+    hash: bool = Field(False, description="Hash everything.")
+    pin: bool = Field(True, description="Pin memory.")
+    by_name: dict[str, float] = Field({}, description="Only in a file.")
+    server: Server = Server()
+
+
+@recipe_command(Whole, argument=True)
+@quiet
+@click.pass_context
+def command(ctx: click.Context, recipe: Whole, quiet: bool) -> None:
+    """Do it."""
+    ctx.obj.append((recipe, quiet))
+
+
+def run(*args: object) -> tuple[Result, list[tuple[Whole, bool]]]:
+    seen: list[tuple[Whole, bool]] = []
+    return CliRunner().invoke(command, list(map(str, args)), obj=seen), seen
+
+
+def test_every_option_reaches_its_setting():
+    result, seen = run(
+        *("--base", "m", "--tasks", "a", "b", "--tasks", "c", "--lambdas", "-0.5", "2"),
+        *("--num-clients", "3", "--precision", "bf16", "--size", "3MB", "--hash", "--no-pin"),
+        *("--rule", "ties", "--density", "0.3", "--per-tensor", "--momentum", "0.5", "--quiet"),
+    )
+    assert result.exit_code == 0, result.output
+    server = Server(rule="ties", params={"density": 0.3, "per_tensor": True}, momentum=0.5)
+    wanted = Whole(
+        model="m",
+        tasks=("a", "b", "c"),
+        lambdas=(-0.5, 2.0),
+        num_clients=3,
+        precision="bf16",
+        size=3_000_000,
+        hash=True,
+        pin=False,
+        server=server,
+    )
+    assert seen == [(wanted, True)]
+
+
+def test_options_go_before_the_file(tmp_path: Path):
+    (tmp_path / "r.yaml").write_text("model: m\nnum_clients: 3\nserver: {rule: ties, density: 0.3}")
+    for given in ([tmp_path / "r.yaml"], ["--config", tmp_path / "r.yaml"]):
+        _, [(recipe, _)] = run(*given, "--num-clients", "4")
+        server = Server(rule="ties", params={"density": 0.3})
+        assert recipe == Whole(model="m", num_clients=4, server=server)
+
+
+def test_help_says_range_default_and_section():
+    text = " ".join(run("--help")[0].output.split())
+    for part in (
+        "--model, --base TEXT The model.",
+        "--lambdas FLOAT Coefficients. Default: 0.1 1.0.",
+        "--num-clients INTEGER Clients. 1 or more. Default: 100.",
+        "--precision [no|bf16] Of the arithmetic. Default: no.",
+        "--size TEXT Of a file. Default: 5.0 GB.",
+        "--pin / --no-pin",
+        "Server: --rule TEXT",
+        "--momentum FLOAT Of the server. 0 or more. Below 1.",
+    ):
+        assert part in text
+    assert "by-name" not in text
+
+
+def test_every_parameter_of_every_rule_is_an_option():
+    text = run("--help")[0].output
+    for name, rule in ((name, load_rules()[name]) for name in load_rules()):
+        for key in parameters(rule):
+            assert f"--{key.replace('_', '-')} " in text, name
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        ([], "model is missing; name it with --model"),
+        (["--model", "m", "--momentum", "1"], "server.momentum: must be less than 1, not 1.0"),
+        (["--model", "m", "--precision", "bf61"], 'unknown "bf61"; did you mean "bf16"?'),
+        (["--model", "m", "--rule", "tie"], 'server.rule: unknown "tie"; did you mean "ties"?'),
+        (["--model", "m", "--unit", "percent"], "server.unit: unknown"),
+        (["--K", "3"], "--K is now --num-clients"),
+        (["--engine", "vmap"], "--engine is gone; clients run one by one"),
+        (["--num-cleints", "3"], "No such option"),
+        (["a.yaml", "--config", "b.yaml"], "give one file"),
+    ],
+)
+def test_a_mistake_is_named(args: list[str], told: str):
+    result, seen = run(*args)
+    assert result.exit_code != 0
+    assert told in f"{result.output} {result.exception}"
+    assert not seen

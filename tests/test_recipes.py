@@ -1,0 +1,241 @@
+"""Recipes: what a file and options say together, and one line with the key's path for every mistake."""
+
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import pytest
+import yaml
+from pydantic import Field
+from pydantic.fields import FieldInfo
+
+from deltafl.errors import DeltaflError
+from deltafl.recipes import (
+    Flattened,
+    Incidental,
+    OneOf,
+    Recipe,
+    Size,
+    leaves,
+    load_yaml,
+    parse,
+    parse_size,
+    read_recipe,
+)
+
+
+def parameters() -> dict[str, FieldInfo]:
+    of_many = float | dict[str, list[float]]
+    kinds: dict[str, Any] = {"rho": float, "density": of_many, "seed": int}
+    return {name: FieldInfo(annotation=kind, description=name) for name, kind in kinds.items()}
+
+
+class Entry(Recipe):
+    path: str
+    weight: float = 1.0
+
+
+class Sparse(Recipe):
+    sparsity_ratio: float = Field(0.0, ge=0, lt=1, description="Share of frozen coordinates.")
+    strategy: Literal["random", "least_sensitive"] = "random"
+
+    def problems(self):
+        if self.sparsity_ratio == 0.5:
+            yield "a half is refused"
+
+
+class Server(Recipe):
+    rule: Annotated[str, OneOf(lambda: ["fedavg", "ties"])] = "fedavg"
+    params: Annotated[dict[str, Any], Flattened(parameters)] = Field({})
+
+
+class Whole(Recipe):
+    renamed: ClassVar = {
+        "K": "num_clients",
+        "engine": "it is gone",
+        "sparse.ratio": "sparse.sparsity_ratio",
+    }
+    alternatives = (("steps", "epochs"),)
+
+    model: str
+    models: tuple[str | Entry, ...] = ()
+    num_clients: int = Field(100, ge=1)
+    steps: int | None = None
+    epochs: float | None = None
+    sparse: Sparse = Sparse()
+    server: Server = Server()
+    size: Size = Field(5_000_000_000, gt=0)
+    by_name: dict[str, list[float]] = Field({})
+    out: Annotated[str | None, Incidental] = None
+    seed: int = 0
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        ({"model": None}, "model: must be a valid string, not None"),
+        ({"num_client": 3}, 'unknown key "num_client"; did you mean "num_clients"?'),
+        ({"num_clients": 0}, "num_clients: must be greater than or equal to 1, not 0"),
+        ({"num_clients": True}, "num_clients: must be a valid integer, not True"),
+        ({"num_clients": "3"}, "num_clients: must be a valid integer, not '3'"),
+        ({"epochs": float("nan")}, "epochs: must be a finite number, not nan"),
+        ({"models": "a"}, "models: must be a valid tuple, not 'a'"),
+        ({"models": ["a", 3]}, "models.1: must be a valid string, not 3"),
+        ({"models": ["a", {}]}, "models.1.path is missing; name it"),
+        (
+            {"models": [{"path": "a", "wight": 1}]},
+            'unknown key "models.0.wight"; did you mean "weight"?',
+        ),
+        ({"by_name": {"a": [1, "x"]}}, "by_name.a.1: must be a valid number, not 'x'"),
+        ({"sparse": 3}, "sparse: must be a mapping of keys to values, not 3"),
+        (
+            {"sparse": {"sparsity_ratio": 1}},
+            "sparse.sparsity_ratio: must be less than 1, not 1",
+        ),
+        ({"sparse": {"sparsity_ratio": 0.5}}, "sparse: a half is refused"),
+        (
+            {"sparse": {"strategy": "randm"}},
+            'sparse.strategy: unknown "randm"; did you mean "random"?',
+        ),
+        ({"sparsity_rato": 0}, 'unknown key "sparsity_rato"; did you mean "sparsity_ratio"?'),
+        ({"server": {"rule": "tis"}}, 'server.rule: unknown "tis"; did you mean "ties"?'),
+        ({"server": {"rho": "x"}}, "server.rho: must be a valid number, not 'x'"),
+        ({"server": {"density": "x"}}, "server.density: must be a valid number, not 'x'"),
+        ({"server": {"rhoo": 1}}, 'unknown key "server.rhoo"; did you mean "rho"?'),
+        ({"size": "5XB"}, 'size: "5XB" is not a size; write 5GB or 300MB'),
+        ({"size": "five"}, 'size: "five" is not a size; write 5GB or 300MB'),
+        ({"size": True}, 'size: "True" is not a size; write 5GB or 300MB'),
+        ({"size": -1}, 'size: "-1" is not a size; write 5GB or 300MB'),
+        ({"size": "nanGB"}, 'size: "nanGB" is not a size; write 5GB or 300MB'),
+        ({"size": 0}, "size: must be greater than 0, not 0"),
+        ({"K": 3}, '"K" is now "num_clients"'),
+        ({"engine": "vmap"}, '"engine": it is gone'),
+        ({"sparse": {"ratio": 0.1}}, '"sparse.ratio" is now "sparse.sparsity_ratio"'),
+        ({"sparsity_ratio": 0.1}, '"sparsity_ratio" is now "sparse.sparsity_ratio"'),
+    ],
+)
+def test_a_mistake_is_one_line_with_the_path_of_its_key(data: dict[str, Any], told: str):
+    with pytest.raises(DeltaflError) as caught:
+        parse(Whole, {"model": "m"} | data)
+    assert str(caught.value) == told
+
+
+def test_all_mistakes_are_told_at_once():
+    data = {"num_clients": 0, "K": 3, "seed": "x", "sparse": {"strategy": 3}, "server": {"q": 1}}
+    with pytest.raises(DeltaflError) as caught:
+        parse(Whole, data)
+    assert {line.split(":")[0].split(";")[0] for line in caught.value.problems} == {
+        '"K" is now "num_clients"',
+        "model is missing",
+        "num_clients",
+        "seed",
+        "sparse.strategy",
+        'unknown key "server.q"',
+    }
+
+
+def test_options_go_before_the_file_and_the_file_before_defaults(tmp_path: Path):
+    (tmp_path / "r.yaml").write_text(
+        "model: m\nsparse: {sparsity_ratio: 0.1}\nepochs: 3\nsize: 3MB"
+    )
+    recipe = read_recipe(
+        Whole,
+        tmp_path / "r.yaml",
+        {"sparsity_ratio": 0.2, "rho": 0.3},
+        defaults={"sparsity_ratio": 0.9, "seed": 4, "num_clients": 7, "steps": 5},
+    )
+    assert recipe == Whole(
+        model="m",
+        epochs=3.0,
+        seed=4,
+        num_clients=7,
+        size=3_000_000,
+        sparse=Sparse(sparsity_ratio=0.2),
+        server=Server(params={"rho": 0.3}),
+    )
+    assert read_recipe(Whole, tmp_path / "r.yaml", {"steps": 2}).epochs is None, "an alternative"
+
+
+def test_a_recipe_is_what_its_own_resolved_settings_say():
+    recipe = Whole.of(
+        model="m", models=["a", {"path": "b"}], rho=0.3, density={"*": [0.5]}, out="o"
+    )
+    assert parse(Whole, recipe.resolved()) == recipe
+    assert yaml.safe_load(yaml.safe_dump(recipe.resolved())) == recipe.resolved()
+    assert recipe.resolved()["server"] == {"rule": "fedavg", "rho": 0.3, "density": {"*": [0.5]}}
+    assert recipe.content() == {k: v for k, v in recipe.resolved().items() if k != "out"}
+
+
+def test_a_recipe_with_other_values_is_checked():
+    recipe = Whole.of(model="m", steps=3).replace(sparsity_ratio=0.25, epochs=1.0)
+    assert (recipe.steps, recipe.epochs, recipe.sparse.sparsity_ratio) == (None, 1.0, 0.25)
+    with pytest.raises(DeltaflError, match=r"sparse\.sparsity_ratio"):
+        recipe.replace(sparsity_ratio=2.0)
+    with pytest.raises(DeltaflError, match="unknown key"):
+        recipe.replace(sparsity=0.1)
+
+
+def test_a_name_is_of_one_leaf_and_flattened_keys_give_way():
+    assert leaves(Whole)["seed"].path == ("seed",)
+    assert leaves(Whole)["rho"].path == ("server", "rho")
+
+    class Twice(Recipe):
+        sparse: Sparse = Sparse()
+        strategy: str = ""
+
+    with pytest.raises(TypeError, match="share a name"):
+        leaves(Twice)
+
+
+def test_the_schema_holds_every_key():
+    schema = Whole.model_json_schema()
+    assert schema["properties"].keys() == Whole.model_fields.keys()
+    server = schema["$defs"]["Server"]
+    assert server["properties"].keys() == {"rule", "rho", "density", "seed"}
+    assert server["properties"]["rho"] == {"type": "number", "description": "rho"}
+    assert not server["additionalProperties"]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("5GB", 5 * 10**9), ("300 MiB", 300 * 2**20), ("1.5kb", 1500), (17, 17), ("1B", 1), ("0", 0)],
+)
+def test_sizes(text: str | int, size: int):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e-5", 1e-5), ("2E3", 2000.0), ("1.5e-3", 0.0015), ("-1e2", -100.0)]
+)
+def test_yaml_reads_exponents_as_numbers(tmp_path: Path, text: str, value: float):
+    (tmp_path / "r.yaml").write_text(f"lr: {text}")
+    assert load_yaml(tmp_path / "r.yaml") == {"lr": value}
+
+
+@pytest.mark.parametrize("text", ["e5", "1e", "x1e5", "12e-3x"])
+def test_yaml_reads_words_as_words(tmp_path: Path, text: str):
+    (tmp_path / "r.yaml").write_text(f"key: {text}")
+    assert load_yaml(tmp_path / "r.yaml") == {"key": text}
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("a: [", "is not YAML"),
+        ("a: 1\na: 2", '"a" is given twice'),
+        ("- a", "must be a mapping"),
+        ("", "must be a mapping"),
+        ("a: \x00", "is not YAML"),
+        ("a: !!python/object/apply:os.system ['touch ran']", "is not YAML"),
+    ],
+)
+def test_a_file_that_is_no_mapping_is_one_line(tmp_path: Path, text: str, told: str):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(DeltaflError, match=told) as caught:
+        load_yaml(tmp_path / "r.yaml")
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path / "r.yaml") in str(caught.value)
+
+
+def test_a_missing_file_is_one_line(tmp_path: Path):
+    with pytest.raises(DeltaflError, match="No such file"):
+        load_yaml(tmp_path / "r.yaml")
