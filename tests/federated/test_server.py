@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from deltafl.algebra.aggregate import Update
+from deltafl.algebra.deltas import Update
 from deltafl.errors import DeltaflError
 from deltafl.federated import FederatedRecipe, ServerState, choose_clients, federate, run_round
 from deltafl.federated.recipe import SERVER_OPTIMIZERS

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from checkpoint_files import cli
-from deltafl.algebra.aggregate import Update
+from deltafl.algebra.deltas import Update
 from deltafl.errors import DeltaflError
 from deltafl.federated import FederatedRecipe, LocalTraining, federate, run_round
 from deltafl.federated.parcels import SharedMemory, pack, pack_error, room_for, unpack

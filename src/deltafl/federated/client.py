@@ -9,9 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from deltafl.algebra.aggregate import Update
+from deltafl.algebra.deltas import Difference, Update
 from deltafl.algebra.tensors import Joined, Tensors
-from deltafl.checkpoints.checkpoint import Difference
 from deltafl.federated.recipe import FederatedRecipe
 from deltafl.models.flat import FlatModel
 from deltafl.models.heads import LinearHead
@@ -108,7 +107,7 @@ class LocalTraining:
             momentum=self.recipe.momentum,
             prox_mu=self.recipe.prox_mu if self.recipe.local_algorithm == "fedprox" else None,
         )
-        delta = Difference(params, after, {n: n for n in params}, torch.float32)
+        delta = Difference(params, after)
         mean = (
             float(loss) / round.num_steps
         )  # reading it makes a GPU finish, so that the time is the client's
@@ -206,7 +205,8 @@ class LocalTraining:
             } | rest
         shapes = {n: tuple(t.shape) for n, t in own.items()}
         packed = PackedDelta(optimiser.index.gather(flat), optimiser.index, shapes, onto=params)
-        return Joined(packed, rest) if rest else packed
+        parts = (packed, rest)
+        return Joined({n: (part, n) for part in parts for n in part}) if rest else packed
 
 
 def augmented(images: Tensor, kind: str, generator: torch.Generator) -> Tensor:

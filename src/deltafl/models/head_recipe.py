@@ -1,17 +1,17 @@
 """The settings of a classifier's head."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
+from deltafl.recipes import Recipe
 
-class HeadRecipe(BaseModel):
+
+class HeadRecipe(Recipe):
     """The head of a classifier: what is on top of its features, and whether it trains."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     head: str = Field(
         "ridge",
@@ -27,13 +27,12 @@ class HeadRecipe(BaseModel):
     )
     train_head: bool = Field(False, description="train the head together with the encoder")
 
-    @model_validator(mode="after")
-    def _together(self) -> "HeadRecipe":
+    def problems(self) -> Iterator[str]:
+        """What values that are good one by one cannot do together."""
         if self.few_shot is not None and self.head != "ridge":
-            raise ValueError("few_shot is about the ridge head")
+            yield "few_shot is about the ridge head"
         if self.templates is not None and self.head != "zero-shot":
-            raise ValueError("templates are about the zero-shot head; give --head zero-shot too")
-        return self
+            yield "templates are about the zero-shot head; give --head zero-shot too"
 
 
 @dataclass(frozen=True)
