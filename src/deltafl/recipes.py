@@ -244,6 +244,11 @@ def section(field: FieldInfo) -> type[Recipe] | None:
     return kind if isinstance(kind, type) and issubclass(kind, Recipe) else None
 
 
+def is_flattened(field: FieldInfo) -> bool:
+    """Whether the keys of a field stand beside its siblings."""
+    return any(isinstance(mark, Flattened) for mark in field.metadata)
+
+
 def _flattened(kind: type[Recipe]) -> Iterator[tuple[str, Flattened]]:
     for name, field in kind.model_fields.items():
         yield from ((name, mark) for mark in field.metadata if isinstance(mark, Flattened))
@@ -374,17 +379,18 @@ def _meant(kind: type[Recipe], keys: Sequence[str]) -> str:
     kinds = [kind]
     for key in (key for key in keys[:-1] if not key.isdigit()):
         fields = [k.model_fields[key] for k in kinds if key in k.model_fields]
-        kinds = [k for field in fields for k in _recipes_in(field.annotation)]
+        kinds = [k for field in fields for k in recipes_in(field.annotation)]
     here = {key for k in kinds for key in leaves(k)}
     here |= {field.alias or name for k in kinds for name, field in k.model_fields.items()}
     close = [difflib.get_close_matches(keys[-1], names, 1) for names in (here, leaves(kind))]
     return did_you_mean(keys[-1], leaves(kind) if close[1] and not close[0] else here)
 
 
-def _recipes_in(annotation: Any) -> list[type[Recipe]]:
+def recipes_in(annotation: Any) -> list[type[Recipe]]:
+    """The recipes in a type, such as that of the mappings in a list."""
     if isinstance(annotation, type) and issubclass(annotation, Recipe):
         return [annotation]
-    return [k for part in get_args(annotation) for k in _recipes_in(part)]
+    return [k for part in get_args(annotation) for k in recipes_in(part)]
 
 
 class _Loader(yaml.SafeLoader):
