@@ -331,14 +331,11 @@ def _moved(kind: type[Recipe], data: dict[str, Any]) -> Iterator[str]:
 def _problems(
     kind: type[Recipe], data: Mapping[str, Any], errors: Sequence[ErrorDetails]
 ) -> list[str]:
-    """One line for each key of `data` with a mistake."""
+    """One line for each key of `data` with a mistake; of "a string or a mapping", those inside the mapping."""
     found: dict[str, list[str]] = {}
     paths = [_path(data, item) for item in errors]
     for keys, item in zip(paths, errors, strict=True):
-        of_another_kind = item["type"].endswith("_type") and any(
-            len(keys) < len(other) and other[: len(keys)] == keys for other in paths
-        )  # of "a string or a mapping" it is the mapping, whose own mistakes follow
-        if not of_another_kind:
+        if not any(len(keys) < len(path) and path[: len(keys)] == keys for path in paths):
             found.setdefault(".".join(keys), _lines(kind, keys, item))
     return [line for lines in found.values() for line in lines]
 
@@ -378,7 +375,8 @@ def _meant(kind: type[Recipe], keys: Sequence[str]) -> str:
     for key in (key for key in keys[:-1] if not key.isdigit()):
         fields = [k.model_fields[key] for k in kinds if key in k.model_fields]
         kinds = [k for field in fields for k in _recipes_in(field.annotation)]
-    here = {name for k in kinds for name in (*leaves(k), *k.model_fields)}
+    here = {key for k in kinds for key in leaves(k)}
+    here |= {field.alias or name for k in kinds for name, field in k.model_fields.items()}
     close = [difflib.get_close_matches(keys[-1], names, 1) for names in (here, leaves(kind))]
     return did_you_mean(keys[-1], leaves(kind) if close[1] and not close[0] else here)
 
