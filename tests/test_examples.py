@@ -18,9 +18,9 @@ from deltafl.cli.studies import study_keys, study_of
 from deltafl.experiments.quickstart import TASKS
 from deltafl.experiments.studies.options import STUDY_NAMES
 from deltafl.merge.plan import source_of
-from deltafl.merge.recipe import MergeRecipe, ModelEntry
+from deltafl.merge.recipe import MergeRecipe
 from deltafl.merge.search import check_methods
-from deltafl.merge.search_recipe import SearchRecipe, TaskModel
+from deltafl.merge.search_recipe import SearchRecipe
 from deltafl.recipes import read_recipe
 from deltafl.rules.rule import RULES, load_rules, parameters
 from deltafl.tasks.catalogue import catalogue
@@ -226,19 +226,3 @@ def test_the_table_of_rules_is_that_of_the_registry():
             assert {t for letter, t in LETTERS.items() if getattr(promised, t)} == {
                 LETTERS[x] for x in letters[:-1]
             }
-
-
-def test_the_tables_of_recipes_name_every_key_with_its_default():
-    merge, search = (ROOT / "docs" / "recipes.md").read_text().split("## deltafl search")
-    for text, kinds in (
-        (merge, (MergeRecipe, ModelEntry)),
-        (merge + search, (SearchRecipe, TaskModel)),
-    ):
-        for kind in kinds:
-            for key, field in ((k, f) for k, f in kind.model_fields.items() if k != "params"):
-                found = re.search(rf"^\| `(?:models\.)?{key}` \| ([^|]*) \|", text, re.MULTILINE)
-                assert found, key
-                if isinstance(field.default, str | bool) and field.default not in ("", None):
-                    assert found[1] == str(field.default).replace("True", "true").replace(
-                        "False", "false"
-                    ), key

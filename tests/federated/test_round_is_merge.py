@@ -23,7 +23,7 @@ from tiny_models import tiny_task
 
 RECIPE = FederatedRecipe(
     num_clients=5, participation_rate=1.0, local_steps=4, local_steps_spread=3.0, num_rounds=1, batch_size=4, lr=0.05,
-    momentum=0.9, head="linear", sharding="dirichlet", alpha=0.5, dirichlet_form="label", server_lr=0.7, seed=2,
+    momentum=0.9, head="linear", sharding="non_iid", nc=1, server_lr=0.7, seed=2,
 )  # fmt: skip
 
 

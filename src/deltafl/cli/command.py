@@ -122,7 +122,9 @@ def option_names(leaf: Leaf) -> tuple[str, ...]:
 def _looks(leaf: Leaf) -> dict[str, Any]:
     """Type and help of an option."""
     kind = _kinds(leaf.field.annotation)[0]
-    look: dict[str, Any] = {"default": None, "help": describe(leaf)}
+    default = "" if leaf.flattened else default_text(leaf.field)
+    text = meaning(leaf.field) + (f" Default: {default}." if default else "")
+    look: dict[str, Any] = {"default": None, "help": text}
     parts = (leaf.field.annotation, *get_args(leaf.field.annotation))
     if any(get_origin(part) is tuple for part in parts):
         look["multiple"] = True
@@ -143,24 +145,26 @@ def _kinds(annotation: Any) -> list[Any]:
     return [annotation] if annotation in (str, int, float, bool) or origin is Literal else []
 
 
+def meaning(field: FieldInfo) -> str:
+    """What a setting is, and in which range."""
+    text = (field.description or "").rstrip(".")
+    return " ".join(f"{part}." for part in (text[:1].upper() + text[1:], *_range(field)) if part)
+
+
+def default_text(field: FieldInfo) -> str:
+    """The default as one would type it; empty if there is none, or nothing is the default."""
+    default = None if field.is_required() else field.get_default(call_default_factory=True)
+    if is_size(field):
+        return as_bytes(default)
+    if isinstance(default, tuple):
+        few = default if len(default) < 8 else (*default[:2], "..", default[-1])
+        return " ".join(map(str, few))
+    return "" if default is None or default is False or default == {} else str(default)
+
+
 def is_size(field: FieldInfo) -> bool:
     """Whether a setting is a number of bytes."""
     return any(mark in field.metadata for mark in get_args(Size)[1:])
-
-
-def describe(leaf: Leaf) -> str:
-    """What a setting is, in which range, and its default."""
-    field = leaf.field
-    text = (field.description or "").rstrip(".") + "."
-    text = text[0].upper() + text[1:]
-    text += "".join(f" {part}." for part in _range(field))
-    default = field.get_default(call_default_factory=True)
-    if leaf.flattened or default in (None, False, "", ()) or field.is_required():
-        return text
-    shown = as_bytes(default) if is_size(field) else str(default)
-    if isinstance(default, tuple):
-        shown = " ".join(map(str, default))
-    return f"{text} Default: {shown}."
 
 
 def _range(field: FieldInfo) -> Iterator[str]:

@@ -20,7 +20,7 @@ class ModelEntry(Recipe):
 
     path: str = Field(description="Folder, file or hub id.")
     name: str | None = Field(None, description="Default: the last part of the path.")
-    weight: float | None = Field(None, description="Of its delta.")
+    weight: float | None = Field(None, description="Of its delta. Negative: the delta is negated.")
     num_steps: int | None = Field(None, description="Local steps of its training.")
     num_examples: int | None = Field(None, description="Examples that it was trained on.")
 
@@ -32,10 +32,12 @@ class DeltaRecipe(Recipe):
         description="The model that all were fine-tuned from: folder, file or hub id."
     )
     models: tuple[str | ModelEntry, ...] = Field(
-        min_length=1, description="The fine-tuned models: folders, files or hub ids."
+        min_length=1,
+        description="The fine-tuned models: folders, files or hub ids; in a file also mappings.",
     )
     weights: tuple[float, ...] | None = Field(
-        None, description="One weight for each model. Default: equal."
+        None,
+        description="One weight for each model. Default: equal. Negative: the delta is negated.",
     )
     num_steps: tuple[int, ...] | None = Field(
         None, description="Local steps of each model. Default: as its training.json says."
@@ -52,7 +54,9 @@ class DeltaRecipe(Recipe):
     exclude: tuple[str, ...] = Field(
         (), description="Copy tensors that match one of these patterns from the base."
     )
-    allow_other_base: bool = Field(False, description="Accept fine-tunes of another base.")
+    allow_other_base: bool = Field(
+        False, description="Accept fine-tunes whose training.json names another base."
+    )
     device: Annotated[str, Incidental] = Field("cpu", description="Where to compute: cpu or cuda.")
     threads: Annotated[int, Incidental] = Field(
         0, ge=0, description="0: one for each core, at most 8."
@@ -120,7 +124,7 @@ class MergeRecipe(DeltaRecipe):
     alternatives: ClassVar = (("server_lr", "scaling_coef", "scale_patterns"),)
 
     method: str = Field("task_arithmetic", description="The rule (see `deltafl rules`).")
-    params: RuleParameters = Field({})
+    params: RuleParameters = Field({}, description="Parameters of the rule, beside its name.")
     server_lr: float | None = Field(
         None, description="The scale of the mean of deltas. Default: 1, the mean itself."
     )
@@ -128,16 +132,20 @@ class MergeRecipe(DeltaRecipe):
         None, description="The scale of the sum of deltas (lambda), instead of --server-lr."
     )
     weight_patterns: dict[str, list[float]] = Field(
-        {}, description="Pattern of tensors -> one weight for each model; the first match counts."
+        {},
+        description="Glob on the base's tensor names: one weight for each model; the first match counts.",
     )
     scale_patterns: dict[str, float] = Field(
-        {}, description="Pattern of tensors -> their scale, before server_lr or scaling_coef."
+        {},
+        description="Glob on the base's tensor names: their scale, before server_lr or scaling_coef.",
     )
     dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = Field(
         None, description="Of the output. Default: the base's."
     )
     exact: bool = Field(False, description="Compute in float64, round once.")
-    max_shard_size: Size = Field(5_000_000_000, gt=0, description="Of one file of the output.")
+    max_shard_size: Size = Field(
+        5_000_000_000, gt=0, description="Split the weights into files of at most this size."
+    )
     hash: Annotated[bool, Incidental] = Field(
         False, description="Record the sha256 of every input file."
     )

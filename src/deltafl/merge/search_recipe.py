@@ -21,30 +21,31 @@ class TaskModel(ModelEntry):
 
     data: str = Field(description="The task, as `deltafl finetune --data` takes one.")
     head: str | None = Field(
-        None, description="A head.safetensors, or zero-shot. Default: the one in its folder."
+        None,
+        description="A head.safetensors, or zero-shot: of the base, a CLIP model. Default: in its folder.",
     )
 
 
 class MethodEntry(Recipe):
     """A rule with its parameters; a list is a grid."""
 
-    method: str
-    params: RuleGrids = Field({})
+    method: str = Field(description="The rule (see `deltafl rules`).")
+    params: RuleGrids = Field({}, description="Its parameters, each a value or a list of values.")
 
 
 class FixedEntry(Recipe):
     """A candidate that is tested as it is."""
 
-    method: str
-    params: RuleParameters = Field({})
-    scaling_coef: float
+    method: str = Field(description="The rule (see `deltafl rules`).")
+    params: RuleParameters = Field({}, description="Parameters of the rule, beside its name.")
+    scaling_coef: float = Field(description="The scale of the sum of deltas, lambda.")
 
 
 class SearchRecipe(DeltaRecipe):
     """Methods, their parameters and coefficients, chosen on validation data."""
 
     models: tuple[TaskModel, ...] = Field(
-        min_length=1, description="The fine-tuned models, each with its task: path, data, head."
+        min_length=1, description="The fine-tuned models, each with its task."
     )
     methods: tuple[str | MethodEntry, ...] = Field(
         METHODS,
@@ -52,25 +53,28 @@ class SearchRecipe(DeltaRecipe):
         description="Names, or in a file {method: NAME, ...} with parameters, where a list is a grid.",
     )
     scaling_coefs: tuple[float, ...] = Field(
-        LAMBDAS, min_length=1, description="The grid of coefficients."
+        LAMBDAS, min_length=1, description="Values of lambda, the scale of the sum of deltas."
     )
     grid: Literal["default", "paper"] = Field(
-        "default", description="Of the sum of deltas for all methods, or each method's convention."
+        "default",
+        description="Convention of the values; paper: as server_lr for rules whose paper averages.",
     )
     metric: Literal["normalized", "absolute"] = Field(
-        "normalized", description="Mean of scores divided by the single-task models', or of scores."
+        "normalized",
+        description="Mean over tasks of scores: divided by that of the task's own model, or as they are.",
     )
     strategy: Literal["exhaustive", "racing"] = Field(
-        "exhaustive", description="racing: drop early what cannot win."
+        "exhaustive", description="Evaluate all, or race: drop early what cannot win."
     )
     confidence: float = Field(
-        0.95, gt=0, lt=1, description="With which racing keeps the best candidate."
+        0.95, gt=0, lt=1, description="Probability with which a race keeps the best candidate."
     )
     each_method: bool = Field(
-        False, description="Race within each method: the best of each is exact."
+        False, description="Race within each method, so that the best of each is exact."
     )
     memory: Annotated[Size, Incidental] = Field(
-        8_000_000_000, description="Hold checkpoints up to this size rather than read them again."
+        8_000_000_000,
+        description="Hold the checkpoints in memory if they fit into this, else read them again. 0: never.",
     )
     batch_size: Annotated[int, Incidental] = Field(
         256, ge=1, description="Examples in one step of an evaluation."
@@ -86,10 +90,10 @@ class SearchRecipe(DeltaRecipe):
         None, description="Prompts for zero-shot heads: a file, one on each line, {} for the class."
     )
     fixed: dict[str, FixedEntry] = Field(
-        {}, description="Row of the table -> method, parameters and scaling_coef to test as well."
+        {}, description="Row of the table: a candidate that is tested as it is, not searched."
     )
     reference: dict[str, Annotated[float, Field(ge=0, le=100)]] = Field(
-        {}, description="Row of the table -> published mean test score in percent, shown beside it."
+        {}, description="Row of the table: published mean test score in percent, shown beside ours."
     )
 
     def problems(self) -> Iterator[str]:
