@@ -225,14 +225,6 @@ def test_the_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     own = replace(SIX, client="federated.test_workers:doubles")
     assert count_workers(None, own, CPU) == 1  # it may remember things
     assert count_workers(2, own, CPU) == 2
-    stacked = replace(SIX, engine="vmap")
-    assert count_workers(None, stacked, CPU) == 1
-    assert count_workers(1, stacked, CPU) == 1
-    with pytest.raises(
-        DeltaflError,
-        match="no 2 workers here: engine vmap trains all clients in one; use workers 1",
-    ):
-        count_workers(2, stacked, CPU)
     with pytest.raises(DeltaflError, match="they are for CPUs, and the device is cuda:1"):
         count_workers(3, SIX, torch.device("cuda:1"))
     with pytest.raises(DeltaflError, match="workers must be 1 or more, not 0"):

@@ -133,7 +133,7 @@ def suite(
     if quick and full:
         raise DeltaflError("--quick and --full are two sizes; give one of them")
     chosen = names_of(names, (*SUITES, *STUDY_NAMES))
-    from deltafl.merge.recipe import load_yaml
+    from deltafl.recipes import load_yaml
 
     options = {k: v for k, v in options.items() if v not in (None, ())}
     explicit = (load_yaml(config) if config else {}) | options
@@ -293,9 +293,9 @@ def _show(suites: Mapping[str, Any], studies: Mapping[str, Any]) -> None:
 def _bundled_task(held: dict[str, Any]) -> Any:
     """The task in the size of the base model that is not there yet."""
     from deltafl.experiments.quickstart import IMAGE_SIZE
-    from deltafl.tasks import load_task
+    from deltafl.tasks.arrays import load_arrays
 
-    return load_task(
+    return load_arrays(
         held["data"], image_size=IMAGE_SIZE, channels=1, seed=held["seed"], limit=held["limit"]
     )
 
@@ -304,10 +304,11 @@ def _pretrain(base: Path, seed: int, show: Any) -> None:
     """The quickstart's base, made once, on one core as there. Raises DeltaflError if it was made with another seed."""
     import json
 
-    from deltafl.experiments.quickstart import on_one_thread, pretrain
+    from deltafl.experiments.quickstart import pretrain
+    from deltafl.pool import one_thread
 
     if not (base / "training.json").is_file():
-        with on_one_thread():
+        with one_thread():
             pretrain(base, seed, show)
     elif (made := json.loads((base / "training.json").read_text())["seed"]) != seed:
         raise DeltaflError(
