@@ -19,10 +19,10 @@ from deltafl.federated import FederatedRecipe, federate
 from deltafl.models import load_encoder
 from deltafl.report import render
 from deltafl.report.mask import kinds, kinds_table, mask_figure, mask_page
-from tiny_models import tiny_task
+from tiny_models import tiny_task, vit_file
 
 TASK = "tiny_models:tiny_task_factory"
-VIT = "vit:hidden=16,layers=2,heads=2,patch=4,image_size=8,channels=1"
+VIT = vit_file()
 RECIPE = FederatedRecipe(
     num_clients=8, participation_rate=0.25, num_rounds=2, local_steps=2, batch_size=4, lr=0.05, head="linear",
     sharding="dirichlet", alpha=0.5, dirichlet_form="label", sparsity_ratio=0.8, mask_strategy="most_sensitive",

@@ -26,7 +26,8 @@ from deltafl.federated.rounds import World
 from deltafl.federated.stacked import StackedTraining
 from deltafl.models.encoder import InputSpec, LoadedEncoder, assemble
 from deltafl.models.flat import FlatModel
-from tiny_models import Net, tiny_head, tiny_task, tiny_vit
+from tiny_models import Convolution as Net
+from tiny_models import tiny_head, tiny_task, tiny_vit
 
 RECIPE = FederatedRecipe(
     num_clients=4,
