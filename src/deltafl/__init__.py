@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 from deltafl.version import __version__
 
 if TYPE_CHECKING:
-    from deltafl.algebra.aggregate import Update, aggregate, step
+    from deltafl.algebra.aggregate import aggregate, step
+    from deltafl.algebra.deltas import Update
     from deltafl.merge.task_vector import (
         TaskVector,
         cclip,
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Source": "deltafl.rules.rule",
     "TaskVector": "deltafl.merge.task_vector",
-    "Update": "deltafl.algebra.aggregate",
+    "Update": "deltafl.algebra.deltas",
     "aggregate": "deltafl.algebra.aggregate",
     "cclip": "deltafl.merge.task_vector",
     "fedavg": "deltafl.merge.task_vector",

@@ -7,20 +7,20 @@ import torch
 from deltafl.algebra.aggregate import (
     Aggregate,
     Stepped,
-    Update,
     Weights,
     aggregate,
     as_weights,
     step,
     sum_scale,
 )
-from deltafl.algebra.tensors import BLOCK
+from deltafl.algebra.deltas import Update
+from deltafl.algebra.tensors import BLOCK, Zeros
 from deltafl.errors import DeltaflError
 from deltafl.rules.median import Median
 from deltafl.rules.rule import Source
 from deltafl.rules.task_arithmetic import TaskArithmetic
 from deltafl.rules.ties import Ties
-from laws.worlds import Lazy, World, assert_same, flatten, make, result
+from laws.worlds import ByBlocks, World, assert_same, flatten, make, result
 
 MEAN = TaskArithmetic()
 
@@ -122,7 +122,7 @@ def test_step_modifies_nothing():
 def test_step_streams_from_a_lazy_base():
     world = make(3, seed=4, shapes={"w": (BLOCK + 3,), "scale": ()})
     base = {"w": torch.randn(BLOCK + 3).bfloat16(), "scale": torch.tensor(2.0)}
-    lazy = Stepped(Lazy(base, fresh_blocks=False), Aggregate(MEAN, world.updates), 0.5)
+    lazy = Stepped(ByBlocks(base), Aggregate(MEAN, world.updates), 0.5)
     assert_same({name: lazy[name] for name in base}, dict(step(base, world.updates, MEAN, 0.5)))
 
 
@@ -168,8 +168,8 @@ def test_views_and_tensors_that_need_gradients_are_read_as_values():
 
 
 def test_membership_computes_nothing():
-    lazy = Lazy({"w": torch.ones(5)}, fresh_blocks=False)
-    update = Aggregate(MEAN, updates(lazy))  # type: ignore[arg-type]
+    lazy = ByBlocks({"w": torch.ones(5)})
+    update = Aggregate(MEAN, updates(lazy))
     assert "w" in update
     assert "v" not in update
     assert len(update) == 1
@@ -237,3 +237,15 @@ def test_a_result_that_overflows_float16_is_refused() -> None:
     update = Update({"w": torch.tensor([1e5])}, Source("m"))
     with pytest.raises(DeltaflError, match="do not fit into float16"):
         dict(step({"w": torch.tensor([1.0], dtype=torch.float16)}, [update], TaskArithmetic()))
+
+
+def test_a_base_of_zeros_makes_a_rule_of_whole_weights():
+    """Weights that sum to 1 interpolate whole models: the same model as by deltas, up to rounding."""
+    world, weights = make(3, seed=7), (0.5, 0.3, 0.2)
+    base = base_of(world)
+    models = [{n: base[n] + d[n] for n in base} for d in world.deltas]
+    whole = Aggregate(MEAN, updates(*models), weights)
+    interpolated = dict(Stepped(Zeros(base), whole, 1.0))
+    moved = dict(step(base, world.updates, MEAN, weights=weights))
+    for name in base:
+        torch.testing.assert_close(interpolated[name], moved[name], rtol=1e-6, atol=1e-6)

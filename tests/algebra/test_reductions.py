@@ -6,17 +6,18 @@ import torch
 from torch import Tensor
 
 from deltafl.algebra import reductions
-from deltafl.algebra.aggregate import Rows, Update, as_weights
+from deltafl.algebra.deltas import Deltas, Update
 from deltafl.algebra.reductions import gram_matrix, magnitude_thresholds
 from deltafl.algebra.streaming import CHUNK
 from deltafl.errors import DeltaflError
 from deltafl.rules.rule import Source
+from deltafl.rules.weights import as_weights
 from laws.worlds import flatten, make
 
 
-def rows_of(*deltas: Mapping[str, Tensor]) -> Rows:
+def rows_of(*deltas: Mapping[str, Tensor]) -> Deltas:
     updates = [Update(d, Source(f"m{i}")) for i, d in enumerate(deltas)]
-    return Rows(updates, as_weights(None, len(updates)))
+    return Deltas(updates, as_weights(None, len(updates)))
 
 
 @pytest.fixture(params=["at once", "streamed"])

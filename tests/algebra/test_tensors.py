@@ -8,14 +8,15 @@ from hypothesis import strategies as st
 
 from deltafl.algebra.tensors import (
     BLOCK,
-    block_of,
+    Joined,
+    Lazy,
+    Spec,
+    Zeros,
     blocks,
-    dtype_of,
-    numel_of,
+    lazy,
     round_once,
-    shape_of,
 )
-from laws.worlds import Lazy
+from laws.worlds import ByBlocks
 
 # dtype -> (bits of precision, least exponent of a normal number): IEEE 754 and bfloat16.
 FORMATS = {torch.bfloat16: (8, -126), torch.float16: (11, -14), torch.float32: (24, -126)}
@@ -95,12 +96,69 @@ def test_blocks_cover_a_tensor_in_order(numel):
     assert all(stop - start == BLOCK for start, stop in pairs[:-1])
 
 
-def test_a_lazy_mapping_is_read_by_blocks_only():
+def test_a_part_of_a_tensor_is_read_alone():
     tensor = torch.arange(12.0).reshape(3, 4).bfloat16()
-    for tensors in ({"w": tensor}, Lazy({"w": tensor}, fresh_blocks=False)):
-        assert block_of(tensors, "w", 5, 8).tolist() == [5, 6, 7]
-        assert (shape_of(tensors, "w"), numel_of(tensors, "w"), dtype_of(tensors, "w")) == (
-            (3, 4),
-            12,
-            torch.bfloat16,
-        )
+    for tensors in ({"w": tensor}, ByBlocks({"w": tensor}), Joined({"w": ({"v": tensor}, "v")})):
+        held = lazy(tensors)
+        assert held.spec("w") == Spec((3, 4), torch.bfloat16)
+        assert held.spec("w").numel == 12
+        assert held.block("w", 5, 8).tolist() == [5, 6, 7]
+        assert held.block("w", 5, 8, torch.float64).dtype == torch.float64
+        for dtype in (torch.float32, torch.bfloat16, torch.int64):
+            out = torch.empty(3, dtype=dtype)
+            held.read("w", 5, 8, out)
+            assert out.tolist() == [5, 6, 7]
+        assert lazy(held) is held
+
+
+class Squares(Lazy):
+    """0, 1, 4, ... of any length, with nothing defined but what must be."""
+
+    def __init__(self, **shapes: tuple[int, ...]) -> None:
+        self.shapes, self.names = shapes, shapes
+
+    def spec(self, name: str) -> Spec:
+        return Spec(self.shapes[name], torch.float64)
+
+    def read(self, name: str, start: int, stop: int, out: torch.Tensor) -> None:
+        out.copy_(torch.arange(start, stop).square())
+
+
+def test_the_mapping_follows_from_spec_and_read():
+    squares = Squares(a=(2, 3), none=(0, 4), long=(BLOCK + 2,), one=())
+    assert list(squares) == ["a", "none", "long", "one"]
+    assert len(squares) == 4
+    assert "a" in squares
+    assert "b" not in squares
+    assert squares["a"].tolist() == [[0, 1, 4], [9, 16, 25]]
+    assert squares["none"].shape == (0, 4)
+    assert torch.equal(squares["long"], torch.arange(BLOCK + 2).double().square())
+    assert squares["one"].shape == ()
+    assert squares.get("b") is None
+    with pytest.raises(KeyError, match="b"):
+        squares["b"]
+
+
+def test_a_kind_without_read_cannot_be_made():
+    class Half(Lazy):
+        def spec(self, name: str) -> Spec:
+            raise NotImplementedError
+
+    with pytest.raises(TypeError, match="abstract"):
+        Half()  # type: ignore[abstract]
+
+
+def test_tensors_of_several_mappings_are_joined_under_other_names():
+    one, two = {"a": torch.ones(2)}, ByBlocks({"b": torch.zeros(3)})
+    joined = Joined({"x": (two, "b"), "a": (one, "a")})
+    assert list(joined) == ["x", "a"]
+    assert joined["a"] is one["a"]
+    assert joined.spec("x").shape == (3,)
+
+
+def test_zeros_are_like_other_tensors():
+    zeros = Zeros({"w": torch.ones(2, 3).half(), "n": torch.tensor(4)})
+    assert [(t.shape, t.dtype, t.any().item()) for t in zeros.values()] == [
+        ((2, 3), torch.float16, False),
+        ((), torch.int64, False),
+    ]

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
-from checkpoint_files import load, make_world, refusal, save, succeed, toy, tuned
-from deltafl.checkpoints.checkpoint import Checkpoint, Difference, Latest, entries_of, open_tensors
+from checkpoint_files import load, make_world, refusal, save, succeed, toy
+from deltafl.algebra.tensors import Spec
+from deltafl.checkpoints.checkpoint import Checkpoint, entries_of, open_tensors
 from deltafl.checkpoints.layout import read_layout
 from deltafl.errors import DeltaflError
 
@@ -178,15 +178,7 @@ def test_blocks_are_the_tensors_parts(tmp_path: Path) -> None:
         flat = held[name].reshape(-1)
         for start, stop in ((0, 1), (5, 7), (60_000, 80_000), (len(flat) - 1, len(flat)), (3, 3)):
             assert torch.equal(checkpoint.block(name, start, stop), flat[start:stop])
-        assert checkpoint.shape(name) == tuple(held[name].shape)
-        assert checkpoint.dtype(name) == torch.bfloat16
-
-
-def test_a_block_belongs_to_the_caller(tmp_path: Path) -> None:
-    held = toy()
-    with Checkpoint(read_layout(save(tmp_path / "x", held))) as checkpoint:
-        checkpoint.block("embed.weight", 0, 8).zero_()
-        assert torch.equal(checkpoint["embed.weight"], held["embed.weight"])
+        assert checkpoint.spec(name) == Spec(tuple(held[name].shape), torch.bfloat16)
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path) -> None:
@@ -215,46 +207,6 @@ def test_a_file_that_vanished_leaves_no_other_open(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         Checkpoint(layout)
     assert len(os.listdir("/proc/self/fd")) == before
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_difference_is_tuned_minus_base_in_its_precision(
-    tmp_path: Path, dtype: torch.dtype
-) -> None:
-    base = toy(dtype=torch.bfloat16)
-    other = tuned(base, 1)
-    renamed: dict[str, Tensor] = {f"x.{n}": t for n, t in other.items()}
-    names = {n: f"x.{n}" for n in base if n != "steps"}
-    delta = Difference(Latest(base, dtype), renamed, names, dtype)
-    assert list(delta) == list(names)
-    for name in delta:
-        want = other[name].to(dtype) - base[name].to(dtype)
-        assert torch.equal(delta[name], want)
-        assert torch.equal(delta.block(name, 0, want.numel()), want.reshape(-1))
-        assert delta.shape(name) == tuple(want.shape)
-        assert delta.dtype(name) == dtype
-
-
-def test_the_latest_block_is_read_once(tmp_path: Path) -> None:
-    class Counting(dict):
-        reads = 0
-
-        def shape(self, name: str) -> tuple[int, ...]:
-            return tuple(self[name].shape)
-
-        def dtype(self, name: str) -> torch.dtype:
-            return self[name].dtype
-
-        def block(self, name: str, start: int, stop: int) -> Tensor:
-            Counting.reads += 1
-            return self[name].reshape(-1)[start:stop]
-
-    held = Latest(Counting(toy()))
-    for _ in range(4):
-        held.block("embed.weight", 0, 8)
-    assert Counting.reads == 1
-    held.block("embed.weight", 8, 16)
-    assert Counting.reads == 2
 
 
 def test_entries_of_a_dict_say_what_entries_of_a_file_say(tmp_path: Path) -> None:

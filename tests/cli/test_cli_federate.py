@@ -148,7 +148,6 @@ def test_every_field_of_the_recipe_has_an_option_with_a_text() -> None:
         (("--save-client-updates", 9), "--save-client-updates: 9; name rounds from 1 to 3"),
         (("--calibration-rounds", 5, "--sparsity-ratio", 0.5), "fresh clients"),
         (("--aggregator", "krum", "--num-byzantine", 1), "needs at least 2f + 3 = 5 models"),
-        (("--engine", "vmap", "--sparsity-ratio", 0.5), "engine vmap does not serve a mask"),
         (("--num-client", 3), "--num-client"),
     ],
 )

@@ -98,10 +98,6 @@ def test_event_files_of_every_run_lie_under_its_suite_and_cell(tmp_path: Path) -
         ),
         (("sparsity", "--mask-file", "mask"), "mask_file is a finished mask"),
         (
-            ("heterogeneity", "--engine", "vmap", "--train-head"),
-            "engine vmap does not serve train_head",
-        ),
-        (
             ("heterogeneity", "--aggregator", "krum", "--num-byzantine", 2),
             "needs at least 2f + 3 = 7 models",
         ),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltafl.algebra.aggregate import Update
+from deltafl.algebra.deltas import Update
 from deltafl.errors import DeltaflError
 from deltafl.federated import FederatedRecipe, LocalTraining, choose_clients, federate, run_round
 from deltafl.federated import run as federated_run

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from deltafl.algebra.aggregate import Update
+from deltafl.algebra.deltas import Update
 from deltafl.errors import DeltaflError
 from deltafl.federated import FederatedRecipe, ServerState, choose_clients, federate, run_round
 from deltafl.federated.recipe import SERVER_OPTIMIZERS
@@ -221,9 +221,6 @@ GOOD = FederatedRecipe(num_clients=10, participation_rate=0.5)
         ({"calibration": "averag"}, 'did you mean "average"'),
         ({"fisher_labels": "sample"}, 'did you mean "sampled"'),
         ({"sparsity_ratio": 0.5, "mask_file": "mask"}, "give one of them"),
-        ({"engine": "vmap", "sparsity_ratio": 0.5}, "engine vmap does not serve a mask"),
-        ({"engine": "vmap", "client": "mine:client"}, "engine vmap does not serve a client of your own"),
-        ({"engine": "vmap", "mask_file": "mask"}, "engine vmap does not serve a mask"),
         ({"mixed_precision": "fp8"}, 'unknown mixed_precision "fp8"'),
         ({"aggregator": "fedavgg"}, 'did you mean "fedavg"'),
         ({"aggregator": "cclip"}, "method cclip needs --rho"),
@@ -248,9 +245,8 @@ def test_all_wrong_values_are_told_at_once() -> None:
         participation_rate=0.5,
         sparsity_ratio=0.5,
         calibration_rounds=3,
-        engine="vmap",
     )
-    assert len(many.problems()) == 2
+    assert len(many.problems()) == 1
 
 
 def test_weights_are_examples_or_none() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from checkpoint_files import cli
-from deltafl.algebra.aggregate import Update
+from deltafl.algebra.deltas import Update
 from deltafl.errors import DeltaflError
 from deltafl.federated import FederatedRecipe, LocalTraining, federate, run_round
 from deltafl.federated.parcels import SharedMemory, pack, pack_error, room_for, unpack
@@ -226,14 +226,6 @@ def test_the_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     own = replace(SIX, client="federated.test_workers:doubles")
     assert count_workers(None, own, CPU) == 1  # it may remember things
     assert count_workers(2, own, CPU) == 2
-    stacked = replace(SIX, engine="vmap")
-    assert count_workers(None, stacked, CPU) == 1
-    assert count_workers(1, stacked, CPU) == 1
-    with pytest.raises(
-        DeltaflError,
-        match="no 2 workers here: engine vmap trains all clients in one; use workers 1",
-    ):
-        count_workers(2, stacked, CPU)
     with pytest.raises(DeltaflError, match="they are for CPUs, and the device is cuda:1"):
         count_workers(3, SIX, torch.device("cuda:1"))
     with pytest.raises(DeltaflError, match="workers must be 1 or more, not 0"):

@@ -5,12 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from deltafl.algebra.aggregate import Aggregate, Update, aggregate
+from deltafl.algebra.aggregate import Aggregate, aggregate
+from deltafl.algebra.deltas import Update
 from deltafl.errors import DeltaflError
 from deltafl.rules.rule import CoordinateRule, Rule
 from laws.worlds import (
     LARGE,
-    Lazy,
+    ByBlocks,
     World,
     assert_close,
     assert_same,
@@ -68,9 +69,8 @@ def order_free(rule: Rule, world: World) -> None:
 def streams(rule: Rule, world: World) -> None:
     """Read block by block or held in memory, by any number of threads: the same bits."""
     expected = result(rule, world)
-    for fresh in (False, True):
-        lazy = replace(world, deltas=tuple(Lazy(d, fresh_blocks=fresh) for d in world.deltas))  # type: ignore[misc]
-        assert_same(result(rule, lazy), expected)
+    updates = [Update(ByBlocks(u.delta), u.source) for u in world.updates]
+    assert_same(dict(Aggregate(rule, updates, world.weights)), expected)
     assert_same(result(rule, world, threads=3), expected)
     assert_same(dict(aggregate(rule, world.updates, world.weights)), expected)
 
@@ -79,12 +79,8 @@ def pure(rule: Rule, world: World) -> None:
     """No argument is modified."""
     before = world.mapped(torch.clone)
     result(rule, world)
-    lazy = [Lazy(d, fresh_blocks=False) for d in world.deltas]
-    dict(
-        Aggregate(
-            rule, [Update(d, s) for d, s in zip(lazy, world.sources, strict=True)], world.weights
-        )
-    )
+    updates = [Update(ByBlocks(u.delta), u.source) for u in world.updates]
+    dict(Aggregate(rule, updates, world.weights))
     for now, then in zip(world.deltas, before.deltas, strict=True):
         assert_same(now, then)
 

@@ -9,8 +9,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from deltafl.algebra.aggregate import Aggregate, Update, WeightsLike, check_rule
-from deltafl.algebra.tensors import BLOCK
+from deltafl.algebra.aggregate import Aggregate, WeightsLike, check_rule
+from deltafl.algebra.deltas import Update
+from deltafl.algebra.tensors import BLOCK, Lazy, Spec
 from deltafl.errors import DeltaflError
 from deltafl.rules.rule import RULES, Rule, Source, load_rules
 
@@ -136,34 +137,25 @@ def worlds(
     return world
 
 
-class Lazy(Mapping[str, Tensor]):
-    """A mapping that reads blocks, as a checkpoint on disk does, and counts them."""
+class ByBlocks(Lazy):
+    """Tensors that are read by blocks only, as a checkpoint on disk is; blocks are views. Counts reads."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], *, fresh_blocks: bool) -> None:
-        self.tensors, self.fresh_blocks, self.reads = tensors, fresh_blocks, 0
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors, self.names, self.reads = tensors, tensors, 0
 
     def __getitem__(self, name: str) -> Tensor:
         raise AssertionError(f"{name} was read whole")
 
-    def __contains__(self, name: object) -> bool:
-        return name in self.tensors
+    def spec(self, name: str) -> Spec:
+        return Spec(tuple(self.tensors[name].shape), self.tensors[name].dtype)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
+    def read(self, name: str, start: int, stop: int, out: Tensor) -> None:
+        out.copy_(self.block(name, start, stop))
 
-    def __len__(self) -> int:
-        return len(self.tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.tensors[name].shape)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.tensors[name].dtype
-
-    def block(self, name: str, start: int, stop: int) -> Tensor:
+    def block(self, name: str, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
         self.reads += 1
         block = self.tensors[name].reshape(-1)[start:stop]
-        return block.clone() if self.fresh_blocks else block
+        return block if dtype is None else block.to(dtype)
 
 
 def assert_same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from checkpoint_files import make_world, save, toy, tuned
 from deltafl import Source, Update
-from deltafl.algebra.aggregate import Rows, Weights
+from deltafl.algebra.aggregate import Weights
+from deltafl.algebra.deltas import Deltas
 from deltafl.algebra.tensors import BLOCK
 from deltafl.errors import DeltaflError
 from deltafl.merge.inputs import open_updates
@@ -19,9 +20,9 @@ from deltafl.merge.inspect import advise, cosines, inspect_models, layer_of, mea
 from deltafl.merge.plan import MergeSpec, Model, plan_merge
 
 
-def rows_of(deltas: Sequence[dict[str, Tensor]]) -> Rows:
+def rows_of(deltas: Sequence[dict[str, Tensor]]) -> Deltas:
     updates = [Update(d, Source(f"m{i}")) for i, d in enumerate(deltas)]
-    return Rows(updates, Weights((1.0,) * len(deltas)))
+    return Deltas(updates, Weights((1.0,) * len(deltas)))
 
 
 def random_deltas(n: int, seed: int = 0) -> list[dict[str, Tensor]]:

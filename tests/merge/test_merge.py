@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from checkpoint_files import CONFIG, World, load, make_world, save, succeed, toy, tuned
-from deltafl.algebra.aggregate import Update, step
+from deltafl.algebra.aggregate import step
+from deltafl.algebra.deltas import Update
 from deltafl.merge.plan import plan_merge
 from deltafl.merge.recipe import MergeRecipe, parse
 from deltafl.merge.run import run_merge

@@ -12,6 +12,7 @@ from deltafl.errors import DeltaflError
 from deltafl.merge.candidates import Shelf
 from deltafl.merge.race import Finish, critical_value, looks, orders, race, upper_bounds
 from deltafl.merge.search import LAMBDAS, Problem, Row, SearchResult, search
+from laws.worlds import ByBlocks
 from merge.test_search import ALL, Constant, Loaded, Near, make_problem, val_calls
 
 
@@ -347,24 +348,14 @@ def test_updates_that_do_not_fit_are_computed_again_to_the_same_rows() -> None:
 
 
 def test_a_shelf_never_holds_more_than_its_room() -> None:
-    calls = []
-
-    class Lazy(dict[str, Tensor]):
-        def block(self, name: str, start: int, stop: int) -> Tensor:
-            calls.append(name)
-            return torch.ones(stop - start)
-
-        def shape(self, name: str) -> tuple[int, ...]:
-            return (10,)
-
     shelf = Shelf(40, 1)
-    lazy = Lazy(w=torch.ones(10))
-    a, b = (shelf.put(lazy, {"w": torch.ones(10)}, d) for d in "ab")  # type: ignore[arg-type]
+    update = ByBlocks({"w": torch.ones(10)})
+    a, b = (shelf.put(update, {"w": torch.ones(10)}, d) for d in "ab")  # type: ignore[arg-type]
     assert (a.tensors is None, b.tensors is None, shelf.room) == (False, True, 0)
     shelf.get(a)
-    assert calls == []
+    assert update.reads == 0
     assert torch.equal(shelf.get(b)["w"], torch.ones(10))
-    assert (calls, b.tensors) == (["w"], None)
+    assert (update.reads, b.tensors) == (1, None)
     shelf.drop(a)
     assert shelf.room == 40
     shelf.get(b)

@@ -25,6 +25,7 @@ from deltafl.merge.search import (
     test_once,
     test_singles,
 )
+from laws.worlds import ByBlocks
 
 test_once.__test__ = test_singles.__test__ = False  # type: ignore[attr-defined]
 
@@ -276,36 +277,14 @@ def test_mistake_the_unclipped_end_is_never_searched() -> None:
         assert found.rows[-1].same_as == "task_arithmetic lambda=0.3"
 
 
-@dataclass
-class CountedReads(dict[str, Tensor]):
-    """A delta that counts the blocks read from it."""
-
-    tensors: Tensors
-    blocks: int = 0
-    fresh_blocks = False
-
-    def __post_init__(self) -> None:
-        self.update(self.tensors)
-
-    def block(self, name: str, start: int, stop: int) -> Tensor:
-        self.blocks += 1
-        return self.tensors[name].reshape(-1)[start:stop]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.tensors[name].shape)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.tensors[name].dtype
-
-
 def test_mistake_deltas_read_again_for_every_candidate() -> None:
     reads = []
     for lambdas in (GRID, LAMBDAS):
         problem = make_problem()
-        deltas = [CountedReads(u.delta) for u in problem.updates]
+        deltas = [ByBlocks(u.delta) for u in problem.updates]
         updates = [Update(d, u.source) for d, u in zip(deltas, problem.updates, strict=True)]
         search(replace(problem, updates=updates), ALL, lambdas=lambdas)
-        reads.append([d.blocks for d in deltas])
+        reads.append([d.reads for d in deltas])
     assert reads[0] == reads[1]
     assert min(reads[0]) > 0
 

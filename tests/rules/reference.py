@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from deltafl.algebra.aggregate import Aggregate, Update
+from deltafl.algebra.aggregate import Aggregate
+from deltafl.algebra.deltas import Update
 from deltafl.rules.rule import Rule, Source
 
 SPLIT = 4

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from deltafl.algebra.aggregate import Aggregate, Update
+from deltafl.algebra.aggregate import Aggregate
+from deltafl.algebra.deltas import Update
 from deltafl.algebra.tensors import BLOCK
 from deltafl.errors import DeltaflError
 from deltafl.rules.cclip import CClip

@@ -5,15 +5,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltafl.algebra.aggregate import Aggregate, Update, aggregate
+from deltafl.algebra.aggregate import Aggregate, aggregate
+from deltafl.algebra.deltas import Update
 from deltafl.algebra.tensors import (
     BLOCK,
-    block_of,
+    Spec,
     blocks,
-    device_of,
-    dtype_of,
-    read_into,
-    shape_of,
 )
 from deltafl.errors import DeltaflError
 from deltafl.sparse.packed import STRIDE, KeptIndex, PackedDelta, index_of, packed_difference
@@ -109,17 +106,15 @@ def test_a_packed_delta_is_the_dense_one_bit_for_bit(density):
     lazy = packed(mask, dense)
     assert list(lazy) == list(dense)
     for name, tensor in dense.items():
-        assert (shape_of(lazy, name), dtype_of(lazy, name)) == (tensor.shape, tensor.dtype)
-        assert device_of(lazy, name) == tensor.device
+        assert lazy.spec(name) == Spec(tuple(tensor.shape), tensor.dtype, tensor.device)
         assert torch.equal(lazy[name].view(torch.int32), tensor.view(torch.int32))
         for size in (BLOCK, 1000):
             for start, stop in blocks(tensor.numel(), size):
                 part = tensor.reshape(-1)[start:stop]
-                assert torch.equal(
-                    block_of(lazy, name, start, stop).view(torch.int32), part.view(torch.int32)
-                )
+                block = lazy.block(name, start, stop)
+                assert torch.equal(block.view(torch.int32), part.view(torch.int32))
                 out = torch.full((stop - start,), 7.0, dtype=torch.float64)
-                read_into(lazy, name, start, stop, out)
+                lazy.read(name, start, stop, out)
                 assert torch.equal(out, part.double())
 
 
@@ -127,8 +122,7 @@ def test_zeros_are_positive_and_blocks_the_callers_own():
     mask = masks(0.5)
     lazy = packed(mask, dense_delta(mask, 0))
     assert not torch.signbit(lazy["embedding"][~mask["embedding"]]).any()
-    first = lazy.block("embedding", 0, 100)
-    first.fill_(9)
+    lazy["embedding"].fill_(9)
     assert not (lazy.block("embedding", 0, 100) == 9).any()
     assert not (lazy.kept == 9).any()
 
@@ -140,7 +134,7 @@ def test_membership_expands_nothing(monkeypatch):
     def refuse(*args):
         raise AssertionError("expanded")
 
-    monkeypatch.setattr(lazy, "read_into", refuse)
+    monkeypatch.setattr(lazy, "read", refuse)
     assert "head" in lazy
     assert "absent" not in lazy
     assert len(lazy) == len(SHAPES)

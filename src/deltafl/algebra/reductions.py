@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from deltafl.algebra.deltas import Deltas
 from deltafl.algebra.streaming import OnElements, Piece, chunks, ignore, in_order, length
 from deltafl.rules.weights import PerModel, numbers_of
 
@@ -21,35 +22,17 @@ SAMPLE = 1 << 18
 """Elements that the first guess of a threshold is made from, about."""
 
 
-class BlockRows(Protocol):
-    """n deltas that are read block by block."""
-
-    names: tuple[str, ...]
-    device: torch.device
-
-    def shape(self, name: str) -> tuple[int, ...]: ...
-
-    def row(self, i: int, name: str, start: int, stop: int) -> Tensor: ...
-
-    def block(self, name: str, start: int, stop: int) -> Tensor: ...
-
-    def refuse_nonfinite(self, name: str, start: int, stop: int) -> None: ...
-
-    @property
-    def updates(self) -> Sequence[object]: ...
-
-
-def sizes_of(rows: BlockRows) -> list[tuple[str, int]]:
+def sizes_of(rows: Deltas) -> list[tuple[str, int]]:
     """(name, number of elements) of each tensor."""
-    return [(name, math.prod(rows.shape(name))) for name in rows.names]
+    return [(name, rows.spec(name).numel) for name in rows.names]
 
 
-def on_cpu(rows: BlockRows) -> bool:
+def on_cpu(rows: Deltas) -> bool:
     """Whether forked processes can compute the blocks."""
-    return rows.device.type == "cpu"
+    return all(rows.spec(name).device.type == "cpu" for name in rows.names)
 
 
-def gram_matrix(rows: BlockRows, threads: int = 1, on_elements: OnElements = ignore) -> Tensor:
+def gram_matrix(rows: Deltas, threads: int = 1, on_elements: OnElements = ignore) -> Tensor:
     """G_ij = <delta_i, delta_j> over all tensors, (n, n) float64. Raises on NaN and Inf.
 
     The products of the blocks are added with one rounding: the order of the tensors, which differs between a model in
@@ -59,7 +42,7 @@ def gram_matrix(rows: BlockRows, threads: int = 1, on_elements: OnElements = ign
     def products(group: list[Piece]) -> "np.ndarray[Any, np.dtype[np.float64]]":
         found = []
         for name, start, stop in group:
-            block = rows.block(name, start, stop).double()
+            block = rows.stack(name, start, stop).double()
             part = torch.stack([block @ row for row in block]).cpu()
             if not math.isfinite(part.sum()):
                 rows.refuse_nonfinite(name, start, stop)
@@ -79,7 +62,7 @@ def gram_matrix(rows: BlockRows, threads: int = 1, on_elements: OnElements = ign
 
 
 def magnitude_thresholds(
-    rows: BlockRows,
+    rows: Deltas,
     density: PerModel,
     per_tensor: bool,
     threads: int = 1,
@@ -109,7 +92,7 @@ def magnitude_thresholds(
 
 
 def kth_magnitudes(
-    rows: BlockRows,
+    rows: Deltas,
     sizes: Sequence[tuple[str, int]],
     ks: Sequence[int],
     threads: int = 1,
@@ -139,7 +122,7 @@ def kth_magnitudes(
         def count(group: list[Piece], pending: list[tuple[int, Search]] = pending) -> list[Counted]:
             seen: list[list[Counted]] = [[] for _ in pending]
             for piece in group:
-                bits = magnitude_bits(rows.block(*piece)).cpu().numpy()
+                bits = magnitude_bits(rows.stack(*piece)).cpu().numpy()
                 for (i, search), more in zip(pending, seen, strict=True):
                     more.append(search.count(bits[i]))
             return [
@@ -160,9 +143,7 @@ def kth_magnitudes(
     return [found[i] for i in range(n)]
 
 
-def _select(
-    rows: BlockRows, i: int, groups: Sequence[list[Piece]], place: int
-) -> tuple[float, int]:
+def _select(rows: Deltas, i: int, groups: Sequence[list[Piece]], place: int) -> tuple[float, int]:
     """The magnitude of rank `place` (1: smallest) of one delta, and the number of elements >= it; all at once."""
     bits = torch.cat([magnitude_bits(rows.row(i, *piece)) for group in groups for piece in group])
     value = bits.kthvalue(place).values
@@ -239,7 +220,7 @@ def float_of(bits: int) -> float:
 
 
 def sampled_range(
-    rows: BlockRows, i: int, groups: Sequence[list[Piece]], fraction: float
+    rows: Deltas, i: int, groups: Sequence[list[Piece]], fraction: float
 ) -> tuple[int, int]:
     """A range of bit patterns that very likely holds the (1 - fraction) quantile, from a fixed subset of blocks.
 

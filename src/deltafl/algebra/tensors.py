@@ -1,13 +1,14 @@
-"""Flat algebra on named tensors: the one data type that deltas, updates and models share.
+"""Named tensors that are read a piece at a time: what deltas, aggregates, models and files have in common.
 
-`Tensors` is any mapping name -> tensor: a dict, or a lazy checkpoint that also answers `block(name, start, stop)`
-without reading the whole tensor. Blocks of a fixed length, in a fixed order, are part of every definition here, so
-that streaming, in-memory and federated results are the same bits.
+`Tensors` is any mapping name -> tensor. `Lazy` is one that reads a part of a tensor without making
+the whole; `lazy` wraps a plain dict as one. Blocks of a fixed length, in a fixed order, are part of
+every definition here, so that streaming, in-memory and federated results are the same bits.
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import Protocol, TypeAlias, TypeGuard
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Mapping
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,98 +18,138 @@ from deltafl.errors import DeltaflError
 Tensors: TypeAlias = Mapping[str, Tensor]
 
 BLOCK = 1 << 18
-"""Elements in one block: few enough for the caches, enough that the calls for one cost little beside its arithmetic."""
+"""Elements in one block: few enough for the caches, enough that the calls cost little beside it."""
 
 
-class Blocked(Protocol):
-    """A lazy mapping that reads a part of a tensor. `block` returns the flat elements [start, stop) of `name`."""
+class Spec(NamedTuple):
+    """What is known of a tensor before it is read. device: where its blocks are made."""
 
-    def block(self, name: str, start: int, stop: int) -> Tensor: ...
-
-    def shape(self, name: str) -> tuple[int, ...]: ...
-
-    def dtype(self, name: str) -> torch.dtype: ...
-
-
-def is_blocked(tensors: Tensors) -> TypeGuard[Blocked]:
-    """Whether the mapping is lazy. `isinstance` with a protocol would take longer than to read a block."""
-    return hasattr(tensors, "block")
-
-
-class Joined(Mapping[str, Tensor]):
-    """Several mappings, lazy or not, as one; their names differ."""
-
-    def __init__(self, *parts: Tensors) -> None:
-        self._part = {name: part for part in parts for name in part}
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._part)
-
-    def __len__(self) -> int:
-        return len(self._part)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._part
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._part[name][name]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device = torch.device("cpu")
 
     @property
-    def device(self) -> torch.device:
-        """Where the blocks are."""
-        name = next(iter(self._part))
-        return device_of(self._part[name], name)
-
-    def block(self, name: str, start: int, stop: int) -> Tensor:
-        """Flat elements [start, stop) of one tensor."""
-        return block_of(self._part[name], name, start, stop)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of one tensor."""
-        return shape_of(self._part[name], name)
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Dtype of one tensor."""
-        return dtype_of(self._part[name], name)
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
 
 
-def block_of(tensors: Tensors, name: str, start: int, stop: int) -> Tensor:
-    """Flat elements [start, stop) of one tensor, (stop - start,), in its own dtype."""
-    if is_blocked(tensors):
-        return tensors.block(name, start, stop)
-    return tensors[name].detach().reshape(-1)[start:stop]
+class Lazy(Mapping[str, Tensor], ABC):
+    """A mapping name -> tensor of which a part can be read alone.
+
+    A kind of its own sets `names`, in order and quick to look into, and defines `spec` and `read`.
+    whole: reading a part costs as much as the tensor, so one worker should read all of its parts.
+    """
+
+    names: Collection[str]
+    whole: bool = False
+
+    @abstractmethod
+    def spec(self, name: str) -> Spec:
+        """Shape, dtype and device of one tensor; nothing is read."""
+
+    @abstractmethod
+    def read(self, name: str, start: int, stop: int, out: Tensor) -> None:
+        """Write the flat elements [start, stop) of one tensor into `out`, (stop - start,).
+
+        They are those of the tensor in its own dtype, converted to that of `out`, which may be on
+        another device.
+        """
+
+    def block(self, name: str, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Flat elements [start, stop), (stop - start,), in `dtype`, by default the tensor's own.
+
+        Not to be written to: it may be a part of what others hold, and is good until the next call.
+        """
+        spec = self.spec(name)
+        out = torch.empty(stop - start, dtype=dtype or spec.dtype, device=spec.device)
+        self.read(name, start, stop, out)
+        return out
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.names:
+            raise KeyError(name)
+        spec = self.spec(name)
+        out = torch.empty(spec.shape, dtype=spec.dtype, device=spec.device)
+        flat = out.view(-1)
+        for start, stop in blocks(spec.numel):
+            self.read(name, start, stop, flat[start:stop])
+        return out
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
 
 
-def read_into(tensors: Tensors, name: str, start: int, stop: int, out: Tensor) -> None:
-    """Write flat elements [start, stop) of one tensor, in the dtype of `out`, into `out`, (stop - start,)."""
-    if hasattr(tensors, "read_into"):
-        tensors.read_into(name, start, stop, out)  # type: ignore[attr-defined]
-    else:
-        out.copy_(block_of(tensors, name, start, stop))
+def lazy(tensors: Tensors) -> Lazy:
+    """The same tensors as a `Lazy`; one that is lazy comes back as it is."""
+    return tensors if isinstance(tensors, Lazy) else _InMemory(tensors)
 
 
-def shape_of(tensors: Tensors, name: str) -> tuple[int, ...]:
-    """Shape of one tensor, without reading it where the mapping is lazy."""
-    return tensors.shape(name) if is_blocked(tensors) else tuple(tensors[name].shape)
+class _InMemory(Lazy):
+    """Whole tensors; blocks are views, without gradient."""
+
+    def __init__(self, tensors: Tensors) -> None:
+        self._tensors = tensors
+        self.names = tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def spec(self, name: str) -> Spec:
+        tensor = self._tensors[name]
+        return Spec(tuple(tensor.shape), tensor.dtype, tensor.device)
+
+    def read(self, name: str, start: int, stop: int, out: Tensor) -> None:
+        out.copy_(self.block(name, start, stop))
+
+    def block(self, name: str, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
+        part = self._tensors[name].detach().reshape(-1)[start:stop]
+        return part if dtype is None else part.to(dtype)
 
 
-def device_of(tensors: Tensors, name: str) -> torch.device:
-    """Device of one tensor's blocks, without reading it where the mapping is lazy; a lazy one says if it is no CPU."""
-    return (
-        getattr(tensors, "device", torch.device("cpu"))
-        if is_blocked(tensors)
-        else tensors[name].device
-    )
+class Joined(Lazy):
+    """Tensors of several mappings as one: name here -> (mapping, name there)."""
+
+    def __init__(self, places: Mapping[str, tuple[Tensors, str]]) -> None:
+        self._places = {name: (lazy(part), there) for name, (part, there) in places.items()}
+        self.names = self._places
+        self.whole = any(part.whole for part, _ in self._places.values())
+
+    def __getitem__(self, name: str) -> Tensor:
+        part, there = self._places[name]
+        return part[there]
+
+    def spec(self, name: str) -> Spec:
+        part, there = self._places[name]
+        return part.spec(there)
+
+    def read(self, name: str, start: int, stop: int, out: Tensor) -> None:
+        part, there = self._places[name]
+        part.read(there, start, stop, out)
+
+    def block(self, name: str, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
+        part, there = self._places[name]
+        return part.block(there, start, stop, dtype)
 
 
-def numel_of(tensors: Tensors, name: str) -> int:
-    """Number of elements of one tensor."""
-    return math.prod(shape_of(tensors, name))
+class Zeros(Lazy):
+    """Zeros in the shapes and dtypes of other tensors: the base of rules of whole weights."""
 
+    def __init__(self, like: Tensors) -> None:
+        self._like = lazy(like)
+        self.names = self._like.names
 
-def dtype_of(tensors: Tensors, name: str) -> torch.dtype:
-    """Dtype of one tensor, without reading it where the mapping is lazy."""
-    return tensors.dtype(name) if is_blocked(tensors) else tensors[name].dtype
+    def spec(self, name: str) -> Spec:
+        return self._like.spec(name)
+
+    def read(self, name: str, start: int, stop: int, out: Tensor) -> None:
+        out.zero_()
 
 
 def blocks(numel: int, size: int = BLOCK) -> Iterator[tuple[int, int]]:
@@ -117,12 +158,19 @@ def blocks(numel: int, size: int = BLOCK) -> Iterator[tuple[int, int]]:
         yield start, min(start + size, numel)
 
 
-def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """`values` in `dtype` with one correct rounding (nearest, ties to even), also from float64 to 16 bits.
+def memory_like(out: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`out` where it has this dtype and is on this device, else new memory of its shape."""
+    if out.dtype == dtype and out.device == device:
+        return out
+    return torch.empty(out.shape, dtype=dtype, device=device)
 
-    torch converts float64 to bfloat16 and float16 through float32, and two roundings differ from one in about 1 of
-    10^5 elements. The float32 step here rounds to odd (the last bit keeps the memory of what was cut off), after
-    which the second rounding is the right one (Boldo and Melquiond 2008).
+
+def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """`values` in `dtype` with one correct rounding (nearest, ties to even), also of float64.
+
+    torch converts float64 to bfloat16 and float16 through float32, and two roundings differ from one
+    in about 1 of 10^5 elements. The float32 step here rounds to odd (the last bit keeps the memory
+    of what was cut off), after which the second rounding is right (Boldo and Melquiond 2008).
     """
     if values.dtype != torch.float64 or dtype.itemsize >= 4:
         return values.to(dtype)
@@ -134,7 +182,7 @@ def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def device_named(name: str) -> torch.device:
-    """The device that a user names: cpu, cuda or cuda:1. Raises DeltaflError if it is unknown or not here."""
+    """The device that a user names: cpu, cuda or cuda:1. Raises DeltaflError if it is not here."""
     try:
         device = torch.device(name)
     except RuntimeError:

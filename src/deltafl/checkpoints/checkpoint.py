@@ -3,23 +3,14 @@
 import os
 import pickle
 import re
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deltafl.algebra.tensors import (
-    Tensors,
-    block_of,
-    blocks,
-    device_of,
-    numel_of,
-    read_into,
-    shape_of,
-)
+from deltafl.algebra.tensors import Lazy, Spec, Tensors, blocks, lazy, memory_like
 from deltafl.checkpoints import layout as layouts
 from deltafl.checkpoints.align import Alignment
 from deltafl.checkpoints.layout import SIZES, Entry, Layout
@@ -34,70 +25,31 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-class Checkpoint(Mapping[str, Tensor]):
-    """A checkpoint on disk. `checkpoint[name]` reads one tensor, `block` a part of one, in the file's dtype.
+class Checkpoint(Lazy):
+    """A checkpoint on disk, in the files' dtypes.
 
-    Reads with pread rather than mmap: memory is what is asked for, and a file that shrinks while it is read is an
-    error instead of a dead process.
+    Reads with pread rather than mmap: memory is what is asked for, and a file that shrinks while it
+    is read is an error instead of a dead process.
     """
-
-    fresh_blocks = True
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
+        self.names = layout.entries
+        self._specs = {n: Spec(e.shape, DTYPES[e.dtype]) for n, e in layout.entries.items()}
         self._files: dict[Path, int] = {}
-        self._local = threading.local()
         for file in layout.files:
             self._files[file] = os.open(file, os.O_RDONLY)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.layout.entries)
+    def spec(self, name: str) -> Spec:
+        return self._specs[name]
 
-    def __len__(self) -> int:
-        return len(self.layout.entries)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.layout.entries
-
-    def __getitem__(self, name: str) -> Tensor:
-        entry = self.layout.entries[name]
-        return self.block(name, 0, entry.numel).reshape(entry.shape)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of one tensor."""
-        return self.layout.entries[name].shape
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Dtype of one tensor."""
-        return DTYPES[self.layout.entries[name].dtype]
-
-    def block(self, name: str, start: int, stop: int) -> Tensor:
-        """Flat elements [start, stop). Raises DeltaflError if the file is shorter than its header said."""
-        entry = self.layout.entries[name]
-        values = torch.empty(stop - start, dtype=DTYPES[entry.dtype])
+    def read(self, name: str, start: int, stop: int, out: Tensor) -> None:
+        """Raises DeltaflError if the file is shorter than its header said."""
+        entry, dtype = self.layout.entries[name], self._specs[name].dtype
+        values = memory_like(out, dtype, torch.device("cpu"))
         self._read(name, entry, start, memoryview(values.view(torch.uint8).numpy()))  # type: ignore[arg-type]
-        return values
-
-    def read_into(self, name: str, start: int, stop: int, out: Tensor) -> None:
-        """Write flat elements [start, stop) into `out`, in its dtype; each thread reads into one buffer of its own."""
-        entry = self.layout.entries[name]
-        wanted = (entry.dtype, stop - start)
-        if (
-            getattr(self._local, "held", None) != wanted
-        ):  # blocks are of one size, and cutting a view takes as long as
-            self._cut(*wanted)  # an operation
-        self._read(name, entry, start, self._local.view)
-        out.copy_(self._local.values)
-
-    def _cut(self, dtype: str, count: int) -> None:
-        """Make this thread's buffer one of `count` elements of `dtype`."""
-        size = SIZES[dtype] * count
-        buffer = getattr(self._local, "buffer", None)
-        if buffer is None or len(buffer) < size:
-            buffer = self._local.buffer = torch.empty(size, dtype=torch.uint8)
-        self._local.view = memoryview(buffer[:size].numpy())  # type: ignore[arg-type]
-        self._local.values = buffer[:size].view(DTYPES[dtype])
-        self._local.held = (dtype, count)
+        if values is not out:
+            out.copy_(values)
 
     def _read(self, name: str, entry: Entry, start: int, into: memoryview) -> None:
         """Fill `into` from element `start` on. Raises DeltaflError if the file is shorter than its header said."""
@@ -179,11 +131,10 @@ def _is_zip(file: Path) -> bool:
 
 def entries_of(tensors: Tensors) -> Mapping[str, Entry]:
     """Name, dtype and shape of every tensor, as the naming layer compares them."""
-    if isinstance(tensors, Checkpoint):
-        return tensors.layout.entries
+    held = lazy(tensors)
+    specs = {name: held.spec(name) for name in held}
     return {
-        n: Entry(NAMES.get(t.dtype, str(t.dtype)), tuple(t.shape), Path(), 0, 0)
-        for n, t in tensors.items()
+        n: Entry(NAMES.get(s.dtype, str(s.dtype)), s.shape, Path(), 0, 0) for n, s in specs.items()
     }
 
 
@@ -212,110 +163,8 @@ def refuse_untied(alignment: Alignment, base: Tensors, tuned: Mapping[str, Tenso
 
 def _equal(tensors: Tensors, a: str, b: str) -> bool:
     """Whether two tensors hold the same values; read by blocks."""
-    shape = shape_of(tensors, a)
-    return shape == shape_of(tensors, b) and all(
-        torch.equal(block_of(tensors, a, *span), block_of(tensors, b, *span))
-        for span in blocks(numel_of(tensors, a))
+    held = lazy(tensors)
+    spec, other = held.spec(a), held.spec(b)
+    return spec.shape == other.shape and all(
+        torch.equal(held.block(a, *span), held.block(b, *span)) for span in blocks(spec.numel)
     )
-
-
-class Latest(Mapping[str, Tensor]):
-    """Another mapping, with the block read last kept in `dtype` for each thread.
-
-    n differences from one base and the step itself ask for the same block of the base one after the other: it is
-    read and converted once.
-    """
-
-    def __init__(
-        self,
-        tensors: Tensors,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        self._tensors, self._dtype, self._local = tensors, dtype, threading.local()
-        self.device = torch.device(device)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._tensors
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of one tensor."""
-        return shape_of(self._tensors, name)
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Dtype of the blocks."""
-        return self._dtype
-
-    def block(self, name: str, start: int, stop: int) -> Tensor:
-        """Flat elements [start, stop) in `dtype`; not to be overwritten."""
-        key = (name, start, stop)
-        local = self._local
-        if getattr(local, "key", None) != key:
-            if getattr(local, "count", None) != stop - start:
-                local.block = torch.empty(stop - start, dtype=self._dtype, device=self.device)
-                local.count = stop - start
-            local.key = None  # while it is being filled
-            read_into(self._tensors, name, start, stop, local.block)
-            local.key = key
-        return local.block
-
-
-class Difference(Mapping[str, Tensor]):
-    """delta = tuned - base as a lazy mapping in the base's names, in float32 or, to be exact, float64.
-
-    names: base name -> tuned name, the tensors that the delta has.
-    """
-
-    fresh_blocks = True
-
-    def __init__(
-        self, base: Tensors, tuned: Tensors, names: Mapping[str, str], dtype: torch.dtype
-    ) -> None:
-        self._base, self.tuned, self._names, self._dtype = base, tuned, names, dtype
-        self.device = device_of(base, next(iter(names))) if names else torch.device("cpu")
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-    def __getitem__(self, name: str) -> Tensor:
-        tuned = self.tuned[self._names[name]].to(self._dtype)
-        return tuned - self._base[name].to(self._dtype)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of one tensor."""
-        return shape_of(self._base, name)
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Dtype of the difference."""
-        return self._dtype
-
-    def block(self, name: str, start: int, stop: int) -> Tensor:
-        """Flat elements [start, stop) of tuned - base."""
-        base = block_of(self._base, name, start, stop).to(self._dtype)
-        tuned = block_of(self.tuned, self._names[name], start, stop)
-        fresh = getattr(self.tuned, "fresh_blocks", False)
-        return tuned.to(base.device, self._dtype, copy=not fresh).sub_(base)
-
-    def read_into(self, name: str, start: int, stop: int, out: Tensor) -> None:
-        """Write flat elements [start, stop) of tuned - base into `out`."""
-        if out.dtype != self._dtype:
-            out.copy_(self.block(name, start, stop))
-            return
-        read_into(self.tuned, self._names[name], start, stop, out)
-        base = block_of(self._base, name, start, stop)
-        out.sub_(base if base.dtype == out.dtype and base.device == out.device else base.to(out))

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from deltafl.algebra.streaming import OnElements, Piece, chunks, ignore, in_order, length
-from deltafl.algebra.tensors import Tensors, block_of
+from deltafl.algebra.tensors import Tensors, lazy
 from deltafl.checkpoints.checkpoint import DTYPES
 from deltafl.checkpoints.layout import COMPANIONS, SIZES, Entry
 from deltafl.errors import DeltaflError
@@ -117,12 +117,14 @@ def write_tensors(
                 os.posix_fallocate(handle, 0, shard.num_bytes)
             os.pwrite(handle, shard.header, 0)
         entries = {name: entry for shard in shards for name, entry in shard.entries.items()}
+        source = lazy(tensors)
 
         def write(group: list[Piece]) -> None:
             for name, start, stop in group:
                 entry = entries[name]
-                block = block_of(tensors, name, start, stop).to("cpu", DTYPES[entry.dtype])
-                data = memoryview(block.contiguous().view(torch.uint8).numpy())  # type: ignore[arg-type]
+                block = torch.empty(stop - start, dtype=DTYPES[entry.dtype])
+                source.read(name, start, stop, block)
+                data = memoryview(block.view(torch.uint8).numpy())  # type: ignore[arg-type]
                 _write_all(handles[entry.file], data, entry.start + start * SIZES[entry.dtype])
 
         sizes = [(name, entries[name].numel) for name in tensors]

@@ -66,7 +66,6 @@ HELP = {
     "eval_every": "Rounds between validations.",
     "patience": "Validations without a gain after which to stop.",
     "mixed_precision": "no or bf16.",
-    "engine": "sequential or vmap (clients stacked, for small models).",
     "client": "Your own client, module:attr.",
     "seed": "Of everything that is random.",
 }

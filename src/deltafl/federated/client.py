@@ -1,17 +1,16 @@
 """What a client does in a round: take the server's parameters, train on its own samples, return an update."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from deltafl.algebra.aggregate import Update
+from deltafl.algebra.deltas import Difference, Update
 from deltafl.algebra.tensors import Joined, Tensors
-from deltafl.checkpoints.checkpoint import Difference
 from deltafl.federated.recipe import FederatedRecipe
 from deltafl.models.flat import FlatModel
 from deltafl.models.heads import LinearHead
@@ -67,17 +66,6 @@ class Client(Protocol):
     def __call__(self, params: Tensors, mask: Mask | None, round: Round) -> Update: ...
 
 
-@runtime_checkable
-class GroupClient(Client, Protocol):
-    """A client object that may be given all chosen clients of a round at once."""
-
-    def train_all(
-        self, params: Tensors, mask: Mask | None, rounds: Sequence[Round]
-    ) -> Sequence[Update]:
-        """One update for each of `rounds`, in that order."""
-        ...
-
-
 class LocalTraining:
     """SGDM, FedProx (arXiv 1812.06127) or SCAFFOLD (arXiv 1910.06378) on one working model that all clients share.
 
@@ -119,7 +107,7 @@ class LocalTraining:
             momentum=self.recipe.momentum,
             prox_mu=self.recipe.prox_mu if self.recipe.local_algorithm == "fedprox" else None,
         )
-        delta = Difference(params, after, {n: n for n in params}, torch.float32)
+        delta = Difference(params, after)
         mean = (
             float(loss) / round.num_steps
         )  # reading it makes a GPU finish, so that the time is the client's
@@ -217,7 +205,8 @@ class LocalTraining:
             } | rest
         shapes = {n: tuple(t.shape) for n, t in own.items()}
         packed = PackedDelta(optimiser.index.gather(flat), optimiser.index, shapes, onto=params)
-        return Joined(packed, rest) if rest else packed
+        parts = (packed, rest)
+        return Joined({n: (part, n) for part in parts for n in part}) if rest else packed
 
 
 def augmented(images: Tensor, kind: str, generator: torch.Generator) -> Tensor:

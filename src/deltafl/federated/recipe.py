@@ -12,7 +12,6 @@ from deltafl.sparse.masks import MASK_STRATEGIES
 from deltafl.training.recipe import PRECISIONS
 from deltafl.training.step import SCHEDULES
 
-ENGINES = ("sequential", "vmap")
 LOCAL_ALGORITHMS = ("sgd", "fedprox", "scaffold")
 SERVER_OPTIMIZERS = ("sgd", "fedadam", "fedyogi", "fedadagrad")
 AUGMENTATIONS = ("none", "flip", "crop_flip")
@@ -35,8 +34,7 @@ class FederatedRecipe:
     templates: a file of prompts) or a file; it is frozen unless train_head. sparsity_ratio: share of frozen
     coordinates; mask_*, calibration_* and fisher_* say how they are chosen, mask_file is a mask that `deltafl mask`
     wrote. eval_every: rounds between validations; patience: validations without a gain after which the run ends.
-    engine: sequential, one client after the other, or vmap, all of a round stacked (`StackedTraining` says what that
-    serves). client: a user's own, `module:attr`.
+    client: a user's own, `module:attr`.
     """
 
     num_clients: int = 100
@@ -85,7 +83,6 @@ class FederatedRecipe:
     eval_every: int = 1
     patience: int | None = None
     mixed_precision: str = "no"
-    engine: str = "sequential"
     client: str | None = None
     seed: int = 0
 
@@ -184,7 +181,6 @@ class FederatedRecipe:
                     ("calibration", self.calibration, KINDS),
                     ("fisher_labels", self.fisher_labels, FISHER_LABELS),
                     ("mixed_precision", self.mixed_precision, PRECISIONS),
-                    ("engine", self.engine, ENGINES),
                 )
             ),
         )
@@ -208,23 +204,8 @@ class FederatedRecipe:
                 self.mask_file is None or self.sparsity_ratio == 0,
                 "mask_file is a finished mask, and sparsity_ratio asks for another; give one of them",
             ),
-            *(
-                (self.engine != "vmap", f"engine vmap does not serve {what}; use engine sequential")
-                for what in self.needs_sequential()
-            ),
         )
         return [problem for good, problem in rules if not good]
-
-    def needs_sequential(self) -> list[str]:
-        """What of the recipe `--engine vmap` does not serve."""
-        wrong = {
-            f"local_algorithm {self.local_algorithm}": self.local_algorithm != "sgd",
-            "a mask": self.sparse,
-            "train_head": self.train_head,
-            f"mixed_precision {self.mixed_precision}": self.mixed_precision != "no",
-            "a client of your own": self.client is not None,
-        }
-        return [what for what, is_wrong in wrong.items() if is_wrong]
 
     @property
     def clients_per_round(self) -> int:

@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from deltafl.algebra.aggregate import Aggregate, Update
-from deltafl.algebra.tensors import Tensors, block_of, blocks, numel_of, shape_of
+from deltafl.algebra.aggregate import Aggregate
+from deltafl.algebra.deltas import Update
+from deltafl.algebra.tensors import Tensors, blocks, lazy
 from deltafl.errors import DeltaflError, shorten
-from deltafl.federated.client import Client, ClientUpdate, GroupClient, LocalTraining, Round
+from deltafl.federated.client import Client, ClientUpdate, LocalTraining, Round
 from deltafl.federated.controls import Controls
 from deltafl.federated.recipe import FederatedRecipe
 from deltafl.federated.server import ServerState, choose_clients, round_lr, server_step, steps_of
@@ -111,21 +112,11 @@ def _trained(
     state: ServerState, world: World, chosen: Sequence[int]
 ) -> Iterator[tuple[int, Tensor | None, Update, float]]:
     """Each chosen client, its own control variate, its update and the seconds that it took, in the order of `chosen`:
-    trained one after the other, several at a time, or all in one.
+    trained one after the other, or several at a time.
     """
-    number, client = state.round + 1, world.client
+    number = state.round + 1
     owns = (_own_control(world, state.control, k, state.control_rounds) for k in chosen)
-    if isinstance(client, GroupClient):
-        held = list(owns)
-        started = time.perf_counter()
-        parts = [
-            _part(world, number, k, state.control, own) for k, own in zip(chosen, held, strict=True)
-        ]
-        updates = client.train_all(state.params, world.mask, parts)
-        seconds = (time.perf_counter() - started) / len(chosen)
-        for k, own, update in zip(chosen, held, updates, strict=True):
-            yield k, own, update, seconds
-    elif world.workers is not None:
+    if world.workers is not None:
         for k, own, (update, seconds) in zip(
             chosen, owns, world.workers.train(state, chosen), strict=True
         ):
@@ -186,7 +177,8 @@ def _own_control(
 def _refuse_other_tensors(update: Update, client: int, params: Tensors) -> None:
     """Raise DeltaflError unless the delta has the tensors of the parameters: a user's own client may err."""
     odd = sorted(update.delta.keys() ^ params.keys())
-    odd = odd or [n for n in params if shape_of(update.delta, n) != shape_of(params, n)]
+    delta, ours = lazy(update.delta), lazy(params)
+    odd = odd or [n for n in params if delta.spec(n).shape != ours.spec(n).shape]
     if odd:
         raise DeltaflError(
             f"the update of client {client} has not the tensors of the model, or other shapes: {shorten(odd)}; "
@@ -208,9 +200,10 @@ def aggregate(updates: Sequence[Update], recipe: FederatedRecipe, number: int = 
 
 def finite(update: Update) -> bool:
     """Whether no element of the delta is NaN or Inf."""
-    for name in update.delta:
-        for start, stop in blocks(numel_of(update.delta, name)):
-            block = block_of(update.delta, name, start, stop)
+    delta = lazy(update.delta)
+    for name in delta:
+        for start, stop in blocks(delta.spec(name).numel):
+            block = delta.block(name, start, stop)
             if not torch.isfinite(block.sum()) and not torch.isfinite(block).all():
                 return False
     return True

@@ -8,9 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from deltafl.algebra.aggregate import Update
+from deltafl.algebra.deltas import Difference, Update
 from deltafl.algebra.tensors import Tensors
-from deltafl.checkpoints.checkpoint import Difference
 from deltafl.checkpoints.layout import fingerprint, read_layout
 from deltafl.federated.client import load_params
 from deltafl.federated.setup import Setting

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from deltafl.algebra.aggregate import Aggregate, Weights
 from deltafl.algebra.streaming import chunks, in_order
-from deltafl.algebra.tensors import shape_of
 from deltafl.errors import DeltaflError
 from deltafl.rules.rule import Rule, Source, build_rule, check_rule
 
@@ -213,12 +212,12 @@ def planned(
 
 def materialize(aggregate: Aggregate, threads: int) -> tuple[dict[str, Tensor], str]:
     """The update as tensors in memory, float32, and a digest of its bits."""
-    tensors = {n: torch.empty(shape_of(aggregate, n)) for n in aggregate}
+    tensors = {n: torch.empty(aggregate.spec(n).shape) for n in aggregate}
     flat = {n: t.reshape(-1) for n, t in tensors.items()}
 
     def fill(group: list[tuple[str, int, int]]) -> None:
         for name, start, stop in group:
-            flat[name][start:stop] = aggregate.block(name, start, stop)
+            aggregate.read(name, start, stop, flat[name][start:stop])
 
     for _ in in_order(fill, list(chunks([(n, t.numel()) for n, t in flat.items()])), threads):
         pass

@@ -5,14 +5,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from deltafl.algebra.aggregate import Update, Weights, as_weights
-from deltafl.algebra.tensors import Tensors, block_of, device_named, numel_of
+from deltafl.algebra.aggregate import Weights, as_weights
+from deltafl.algebra.deltas import CachedBlocks, Difference, Update
+from deltafl.algebra.tensors import Joined, Tensors, device_named, lazy
 from deltafl.checkpoints.checkpoint import (
     Checkpoint,
-    Difference,
-    Latest,
     entries_of,
     open_tensors,
     refuse_untied,
@@ -23,34 +21,16 @@ from deltafl.merge.plan import Plan
 
 @dataclass(frozen=True)
 class Opened:
-    """The lazy mappings of a merge: base, models and deltas, and the base's blocks in the precision `dtype`.
+    """The lazy mappings of a merge: base, models and deltas, in the precision `dtype`.
 
     tuned: each model whole, under the base's names: what it lacks (a projection, a text tower) is the base's.
     """
 
-    base: Tensors
-    working: Tensors
+    base: CachedBlocks
     dtype: torch.dtype
     updates: tuple[Update, ...]
     weights: Weights
     tuned: Mapping[str, Tensors]
-
-
-class Completed(Mapping[str, Tensor]):
-    """A fine-tuned model under the base's names, with the base's tensors where it has none. names: base name -> its."""
-
-    def __init__(self, base: Tensors, tuned: Tensors, names: Mapping[str, str]) -> None:
-        self._base, self._tuned, self._names = base, tuned, names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._base)
-
-    def __len__(self) -> int:
-        return len(self._base)
-
-    def __getitem__(self, name: str) -> Tensor:
-        own = self._names.get(name, name)
-        return self._tuned[own] if own in self._tuned else self._base[name]
 
 
 @contextmanager
@@ -72,27 +52,28 @@ def open_updates(plan: Plan, memory: int = 0) -> Iterator[Opened]:
                 stack.callback(tensors.close)
             return dict(tensors) if in_memory else tensors
 
-        base = opened(plan.base)
+        files = opened(plan.base)
         tuned = {name: opened(layout) for name, layout in plan.layouts.items()}
-        refuse_untied(plan.alignment, base, tuned)
-        wide = spec.exact or any(e.dtype == "F64" for e in entries_of(base).values())
+        refuse_untied(plan.alignment, files, tuned)
+        wide = spec.exact or any(e.dtype == "F64" for e in entries_of(files).values())
         dtype = torch.float64 if wide else torch.float32
-        working = Latest(base, dtype, device)
-        names = {
-            s.name: {n: plan.alignment.names[s.name][n] for n in plan.alignment.merged}
-            for s in plan.sources
-        }
-        updates = tuple(
-            Update(Difference(working, tuned[s.name], names[s.name], dtype), s)
-            for s in plan.sources
-        )
+        base = CachedBlocks(files, dtype, device)
+        names = plan.alignment.names
+        updates = []
+        for source in plan.sources:
+            model, pairs = tuned[source.name], names[source.name]
+            merged = Joined({n: (model, pairs[n]) for n in plan.alignment.merged})
+            updates.append(Update(Difference(base, merged, dtype), source))
         default = as_weights(spec.weights, len(updates)).default
         weights = as_weights(Weights(default, spec.weight_patterns), len(updates))
-        whole = {
-            name: Completed(base, tensors, plan.alignment.names[name])
-            for name, tensors in tuned.items()
-        }
-        yield Opened(base, working, dtype, updates, weights, whole)
+        whole = {name: _completed(files, model, names[name]) for name, model in tuned.items()}
+        yield Opened(base, dtype, tuple(updates), weights, whole)
+
+
+def _completed(base: Tensors, tuned: Tensors, names: Mapping[str, str]) -> Joined:
+    """A model under the base's names, with the base's tensors where it has none; names: here -> there."""
+    there = {name: names.get(name, name) for name in base}
+    return Joined({n: (tuned, own) if own in tuned else (base, n) for n, own in there.items()})
 
 
 def large_deltas(opened: Opened, limit: float = 0.5) -> list[str]:
@@ -100,11 +81,13 @@ def large_deltas(opened: Opened, limit: float = 0.5) -> list[str]:
     names = list(opened.updates[0].delta)
     warnings = []
     for update in opened.updates:
+        held = lazy(update.delta)
         delta = base = 0.0
         for name in names[:: max(1, len(names) // 64)]:
-            stop = min(numel_of(update.delta, name), 4096)
-            delta += float(block_of(update.delta, name, 0, stop).double().square().sum())
-            base += float(block_of(opened.working, name, 0, stop).double().square().sum())
+            stop = min(held.spec(name).numel, 4096)
+            delta += float(held.block(name, 0, stop).double().square().sum())
+            block = opened.base.block(name, 0, stop, opened.dtype)
+            base += float(block.double().square().sum())
         if base and (delta / base) ** 0.5 >= limit:
             warnings.append(
                 f'model "{update.source.name}": its delta is {(delta / base) ** 0.5:.2g} times as large as the base; '

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltafl.algebra.aggregate import Rows
+from deltafl.algebra.deltas import Deltas
+from deltafl.algebra.reductions import on_cpu, sizes_of
 from deltafl.algebra.streaming import Piece, chunks, in_order, length
-from deltafl.algebra.tensors import numel_of
 from deltafl.checkpoints.naming import canonical
 from deltafl.merge.inputs import Opened, large_deltas
 from deltafl.merge.plan import Plan, read_training
@@ -42,10 +42,10 @@ def layer_of(name: str) -> str:
 
 
 def measure(
-    rows: Rows, threads: int = 1, on_elements: Callable[[int], None] = lambda count: None
+    deltas: Deltas, threads: int = 1, on_elements: Callable[[int], None] = lambda count: None
 ) -> Geometry:
     """One streaming pass over all deltas. Raises DeltaflError on NaN and Inf."""
-    n = len(rows.updates)
+    n = len(deltas.updates)
 
     def partial(group: list[Piece]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         gram: dict[str, Tensor] = {}
@@ -54,12 +54,12 @@ def measure(
             torch.zeros(n, n, dtype=torch.float64),
         )
         for name, start, stop in group:
-            block = rows.block(name, start, stop)
+            block = deltas.stack(name, start, stop)
             signs = block.sign()
             wide = block.double()
             part = (wide @ wide.T).cpu()
             if not torch.isfinite(part).all():
-                rows.refuse_nonfinite(name, start, stop)
+                deltas.refuse_nonfinite(name, start, stop)
             layer = layer_of(name)
             gram[layer] = gram[layer] + part if layer in gram else part
             product, both = (
@@ -70,12 +70,11 @@ def measure(
             agreeing += (product + both) / 2
         return gram, moved, agreeing
 
-    processes = rows.device.type == "cpu"
-    groups = list(chunks([(name, numel_of(rows.updates[0].delta, name)) for name in rows.names]))
+    groups = list(chunks(sizes_of(deltas)))
     total: dict[str, Tensor] = {}
     moved, agreeing = torch.zeros(n, n, dtype=torch.float64), torch.zeros(n, n, dtype=torch.float64)
     for group, (gram, more, same) in zip(
-        groups, in_order(partial, groups, threads, processes=processes), strict=True
+        groups, in_order(partial, groups, threads, processes=on_cpu(deltas)), strict=True
     ):
         for layer, part in gram.items():
             total[layer] = total[layer] + part if layer in total else part
@@ -95,7 +94,7 @@ def inspect_models(
     plan: Plan, opened: Opened, on_elements: Callable[[int], None] = lambda count: None
 ) -> dict[str, Any]:
     """Everything that `deltafl inspect` tells, as plain values."""
-    geometry = measure(Rows(opened.updates, opened.weights), plan.threads, on_elements)
+    geometry = measure(Deltas(opened.updates, opened.weights), plan.threads, on_elements)
     gram = geometry.total
     names = [s.name for s in plan.sources]
     norms = gram.diagonal().sqrt().tolist()

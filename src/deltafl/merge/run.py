@@ -62,7 +62,7 @@ def run_merge(
         )
         dtype = DTYPES[spec.dtype] if spec.dtype else None
         scale = step_scale(spec, opened.weights)
-        stepped = Stepped(opened.base, aggregate, scale, dtype=dtype, working=opened.working)
+        stepped = Stepped(opened.base, aggregate, scale, dtype=dtype)
         shards = plan_shards(entries_of(opened.base), spec.dtype, spec.max_shard_size)
         n = len(opened.updates)
         write_tensors(
@@ -70,7 +70,7 @@ def run_merge(
             shards,
             folder,
             threads=plan.threads,
-            processes=opened.working.device.type == "cpu",  # type: ignore[attr-defined]
+            processes=opened.base.device.type == "cpu",
             on_elements=lambda count: on_elements(n * count),
         )
         if any(

@@ -7,7 +7,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from deltafl.algebra.aggregate import Stepped, Update, WeightsLike, as_weights, sum_scale
+from deltafl.algebra.aggregate import Stepped, WeightsLike, as_weights, sum_scale
+from deltafl.algebra.deltas import Update
 from deltafl.algebra.tensors import Tensors
 from deltafl.errors import DeltaflError
 from deltafl.merge.candidates import Row

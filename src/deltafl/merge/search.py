@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltafl.algebra.aggregate import Aggregate, Rows, Stepped, as_weights, sum_scale
+from deltafl.algebra.aggregate import Aggregate, Stepped, as_weights, sum_scale
+from deltafl.algebra.deltas import Deltas
 from deltafl.algebra.reductions import gram_matrix
 from deltafl.algebra.tensors import Tensors
 from deltafl.errors import DeltaflError, did_you_mean
@@ -95,7 +96,7 @@ def search(
     check_strategy(strategy, confidence)
     check_methods(methods, lambdas, [u.source for u in problem.updates])
     weights = as_weights(problem.weights, len(problem.updates))
-    gram = gram_matrix(Rows(problem.updates, weights), problem.threads)
+    gram = gram_matrix(Deltas(problem.updates, weights), problem.threads)
     norms = tuple(gram.diagonal().sqrt().tolist())
     single = single_scores(problem, metric)
     plan = planned(

@@ -11,12 +11,12 @@ from typing import Any, Literal, TypeAlias, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
-from deltafl.algebra.aggregate import Aggregate, Stepped, Update
-from deltafl.algebra.tensors import Tensors, block_of, blocks, dtype_of, shape_of
+from deltafl.algebra.aggregate import Aggregate, Stepped
+from deltafl.algebra.deltas import Difference, Update
+from deltafl.algebra.tensors import Joined, Spec, Tensors, blocks, lazy
 from deltafl.checkpoints.align import align
 from deltafl.checkpoints.checkpoint import (
     Checkpoint,
-    Difference,
     entries_of,
     open_tensors,
     refuse_untied,
@@ -62,17 +62,12 @@ class TaskVector:
         for reason, left in (*found.copied.items(), *found.ignored.get("finetuned", {}).items()):
             logger.info("left out of the task vector: %d tensors (%s)", len(left), reason)
         names = found.names["finetuned"]
-        pairs = {n: names[n] for n in found.merged}
-        held = {
-            d
-            for ours_name, own in pairs.items()
-            for d in (dtype_of(ours, ours_name), dtype_of(theirs, own))
-        }
-        delta = Difference(
-            ours, theirs, pairs, torch.float64 if torch.float64 in held else torch.float32
-        )
-        lazy = isinstance(ours, Checkpoint) and isinstance(theirs, Checkpoint)
-        return cls(delta if lazy else dict(delta))
+        tuned = Joined({n: (theirs, names[n]) for n in found.merged})
+        dtypes = {lazy(held).spec(n).dtype for n in found.merged for held in (ours, tuned)}
+        wide = torch.float64 in dtypes
+        delta = Difference(ours, tuned, torch.float64 if wide else torch.float32)
+        on_disk = isinstance(ours, Checkpoint) and isinstance(theirs, Checkpoint)
+        return cls(delta if on_disk else dict(delta))
 
     def _check_alike(self, other: "TaskVector") -> None:
         """Raise DeltaflError unless the other one holds the same tensors in the same shapes."""
@@ -81,9 +76,12 @@ class TaskVector:
                 f"task vectors differ in tensors: {shorten(sorted(set(self.tensors) ^ set(other.tensors)))}"
             )
         for name in self.tensors:
-            a, b = shape_of(self.tensors, name), shape_of(other.tensors, name)
+            a, b = self._spec(name).shape, other._spec(name).shape
             if a != b:
                 raise DeltaflError(f'task vectors differ: tensor "{name}" is {a} and {b}')
+
+    def _spec(self, name: str) -> Spec:
+        return lazy(self.tensors).spec(name)
 
     def _combine(self, other: "TaskVector", sign: int) -> "TaskVector":
         self._check_alike(other)
@@ -116,16 +114,16 @@ class TaskVector:
     @property
     def num_elements(self) -> int:
         """Number of coordinates."""
-        return sum(torch.Size(shape_of(self.tensors, n)).numel() for n in self.tensors)
+        return sum(self._spec(n).numel for n in self.tensors)
 
     def dot(self, other: "TaskVector") -> float:
         """<self, other> over all tensors: float64 in each block, the blocks added with one rounding, in any order."""
         self._check_alike(other)
-        parts: list[float] = []
-        for name in self.tensors:
-            for start, stop in blocks(torch.Size(shape_of(self.tensors, name)).numel()):
-                a = block_of(self.tensors, name, start, stop).double()
-                parts.append(float(a @ block_of(other.tensors, name, start, stop).double()))
+        ours, theirs, parts = lazy(self.tensors), lazy(other.tensors), list[float]()
+        for name in ours:
+            for span in blocks(ours.spec(name).numel):
+                a = ours.block(name, *span, torch.float64)
+                parts.append(float(a @ theirs.block(name, *span, torch.float64)))
         return math.fsum(parts)
 
     def norm(self) -> float:
@@ -148,7 +146,7 @@ class TaskVector:
         held = as_tensors(base)
         stepped = Stepped(held, self.tensors, scaling_coef)
         for name in self.tensors:
-            ours, theirs = shape_of(self.tensors, name), shape_of(held, name)
+            ours, theirs = self._spec(name).shape, lazy(held).spec(name).shape
             if ours != theirs:
                 raise DeltaflError(
                     f'tensor "{name}" is {ours} in the task vector, {theirs} in the base'

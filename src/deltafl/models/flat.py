@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from deltafl.algebra.tensors import Tensors, shape_of
+from deltafl.algebra.tensors import Tensors, lazy
 from deltafl.checkpoints.naming import match
 from deltafl.errors import DeltaflError, shorten
 from deltafl.models.encoder import LoadedEncoder
@@ -80,9 +80,10 @@ class FlatModel:
                 f"the model needs {shorten(missing)}, not among the {len(tensors)} tensors given"
             )
         for name, given in pairs.items():
-            if own[name].shape != shape_of(tensors, given):
+            shape = lazy(tensors).spec(given).shape
+            if own[name].shape != shape:
                 raise DeltaflError(
-                    f'tensor "{given}" is {shape_of(tensors, given)}, the model has {tuple(own[name].shape)}'
+                    f'tensor "{given}" is {shape}, the model has {tuple(own[name].shape)}'
                 )
         for name, given in pairs.items():
             own[name].copy_(tensors[given])

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from deltafl.algebra.tensors import Tensors, shape_of
+from deltafl.algebra.tensors import Tensors, lazy
 from deltafl.checkpoints.naming import match
 from deltafl.errors import DeltaflError, shorten
 from deltafl.models.head_recipe import HeadFit, HeadRecipe
@@ -144,10 +144,10 @@ class Net:
                 f"the model needs {shorten(missing)}, not among the {len(tensors)} tensors given"
             )
         for name, given in pairs.items():
-            if state[name].shape != shape_of(tensors, given):
+            shape = lazy(tensors).spec(given).shape
+            if state[name].shape != shape:
                 raise DeltaflError(
-                    f'tensor "{given}" is {shape_of(tensors, given)}, '
-                    f"the model has {tuple(state[name].shape)}"
+                    f'tensor "{given}" is {shape}, the model has {tuple(state[name].shape)}'
                 )
         for name, given in pairs.items():
             state[name].copy_(tensors[given])

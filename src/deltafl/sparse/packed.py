@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltafl.algebra.tensors import BLOCK, Tensors, blocks, read_into
+from deltafl.algebra.tensors import BLOCK, Lazy, Spec, Tensors, blocks, lazy
 from deltafl.errors import DeltaflError
 from deltafl.sparse.masks import Mask
 
@@ -184,7 +184,7 @@ def index_of(
     return KeptIndex.of((mask[name] for name in slices), device)
 
 
-class PackedDelta(Mapping[str, Tensor]):
+class PackedDelta(Lazy):
     """A delta that is zero but at kept coordinates, as a lazy mapping: only the block that is asked for is expanded.
 
     kept: values (k,), in the order of `index`, on its device. shapes: of all tensors, in the order of the flat vector.
@@ -195,8 +195,6 @@ class PackedDelta(Mapping[str, Tensor]):
         DeltaflError: the sizes of values, index and shapes differ.
     """
 
-    fresh_blocks = True
-
     def __init__(
         self,
         kept: Tensor,
@@ -204,8 +202,9 @@ class PackedDelta(Mapping[str, Tensor]):
         shapes: Mapping[str, tuple[int, ...]],
         onto: Tensors | None = None,
     ) -> None:
-        self._onto = onto
+        self._onto = None if onto is None else lazy(onto)
         self.kept, self.index, self._shapes = kept, index, dict(shapes)
+        self.names = self._shapes
         self._starts: dict[str, int] = {}
         total = 0
         for name, shape in self._shapes.items():
@@ -218,48 +217,22 @@ class PackedDelta(Mapping[str, Tensor]):
             )
 
     @property
-    def device(self) -> torch.device:
-        """Where blocks are."""
-        return self.kept.device
-
-    @property
     def num_bytes(self) -> NumBytes:
         """Bytes to send: the values each time, the bits of the index once."""
         return NumBytes(self.kept.numel() * self.kept.element_size(), self.index.bits.numel())
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
+    def spec(self, name: str) -> Spec:
+        return Spec(self._shapes[name], self.kept.dtype, self.kept.device)
 
-    def __len__(self) -> int:
-        return len(self._shapes)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._shapes  # Mapping's own would expand the tensor
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.block(name, 0, math.prod(self._shapes[name])).reshape(self._shapes[name])
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes[name]
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.kept.dtype
-
-    def block(self, name: str, start: int, stop: int) -> Tensor:
-        """Flat elements [start, stop) of one tensor, frozen ones exactly 0, or `onto`'s; the caller's own."""
-        out = torch.empty(stop - start, dtype=self.kept.dtype, device=self.device)
-        self.read_into(name, start, stop, out)
-        return out
-
-    def read_into(self, name: str, start: int, stop: int, out: Tensor) -> None:
-        """As `block`, into `out` (stop - start,), in its dtype."""
+    def read(self, name: str, start: int, stop: int, out: Tensor) -> None:
+        """Frozen elements are exactly 0, or those of `onto`."""
         begin = self._starts[name] + start
         first = self.index.before(begin)
         places = self.index.positions(begin, begin + stop - start)
         if self._onto is None:
             out.zero_()
         else:
-            read_into(self._onto, name, start, stop, out)
+            self._onto.read(name, start, stop, out)
         out.index_copy_(0, places, self.kept[first : first + len(places)].to(out.dtype))
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltafl.algebra.aggregate import Rows, Update, as_weights
+from deltafl.algebra.aggregate import as_weights
+from deltafl.algebra.deltas import Deltas, Update
 from deltafl.algebra.reductions import gram_matrix
 from deltafl.experiments.one_shot import BASE, SINGLE
 from deltafl.experiments.studies.merging import Merge, Tuned, Work, normalised, row_of, settled
@@ -92,7 +93,7 @@ def _cosines(study: Study, merge: Merge) -> list[list[float]]:
         updates.append(
             Update(TaskVector.from_checkpoints(study.base, folder).tensors, Source(folder.name))
         )
-    gram = gram_matrix(Rows(updates, as_weights(None, len(updates))), 1)
+    gram = gram_matrix(Deltas(updates, as_weights(None, len(updates))), 1)
     lengths = gram.diagonal().sqrt().clamp_min(1e-30)
     return (gram / lengths[:, None] / lengths[None, :]).tolist()
 

@@ -1,0 +1,169 @@
+"""Deltas: what local training changed, of one model or stacked for n; read block by block."""
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deltafl.algebra.tensors import Lazy, Spec, Tensors, lazy, memory_like
+from deltafl.errors import DeltaflError, shorten
+from deltafl.rules.rule import Source, Transform
+from deltafl.rules.weights import Weights
+
+
+@dataclass(frozen=True)
+class Update:
+    """A delta and what is known of the training behind it: a task vector, or a client's update."""
+
+    delta: Tensors
+    source: Source
+
+
+class CachedBlocks(Lazy):
+    """Other tensors, with the block of float ones that each thread read last kept in `dtype`.
+
+    n differences from one base and the step itself ask for the same block of the base one after the
+    other: it is read, converted and brought to `device` once.
+    """
+
+    def __init__(
+        self,
+        tensors: Tensors,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self._tensors, self.dtype, self.device = lazy(tensors), dtype, torch.device(device)
+        self.names = self._tensors.names
+        self._last = _LastBlock()
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name].to(self.device)
+
+    def spec(self, name: str) -> Spec:
+        return self._tensors.spec(name)._replace(device=self.device)
+
+    def read(self, name: str, start: int, stop: int, out: Tensor) -> None:
+        self._tensors.read(name, start, stop, out)
+
+    def block(self, name: str, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
+        if dtype != self.dtype:
+            return super().block(name, start, stop, dtype)
+        last, key = self._last, (name, start, stop)
+        if last.key != key:
+            if len(last.block) != stop - start:
+                last.block = torch.empty(stop - start, dtype=dtype, device=self.device)
+            last.key = None  # while it is being filled
+            self._tensors.read(name, start, stop, last.block)
+            last.key = key
+        return last.block
+
+
+class _LastBlock(threading.local):
+    """Which block a thread read last, and its values."""
+
+    key: tuple[str, int, int] | None = None
+    block: Tensor = torch.empty(0)
+
+
+class Difference(Lazy):
+    """delta = tuned - base in float32 or, to be exact, float64: of the tensors that `tuned` has."""
+
+    def __init__(self, base: Tensors, tuned: Tensors, dtype: torch.dtype = torch.float32) -> None:
+        self._base, self.tuned, self._dtype = lazy(base), lazy(tuned), dtype
+        self.names, self.whole = self.tuned.names, self.tuned.whole
+
+    def spec(self, name: str) -> Spec:
+        return self._base.spec(name)._replace(dtype=self._dtype)
+
+    def read(self, name: str, start: int, stop: int, out: Tensor) -> None:
+        base = self._base.block(name, start, stop, self._dtype)
+        values = memory_like(out, self._dtype, base.device)
+        self.tuned.read(name, start, stop, values)
+        values.sub_(base)
+        if values is not out:
+            out.copy_(values)
+
+
+class Deltas:
+    """The transformed, signed deltas of n updates: what reductions and combinations see.
+
+    names: the tensors that all share, in the order of the first. dtype: float32, or float64 to be
+    exact. weights_of: name -> weights, (n,).
+
+    Raises:
+        DeltaflError: the updates differ in tensors or shapes.
+    """
+
+    def __init__(
+        self, updates: Sequence[Update], weights: Weights, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.updates, self.dtype = updates, dtype
+        self._deltas = [lazy(update.delta) for update in updates]
+        self.names = tuple(self._deltas[0])
+        self.weights_of = {name: weights.of(name) for name in self.names}
+        self._specs = {n: self._deltas[0].spec(n)._replace(dtype=dtype) for n in self.names}
+        self._transforms: list[tuple[Transform, Mapping[str, Sequence[float]] | None]] = []
+        self._refuse_others()
+
+    def _refuse_others(self) -> None:
+        first, problems = self.updates[0].source.name, []
+        for update, delta in zip(self.updates[1:], self._deltas[1:], strict=True):
+            other = update.source.name
+            if odd := sorted(set(delta) ^ set(self.names)):
+                problems.append(f'"{other}" and "{first}" differ in tensors: {shorten(odd)}')
+                continue
+            for name in self.names:
+                here, there = self.spec(name).shape, delta.spec(name).shape
+                if here != there:
+                    problems.append(f'tensor "{name}" is {there} in "{other}", {here} in "{first}"')
+        if problems:
+            raise DeltaflError(*problems)
+
+    def transform(
+        self, transform: Transform, thresholds: Mapping[str, Sequence[float]] | None
+    ) -> None:
+        """Apply one more transform to what is read from now on; thresholds: name -> (n,)."""
+        self._transforms.append((transform, thresholds))
+
+    def spec(self, name: str) -> Spec:
+        """Shape of one tensor, the dtype of the arithmetic, and the device that it is done on."""
+        return self._specs[name]
+
+    def read(self, i: int, name: str, start: int, out: Tensor) -> None:
+        """Write delta i, signed and transformed, from element `start` on into `out`, of our dtype."""
+        self._deltas[i].read(name, start, start + len(out), out)
+        if self.weights_of[name][i] < 0:
+            out.neg_()
+        row = out
+        for transform, thresholds in self._transforms:
+            threshold = thresholds[name][i] if thresholds else 0.0
+            row = transform.apply(row, i, name, start, threshold)
+        if row is not out:
+            out.copy_(row)
+
+    def row(self, i: int, name: str, start: int, stop: int) -> Tensor:
+        """Delta i, (stop - start,); the caller's own."""
+        row = torch.empty(stop - start, dtype=self.dtype, device=self.spec(name).device)
+        self.read(i, name, start, row)
+        return row
+
+    def stack(self, name: str, start: int, stop: int) -> Tensor:
+        """All deltas, (n, stop - start); the caller's own."""
+        shape = (len(self.updates), stop - start)
+        stack = torch.empty(shape, dtype=self.dtype, device=self.spec(name).device)
+        for i, row in enumerate(stack.unbind()):
+            self.read(i, name, start, row)
+        return stack
+
+    def refuse_nonfinite(self, name: str, start: int, stop: int) -> None:
+        """Raise DeltaflError that names tensor and model if a delta has NaN or Inf there."""
+        for i, update in enumerate(self.updates):
+            bad = ~torch.isfinite(self.row(i, name, start, stop))
+            if bad.any():
+                at = start + int(bad.nonzero()[0, 0])
+                raise DeltaflError(
+                    f'model "{update.source.name}": tensor "{name}" differs from the base by NaN or'
+                    f" Inf (element {at}); leave the model or, with --exclude, the tensor out"
+                )
