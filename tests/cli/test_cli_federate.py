@@ -134,7 +134,7 @@ def test_every_field_of_the_recipe_has_an_option_with_a_text() -> None:
     [
         (("--sharding", "non_iid"), "sharding non_iid needs nc"),
         (("--sharding", "non_iid", "--nc", 11), "11"),
-        (("--sharding", "iidd"), 'unknown sharding "iidd"; did you mean "iid"?'),
+        (("--sharding", "iidd"), 'sharding: unknown "iidd"; did you mean "iid"?'),
         (("--num-clients", 5000), "5000"),
         (("--participation-rate", 0.01), "selects no client"),
         (("--sparsity-ratio", 1.0), "sparsity_ratio must be in [0, 1)"),

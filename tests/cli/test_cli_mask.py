@@ -25,13 +25,13 @@ TASK = "tiny_models:tiny_task_factory"
 VIT = vit_file()
 RECIPE = FederatedRecipe(
     num_clients=8, participation_rate=0.25, num_rounds=2, local_steps=2, batch_size=4, lr=0.05, head="linear",
-    sharding="dirichlet", alpha=0.5, dirichlet_form="label", sparsity_ratio=0.8, mask_strategy="most_sensitive",
+    sharding="dirichlet", alpha=0.5, sparsity_ratio=0.8, mask_strategy="most_sensitive",
     mask_scope="per_layer", calibration="progressive", calibration_rounds=3, calibration_examples=5, fisher_draws=2,
     attenuate=0.5, seed=4,
 )  # fmt: skip
 OPTIONS = (
     "--num-clients", 8, "--participation-rate", 0.25, "--head", "linear", "--sharding", "dirichlet", "--alpha", 0.5,
-    "--dirichlet-form", "label", "--sparsity-ratio", 0.8, "--mask-strategy", "most_sensitive", "--mask-scope",
+    "--sparsity-ratio", 0.8, "--mask-strategy", "most_sensitive", "--mask-scope",
     "per_layer", "--calibration", "progressive", "--calibration-rounds", 3, "--calibration-examples", 5,
     "--fisher-draws", 2, "--attenuate", 0.5, "--seed", 4, "--device", "cpu",
 )  # fmt: skip

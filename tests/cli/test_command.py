@@ -9,13 +9,15 @@ from click.testing import CliRunner, Result
 from pydantic import Field
 
 from deltafl.cli.command import quiet, recipe_command
-from deltafl.recipes import Flags, Recipe, Size
-from deltafl.rules.parameters import RuleName, RuleParameters
+from deltafl.recipes import Flags, OneOf, Recipe, Size
+from deltafl.rules.parameters import RuleParameters
 from deltafl.rules.rule import load_rules, parameters
 
 
 class Server(Recipe):
-    rule: RuleName = Field("fedavg", description="Any method of `deltafl rules`.")
+    rule: Annotated[str, OneOf(load_rules)] = Field(
+        "fedavg", description="Any method of `deltafl rules`."
+    )
     params: RuleParameters = Field({})
     momentum: float | None = Field(None, ge=0, lt=1, description="Of the server.")
 

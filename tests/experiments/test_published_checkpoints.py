@@ -12,9 +12,9 @@ import yaml
 from PIL import Image
 
 from checkpoint_files import refusal, succeed
-from deltafl.merge.recipe import load_yaml
 from deltafl.models.heads import save_head
 from deltafl.models.zero_shot import zero_shot_head
+from deltafl.recipes import load_yaml
 from deltafl.rules.rule import load_rules
 from deltafl.tasks.catalogue import CATALOGUE
 from tiny_models import tiny_clip

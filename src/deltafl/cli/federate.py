@@ -41,7 +41,6 @@ HELP = {
     "nc": "For non_iid: classes per client.",
     "allow_missing_classes": "For non_iid: leave classes out if need be.",
     "alpha": "For dirichlet: small is uneven.",
-    "dirichlet_form": "hsu (equal sizes) or label.",
     "aggregator": "Any method of `deltafl rules`.",
     "client_weights": "What a rule weighs clients by: examples or uniform.",
     "server_optimizer": "sgd, fedadam, fedyogi or fedadagrad.",

@@ -1,17 +1,13 @@
 """`deltafl shards`."""
 
 import json
-from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from deltafl.cli.options import table
-from deltafl.errors import DeltaflError, shorten
-
-if TYPE_CHECKING:
-    from deltafl.federated.sharding import Sharding
+from deltafl.errors import shorten
 
 
 @click.command()
@@ -35,7 +31,6 @@ if TYPE_CHECKING:
     help="For non_iid: leave classes out if need be.",
 )
 @click.option("--alpha", type=float, help="For dirichlet: small is uneven, large is even.")
-@click.option("--form", help="For dirichlet: hsu (default, equal sizes) or label (sizes differ).")
 @click.option(
     "--seed",
     type=int,
@@ -68,25 +63,24 @@ def shards(
     \b
     deltafl shards digits --num-clients 10 --sharding non_iid --nc 2 --out DIR
     """
-    chosen = _sharding(
-        sharding, {key: value for key, value in options.items() if value is not None}
-    )
-    from deltafl.federated.sharding import describe, shard
+    from deltafl.federated.sharding import ShardingRecipe, describe, shard
     from deltafl.files import check_output
     from deltafl.seeding import keyed_generator
     from deltafl.tasks import load_task
 
+    given = {key: value for key, value in options.items() if value is not None}
+    chosen = ShardingRecipe.of(num_clients=num_clients, sharding=sharding, **given)
     if out is not None:
         check_output(out, overwrite=overwrite)
     loaded = load_task(task, image_size=image_size, channels=channels, seed=seed, data_dir=data_dir)
     labels = loaded.train.labels
-    positions = shard(labels, num_clients, chosen, keyed_generator(seed, "shards"))
+    positions = shard(labels, chosen, keyed_generator(seed, "shards"))
     told = describe(positions, labels, len(loaded.class_names))
     result = {
         "task": loaded.name,
         "seed": seed,
-        "sharding": {"name": sharding, **{f.name: getattr(chosen, f.name) for f in fields(chosen)}},  # type: ignore[arg-type]
-        "how": _how(sharding, chosen),
+        "sharding": {"name": sharding, **given},
+        "how": f"{sharding}({', '.join(f'{key}={value}' for key, value in given.items())})",
         "num_clients": num_clients,
         "class_names": list(loaded.class_names),
         "sizes": told.sizes.tolist(),
@@ -100,33 +94,6 @@ def shards(
     if out is not None:
         write(result, out, overwrite)
         click.echo(f"report: {Path(out) / 'report.html'}")
-
-
-def _sharding(name: str, given: dict[str, Any]) -> "Sharding":
-    """The sharding of that name with the given parameters.
-
-    Raises:
-        DeltaflError: one line for each parameter that it does not take, or needs.
-    """
-    from deltafl.federated.sharding import SHARDINGS
-
-    kind: Any = SHARDINGS[name]
-    known = {f.name: f for f in fields(kind)}
-    problems = [
-        f"--{key.replace('_', '-')} is not for --sharding {name}; leave it out"
-        for key in given
-        if key not in known
-    ]
-    lacking = [key for key, f in known.items() if key not in given and f.default is MISSING]
-    problems += [f"--sharding {name} needs --{key.replace('_', '-')}; give it" for key in lacking]
-    if problems:
-        raise DeltaflError(*problems)
-    return kind(**given)
-
-
-def _how(name: str, chosen: Any) -> str:
-    """non_iid(nc=5, allow_missing_classes=False)"""
-    return f"{name}({', '.join(f'{f.name}={getattr(chosen, f.name)}' for f in fields(chosen))})"
 
 
 def text(result: dict[str, Any]) -> str:

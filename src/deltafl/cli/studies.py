@@ -58,7 +58,7 @@ def study_keys() -> dict[str, tuple[Any, Any]]:
     """The same as keys of a YAML file: name -> type, default."""
     defaults = StudyOptions()
     return {
-        name: (list[kind] if several else kind | None, list(value) if several else value)
+        name: (tuple[kind, ...] if several else kind | None, value)
         for name, kind, several in _kinds()
         for value in [getattr(defaults, name)]
     }

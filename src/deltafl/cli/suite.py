@@ -133,7 +133,7 @@ def suite(
     if quick and full:
         raise DeltaflError("--quick and --full are two sizes; give one of them")
     chosen = names_of(names, (*SUITES, *STUDY_NAMES))
-    from deltafl.merge.recipe import load_yaml
+    from deltafl.recipes import load_yaml
 
     options = {k: v for k, v in options.items() if v not in (None, ())}
     explicit = (load_yaml(config) if config else {}) | options

@@ -214,14 +214,14 @@ def _settings(config: str | None, options: dict[str, Any]) -> dict[str, Any]:
     """
     from pydantic import create_model
 
-    from deltafl.merge.recipe import Strict, load_yaml, parse
+    from deltafl.recipes import Recipe, load_yaml, parse
     from deltafl.training import FinetuneRecipe
 
     hints = get_type_hints(FinetuneRecipe)
     recipe: dict[str, Any] = {f.name: (hints[f.name], f.default) for f in fields(FinetuneRecipe)}
     kind = create_model(
         "FinetuneConfig",
-        __base__=Strict,
+        __base__=Recipe,
         base=(str, ...),
         data=(str, ...),
         data_dir=(str | None, None),

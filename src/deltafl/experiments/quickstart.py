@@ -1,8 +1,7 @@
 """The whole story on scikit-learn's digits, offline: pre-train, fine-tune, merge, search, test once."""
 
-import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,8 @@ from typing import Any, TypeAlias
 
 import torch
 
-from deltafl.experiments.one_shot import SearchSpec, TaskModel, run_search
-from deltafl.merge.plan import MergeSpec, Model
+from deltafl.experiments.one_shot import run_search
+from deltafl.merge.search_recipe import SearchRecipe
 from deltafl.models import HEAD_FILE, load_encoder, new_net
 from deltafl.models.encoder import encoder_of
 from deltafl.seeding import keyed_generator
@@ -48,15 +47,6 @@ TASKS = (
     Finetune("mirrored", 1e-4, 240),
     Finetune("outlined", 3e-4, 160),
 )
-
-METHODS: Sequence[tuple[str, dict[str, Any]]] = (
-    ("task_arithmetic", {}),
-    ("fednova", {}),
-    ("fedgma", {}),
-    ("median", {}),
-    ("cclip", {}),
-)
-"""Every rule of arXiv 2411.18607; rho of fedgma and cclip has its default grid."""
 
 LAMBDAS = tuple(round(0.1 * i, 1) for i in range(1, 11))
 
@@ -95,11 +85,10 @@ def _story(folder: Path, seed: int, on_stage: OnStage) -> dict[str, Any]:
     pretrain(folder / "base", seed, on_stage)
     for task in TASKS:
         fine_tune(folder, task, seed, on_stage)
-    rows = itertools.count(1)
     return run_search(
-        search_spec(folder, seed),
+        search_recipe(folder, seed),
         folder / "merged",
-        on_row=lambda row, total: on_stage("search on validation", next(rows), total),
+        on_progress=lambda p: on_stage(p.name, p.done, p.total),
     )
 
 
@@ -137,13 +126,11 @@ def fine_tune(folder: Path, task: Finetune, seed: int, on_stage: OnStage) -> Non
     )
 
 
-def search_spec(folder: Path, seed: int) -> SearchSpec:
+def search_recipe(folder: Path, seed: int) -> SearchRecipe:
     """The search over all rules of the paper."""
-    models = tuple(Model(str(folder / "models" / t.variant), t.variant) for t in TASKS)
-    return SearchSpec(
-        merge=MergeSpec(str(folder / "base"), models, "task_arithmetic"),
-        models=tuple(TaskModel(m, f"digits:{m.name}") for m in models),
-        methods=tuple(METHODS),
-        lambdas=LAMBDAS,
-        seed=seed,
+    models = [
+        {"path": str(folder / "models" / t.variant), "data": f"digits:{t.variant}"} for t in TASKS
+    ]
+    return SearchRecipe.of(
+        base=str(folder / "base"), models=models, scaling_coefs=LAMBDAS, seed=seed
     )

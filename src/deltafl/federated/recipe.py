@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deltafl.errors import DeltaflError, did_you_mean
-from deltafl.federated.sharding import SHARDINGS, Dirichlet, Iid, NonIid, Sharding
+from deltafl.federated.sharding import ShardingRecipe
 from deltafl.rules.rule import Rule, Source, build_rule, check_rule, load_rules, parameters
 from deltafl.sparse.calibration import KINDS
 from deltafl.sparse.masks import MASK_STRATEGIES
@@ -27,7 +27,7 @@ class FederatedRecipe:
     num_clients K; participation_rate C; local_steps J; local_steps_spread S >= 1: a client's own number of steps is
     J S^u, u uniform in [-1, 1] and keyed by the client; batch_size, lr, momentum, weight_decay, nesterov, grad_clip,
     label_smoothing: of local SGDM; lr_schedule: over rounds. local_algorithm: sgd, fedprox (prox_mu) or scaffold.
-    sharding: iid, non_iid (nc, allow_missing_classes) or dirichlet (alpha, dirichlet_form). aggregator with
+    sharding: iid, non_iid (nc, allow_missing_classes) or dirichlet (alpha). aggregator with
     aggregator_params: any registered rule; client_weights: what it weighs clients by. server_optimizer with server_lr,
     server_momentum (None: 0 for sgd, 0.9 for the adaptive ones), server_beta2, server_tau (arXiv 2003.00295). head:
     ridge (Fed3R, from sums of the clients' statistics), probe (logistic regression), linear (random), zero-shot (CLIP;
@@ -57,7 +57,6 @@ class FederatedRecipe:
     nc: int | None = None
     allow_missing_classes: bool = False
     alpha: float | None = None
-    dirichlet_form: str = "hsu"
     aggregator: str = "fedavg"
     aggregator_params: Mapping[str, Any] = field(default_factory=dict)
     client_weights: str = "examples"
@@ -90,7 +89,6 @@ class FederatedRecipe:
         """What is wrong with the values, one line each."""
         chosen = self.clients_per_round
         rules = (
-            (self.num_clients >= 1, f"num_clients must be 1 or more, not {self.num_clients}"),
             (
                 0 < self.participation_rate <= 1,
                 f"participation_rate must be in (0, 1], not {self.participation_rate}",
@@ -124,14 +122,6 @@ class FederatedRecipe:
                 self.local_algorithm != "scaffold"
                 or (self.momentum == 0 and self.weight_decay == 0),
                 "scaffold's control variates are those of plain SGD; set momentum and weight_decay to 0",
-            ),
-            (
-                self.sharding != "non_iid" or self.nc is not None,
-                "sharding non_iid needs nc, the classes of a client",
-            ),
-            (
-                self.sharding != "dirichlet" or self.alpha is not None,
-                "sharding dirichlet needs alpha",
             ),
             (self.server_lr > 0, f"server_lr must be positive, not {self.server_lr}"),
             (
@@ -172,8 +162,6 @@ class FederatedRecipe:
                     ("lr_schedule", self.lr_schedule, SCHEDULES),
                     ("augment", self.augment, AUGMENTATIONS),
                     ("local_algorithm", self.local_algorithm, LOCAL_ALGORITHMS),
-                    ("sharding", self.sharding, tuple(SHARDINGS)),
-                    ("dirichlet_form", self.dirichlet_form, ("hsu", "label")),
                     ("client_weights", self.client_weights, CLIENT_WEIGHTS),
                     ("server_optimizer", self.server_optimizer, SERVER_OPTIMIZERS),
                     ("mask_strategy", self.mask_strategy, tuple(MASK_STRATEGIES)),
@@ -185,10 +173,11 @@ class FederatedRecipe:
             ),
         )
         problems = [problem for good, problem in rules if not good]
-        try:
-            self.rule()
-        except DeltaflError as error:
-            problems += error.problems
+        for check in (self.rule, self.shards):
+            try:
+                check()
+            except DeltaflError as error:
+                problems += error.problems
         return problems or self._conflicts()
 
     def _conflicts(self) -> list[str]:
@@ -247,12 +236,12 @@ class FederatedRecipe:
             )
             check_rule(self.rule(), [source] * self.clients_per_round)
 
-    def shards(self) -> Sharding:
+    def shards(self) -> ShardingRecipe:
         """The sharding with its parameters."""
-        if self.sharding == "non_iid":
-            assert self.nc is not None
-            return NonIid(self.nc, self.allow_missing_classes)
-        if self.sharding == "dirichlet":
-            assert self.alpha is not None
-            return Dirichlet(self.alpha, self.dirichlet_form)  # type: ignore[arg-type]
-        return Iid()
+        return ShardingRecipe.of(
+            num_clients=self.num_clients,
+            sharding=self.sharding,
+            nc=self.nc,
+            allow_missing_classes=self.allow_missing_classes,
+            alpha=self.alpha,
+        )

@@ -98,7 +98,7 @@ def _initial(model: FlatModel, head: LinearHead, recipe: FederatedRecipe) -> Ser
 def make_shards(task: Task, recipe: FederatedRecipe) -> tuple[Tensor, ...]:
     """Rows of the training split for each client; a function of (seed, sharding), as `deltafl shards` shows them."""
     generator = keyed_generator(recipe.seed, "shards")
-    return shard(task.train.labels.cpu(), recipe.num_clients, recipe.shards(), generator)
+    return shard(task.train.labels.cpu(), recipe.shards(), generator)
 
 
 def make_head(

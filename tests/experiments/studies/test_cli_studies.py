@@ -15,7 +15,8 @@ import torch
 from checkpoint_files import cli, refused, succeed
 from deltafl.checkpoints.checkpoint import open_tensors
 from deltafl.experiments.studies.merging import settled
-from deltafl.merge.plan import MergeSpec, Model, plan_merge
+from deltafl.merge.plan import plan_merge
+from deltafl.merge.recipe import MergeRecipe
 from deltafl.merge.run import run_merge
 from deltafl.tasks import load_task
 from deltafl.training import evaluate
@@ -70,13 +71,16 @@ def test_a_merge_in_the_table_is_what_merge_and_evaluate_give(done: Path) -> Non
         accuracies.append(settled(search)["median"]["mean"])
         told = max(search["rows"][2:], key=lambda r: r["val"])
         folders = [done / "studies" / "models" / t["model"] for t in search["training"]]
-        models = tuple(Model(str(f), f.name) for f in folders)
         merged = done.parent / f"merged-{seed}"
         coefficient = told["scaling_coef"]
-        spec = MergeSpec(
-            str(done / "base"), models, told["rule"], told["params"], scaling_coef=coefficient
+        recipe = MergeRecipe.of(
+            base=str(done / "base"),
+            models=list(map(str, folders)),
+            method=told["rule"],
+            scaling_coef=coefficient,
+            **told["params"],
         )
-        run_merge(plan_merge(spec), merged)
+        run_merge(plan_merge(recipe), merged)
         for name, folder in zip(search["tasks"], folders, strict=True):
             task = load_task(name.replace("_", ":"), image_size=8, channels=1, seed=seed)
             whole = evaluate(merged, task, head=folder / "head.safetensors").correct.double()

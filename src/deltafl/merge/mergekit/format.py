@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Field
-from pydantic_core import PydanticCustomError
 
-from deltafl.merge.recipe import Strict
+from deltafl.recipes import Recipe, problem
 
 Setting: TypeAlias = tuple[tuple[str, tuple[float, ...]], ...]
 """(part of a tensor's name, values over the layers): the first part that is in the name counts; (): not given."""
@@ -32,26 +31,19 @@ METHODS = {
 }
 
 
-def _wrong(text: str) -> PydanticCustomError:
-    return PydanticCustomError("mergekit", "{text}", {"text": text})
-
-
 def _setting(good: Callable[[Any], bool], wanted: str) -> BeforeValidator:
     """A scalar, a list of values over the layers, or these by `filter`, in the one form of `Setting`."""
 
     def read(value: Any) -> Setting:
-        parts = (
-            value if isinstance(value, list) and value and isinstance(value[0], dict) else [value]
-        )
-        parts = [part if isinstance(part, dict) else {"value": part} for part in parts]
+        by_filter = isinstance(value, tuple) and value and isinstance(value[0], dict)
         found = []
-        for part in parts:
+        for part in value if by_filter else [value]:
+            part = part if isinstance(part, dict) else {"value": part}
             held = part.get("value")
-            values = tuple(held) if isinstance(held, list) else (held,)
+            values = tuple(held) if isinstance(held, list | tuple) else (held,)
             if part.keys() - {"filter", "value"} or not values or not all(map(good, values)):
-                raise _wrong(
-                    f"must be {wanted}, a list of such over the layers, or a list of {{filter, value}}"
-                )
+                forms = f"{wanted}, a list of such over the layers, or a list of {{filter, value}}"
+                raise problem(f"must be {forms}, not {value!r}")
             found.append(("" if part.get("filter") in (None, "*") else str(part["filter"]), values))
         return tuple(found)
 
@@ -65,15 +57,15 @@ def _is_number(value: Any) -> bool:
 def _reference(value: Any) -> str:
     if isinstance(value, dict):
         if any(value[key] for key in value.keys() - {"model", "path", "revision"}):
-            raise _wrong(
+            raise problem(
                 "must be a whole model of its own architecture; merge a LoRA into its model first"
             )
         whole = _reference(value.get("model", value.get("path")))
         return f"{whole}@{value['revision']}" if value.get("revision") else whole
     if not isinstance(value, str):
-        raise _wrong("must name a model")
+        raise problem(f"must name a model, not {value!r}")
     if "+" in value:
-        raise _wrong("must be a whole model; merge the LoRA after the + into it first")
+        raise problem(f"must be a whole model, not {value!r}; merge the LoRA into it first")
     return value
 
 
@@ -82,15 +74,15 @@ def _only(wanted: str, *accepted: Any) -> BeforeValidator:
 
     def read(value: Any) -> Any:
         if value is not None and value not in accepted:
-            raise _wrong(wanted)
+            raise problem(f"{wanted}, not {value!r}")
         return value
 
     return BeforeValidator(read)
 
 
 def _method(value: Any) -> Any:
-    if not isinstance(value, str) or value not in METHODS:
-        raise _wrong(f"is not supported; it must be one of {', '.join(METHODS)}")
+    if value not in METHODS:
+        raise problem(f"{value!r} is not supported; it must be one of {', '.join(METHODS)}")
     return value
 
 
@@ -104,7 +96,7 @@ BaseOnly: TypeAlias = Annotated[
 Dtype: TypeAlias = Literal["float32", "float16", "bfloat16", "float64"]
 
 
-class OfModel(Strict):
+class OfModel(Recipe):
     """Parameters of one model."""
 
     weight: Numbers = ()
@@ -120,7 +112,7 @@ class OfAll(OfModel):
     int8_mask: Switch = ()
 
 
-class Input(Strict):
+class Input(Recipe):
     """One of `models:`."""
 
     model: Reference
@@ -130,25 +122,25 @@ class Input(Strict):
 class Source(Input):
     """One of the `sources:` of a slice."""
 
-    layer_range: list[int] = Field(min_length=2, max_length=2)
+    layer_range: tuple[int, int]
 
 
-class Slice(Strict):
+class Slice(Recipe):
     """One of `slices:`."""
 
-    sources: list[Source] = Field(min_length=1)
+    sources: tuple[Source, ...] = Field(min_length=1)
     parameters: OfAll | None = None
     base_model: Unsupported = None
     residual_weight: Unsupported = None
 
 
-class Mergekit(Strict):
+class Mergekit(Recipe):
     """The file. `name` names it and nothing else."""
 
     merge_method: Annotated[str, BeforeValidator(_method)]
     base_model: Reference | None = None
-    models: list[Input] | None = Field(None, min_length=1)
-    slices: list[Slice] | None = Field(None, min_length=1)
+    models: tuple[Input, ...] | None = Field(None, min_length=1)
+    slices: tuple[Slice, ...] | None = Field(None, min_length=1)
     modules: Unsupported = None
     parameters: OfAll | None = None
     dtype: Dtype | None = None

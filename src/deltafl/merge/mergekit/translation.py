@@ -16,7 +16,7 @@ from deltafl.checkpoints.layout import read_layout
 from deltafl.errors import DeltaflError
 from deltafl.merge.mergekit.format import METHODS, Mergekit, OfAll, OfModel, scopes_of
 from deltafl.merge.plan import entries_in
-from deltafl.merge.recipe import parse
+from deltafl.recipes import parse
 
 Layers: TypeAlias = Mapping[str, tuple[int, int]]
 """Tensor -> (its layer, the number of layers)."""
@@ -68,7 +68,7 @@ def translate(held: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
     Raises DeltaflError with one line for each key that is wrong or not supported.
     """
-    config = parse(Mergekit, dict(held))
+    config = parse(Mergekit, held)
     spans = spans_of(config)
     models = list(spans[0].models)
     base = config.base_model or (models[0] if config.merge_method == "linear" else "")
@@ -113,7 +113,7 @@ def spans_of(config: Mergekit) -> list[Span]:
         models = {x.model: x.parameters or OfModel() for x in part.sources}
         spans.append(Span(start, stop, models, (part.parameters or OfAll(), of_all)))
         same = (
-            all(x.layer_range == [start, stop] for x in part.sources)
+            all(x.layer_range == (start, stop) for x in part.sources)
             and models.keys() == spans[0].models.keys()
         )
         if not (same and start == at < stop):

@@ -1,0 +1,71 @@
+"""`deltafl recipe`: the file, the schema and the table that are made of the fields of a command's recipe."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from checkpoint_files import cli, problems_of, succeed
+from deltafl.cli import COMMANDS, app
+from deltafl.cli.command import RecipeCommand, option_names
+from deltafl.recipes import Recipe, leaves, read_recipe
+
+FOUND = {name: app.get_command(click.Context(app), name) for name in COMMANDS}
+RECIPES = {n: c.recipe for n, c in FOUND.items() if isinstance(c, RecipeCommand)}
+FILLED: dict[str, Any] = {"models": ["m"], "search": [{"path": "m", "data": "digits"}]}
+
+every_recipe = pytest.mark.parametrize("name", RECIPES)
+
+
+def fill(kind: type[Recipe], command: str) -> dict[str, Any]:
+    """A value for each required setting."""
+    found: dict[str, Any] = {}
+    for leaf in leaves(kind).values():
+        if leaf.field.is_required():
+            found[leaf.name] = FILLED.get(command) or FILLED.get(leaf.name, "x")
+            found[leaf.name] = "x" if leaf.field.annotation is str else found[leaf.name]
+    return found
+
+
+@every_recipe
+def test_the_file_holds_every_key_and_says_what_the_defaults_say(name: str, tmp_path: Path):
+    kind = RECIPES[name]
+    text = succeed("recipe", name).out
+    (tmp_path / "r.yaml").write_text(text)
+    given = fill(kind, name)
+    assert read_recipe(kind, tmp_path / "r.yaml", given) == kind.of(**given)
+    live = text.replace("# ", "")
+    assert all(f"{leaf.name}:" in live for leaf in leaves(kind).values() if not leaf.flattened)
+
+
+@every_recipe
+def test_the_schema_names_every_key(name: str):
+    schema = json.loads(succeed("recipe", name, "--schema").out)
+    sections = [schema, *schema.get("$defs", {}).values()]
+    known = {key for part in sections for key in part.get("properties", {})}
+    assert leaves(RECIPES[name]).keys() <= known
+
+
+@every_recipe
+def test_every_setting_says_what_it_is_and_what_can_be_an_option_is(name: str):
+    for leaf in leaves(RECIPES[name]).values():
+        assert leaf.field.description, leaf.path
+        if not option_names(leaf):
+            assert any(part in str(leaf.field.annotation) for part in ("dict", "Model")), leaf.path
+
+
+@every_recipe
+def test_the_page_of_recipes_has_the_table(name: str):
+    page = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
+    table = succeed("recipe", name, "--markdown").out
+    assert name == "inspect" or table in page, (
+        f"write what `deltafl recipe {name} --markdown` prints"
+    )
+
+
+def test_a_command_without_a_recipe_is_named():
+    assert problems_of(cli("recipe", "merg")) == [
+        'no recipe of a command "merg"; did you mean "merge"?'
+    ]
