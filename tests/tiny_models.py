@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from deltafl.models import LoadedEncoder, Net, load_net, new_net
 from deltafl.models.encoder import encoder_of
 from deltafl.models.heads import LinearHead, random_head
-from deltafl.tasks import Split, Task
-from deltafl.tasks.inputs import ImageInput
+from deltafl.tasks import ImageInput, ImageTask
+from deltafl.tasks.arrays import Split, Task, image_task
 
 NAMES = ("dark", "left", "right")
 
@@ -93,8 +93,8 @@ def own_net(width: int = 6) -> Net:
     return Net(module, ImageInput(8, 1, (0.25,), (0.5,)))
 
 
-def tiny_task_factory(image_size: int, channels: int, seed: int) -> Task:
-    return tiny_task()
+def tiny_task_factory(inputs: ImageInput, seed: int) -> ImageTask:
+    return image_task(tiny_task())
 
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:'\"-"

@@ -8,9 +8,8 @@ from safetensors.torch import load_file
 
 from deltafl.errors import DeltaflError
 from deltafl.models import HeadRecipe, load_net
+from deltafl.tasks import load_task
 from deltafl.tasks.arrays import image_task
-from deltafl.tasks.lines import load_lines
-from deltafl.tasks.selection import Selection
 from deltafl.training.step import scores, train_step
 from tiny_models import own_net, tiny_llama, tiny_net, tiny_task, write_lines
 
@@ -24,7 +23,7 @@ def classifier(train_head: bool = False):
 @pytest.fixture
 def language(tmp_path):
     net = tiny_llama(tmp_path / "config")
-    return net, load_lines(write_lines(tmp_path / "text"), net.inputs, Selection())
+    return net, load_task(str(write_lines(tmp_path / "text")), net.inputs)
 
 
 @pytest.mark.parametrize("train_head", [False, True])
@@ -149,7 +148,7 @@ def test_a_language_model_is_scored_by_its_likelihood_and_saved(language, tmp_pa
     batch = task.batch("test", torch.arange(task.size("test")))
     sums, weights = task.loss(net, batch)
     for i in range(task.size("test")):
-        ids = task.splits["test"].line(i)
+        ids = task.splits["test"].ids[i]
         logits = net(input_ids=ids[None]).logits[0, :-1]
         expected = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum")
         torch.testing.assert_close(sums[i], expected, rtol=1e-4, atol=1e-4)

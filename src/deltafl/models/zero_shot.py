@@ -19,8 +19,8 @@ from deltafl.models.head import Head
 from deltafl.models.head_recipe import HeadFit, HeadRecipe
 from deltafl.models.net import Net
 from deltafl.tasks.cache import content_hash, default_cache_dir, key_of, writing_to
+from deltafl.tasks.catalogue import prompt_names, prompt_templates
 from deltafl.tasks.images import ImageTask
-from deltafl.tasks.named import prompt_names, prompt_templates
 
 logger = logging.getLogger(__name__)
 
