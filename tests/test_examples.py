@@ -23,7 +23,7 @@ from deltafl.merge.search import check_methods
 from deltafl.merge.search_recipe import SearchRecipe
 from deltafl.recipes import read_recipe
 from deltafl.rules.rule import RULES, load_rules, parameters
-from deltafl.tasks.catalogue import CATALOGUE
+from deltafl.tasks.catalogue import catalogue
 from laws import laws
 from laws.worlds import make
 
@@ -112,7 +112,7 @@ def test_the_search_recipe_is_read():
 def test_the_recipe_of_published_checkpoints_holds_every_rule_and_task():
     recipe = read_recipe(SearchRecipe, ROOT / "configs" / "clip-vit-b-32-ta8.yaml")
     assert sorted(name for name, _ in recipe.grids) == list(load_rules())
-    assert all(model.head == "zero-shot" and model.data in CATALOGUE for model in recipe.models)
+    assert all(model.head == "zero-shot" and model.data in catalogue() for model in recipe.models)
     names = [m.path.removeprefix("tanganke/clip-vit-base-patch32_") for m in recipe.models]
     assert [name.replace("-", "_") for name in names] == [model.data for model in recipe.models]
     sources = [source_of(name, model, {}) for name, model in recipe.entries.items()]

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from deltafl.models import LoadedEncoder, load_encoder
 from deltafl.models.heads import LinearHead, random_head
-from deltafl.tasks import Split, Task
+from deltafl.tasks import ImageInput, ImageTask
+from deltafl.tasks.arrays import Split, Task, image_task
 
 NAMES = ("dark", "left", "right")
 
@@ -60,8 +61,8 @@ def tied_net() -> Net:
     return net
 
 
-def tiny_task_factory(image_size: int, channels: int, seed: int) -> Task:
-    return tiny_task()
+def tiny_task_factory(inputs: ImageInput, seed: int) -> ImageTask:
+    return image_task(tiny_task())
 
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:'\"-"

@@ -14,7 +14,7 @@ from deltafl.federated.sharding import ShardingRecipe, shard
 from deltafl.report import render
 from deltafl.report.shards import shards_figure, shards_page
 from deltafl.seeding import keyed_generator
-from deltafl.tasks import load_task
+from deltafl.tasks.arrays import load_arrays
 
 TASK = ("tiny_models:tiny_task_factory", "--channels", "1")
 
@@ -39,7 +39,7 @@ def test_the_table_and_the_file_tell_what_the_library_gives(tmp_path: Path):
     said = run(
         "digits", "--num-clients", 10, "--sharding", "non_iid", "--nc", 2, "--seed", 3, "--out", out
     ).output
-    labels = load_task("digits", image_size=8, seed=3).train.labels
+    labels = load_arrays("digits", image_size=8, seed=3).train.labels
     recipe = ShardingRecipe.of(num_clients=10, sharding="non_iid", nc=2)
     expected = shard(labels, recipe, keyed_generator(3, "shards"))
     held = json.loads((out / "shards.json").read_text())

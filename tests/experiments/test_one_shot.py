@@ -18,7 +18,7 @@ from deltafl.merge.search_recipe import SearchRecipe
 from deltafl.models import load_encoder
 from deltafl.models.heads import HEAD_FILE
 from deltafl.progress import Progress
-from deltafl.tasks import load_task
+from deltafl.tasks.arrays import load_arrays
 from deltafl.training import FinetuneRecipe, evaluate, finetune
 
 VARIANTS = ("mirrored", "thick")
@@ -39,7 +39,7 @@ def train_digits(factory: pytest.TempPathFactory) -> Path:
     if root.exists():
         return root
     spec = "vit:hidden=16,layers=1,heads=2,patch=4,image_size=8,channels=1"
-    plain = load_task("digits:pretrain", image_size=8, channels=1)
+    plain = load_arrays("digits:pretrain", image_size=8, channels=1)
     finetune(
         load_encoder(spec),
         plain,
@@ -47,7 +47,7 @@ def train_digits(factory: pytest.TempPathFactory) -> Path:
         root / "base",
     )
     for i, variant in enumerate(VARIANTS):
-        task = load_task(f"digits:{variant}", image_size=8, channels=1)
+        task = load_arrays(f"digits:{variant}", image_size=8, channels=1)
         recipe = FinetuneRecipe(steps=10 + 10 * i, lr=1e-3, head=str(root / "base" / HEAD_FILE))
         finetune(load_encoder(root / "base"), task, recipe, root / variant)
     return root
@@ -76,7 +76,7 @@ def test_the_rows_are_singles_base_and_each_method_with_their_own_test_scores(
     result = run(search_recipe(trained))
     assert [r["rule"] for r in result["rows"]] == [SINGLE, BASE, *(m for m, _ in METHODS)]
     for i, variant in enumerate(VARIANTS):
-        task = load_task(f"digits:{variant}", image_size=8, channels=1)
+        task = load_arrays(f"digits:{variant}", image_size=8, channels=1)
         name = result["tasks"][i]
         assert result["single"][name] == evaluate(trained / variant, task, "test").accuracy
         assert result["single_val"][name] == evaluate(trained / variant, task, "val").accuracy
@@ -100,7 +100,7 @@ def test_the_merged_model_scores_what_its_row_says(trained: Path, tmp_path: Path
     head = str(trained / "base" / HEAD_FILE)
     tested = next(r for r in result["rows"] if r["rule"] == best["method"])
     for name, variant in zip(result["tasks"], VARIANTS, strict=True):
-        task = load_task(f"digits:{variant}", image_size=8, channels=1)
+        task = load_arrays(f"digits:{variant}", image_size=8, channels=1)
         assert evaluate(tmp_path / "merged", task, "val", head=head).accuracy == best["val"][name]
         assert (
             evaluate(tmp_path / "merged", task, "test", head=head).accuracy == tested["test"][name]
@@ -174,7 +174,7 @@ def test_mistake_images_decoded_again_for_every_candidate(
 ) -> None:
     from deltafl.tasks import loading
 
-    decoded = counting(monkeypatch, loading, "_chosen", lambda source, *rest: source.name)
+    decoded = counting(monkeypatch, loading, "_images", lambda source, *rest: source.name)
     run(search_recipe(trained))
     assert decoded == {f"digits_{v}": 1 for v in VARIANTS}
 
@@ -190,7 +190,7 @@ def test_the_test_split_is_scored_once_for_each_reported_row(
     scored = counting(monkeypatch, Accuracy, "__call__", split_of)
     result = run(search_recipe(trained))
     for name, variant in zip(result["tasks"], VARIANTS, strict=True):
-        test = load_task(f"digits:{variant}", image_size=8, channels=1).test
+        test = load_arrays(f"digits:{variant}", image_size=8, channels=1).test
         digest = hashlib.sha256(test.images.numpy().tobytes()).hexdigest()
         assert scored[digest] == len(result["rows"]), name
     assert len(scored) == 4
@@ -215,7 +215,7 @@ def test_unknown_methods_and_missing_steps_are_found_before_any_data_is_loaded(
 ) -> None:
     from deltafl.experiments import one_shot
 
-    monkeypatch.setattr(one_shot, "load_task", lambda *a, **k: pytest.fail("data was loaded"))
+    monkeypatch.setattr(one_shot, "load_arrays", lambda *a, **k: pytest.fail("data was loaded"))
     error = refused(
         search_recipe(trained, methods=["fedgm", {"method": "median", "rho": 1.0}]), monkeypatch
     )

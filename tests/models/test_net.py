@@ -8,9 +8,8 @@ from deltafl.errors import DeltaflError
 from deltafl.models.bridge import net_of
 from deltafl.models.causal import load_causal
 from deltafl.models.head_recipe import HeadRecipe
+from deltafl.tasks import load_task
 from deltafl.tasks.arrays import image_task
-from deltafl.tasks.lines import load_lines
-from deltafl.tasks.selection import Selection
 from deltafl.training.step import scores, train_step
 from tiny_models import tiny_llama, tiny_task, tiny_vit, write_lines
 
@@ -24,7 +23,7 @@ def classifier(train_head: bool = False):
 @pytest.fixture
 def language(tmp_path):
     net = tiny_llama(tmp_path / "config")
-    return net, load_lines(write_lines(tmp_path / "text"), net.inputs, Selection())
+    return net, load_task(str(write_lines(tmp_path / "text")), net.inputs)
 
 
 @pytest.mark.parametrize("train_head", [False, True])
@@ -98,7 +97,7 @@ def test_a_language_model_is_scored_by_its_likelihood_and_saved(language, tmp_pa
     batch = task.batch("test", torch.arange(task.size("test")))
     sums, weights = task.loss(net, batch)
     for i in range(task.size("test")):
-        ids = task.splits["test"].line(i)
+        ids = task.splits["test"].ids[i]
         logits = net(input_ids=ids[None]).logits[0, :-1]
         expected = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum")
         torch.testing.assert_close(sums[i], expected, rtol=1e-4, atol=1e-4)

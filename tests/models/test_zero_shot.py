@@ -16,7 +16,7 @@ from deltafl.models.heads import LinearHead, load_head, save_head
 from deltafl.models.zero_shot import read_templates, zero_shot_head
 from deltafl.sparse.fisher import diagonal_fisher
 from deltafl.tasks.arrays import Split, Task
-from deltafl.tasks.catalogue import CATALOGUE
+from deltafl.tasks.catalogue import catalogue
 from deltafl.training import FinetuneRecipe, evaluate, finetune
 from tiny_models import tiny_clip, tiny_vit
 
@@ -84,12 +84,12 @@ def test_several_templates_are_one_mean_direction(made, clip):
 
 
 def test_the_catalogues_words_and_templates_are_the_default(clip):
-    labels = CATALOGUE["eurosat"].labels
-    words = CATALOGUE["eurosat"].class_names
+    labels = catalogue()["eurosat"].labels
+    words = catalogue()["eurosat"].class_names
     assert labels is not None
     assert words is not None
     head = zero_shot_head(str(clip), "eurosat", labels)
-    same = zero_shot_head(str(clip), "other", words, templates=CATALOGUE["eurosat"].templates)
+    same = zero_shot_head(str(clip), "other", words, templates=catalogue()["eurosat"].templates)
     assert torch.equal(head.weight, same.weight)
     assert (head.class_names, same.class_names) == (labels, words)
 

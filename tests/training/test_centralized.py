@@ -23,7 +23,7 @@ from deltafl.models import load_encoder
 from deltafl.models.flat import FlatModel
 from deltafl.models.heads import load_head, save_head
 from deltafl.seeding import keyed_generator
-from deltafl.tasks import Split
+from deltafl.tasks.arrays import Split
 from deltafl.training import centralized_best as best
 from deltafl.training import evaluate
 from deltafl.training import step as training

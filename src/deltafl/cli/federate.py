@@ -237,10 +237,10 @@ def load_encoder_of(held: Mapping[str, Any]) -> Any:
 
 def load_task_of(held: Mapping[str, Any], encoder: Any, seed: int) -> Any:
     """The task that the settings name, in the size that the encoder takes, with the validation split of a seed."""
-    from deltafl.tasks import load_task
+    from deltafl.tasks.arrays import load_arrays
 
     size, channels = encoder.input.image_size, encoder.input.channels
-    return load_task(
+    return load_arrays(
         held["data"],
         image_size=size,
         channels=channels,

@@ -66,13 +66,15 @@ def shards(
     from deltafl.federated.sharding import ShardingRecipe, describe, shard
     from deltafl.files import check_output
     from deltafl.seeding import keyed_generator
-    from deltafl.tasks import load_task
+    from deltafl.tasks.arrays import load_arrays
 
     given = {key: value for key, value in options.items() if value is not None}
     chosen = ShardingRecipe.of(num_clients=num_clients, sharding=sharding, **given)
     if out is not None:
         check_output(out, overwrite=overwrite)
-    loaded = load_task(task, image_size=image_size, channels=channels, seed=seed, data_dir=data_dir)
+    loaded = load_arrays(
+        task, image_size=image_size, channels=channels, seed=seed, data_dir=data_dir
+    )
     labels = loaded.train.labels
     positions = shard(labels, chosen, keyed_generator(seed, "shards"))
     told = describe(positions, labels, len(loaded.class_names))

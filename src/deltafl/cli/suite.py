@@ -293,9 +293,9 @@ def _show(suites: Mapping[str, Any], studies: Mapping[str, Any]) -> None:
 def _bundled_task(held: dict[str, Any]) -> Any:
     """The task in the size of the base model that is not there yet."""
     from deltafl.experiments.quickstart import IMAGE_SIZE
-    from deltafl.tasks import load_task
+    from deltafl.tasks.arrays import load_arrays
 
-    return load_task(
+    return load_arrays(
         held["data"], image_size=IMAGE_SIZE, channels=1, seed=held["seed"], limit=held["limit"]
     )
 

@@ -81,7 +81,7 @@ def finetune(
     """
     from deltafl.files import check_output
     from deltafl.models import load_encoder
-    from deltafl.tasks import load_task
+    from deltafl.tasks.arrays import load_arrays
     from deltafl.training import FinetuneRecipe
     from deltafl.training import finetune as run
 
@@ -93,7 +93,7 @@ def finetune(
         check_output(held["out"], overwrite=overwrite)
     encoder = load_encoder(held["base"])
     size, channels = encoder.input.image_size, encoder.input.channels
-    task = load_task(
+    task = load_arrays(
         held["data"],
         image_size=size,
         channels=channels,
@@ -175,7 +175,7 @@ def evaluate(
     """
     from deltafl.files import write_atomically
     from deltafl.models import load_encoder
-    from deltafl.tasks import load_task
+    from deltafl.tasks.arrays import load_arrays
     from deltafl.training import evaluate as run
 
     rows = []
@@ -183,7 +183,7 @@ def evaluate(
         encoder = load_encoder(model)
         size, channels = encoder.input.image_size, encoder.input.channels
         chosen = _trained_seed(model) if seed is None else seed
-        task = load_task(data, image_size=size, channels=channels, seed=chosen, data_dir=data_dir)
+        task = load_arrays(data, image_size=size, channels=channels, seed=chosen, data_dir=data_dir)
         found = run(
             encoder,
             task,

@@ -34,7 +34,7 @@ from deltafl.models.flat import FlatModel
 from deltafl.models.heads import HEAD_FILE, ZERO_SHOT, check_head, load_head
 from deltafl.progress import OnProgress, Progress, ignore
 from deltafl.rules.rule import Source, build_rule
-from deltafl.tasks import Task, load_task
+from deltafl.tasks.arrays import Task, load_arrays
 from deltafl.training.evaluation import zero_shot_for
 from deltafl.training.legacy import Accuracy
 from deltafl.version import __version__
@@ -49,7 +49,6 @@ def run_search(
     tasks: Sequence[Task] | None = None,
     scores: Path | None = None,
     overwrite: bool = False,
-    cache_dir: Path | None = None,
     on_progress: OnProgress = ignore,
 ) -> dict[str, Any]:
     """Search, test once, merge the winner into OUT (if given); returns the result that report and tables are made of.
@@ -66,7 +65,7 @@ def run_search(
     encoder = load_encoder(recipe.base)
     if tasks is None:
         tasks = [
-            _task(entry, name, plan, encoder, recipe, cache_dir)
+            _task(entry, name, plan, encoder, recipe)
             for name, entry in zip(plan.layouts, recipe.models, strict=True)
         ]
     if len({t.name for t in tasks}) < len(tasks):
@@ -122,19 +121,17 @@ def _task(
     plan: Plan,
     encoder: LoadedEncoder,
     recipe: SearchRecipe,
-    cache_dir: Path | None,
 ) -> Task:
     """The task of a model, with the validation split that its training held out, unless the recipe says otherwise."""
     given, seed = encoder.input, recipe.seed
     if seed is None:
         seed = int(read_training(plan.layouts[name]).get("seed") or 0)
-    return load_task(
+    return load_arrays(
         entry.data,
         image_size=given.image_size,
         channels=given.channels,
         seed=seed,
         data_dir=recipe.data_dir,
-        cache_dir=cache_dir,
     )
 
 

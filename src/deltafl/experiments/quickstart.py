@@ -15,7 +15,7 @@ from deltafl.models import load_encoder
 from deltafl.models.heads import HEAD_FILE
 from deltafl.models.pretrained import new_vit
 from deltafl.seeding import keyed_generator
-from deltafl.tasks import load_task
+from deltafl.tasks.arrays import load_arrays
 from deltafl.training import FinetuneRecipe, finetune
 
 IMAGE_SIZE = 16
@@ -93,7 +93,7 @@ def pretrain(out: Path, seed: int, on_stage: OnStage) -> None:
         channels=1,
         generator=generator,
     )
-    task = load_task("digits:pretrain", image_size=IMAGE_SIZE, channels=1, seed=seed)
+    task = load_arrays("digits:pretrain", image_size=IMAGE_SIZE, channels=1, seed=seed)
     recipe = FinetuneRecipe(
         steps=800, lr=1e-3, batch_size=32, head="linear", train_head=True, seed=seed
     )
@@ -109,7 +109,7 @@ def pretrain(out: Path, seed: int, on_stage: OnStage) -> None:
 
 def fine_tune(folder: Path, task: Finetune, seed: int, on_stage: OnStage) -> None:
     """One fine-tune of the base on one variant of the digits, with the base's head, frozen."""
-    data = load_task(f"digits:{task.variant}", image_size=IMAGE_SIZE, channels=1, seed=seed)
+    data = load_arrays(f"digits:{task.variant}", image_size=IMAGE_SIZE, channels=1, seed=seed)
     head = str(folder / "base" / HEAD_FILE)
     recipe = FinetuneRecipe(steps=task.steps, lr=task.lr, batch_size=32, head=head, seed=seed)
     encoder = load_encoder(folder / "base")

@@ -15,7 +15,7 @@ from deltafl.federated import federate
 from deltafl.federated.sharding import ShardingRecipe, shard
 from deltafl.models import LoadedEncoder
 from deltafl.seeding import keyed_generator
-from deltafl.tasks import Task
+from deltafl.tasks.arrays import Task
 from deltafl.training.record import read_rows
 from deltafl.training.state import run_config
 from deltafl.training.tensorboard import write_rows

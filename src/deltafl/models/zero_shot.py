@@ -15,7 +15,7 @@ from deltafl.files import write_atomically
 from deltafl.models.heads import LinearHead
 from deltafl.models.pretrained import attempt, quiet
 from deltafl.tasks.cache import content_hash, default_cache_dir, key_of, writing_to
-from deltafl.tasks.named import prompt_names, prompt_templates
+from deltafl.tasks.catalogue import prompt_names, prompt_templates
 
 logger = logging.getLogger(__name__)
 
