@@ -11,14 +11,25 @@ import torch
 
 from deltafl.experiments.one_shot import run_search
 from deltafl.merge.search_recipe import SearchRecipe
-from deltafl.models import load_encoder
-from deltafl.models.heads import HEAD_FILE
-from deltafl.models.pretrained import new_vit
+from deltafl.models import HEAD_FILE, load_encoder, new_net
+from deltafl.models.encoder import encoder_of
 from deltafl.seeding import keyed_generator
 from deltafl.tasks.arrays import load_arrays
 from deltafl.training import FinetuneRecipe, finetune
 
 IMAGE_SIZE = 16
+
+BASE = {
+    "model_type": "vit",
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 256,
+    "patch_size": 4,
+    "image_size": IMAGE_SIZE,
+    "num_channels": 1,
+}
+"""The model to begin with, as transformers names its settings."""
 
 
 @dataclass(frozen=True)
@@ -84,15 +95,7 @@ def _story(folder: Path, seed: int, on_stage: OnStage) -> dict[str, Any]:
 def pretrain(out: Path, seed: int, on_stage: OnStage) -> None:
     """A small ViT, trained with its head on the pre-training half of the plain digits."""
     generator = keyed_generator(seed, "base")
-    encoder = new_vit(
-        hidden=64,
-        layers=3,
-        heads=4,
-        patch=4,
-        image_size=IMAGE_SIZE,
-        channels=1,
-        generator=generator,
-    )
+    encoder = encoder_of(new_net(BASE, generator))
     task = load_arrays("digits:pretrain", image_size=IMAGE_SIZE, channels=1, seed=seed)
     recipe = FinetuneRecipe(
         steps=800, lr=1e-3, batch_size=32, head="linear", train_head=True, seed=seed
