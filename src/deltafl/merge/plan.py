@@ -14,7 +14,7 @@ from deltafl.checkpoints.align import Alignment, align
 from deltafl.checkpoints.layout import SIZES, Layout
 from deltafl.errors import DeltaflError
 from deltafl.merge.recipe import MergeRecipe, ModelEntry
-from deltafl.rules.rule import Rule, Source, build_rule, check_rule, core_of
+from deltafl.rules.rule import Rule, Source, TensorRule, build_rule, check_rule
 
 
 @dataclass(frozen=True)
@@ -118,17 +118,16 @@ def _plan(
     notes: Sequence[str],
 ) -> Plan:
     num_elements = sum(entries[n].numel for n in alignment.merged)
-    passes = (
-        1
-        + sum(t.density is not None for t in rule.transforms)
-        + bool(getattr(core_of(rule), "needs_gram", False))
-    )
+    passes = 1 + sum(t.density is not None for t in rule.transforms) + rule.core.needs_gram
     width = SIZES.get(recipe.stored_dtype or "", 0)
     written = sum(
         e.numel * (width if width and e.floating else SIZES[e.dtype]) for e in entries.values()
     )
     threads = recipe.threads or min(8, os.cpu_count() or 1)
-    block = (8 if recipe.exact else 4) << 18
+    block = 1 << 18
+    if isinstance(rule.core, TensorRule):
+        block = max(entries[n].numel for n in alignment.merged)
+    block *= 8 if recipe.exact else 4
     return Plan(
         recipe=recipe,
         rule=rule,
