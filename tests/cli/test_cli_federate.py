@@ -14,9 +14,10 @@ from deltafl.federated.recipe import FederatedRecipe
 from deltafl.report.federated import federated_page, rounds_table
 from deltafl.report.lines import draw_lines
 from deltafl.training.record import read_rows
+from tiny_models import vit_file
 
 ROOT = Path(__file__).parents[2]
-MODEL = "vit:hidden=16,layers=1,heads=2,patch=4,image_size=8,channels=1"
+MODEL = vit_file(num_hidden_layers=1)
 SMALL = (
     "--model", MODEL, "--data", "digits", "--num-clients", 6, "--participation-rate", 0.5, "--num-rounds", 3,
     "--local-steps", 2, "--batch-size", 16, "--lr", 0.01,

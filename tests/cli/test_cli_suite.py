@@ -16,9 +16,9 @@ from deltafl.report.suites import apart, suite_section, suite_table
 from deltafl.rules.rule import load_rules
 from deltafl.sparse.masks import MASK_STRATEGIES
 from federated.worlds import plain
-from tiny_models import tiny_task
+from tiny_models import tiny_task, vit_file
 
-MODEL = "vit:hidden=16,layers=1,heads=2,patch=4,image_size=8,channels=1"
+MODEL = vit_file(num_hidden_layers=1)
 SMALL = (
     "--model", MODEL, "--data", "digits", "--num-clients", 8, "--participation-rate", 0.5, "--num-rounds", 2,
     "--local-steps", 2, "--batch-size", 16, "--lr", 0.01, "--nc-values", 2, "--limit", 200,

@@ -98,7 +98,7 @@ def task_options(command: Any) -> Any:
             "--model",
             "--base",
             "model",
-            help="Folder, hub id, module:attr, or vit:hidden=..,layers=.. .",
+            help="Folder, hub id, module:attr, or a config.json for a new one.",
         ),
         click.option(
             "--data",

@@ -1,24 +1,33 @@
 """The whole story on scikit-learn's digits, offline: pre-train, fine-tune, merge, search, test once."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import torch
-
 from deltafl.experiments.one_shot import run_search
 from deltafl.merge.search_recipe import SearchRecipe
-from deltafl.models import load_encoder
-from deltafl.models.heads import HEAD_FILE
-from deltafl.models.pretrained import new_vit
+from deltafl.models import HEAD_FILE, load_encoder, new_net
+from deltafl.models.encoder import encoder_of
+from deltafl.pool import one_thread
 from deltafl.seeding import keyed_generator
 from deltafl.tasks.arrays import load_arrays
 from deltafl.training import FinetuneRecipe, finetune
 
 IMAGE_SIZE = 16
+
+BASE = {
+    "model_type": "vit",
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 256,
+    "patch_size": 4,
+    "image_size": IMAGE_SIZE,
+    "num_channels": 1,
+}
+"""The model to begin with, as transformers names its settings."""
 
 
 @dataclass(frozen=True)
@@ -54,20 +63,9 @@ def run_quickstart(
     One thread: a model this small gains nothing from more, and sums then have one order on every machine.
     """
     started = time.perf_counter()
-    with on_one_thread():
+    with one_thread():
         result = _story(folder, seed, on_stage)
     return {**result, "seconds": time.perf_counter() - started}
-
-
-@contextmanager
-def on_one_thread() -> Iterator[None]:
-    """Within the block torch uses one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _story(folder: Path, seed: int, on_stage: OnStage) -> dict[str, Any]:
@@ -84,15 +82,7 @@ def _story(folder: Path, seed: int, on_stage: OnStage) -> dict[str, Any]:
 def pretrain(out: Path, seed: int, on_stage: OnStage) -> None:
     """A small ViT, trained with its head on the pre-training half of the plain digits."""
     generator = keyed_generator(seed, "base")
-    encoder = new_vit(
-        hidden=64,
-        layers=3,
-        heads=4,
-        patch=4,
-        image_size=IMAGE_SIZE,
-        channels=1,
-        generator=generator,
-    )
+    encoder = encoder_of(new_net(BASE, generator))
     task = load_arrays("digits:pretrain", image_size=IMAGE_SIZE, channels=1, seed=seed)
     recipe = FinetuneRecipe(
         steps=800, lr=1e-3, batch_size=32, head="linear", train_head=True, seed=seed

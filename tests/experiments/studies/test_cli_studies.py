@@ -20,11 +20,11 @@ from deltafl.merge.recipe import MergeRecipe
 from deltafl.merge.run import run_merge
 from deltafl.tasks.arrays import load_arrays
 from deltafl.training import evaluate
-from tiny_models import tiny_clip
+from tiny_models import tiny_clip, vit_file
 
 NAMES = ("training-heterogeneity", "data-heterogeneity", "scaling-coef", "negation", "analogy")
 SMALL: tuple[Any, ...] = (
-    "--model", "vit:hidden=16,layers=1,heads=2,patch=4,image_size=8,channels=1", "--tasks", "digits:mirrored",
+    "--model", vit_file(num_hidden_layers=1), "--tasks", "digits:mirrored",
     "digits:thick", "digits:textured", "--control", "digits", "--domains", "digits:mirrored", "digits:thick",
     "--split", "digits", "--lr-values", 2e-3, 1e-3, "--steps-values", 4, 40, "--draws", 1, "--batch-size", 32,
     "--few-shot", 3, "--methods", "fednova", "median", "krum", "--scaling-coefs", 0.1, 0.3, 1.0, "--val-limit", 60,
@@ -261,7 +261,7 @@ def test_other_classes_in_the_second_domain_are_refused_before_anything_is_train
 
 def test_another_model_is_refused_on_resume(done: Path) -> None:
     other = [
-        "vit:hidden=8,layers=1,heads=2,patch=4,image_size=8,channels=1" if a == SMALL[1] else a
+        vit_file(num_hidden_layers=1, hidden_size=8, intermediate_size=32) if a == SMALL[1] else a
         for a in SMALL
     ]
     outcome = cli("suite", "scaling-coef", *other, "--resume", "--out", done)
