@@ -39,9 +39,9 @@ class Made(NamedTuple):
 
 
 def stamps(files: Iterable[Path]) -> list[list[Any]]:
-    """Path, size and modification time, in seconds, of each file: other content has another stamp."""
+    """Path, size and modification time of each file: other content has another stamp."""
     stats = [(str(path.resolve()), path.stat()) for path in files]
-    return [[name, stat.st_size, int(stat.st_mtime)] for name, stat in stats]
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
 
 def kept(made_of: Mapping[str, Any], make: Callable[[Path], Made]) -> tuple[dict[str, Any], Tensor]:

@@ -113,12 +113,12 @@ def _images(source: Source, inputs: ImageInput, recipe: DataRecipe, seed: int) -
         raw = source.open(scratch)
         _check_raw(source.name, raw)
         groups = {split: own.labels for split, own in raw.splits.items()}
-        chosen = select(groups, seed, recipe.val_fraction, recipe.limit)
-        labels = {split: groups[origin][rows].tolist() for split, (origin, rows) in chosen.items()}
+        rows = select(groups, seed, recipe.val_fraction, recipe.limit)
+        chosen = [rows[split] for split in SPLITS]
+        labels = [groups[origin][some].tolist() for origin, some in chosen]
+        parts = (decoded(raw.splits[origin], some, inputs) for origin, some in chosen)
         about = {"class_names": raw.class_names, "labels": labels}
-        parts = (decoded(raw.splits[origin], rows, inputs) for origin, rows in chosen.values())
-        count = sum(map(len, labels.values()))
-        return Made(about, (count, *shape), chain.from_iterable(parts))
+        return Made(about, (sum(map(len, labels)), *shape), chain.from_iterable(parts))
 
     if source.key:
         how = [shape, seed, recipe.val_fraction, recipe.limit, PIL.__version__]
@@ -127,8 +127,8 @@ def _images(source: Source, inputs: ImageInput, recipe: DataRecipe, seed: int) -
         with TemporaryDirectory() as scratch:
             made = make(Path(scratch))
             about, images = made.about, torch.from_numpy(np.concatenate([*made.parts]))
-    labels = [torch.tensor(about["labels"][split]) for split in SPLITS]
-    parts = map(Images, images.split([*map(len, labels)]), labels)
+    labels = about["labels"]
+    parts = map(Images, images.split([*map(len, labels)]), map(torch.tensor, labels))
     return ImageTask(source.name, dict(zip(SPLITS, parts, strict=True)), (*about["class_names"],))
 
 

@@ -66,8 +66,8 @@ def raw_task(
     splits: dict[str, RawSplit] = {}
     for key in (key for key in SPLIT_NAMES if key in tables):
         table, place = tables[key], where[key]
-        label = _present(table, columns.label, "label", place)
         image = _present(table, columns.image, "image", place)
+        label = _present(table, columns.label, "label", place)
         if isinstance(feature := table.features[label], ClassLabel):
             class_names = class_names or feature.names
             if len(feature.names) != len(class_names):

@@ -122,7 +122,7 @@ def check_task(task: Task, model: Model, device: torch.device | str = "cpu") -> 
         sums, weights = task.loss(model, batch)
         check_values(task, "the sums of loss", sums, len(ids))
         check_values(task, "the weights of loss", weights, len(ids))
-        check_values(task, "score", task.score(model, batch), len(ids))
+        check_values(task, "score", task.score(model, batch).float(), len(ids))
 
 
 def check_values(task: Task, field: str, values: Tensor, count: int) -> None:
