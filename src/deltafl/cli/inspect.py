@@ -82,11 +82,10 @@ def text(result: dict[str, Any]) -> str:
 
 def write(result: dict[str, Any], out: str, overwrite: bool) -> None:
     """report.html, figure.png, inspect.json, whole or not at all."""
-    from deltafl.files import atomic_folder
-    from deltafl.report import inspect_figure, inspect_page, render
+    from deltafl.files import atomic_folder, write_files
+    from deltafl.report import inspect_page, page_files
     from deltafl.training.record import write_json
 
     with atomic_folder(out, overwrite=overwrite) as folder:
-        (folder / "report.html").write_text(render(inspect_page(result)))
-        (folder / "figure.png").write_bytes(inspect_figure(result, "png"))
+        write_files(folder, page_files(inspect_page(result)))
         write_json(folder / "inspect.json", result)

@@ -131,7 +131,7 @@ def _how(name: str, chosen: Any) -> str:
 
 def text(result: dict[str, Any]) -> str:
     """A line in all, then every client; of more than 20 the first and last five."""
-    from deltafl.report.shards import span
+    from deltafl.report.inspection import span
 
     sizes, classes, names = result["sizes"], result["classes"], result["class_names"]
     lines = [
@@ -158,13 +158,11 @@ def text(result: dict[str, Any]) -> str:
 
 def write(result: dict[str, Any], out: str, overwrite: bool) -> None:
     """report.html, figure.png, shards.json, whole or not at all."""
-    from deltafl.files import atomic_folder
-    from deltafl.report import render
-    from deltafl.report.shards import shards_figure, shards_page
+    from deltafl.files import atomic_folder, write_files
+    from deltafl.report import page_files, shards_page
 
     with atomic_folder(out, overwrite=overwrite) as folder:
-        (folder / "report.html").write_text(render(shards_page(result)), encoding="utf-8")
-        (folder / "figure.png").write_bytes(shards_figure(result, "png"))
+        write_files(folder, page_files(shards_page(result)))
         (folder / "shards.json").write_text(
             json.dumps(result, ensure_ascii=False) + "\n", encoding="utf-8"
         )
