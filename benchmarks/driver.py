@@ -7,13 +7,13 @@ import time
 
 import torch
 
-from deltafl.merge.plan import MergeSpec, Model, plan_merge
+from deltafl.merge.plan import plan_merge
+from deltafl.merge.recipe import MergeRecipe
 from deltafl.merge.run import run_merge
 
 out, base, *models = sys.argv[1:]
-named = tuple(Model(path, f"model {i}") for i, path in enumerate(models))
 before = time.perf_counter()
-plan = plan_merge(MergeSpec(base=base, models=named, method="task_arithmetic", scaling_coef=0.3))
+plan = plan_merge(MergeRecipe.of(base=base, models=models, scaling_coef=0.3))
 planned = time.perf_counter()
 sync, synced = os.fsync, [0.0]
 

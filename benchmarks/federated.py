@@ -30,7 +30,6 @@ from deltafl.federated import LocalTraining, ServerState, run_round
 from deltafl.federated.client import moving
 from deltafl.federated.controls import Controls
 from deltafl.federated.rounds import World, in_workers
-from deltafl.federated.stacked import StackedTraining
 from deltafl.federated.state import StateWriter
 from deltafl.models import load_encoder
 from deltafl.models.flat import FlatModel
@@ -62,15 +61,14 @@ class Rounds:
         setting: Setting,
         stack: ExitStack,
         *,
-        engine: str = "sequential",
         width: int = 32,
         workers: int = 1,
     ) -> None:
-        recipe = recipe_of(setting, engine=engine)
+        recipe = recipe_of(setting)
         model = FlatModel(load_encoder("mlp:Mlp", {"width": width}))
         head = LinearHead(*make_head(), NAMES)
         params = {n: t.clone() for n, t in moving(model, head).items()}
-        client = (StackedTraining if engine == "vmap" else LocalTraining)(model, head, recipe)
+        client = LocalTraining(model, head, recipe)
         split = Split(*make_data(setting.clients * setting.examples))
         controls = Controls(WORK / "controls")
         self.state = ServerState(0, params)
@@ -119,12 +117,11 @@ def check_same(ours: Sequence[Rounds], bare: Bare, setting: Setting) -> None:
 
 
 def measure_rounds(setting: Setting, repeats: int) -> dict[str, list[float]]:
-    """Part (a) and (c), and a round whose clients train in a process for each core."""
+    """Part (a), and a round whose clients train in a process for each core."""
     with ExitStack() as stack:
         bare = Bare(setting)
         ours = {
             "deltafl": Rounds(setting, stack),
-            "deltafl, vmap": Rounds(setting, stack, engine="vmap"),
             f"deltafl, {CORES} workers": Rounds(setting, stack, workers=CORES),
         }
         check_same(list(ours.values()), bare, setting)
@@ -132,7 +129,7 @@ def measure_rounds(setting: Setting, repeats: int) -> dict[str, list[float]]:
 
 
 def measure_state(setting: Setting, repeats: int, block: int) -> dict[str, dict[str, list[float]]]:
-    """Part (e): seconds of a round, in blocks of `block`, with and without writing the state after each.
+    """Part (c): seconds of a round, in blocks of `block`, with and without writing the state after each.
 
     The wait for the last file, once in a run, does not count; the file of one block is never written during the next.
     """
@@ -182,9 +179,8 @@ def measure_runs(setting: Setting, repeats: int) -> dict[str, tuple[list[float],
     own = [sys.executable, "ours_run.py", str(WORK / "run")]
     commands = {
         "Flower": flower,
-        f"deltafl, {CORES} workers": [*own, "sequential", str(CORES)],
-        "deltafl, one process": [*own, "sequential", "1"],
-        "deltafl, vmap": [*own, "vmap", "1"],
+        f"deltafl, {CORES} workers": [*own, str(CORES)],
+        "deltafl, one process": [*own, "1"],
     }
     results: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in commands}
     for turn in range(repeats):
@@ -238,10 +234,6 @@ def main() -> int:
         lines.append(
             f"| {name} | {spread(times[name], 4)} | {spread(ratios(times, name, 'bare loop'))} |"
         )
-    lines += [
-        "",
-        f"vmap against sequential: {spread(ratios(times, 'deltafl', 'deltafl, vmap'), 2)} times faster.",
-    ]
     checks.append(("round / bare loop", median(ratios(times, "deltafl", "bare loop")), 1.05))
 
     if options.state_repeats:

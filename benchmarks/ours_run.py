@@ -28,13 +28,13 @@ def recipe_of(setting: Setting, **changes: object) -> FederatedRecipe:
 
 def main() -> None:
     setting = Setting(**json.loads(os.environ["FEDERATED_SETTING"]))
-    out, engine, workers = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    out, workers = Path(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(1)
     train = Split(*make_data(setting.clients * setting.examples))
     task = Task("noise", train, Split(*make_data(100, 1)), Split(*make_data(100, 2)), NAMES)
     out.mkdir(parents=True)
     save_head(LinearHead(*make_head(), NAMES), out / "head.safetensors")
-    recipe = recipe_of(setting, head=str(out / "head.safetensors"), engine=engine)
+    recipe = recipe_of(setting, head=str(out / "head.safetensors"))
     ends: list[float] = []
     federate(
         load_encoder("mlp:Mlp"), task, recipe, out / "run", device="cpu", workers=workers,

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from deltafl import Source, Update, step
-from deltafl.merge.plan import MergeSpec, Model, plan_merge
+from deltafl.merge.plan import plan_merge
+from deltafl.merge.recipe import MergeRecipe
 from deltafl.merge.run import run_merge
 from deltafl.rules.fednova import FedNova
 
@@ -52,13 +53,14 @@ def main(folder: Path) -> bool:
     # Merging: the same weights, saved as checkpoints and merged from disk.
     for name, tensors in {"base": base, **clients}.items():
         save_file(tensors, folder / f"{name}.safetensors")
-    models = tuple(
-        Model(str(folder / f"{name}.safetensors"), name, num_steps=STEPS[name]) for name in clients
+    recipe = MergeRecipe.of(
+        base=str(folder / "base.safetensors"),
+        models=[str(folder / f"{name}.safetensors") for name in clients],
+        num_steps=[STEPS[name] for name in clients],
+        method="fednova",
+        server_lr=1.0,
     )
-    spec = MergeSpec(
-        base=str(folder / "base.safetensors"), models=models, method="fednova", server_lr=1.0
-    )
-    run_merge(plan_merge(spec), folder / "merged")
+    run_merge(plan_merge(recipe), folder / "merged")
     merged = load_file(folder / "merged" / "model.safetensors")
 
     return after_round.keys() == merged.keys() and all(

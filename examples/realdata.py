@@ -5,15 +5,13 @@ deltafl federate --model examples.realdata:mobilenet --data examples.realdata:ci
 
 import os
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from torch import nn
 
 from deltafl.errors import DeltaflError
-from deltafl.tasks import Task, load_task
-from deltafl.tasks.arrays import Split
+from deltafl.tasks import ImageInput, Images, ImageTask, Task, load_task
 
 
 def folder() -> Path:
@@ -40,10 +38,8 @@ def mobilenet(input_size: int = 64) -> nn.Module:
     return model
 
 
-def _task(name: str, image_size: int, channels: int, seed: int) -> Task:
-    return load_task(
-        str(folder() / "data" / name), image_size=image_size, channels=channels, seed=seed
-    )
+def _task(name: str, inputs: ImageInput, seed: int) -> Task:
+    return load_task(str(folder() / "data" / name), inputs, seed)
 
 
 cifar100 = partial(_task, "cifar100")  # 200 training images of each class
@@ -54,9 +50,9 @@ gtsrb = partial(_task, "gtsrb")
 mnist = partial(_task, "mnist")
 
 
-def fashion_mnist_inverted(image_size: int, channels: int, seed: int) -> Task:
+def fashion_mnist_inverted(inputs: ImageInput, seed: int) -> Task:
     """Fashion-MNIST, bright and dark exchanged."""
-    task = fashion_mnist(image_size, channels, seed)
-    parts = {name: getattr(task, name) for name in ("train", "val", "test")}
-    inverted = {name: Split(255 - part.images, part.labels) for name, part in parts.items()}
-    return replace(task, name="fashion_mnist_inverted", **inverted)
+    task = fashion_mnist(inputs, seed)
+    assert isinstance(task, ImageTask)
+    splits = {name: Images(255 - part.images, part.labels) for name, part in task.splits.items()}
+    return ImageTask("fashion_mnist_inverted", splits, task.class_names)

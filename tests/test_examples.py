@@ -18,11 +18,12 @@ from deltafl.cli.studies import study_keys, study_of
 from deltafl.experiments.quickstart import TASKS
 from deltafl.experiments.studies.options import STUDY_NAMES
 from deltafl.merge.plan import source_of
-from deltafl.merge.recipe import MergeRecipe, ModelEntry, load_yaml, parse
+from deltafl.merge.recipe import MergeRecipe
 from deltafl.merge.search import check_methods
-from deltafl.merge.search_recipe import SearchEntry, SearchRecipe
+from deltafl.merge.search_recipe import SearchRecipe
+from deltafl.recipes import read_recipe
 from deltafl.rules.rule import RULES, load_rules, parameters
-from deltafl.tasks.catalogue import CATALOGUE
+from deltafl.tasks.catalogue import catalogue
 from laws import laws
 from laws.worlds import make
 
@@ -95,29 +96,27 @@ def test_an_own_rule_in_the_package_would_be_a_rule_like_the_others():
 
 
 def test_the_merge_recipe_is_read():
-    spec = parse(MergeRecipe, load_yaml(ROOT / "configs" / "merge-example.yaml")).spec()
-    assert [model.ref for model in spec.models] == [
-        f"quickstart/models/{task.variant}" for task in TASKS
-    ]
+    recipe = read_recipe(MergeRecipe, ROOT / "configs" / "merge-example.yaml")
+    paths = [model.path for model in recipe.entries.values()]
+    assert paths == [f"quickstart/models/{task.variant}" for task in TASKS]
 
 
 def test_the_search_recipe_is_read():
-    spec = parse(SearchRecipe, load_yaml(ROOT / "configs" / "search-digits.yaml")).spec()
-    assert [(entry.model.ref, entry.data) for entry in spec.models] == [
+    recipe = read_recipe(SearchRecipe, ROOT / "configs" / "search-digits.yaml")
+    assert [(model.path, model.data) for model in recipe.models] == [
         (f"quickstart/models/{task.variant}", f"digits:{task.variant}") for task in TASKS
     ]
-    assert spec.merge.base == "quickstart/base"
+    assert recipe.base == "quickstart/base"
 
 
 def test_the_recipe_of_published_checkpoints_holds_every_rule_and_task():
-    spec = parse(SearchRecipe, load_yaml(ROOT / "configs" / "clip-vit-b-32-ta8.yaml")).spec()
-    assert sorted(name for name, _ in spec.methods) == list(load_rules())
-    assert all(entry.head == "zero-shot" and entry.data in CATALOGUE for entry in spec.models)
-    names = [
-        entry.model.ref.removeprefix("tanganke/clip-vit-base-patch32_") for entry in spec.models
-    ]
-    assert [name.replace("-", "_") for name in names] == [entry.data for entry in spec.models]
-    check_methods(spec.methods, spec.lambdas, [source_of(entry.model, {}) for entry in spec.models])
+    recipe = read_recipe(SearchRecipe, ROOT / "configs" / "clip-vit-b-32-ta8.yaml")
+    assert sorted(name for name, _ in recipe.grids) == list(load_rules())
+    assert all(model.head == "zero-shot" and model.data in catalogue() for model in recipe.models)
+    names = [m.path.removeprefix("tanganke/clip-vit-base-patch32_") for m in recipe.models]
+    assert [name.replace("-", "_") for name in names] == [model.data for model in recipe.models]
+    sources = [source_of(name, model, {}) for name, model in recipe.entries.items()]
+    check_methods(recipe.grids, recipe.scaling_coefs, sources)
 
 
 STUDY = ROOT / "configs" / "realdata-study.yaml"
@@ -227,19 +226,3 @@ def test_the_table_of_rules_is_that_of_the_registry():
             assert {t for letter, t in LETTERS.items() if getattr(promised, t)} == {
                 LETTERS[x] for x in letters[:-1]
             }
-
-
-def test_the_tables_of_recipes_name_every_key_with_its_default():
-    merge, search = (ROOT / "docs" / "recipes.md").read_text().split("## deltafl search")
-    for text, kinds in (
-        (merge, (MergeRecipe, ModelEntry)),
-        (merge + search, (SearchRecipe, SearchEntry)),
-    ):
-        for kind in kinds:
-            for key, field in kind.model_fields.items():
-                found = re.search(rf"^\| `(?:models\.)?{key}` \| ([^|]*) \|", text, re.MULTILINE)
-                assert found, key
-                if isinstance(field.default, str | bool) and field.default not in ("", None):
-                    assert found[1] == str(field.default).replace("True", "true").replace(
-                        "False", "false"
-                    ), key

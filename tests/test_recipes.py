@@ -96,7 +96,10 @@ class Whole(Recipe):
             {"sparse": {"strategy": "randm"}},
             'sparse.strategy: unknown "randm"; did you mean "random"?',
         ),
-        ({"sparsity_rato": 0}, 'unknown key "sparsity_rato"; did you mean "sparsity_ratio"?'),
+        (
+            {"sparsity_rato": 0},
+            'unknown key "sparsity_rato"; did you mean "sparse.sparsity_ratio"?',
+        ),
         ({"server": {"rule": "tis"}}, 'server.rule: unknown "tis"; did you mean "ties"?'),
         ({"server": {"rho": "x"}}, "server.rho: must be a valid number, not 'x'"),
         ({"server": {"density": "x"}}, "server.density: must be a valid number, not 'x'"),
@@ -153,6 +156,24 @@ def test_options_go_before_the_file_and_the_file_before_defaults(tmp_path: Path)
         server=Server(params={"rho": 0.3}),
     )
     assert read_recipe(Whole, tmp_path / "r.yaml", {"steps": 2}).epochs is None, "an alternative"
+
+
+def test_a_section_may_be_given_as_its_leaf_of_the_same_name(tmp_path: Path):
+    class Head(Recipe):
+        head: str = "ridge"
+        few_shot: int | None = None
+
+    class Run(Recipe):
+        head: Head = Head()
+
+    (tmp_path / "r.yaml").write_text("head: probe")
+    probe = Run(head=Head(head="probe", few_shot=3))
+    assert read_recipe(Run, tmp_path / "r.yaml", {"few_shot": 3}) == probe
+    assert Run.of(head="probe", few_shot=3) == probe == Run.of(head=probe.head)
+    assert parse(Run, {"head": {"head": "probe", "few_shot": 3}}) == probe
+    with pytest.raises(DeltaflError, match='"few_shot" is now "head'):
+        parse(Run, {"few_shot": 3})
+    assert {"type": "string"} in Run.model_json_schema()["properties"]["head"]["anyOf"]
 
 
 def test_a_recipe_is_what_its_own_resolved_settings_say():

@@ -108,8 +108,12 @@ class Recipe(BaseModel):
     def __get_pydantic_json_schema__(
         cls, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
-        """As pydantic's, with the keys of flattened fields beside the others."""
+        """As pydantic's, with the keys of flattened fields beside the others, and the short form of sections."""
         found = handler.resolve_ref_schema(handler(schema))
+        for name, field in cls.model_fields.items():
+            if (inner := section(field)) and name in inner.model_fields:
+                short = TypeAdapter[Any](inner.model_fields[name].annotation).json_schema()
+                found["properties"][name] = {"anyOf": [found["properties"][name], short]}
         for name, flattened in _flattened(cls):
             del found["properties"][name]
             for key, field in flattened.fields().items():
@@ -244,6 +248,11 @@ def section(field: FieldInfo) -> type[Recipe] | None:
     return kind if isinstance(kind, type) and issubclass(kind, Recipe) else None
 
 
+def is_flattened(field: FieldInfo) -> bool:
+    """Whether the keys of a field stand beside its siblings."""
+    return any(isinstance(mark, Flattened) for mark in field.metadata)
+
+
 def _flattened(kind: type[Recipe]) -> Iterator[tuple[str, Flattened]]:
     for name, field in kind.model_fields.items():
         yield from ((name, mark) for mark in field.metadata if isinstance(mark, Flattened))
@@ -271,10 +280,11 @@ def _layered(
     kind: type[Recipe], data: Mapping[str, Any], settings: Mapping[str, Any], *, under: bool = False
 ) -> dict[str, Any]:
     """`data` with the leaves in `settings` over it, without the alternatives of these; or under it."""
-    data, known = copy.deepcopy(dict(data)), leaves(kind)
+    data, known = _sectioned(kind, data), leaves(kind)
 
     def place(name: str) -> dict[str, Any]:
-        return _inside(data, known[name].path[:-1] if name in known else ())
+        whole = isinstance(settings.get(name), Recipe)  # a section
+        return _inside(data, () if whole or name not in known else known[name].path[:-1])
 
     def alternatives(name: str) -> set[str]:
         return {name, *(other for group in kind.alternatives if name in group for other in group)}
@@ -288,6 +298,20 @@ def _layered(
     return data
 
 
+def _sectioned(kind: type[Recipe], data: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of `data` with a mapping for each section; `head: ridge` is short for `head: {head: ridge}`."""
+    data = copy.deepcopy(dict(data))
+    for name, field in kind.model_fields.items():
+        if inner := section(field):
+            value = data.get(name, {})
+            if isinstance(value, Recipe):
+                value = value.resolved()
+            elif not isinstance(value, dict) and name in inner.model_fields:
+                value = {name: value}
+            data[name] = _sectioned(inner, value) if isinstance(value, dict) else value
+    return data
+
+
 def _inside(data: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
     """The mapping under these keys, made if need be; an unused one where a value is in its place."""
     for key in keys:
@@ -298,7 +322,7 @@ def _inside(data: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
 
 def parse(kind: type[R], data: Mapping[str, Any]) -> R:
     """The recipe `kind` from nested mappings. Raises DeltaflError with one line for each mistake."""
-    data = copy.deepcopy(dict(data))
+    data = _sectioned(kind, data)
     found = list(_moved(kind, data))
     try:
         recipe = kind.model_validate(data)
@@ -314,13 +338,12 @@ def _moved(kind: type[Recipe], data: dict[str, Any]) -> Iterator[str]:
     """A line for each key that has another name or place now; its value goes there."""
     moves = dict(kind.renamed)
     for leaf in leaves(kind).values():
-        _inside(data, leaf.path[:-1])  # so that what is missing in a section is named
-        for depth in range(len(leaf.path) - 1):
-            moves[".".join((*leaf.path[:depth], leaf.name))] = ".".join(leaf.path)
+        for keys in (leaf.path[:depth] for depth in range(len(leaf.path) - 1)):
+            if (*keys, leaf.name) != leaf.path[:-1]:
+                moves[".".join((*keys, leaf.name))] = ".".join(leaf.path)
     for old, new in moves.items():
         *keys, name = old.split(".")
-        section = _inside(data, keys)
-        if name in section:
+        if name in (section := _inside(data, keys)):
             value = section.pop(name)
             yield f'"{old}": {new}' if " " in new else f'"{old}" is now "{new}"'
             if " " not in new:
@@ -331,14 +354,11 @@ def _moved(kind: type[Recipe], data: dict[str, Any]) -> Iterator[str]:
 def _problems(
     kind: type[Recipe], data: Mapping[str, Any], errors: Sequence[ErrorDetails]
 ) -> list[str]:
-    """One line for each key of `data` with a mistake."""
+    """One line for each key of `data` with a mistake; of "a string or a mapping", those inside the mapping."""
     found: dict[str, list[str]] = {}
     paths = [_path(data, item) for item in errors]
     for keys, item in zip(paths, errors, strict=True):
-        of_another_kind = item["type"].endswith("_type") and any(
-            len(keys) < len(other) and other[: len(keys)] == keys for other in paths
-        )  # of "a string or a mapping" it is the mapping, whose own mistakes follow
-        if not of_another_kind:
+        if not any(len(keys) < len(path) and path[: len(keys)] == keys for path in paths):
             found.setdefault(".".join(keys), _lines(kind, keys, item))
     return [line for lines in found.values() for line in lines]
 
@@ -377,16 +397,19 @@ def _meant(kind: type[Recipe], keys: Sequence[str]) -> str:
     kinds = [kind]
     for key in (key for key in keys[:-1] if not key.isdigit()):
         fields = [k.model_fields[key] for k in kinds if key in k.model_fields]
-        kinds = [k for field in fields for k in _recipes_in(field.annotation)]
-    here = {name for k in kinds for name in (*leaves(k), *k.model_fields)}
-    close = [difflib.get_close_matches(keys[-1], names, 1) for names in (here, leaves(kind))]
-    return did_you_mean(keys[-1], leaves(kind) if close[1] and not close[0] else here)
+        kinds = [k for field in fields for k in recipes_in(field.annotation)]
+    here, known = {leaf.path[0] for k in kinds for leaf in leaves(k).values()}, leaves(kind)
+    close = difflib.get_close_matches(keys[-1], known, 1)
+    if close and not difflib.get_close_matches(keys[-1], here, 1):
+        return f'did you mean "{".".join(known[close[0]].path)}"?'
+    return did_you_mean(keys[-1], here)
 
 
-def _recipes_in(annotation: Any) -> list[type[Recipe]]:
+def recipes_in(annotation: Any) -> list[type[Recipe]]:
+    """The recipes in a type, such as that of the mappings in a list."""
     if isinstance(annotation, type) and issubclass(annotation, Recipe):
         return [annotation]
-    return [k for part in get_args(annotation) for k in _recipes_in(part)]
+    return [k for part in get_args(annotation) for k in recipes_in(part)]
 
 
 class _Loader(yaml.SafeLoader):

@@ -8,7 +8,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from checkpoint_files import World, cli, files_in, load, make_world, refusal, save, succeed, tuned
+from checkpoint_files import World, files_in, load, make_world, refusal, save, succeed, tuned
 
 
 @pytest.fixture
@@ -158,7 +158,3 @@ def test_a_misspelt_option_is_an_error_that_offers_the_right_one(world: World) -
 
 def test_base_and_models_are_needed(world: World) -> None:
     assert "--models" in refusal(world.root, "inspect", "--base", world.root / "base")
-
-
-def test_help_names_the_output() -> None:
-    assert "figure.png" in cli("inspect", "--help").out

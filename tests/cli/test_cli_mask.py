@@ -16,19 +16,19 @@ from deltafl.cli.mask import mask
 from deltafl.errors import DeltaflError
 from deltafl.federated import FederatedRecipe, federate
 from deltafl.models import load_encoder
-from tiny_models import tiny_task
+from tiny_models import tiny_task, vit_file
 
 TASK = "tiny_models:tiny_task_factory"
-VIT = "vit:hidden=16,layers=2,heads=2,patch=4,image_size=8,channels=1"
+VIT = vit_file()
 RECIPE = FederatedRecipe(
     num_clients=8, participation_rate=0.25, num_rounds=2, local_steps=2, batch_size=4, lr=0.05, head="linear",
-    sharding="dirichlet", alpha=0.5, dirichlet_form="label", sparsity_ratio=0.8, mask_strategy="most_sensitive",
+    sharding="dirichlet", alpha=0.5, sparsity_ratio=0.8, mask_strategy="most_sensitive",
     mask_scope="per_layer", calibration="progressive", calibration_rounds=3, calibration_examples=5, fisher_draws=2,
     attenuate=0.5, seed=4,
 )  # fmt: skip
 OPTIONS = (
     "--num-clients", 8, "--participation-rate", 0.25, "--head", "linear", "--sharding", "dirichlet", "--alpha", 0.5,
-    "--dirichlet-form", "label", "--sparsity-ratio", 0.8, "--mask-strategy", "most_sensitive", "--mask-scope",
+    "--sparsity-ratio", 0.8, "--mask-strategy", "most_sensitive", "--mask-scope",
     "per_layer", "--calibration", "progressive", "--calibration-rounds", 3, "--calibration-examples", 5,
     "--fisher-draws", 2, "--attenuate", 0.5, "--seed", 4, "--device", "cpu",
 )  # fmt: skip
@@ -150,8 +150,8 @@ def test_describe_tells_the_same_with_the_model_and_counts_all_without(made: Pat
     assert row[1:] == ["2", str(kept), str(eligible), f"{kept / eligible:.2%}"]
     alone = run("--describe", file).output
     assert f"{told['kept']:,} of {told['parameters']:,} coordinates" in alone
-    assert "mask_strategy most_sensitive" in alone
-    refused = run("--describe", file, "--base", VIT + ",seed=1", ok=False)
+    assert "mask_strategy most_sensitive" in " ".join(alone.split())
+    refused = run("--describe", file, "--base", vit_file(seed=1), ok=False)
     assert isinstance(refused.exception, DeltaflError)
     assert "made for another model" in str(refused.exception)
 

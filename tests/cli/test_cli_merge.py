@@ -257,23 +257,6 @@ def test_no_progress_bar_where_stderr_is_not_a_terminal(world: World) -> None:
     assert succeed(*world.args).err == ""
 
 
-def test_a_progress_bar_on_a_terminal(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    import io
-
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    from deltafl.cli.options import progress_by_bytes
-
-    stream = Terminal()
-    monkeypatch.setattr("sys.stderr", stream)
-    with progress_by_bytes("merging", 4e6, quiet=False) as advance:
-        advance(4e6)
-    assert "merging" in stream.getvalue()
-    assert "4.0/4.0 MB" in stream.getvalue()
-
-
 def test_rules_lists_every_method_with_its_parameters() -> None:
     from deltafl.rules.rule import load_rules, parameters
 
@@ -486,9 +469,9 @@ def test_a_recipe_value_of_the_wrong_type_is_an_error_that_names_its_key(
 def test_every_mistake_of_a_recipe_is_listed_at_once(world: World) -> None:
     file = recipe_of(world, server_lr="fast", scaling_coef="much", threads=-2)
     assert [p.split(":")[0] for p in refused(world.root, "merge", file)] == [
+        "threads",
         "server_lr",
         "scaling_coef",
-        "threads",
     ]
 
 
@@ -634,13 +617,14 @@ def test_no_common_float_tensor_is_an_error(tmp_path: Path) -> None:
 
 def test_two_ways_to_give_the_scale_are_an_error(world: World) -> None:
     problem = refusal(world.root, *world.args, "--server-lr", 1, "--scaling-coef", 0.3)
-    assert "--server-lr and --scaling-coef" in problem
+    assert "server_lr and scaling_coef" in problem
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
 @pytest.mark.parametrize("option", ["--server-lr", "--scaling-coef"])
 def test_a_scale_that_is_not_finite_is_an_error(world: World, option: str, value: str) -> None:
-    assert option in refusal(world.root, *world.args, option, value)
+    key = option.removeprefix("--").replace("-", "_")
+    assert refusal(world.root, *world.args, option, value).startswith(f"{key}: must be a finite")
 
 
 @pytest.mark.parametrize("option", ["--weights", "--num-steps", "--num-examples"])
@@ -651,9 +635,7 @@ def test_a_wrong_number_of_per_model_values_is_an_error(world: World, option: st
 
 @pytest.mark.parametrize("values", [("nan", 1), ("inf", 1), (0, 0)])
 def test_weights_that_mean_nothing_are_an_error(world: World, values: tuple[object, ...]) -> None:
-    assert refusal(world.root, *world.args, "--weights", *values, "--dry-run").startswith(
-        "--weights: "
-    )
+    assert refusal(world.root, *world.args, "--weights", *values, "--dry-run").startswith("weights")
 
 
 @pytest.mark.parametrize(
@@ -722,15 +704,13 @@ def test_every_problem_of_every_model_is_reported_at_once(tmp_path: Path) -> Non
     rewrite(
         world, "m4", lambda held: held.update({"layer.0.bias": torch.ones(8, dtype=torch.int32)})
     )
-    problems = refused(
-        world.root, *world.args, "--method", "fedgm", "--server-lr", 1, "--scaling-coef", 1
-    )
+    problems = refused(world.root, *world.args, "--method", "fedgm")
     for part in (
-        'unknown method "fedgm"', "--server-lr", 'model "m0": lacks', 'model "m1": tensor "embed.weight"',
+        'unknown method "fedgm"', 'model "m0": lacks', 'model "m1": tensor "embed.weight"',
         'model "m1": has 1 tensor', str(world.file("m2")), "model.bin", 'model "m4"',
     ):  # fmt: skip
         assert sum(part in p for p in problems) == 1, (part, problems)
-    assert len(problems) == 8
+    assert len(problems) == 7
 
 
 def test_an_unknown_pattern_is_an_error(world: World) -> None:

@@ -12,6 +12,7 @@ import yaml
 from safetensors import safe_open
 
 from checkpoint_files import files_in, refusal, refused, succeed
+from deltafl.merge.search_recipe import SearchRecipe
 from deltafl.models.heads import HEAD_FILE, random_head, save_head
 from deltafl.training.record import read_rows
 from experiments.test_one_shot import VARIANTS, train_digits
@@ -172,7 +173,7 @@ def test_options_go_before_the_recipe(trained: Path, tmp_path: Path) -> None:
         3,
         str(tmp_path / "out"),
     )
-    assert (held["memory"], held["threads"], held["batch_size"]) == ("0", 2, 64)
+    assert (held["memory"], held["threads"], held["batch_size"]) == (0, 2, 64)
     result = json.loads((tmp_path / "out/result.json").read_text())
     assert (result["criterion"], result["seed"]) == ("absolute", 3)
     assert [c["server_lr"] for c in result["candidates"]] == pytest.approx(
@@ -222,25 +223,13 @@ def test_a_race_chooses_what_an_exhaustive_search_does_and_says_what_it_saved(
     assert "The search raced" not in (tmp_path / "whole/report.html").read_text()
 
 
-def test_without_methods_every_rule_of_the_paper_is_searched(trained: Path, tmp_path: Path) -> None:
-    from deltafl.merge.recipe import load_yaml, parse
-    from deltafl.merge.search_recipe import SearchRecipe
-
-    held = {
-        k: v
-        for k, v in load_yaml(recipe(trained, tmp_path)).items()
-        if k not in ("methods", "scaling_coefs")
-    }
-    spec = parse(SearchRecipe, held).spec()
-    assert [m for m, _ in spec.methods] == [
-        "task_arithmetic",
-        "fednova",
-        "fedgma",
-        "median",
-        "cclip",
-    ]
-    assert (len(spec.lambdas), spec.lambdas[0], spec.lambdas[-1]) == (40, 0.05, 2.0)
-    assert spec.memory == 8_000_000_000
+def test_without_methods_every_rule_of_the_paper_is_searched() -> None:
+    least = SearchRecipe.of(base="b", models=[{"path": "m", "data": "digits"}])
+    methods = ["task_arithmetic", "fednova", "fedgma", "median", "cclip"]
+    assert [method for method, _ in least.grids] == methods
+    grid = least.scaling_coefs
+    assert (len(grid), grid[0], grid[-1]) == (40, 0.05, 2.0)
+    assert least.memory == 8_000_000_000
 
 
 # What is refused: one line, exit code 2, nothing written
@@ -253,25 +242,25 @@ def test_without_methods_every_rule_of_the_paper_is_searched(trained: Path, tmp_
         ({"methods": ["fedgm"]}, 'unknown method "fedgm"; did you mean "fedgma"?'),
         ({"methods": []}, "methods: "),
         ({"methods": ["ties", {"method": "ties", "density": 0.5}]}, "methods: ties is named twice"),
-        ({"methods": [{"rho": 1.0}]}, "does not say which method it is"),
+        ({"methods": [{"rho": 1.0}]}, "methods.0.method is missing"),
         (
             {"methods": [{"method": "fedgma", "roh": 0.5}]},
-            'methods: fedgma: unknown key "roh"; did you mean "rho"?',
+            'unknown key "methods.0.roh"; did you mean "rho"?',
         ),
-        ({"methods": [{"method": "fedgma", "rho": "high"}]}, "methods: fedgma: rho: "),
-        ({"methods": [{"method": "fedgma", "rho": [0.5, "high"]}]}, "methods: fedgma: rho: "),
-        ({"methods": [{"method": "fedgma", "rho": [0.5, True]}]}, "methods: fedgma: rho: "),
+        ({"methods": [{"method": "fedgma", "rho": "high"}]}, "methods.0.rho: "),
+        ({"methods": [{"method": "fedgma", "rho": [0.5, "high"]}]}, "methods.0.rho.1: "),
+        ({"methods": [{"method": "fedgma", "rho": [0.5, True]}]}, "methods.0.rho.1: "),
         ({"methods": [{"method": "fedgma", "rho": []}]}, "rho is an empty list"),
         ({"methods": [{"method": "fedgma", "rho": 2.0}]}, "fedgma: rho is 2"),
         ({"methods": [{"method": "median", "rho": 0.5}]}, 'method median has no parameter "rho"'),
         ({"scaling_coefs": []}, "scaling_coefs: "),
         ({"scaling_coefs": ["much"]}, "scaling_coefs.0: "),
-        ({"scaling_coefs": [float("nan")]}, "scaling_coefs: nan is not a finite number"),
+        ({"scaling_coefs": [float("nan")]}, "scaling_coefs.0: must be a finite number"),
         ({"grid": "papr"}, "grid: "),
         ({"metric": "best"}, "metric: "),
         ({"strategy": "rasing"}, 'strategy: unknown "rasing"; did you mean "racing"?'),
-        ({"confidence": 1.0}, "confidence: 1 is not between 0 and 1"),
-        ({"confidence": 0.0}, "confidence: 0 is not between 0 and 1"),
+        ({"confidence": 1.0}, "confidence: must be less than 1"),
+        ({"confidence": 0.0}, "confidence: must be greater than 0"),
         ({"confidence": "high"}, "confidence: "),
         ({"memory": "much"}, 'memory: "much" is not a size'),
         ({"batch_size": 0}, "batch_size: "),
@@ -316,7 +305,7 @@ def test_an_entry_without_its_task_is_refused(trained: Path, tmp_path: Path) -> 
     problem = refusal(
         tmp_path, "search", recipe(trained, tmp_path, models=models), "--out", tmp_path / "out"
     )
-    assert problem.startswith("models.0.data: ")
+    assert problem.startswith("models.0.data is missing")
 
 
 def test_a_model_without_a_head_is_refused(trained: Path, tmp_path: Path) -> None:

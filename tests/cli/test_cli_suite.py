@@ -14,9 +14,9 @@ from deltafl.federated.recipe import FederatedRecipe
 from deltafl.rules.rule import load_rules
 from deltafl.sparse.masks import MASK_STRATEGIES
 from federated.worlds import plain
-from tiny_models import tiny_task
+from tiny_models import tiny_task, vit_file
 
-MODEL = "vit:hidden=16,layers=1,heads=2,patch=4,image_size=8,channels=1"
+MODEL = vit_file(num_hidden_layers=1)
 SMALL = (
     "--model", MODEL, "--data", "digits", "--num-clients", 8, "--participation-rate", 0.5, "--num-rounds", 2,
     "--local-steps", 2, "--batch-size", 16, "--lr", 0.01, "--nc-values", 2, "--limit", 200,
@@ -94,10 +94,6 @@ def test_event_files_of_every_run_lie_under_its_suite_and_cell(tmp_path: Path) -
             "calibration-rounds, average, R = 3: 3 calibration",
         ),
         (("sparsity", "--mask-file", "mask"), "mask_file is a finished mask"),
-        (
-            ("heterogeneity", "--engine", "vmap", "--train-head"),
-            "engine vmap does not serve train_head",
-        ),
         (
             ("heterogeneity", "--aggregator", "krum", "--num-byzantine", 2),
             "needs at least 2f + 3 = 7 models",

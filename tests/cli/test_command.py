@@ -9,13 +9,15 @@ from click.testing import CliRunner, Result
 from pydantic import Field
 
 from deltafl.cli.command import quiet, recipe_command
-from deltafl.recipes import Flags, Recipe, Size
-from deltafl.rules.parameters import RuleName, RuleParameters
+from deltafl.recipes import Flags, OneOf, Recipe, Size
+from deltafl.rules.parameters import RuleParameters
 from deltafl.rules.rule import load_rules, parameters
 
 
 class Server(Recipe):
-    rule: RuleName = Field("fedavg", description="Any method of `deltafl rules`.")
+    rule: Annotated[str, OneOf(load_rules)] = Field(
+        "fedavg", description="Any method of `deltafl rules`."
+    )
     params: RuleParameters = Field({})
     momentum: float | None = Field(None, ge=0, lt=1, description="Of the server.")
 
@@ -35,7 +37,7 @@ class Whole(Recipe):
     server: Server = Server()
 
 
-@recipe_command(Whole, argument=True)
+@recipe_command(Whole, argument="config")
 @quiet
 @click.pass_context
 def command(ctx: click.Context, recipe: Whole, quiet: bool) -> None:
@@ -112,7 +114,7 @@ def test_every_parameter_of_every_rule_is_an_option():
         (["--K", "3"], "--K is now --num-clients"),
         (["--engine", "vmap"], "--engine is gone; clients run one by one"),
         (["--num-cleints", "3"], "No such option"),
-        (["a.yaml", "--config", "b.yaml"], "give one file"),
+        (["a.yaml", "--config", "b.yaml"], "config is given twice"),
     ],
 )
 def test_a_mistake_is_named(args: list[str], told: str):

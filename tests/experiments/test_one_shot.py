@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,14 @@ import torch
 from checkpoint_files import load
 from deltafl.checkpoints.checkpoint import Checkpoint
 from deltafl.errors import DeltaflError
-from deltafl.experiments.one_shot import BASE, SINGLE, SearchSpec, TaskModel, most_rows, run_search
-from deltafl.merge.plan import MergeSpec, Model
+from deltafl.experiments.one_shot import BASE, SINGLE, most_rows, run_search
+from deltafl.merge.search_recipe import SearchRecipe
 from deltafl.models import load_encoder
 from deltafl.models.heads import HEAD_FILE
-from deltafl.tasks import load_task
+from deltafl.progress import Progress
+from deltafl.tasks.arrays import load_arrays
 from deltafl.training import FinetuneRecipe, evaluate, finetune
+from tiny_models import vit_file
 
 VARIANTS = ("mirrored", "thick")
 METHODS: tuple[tuple[str, Mapping[str, Any]], ...] = (
@@ -38,8 +39,8 @@ def train_digits(factory: pytest.TempPathFactory) -> Path:
     root = factory.getbasetemp() / "trained-digits"
     if root.exists():
         return root
-    spec = "vit:hidden=16,layers=1,heads=2,patch=4,image_size=8,channels=1"
-    plain = load_task("digits:pretrain", image_size=8, channels=1)
+    spec = vit_file(num_hidden_layers=1)
+    plain = load_arrays("digits:pretrain", image_size=8, channels=1)
     finetune(
         load_encoder(spec),
         plain,
@@ -47,35 +48,36 @@ def train_digits(factory: pytest.TempPathFactory) -> Path:
         root / "base",
     )
     for i, variant in enumerate(VARIANTS):
-        task = load_task(f"digits:{variant}", image_size=8, channels=1)
+        task = load_arrays(f"digits:{variant}", image_size=8, channels=1)
         recipe = FinetuneRecipe(steps=10 + 10 * i, lr=1e-3, head=str(root / "base" / HEAD_FILE))
         finetune(load_encoder(root / "base"), task, recipe, root / variant)
     return root
 
 
-def search_spec(root: Path, **changes: Any) -> SearchSpec:
-    models = tuple(Model(str(root / v), v) for v in VARIANTS)
-    spec = SearchSpec(
-        merge=MergeSpec(str(root / "base"), models, "task_arithmetic", threads=1),
-        models=tuple(TaskModel(m, f"digits:{m.name}") for m in models),
-        methods=METHODS,
-        lambdas=(0.3, 0.8),
+def search_recipe(root: Path, **changes: Any) -> SearchRecipe:
+    models = [{"path": str(root / v), "data": f"digits:{v}"} for v in VARIANTS]
+    recipe = SearchRecipe.of(
+        base=str(root / "base"),
+        models=models,
+        methods=[{"method": name, **params} for name, params in METHODS],
+        scaling_coefs=[0.3, 0.8],
+        threads=1,
     )
-    return replace(spec, **changes)
+    return recipe.replace(**changes)
 
 
-def run(spec: SearchSpec, out: Path | None = None) -> dict[str, Any]:
-    result = run_search(spec, out, on_row=lambda row, total: None)
+def run(recipe: SearchRecipe, out: Path | None = None) -> dict[str, Any]:
+    result = run_search(recipe, out)
     return {k: v for k, v in result.items() if k != "seconds"}
 
 
 def test_the_rows_are_singles_base_and_each_method_with_their_own_test_scores(
     trained: Path,
 ) -> None:
-    result = run(search_spec(trained))
+    result = run(search_recipe(trained))
     assert [r["rule"] for r in result["rows"]] == [SINGLE, BASE, *(m for m, _ in METHODS)]
     for i, variant in enumerate(VARIANTS):
-        task = load_task(f"digits:{variant}", image_size=8, channels=1)
+        task = load_arrays(f"digits:{variant}", image_size=8, channels=1)
         name = result["tasks"][i]
         assert result["single"][name] == evaluate(trained / variant, task, "test").accuracy
         assert result["single_val"][name] == evaluate(trained / variant, task, "val").accuracy
@@ -93,13 +95,13 @@ def test_the_rows_are_singles_base_and_each_method_with_their_own_test_scores(
 def test_the_merged_model_scores_what_its_row_says(trained: Path, tmp_path: Path) -> None:
     from transformers import AutoModel
 
-    result = run(search_spec(trained), tmp_path / "merged")
+    result = run(search_recipe(trained), tmp_path / "merged")
     best = result["best"]
     assert best["method"] != "base"
     head = str(trained / "base" / HEAD_FILE)
     tested = next(r for r in result["rows"] if r["rule"] == best["method"])
     for name, variant in zip(result["tasks"], VARIANTS, strict=True):
-        task = load_task(f"digits:{variant}", image_size=8, channels=1)
+        task = load_arrays(f"digits:{variant}", image_size=8, channels=1)
         assert evaluate(tmp_path / "merged", task, "val", head=head).accuracy == best["val"][name]
         assert (
             evaluate(tmp_path / "merged", task, "test", head=head).accuracy == tested["test"][name]
@@ -111,16 +113,16 @@ def test_the_merged_model_scores_what_its_row_says(trained: Path, tmp_path: Path
 
 
 def test_every_candidate_is_kept_and_told(trained: Path) -> None:
-    told: list[tuple[str, int]] = []
-    spec = search_spec(trained)
-    result = run_search(spec, None, on_row=lambda row, total: told.append((row.method, total)))
-    assert [c["method"] for c in result["candidates"]] == [m for m, _ in told]
-    assert len(told) == most_rows(spec) == 1 + 2 * (1 + 1 + 2 + 1 + 2)
-    assert {total for _, total in told} == {most_rows(spec)}
+    told: list[Progress] = []
+    recipe = search_recipe(trained)
+    result = run_search(recipe, None, on_progress=told.append)
+    count = 1 + 2 * (1 + 1 + 2 + 1 + 2)
+    assert len(result["candidates"]) == most_rows(recipe) == count
+    assert [(p.done, p.total) for p in told] == [(i + 1, count) for i in range(count)]
 
 
 def test_the_same_search_gives_the_same_numbers(trained: Path) -> None:
-    assert run(search_spec(trained)) == run(search_spec(trained))
+    assert run(search_recipe(trained)) == run(search_recipe(trained))
 
 
 # What is read
@@ -147,7 +149,7 @@ def test_mistake_checkpoints_read_again_for_every_candidate(
     reads = counting(
         monkeypatch, Checkpoint, "_read", lambda self, name, *rest: (self.layout.ref, name)
     )
-    run(search_spec(trained))
+    run(search_recipe(trained))
     assert {ref for ref, _ in reads} == {str(trained / n) for n in ("base", *VARIANTS)}
     assert set(reads.values()) == {1}
 
@@ -155,15 +157,15 @@ def test_mistake_checkpoints_read_again_for_every_candidate(
 def test_streaming_gives_the_rows_of_memory_without_reading_per_coefficient(
     trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert run(search_spec(trained)) == run(search_spec(trained, memory=0))
-    methods = (("median", {}),)
+    assert run(search_recipe(trained)) == run(search_recipe(trained, memory=0))
+    methods = ["median"]
     reads = counting(
         monkeypatch, Checkpoint, "_read", lambda self, *rest: Path(self.layout.ref).name
     )
     counts = []
     for lambdas in ((0.1,), (0.1, 0.2, 0.3, 0.4)):
         reads.clear()
-        run(search_spec(trained, memory=0, methods=methods, lambdas=lambdas))
+        run(search_recipe(trained, memory=0, methods=methods, scaling_coefs=lambdas))
         counts.append([reads[v] for v in VARIANTS])
     assert counts[0] == counts[1]
 
@@ -173,8 +175,8 @@ def test_mistake_images_decoded_again_for_every_candidate(
 ) -> None:
     from deltafl.tasks import loading
 
-    decoded = counting(monkeypatch, loading, "_chosen", lambda source, *rest: source.name)
-    run(search_spec(trained))
+    decoded = counting(monkeypatch, loading, "_images", lambda source, *rest: source.name)
+    run(search_recipe(trained))
     assert decoded == {f"digits_{v}": 1 for v in VARIANTS}
 
 
@@ -187,9 +189,9 @@ def test_the_test_split_is_scored_once_for_each_reported_row(
         return hashlib.sha256(scorer.split.images.numpy().tobytes()).hexdigest()
 
     scored = counting(monkeypatch, Accuracy, "__call__", split_of)
-    result = run(search_spec(trained))
+    result = run(search_recipe(trained))
     for name, variant in zip(result["tasks"], VARIANTS, strict=True):
-        test = load_task(f"digits:{variant}", image_size=8, channels=1).test
+        test = load_arrays(f"digits:{variant}", image_size=8, channels=1).test
         digest = hashlib.sha256(test.images.numpy().tobytes()).hexdigest()
         assert scored[digest] == len(result["rows"]), name
     assert len(scored) == 4
@@ -198,13 +200,13 @@ def test_the_test_split_is_scored_once_for_each_reported_row(
 # What is refused, before any work
 
 
-def refused(spec: SearchSpec, monkeypatch: pytest.MonkeyPatch) -> DeltaflError:
+def refused(recipe: SearchRecipe, monkeypatch: pytest.MonkeyPatch) -> DeltaflError:
     """The error of a search that must not come to scoring anything."""
     from deltafl.training.legacy import Accuracy
 
     scored = counting(monkeypatch, Accuracy, "__call__", lambda *rest: None)
     with pytest.raises(DeltaflError) as error:
-        run(spec)
+        run(recipe)
     assert not scored
     return error.value
 
@@ -214,9 +216,9 @@ def test_unknown_methods_and_missing_steps_are_found_before_any_data_is_loaded(
 ) -> None:
     from deltafl.experiments import one_shot
 
-    monkeypatch.setattr(one_shot, "load_task", lambda *a, **k: pytest.fail("data was loaded"))
+    monkeypatch.setattr(one_shot, "load_arrays", lambda *a, **k: pytest.fail("data was loaded"))
     error = refused(
-        search_spec(trained, methods=(("fedgm", {}), ("median", {"rho": 1.0}))), monkeypatch
+        search_recipe(trained, methods=["fedgm", {"method": "median", "rho": 1.0}]), monkeypatch
     )
     assert len(error.problems) == 2
 
@@ -224,9 +226,9 @@ def test_unknown_methods_and_missing_steps_are_found_before_any_data_is_loaded(
 def test_two_models_of_one_task_are_an_error(
     trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = search_spec(trained)
-    models = tuple(replace(m, data="digits:thick") for m in spec.models)
-    assert "two models have one task" in str(refused(replace(spec, models=models), monkeypatch))
+    models = [{"path": str(trained / v), "data": "digits:thick"} for v in VARIANTS]
+    error = refused(search_recipe(trained, models=models), monkeypatch)
+    assert "two models have one task" in str(error)
 
 
 def test_heads_that_are_missing_or_of_another_model_are_all_reported(
@@ -237,10 +239,12 @@ def test_heads_that_are_missing_or_of_another_model_are_all_reported(
     save_head(
         random_head(32, tuple("0123456789"), torch.Generator()), tmp_path / "wide.safetensors"
     )
-    spec = search_spec(trained)
     heads = (str(tmp_path / "none.safetensors"), str(tmp_path / "wide.safetensors"))
-    models = tuple(replace(m, head=h) for m, h in zip(spec.models, heads, strict=True))
-    error = refused(replace(spec, models=models), monkeypatch)
+    models = [
+        {"path": str(trained / v), "data": f"digits:{v}", "head": head}
+        for v, head in zip(VARIANTS, heads, strict=True)
+    ]
+    error = refused(search_recipe(trained, models=models), monkeypatch)
     assert len(error.problems) == 2
     assert 'none.safetensors" cannot be read' in error.problems[0]
     assert 'wide.safetensors" takes 32 features, the model gives 16' in error.problems[1]
@@ -248,7 +252,7 @@ def test_heads_that_are_missing_or_of_another_model_are_all_reported(
 
 def test_where_the_base_is_best_nothing_is_merged(trained: Path, tmp_path: Path) -> None:
     result = run(
-        search_spec(trained, lambdas=(-30.0,), methods=(("median", {}),)), tmp_path / "merged"
+        search_recipe(trained, scaling_coefs=[-30.0], methods=["median"]), tmp_path / "merged"
     )
     assert result["best"]["method"] == "base"
     assert not (tmp_path / "merged").exists()
@@ -257,6 +261,6 @@ def test_where_the_base_is_best_nothing_is_merged(trained: Path, tmp_path: Path)
 
 def test_a_search_changes_no_input(trained: Path, tmp_path: Path) -> None:
     before = {n: load(trained / n) for n in ("base", *VARIANTS)}
-    run(search_spec(trained), tmp_path / "merged")
+    run(search_recipe(trained), tmp_path / "merged")
     for name, tensors in before.items():
         assert all(torch.equal(t, tensors[n]) for n, t in load(trained / name).items())

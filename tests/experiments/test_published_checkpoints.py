@@ -13,11 +13,11 @@ import yaml
 from PIL import Image
 
 from checkpoint_files import refusal, succeed
-from deltafl.merge.recipe import load_yaml
 from deltafl.models.heads import save_head
 from deltafl.models.zero_shot import zero_shot_head
+from deltafl.recipes import load_yaml
 from deltafl.rules.rule import load_rules
-from deltafl.tasks.catalogue import CATALOGUE
+from deltafl.tasks.catalogue import catalogue
 from tiny_models import tiny_clip
 
 RECIPE = Path(__file__).parents[2] / "configs" / "clip-vit-b-32-ta8.yaml"
@@ -25,8 +25,8 @@ RECIPE = Path(__file__).parents[2] / "configs" / "clip-vit-b-32-ta8.yaml"
 
 def write_task(folder: Path, name: str) -> list[str]:
     """Images of every class in `train/CLASS/` (two) and `test/CLASS/` (one); the class names."""
-    words = CATALOGUE[name].class_names or [
-        f"{name} kind {i:03d}" for i in range(CATALOGUE[name].num_classes)
+    words = catalogue()[name].class_names or [
+        f"{name} kind {i:03d}" for i in range(catalogue()[name].num_classes)
     ]
     for i, word in enumerate(words):
         for split, count in (("train", 2), ("test", 1)):
@@ -120,7 +120,7 @@ def test_templates_and_saved_heads_take_the_place_of_the_built_in_prompts(
     prompts.write_text("seen: {}\n")
     heads = []
     for entry in entries:
-        names = sorted(CATALOGUE[entry["data"]].class_names or ())
+        names = sorted(catalogue()[entry["data"]].class_names or ())
         head = zero_shot_head(recipe["base"], entry["data"], names, templates=["seen: {}"])
         save_head(head, tmp_path / f"{entry['data']}.safetensors")
         heads.append(entry | {"head": str(tmp_path / f"{entry['data']}.safetensors")})

@@ -10,6 +10,7 @@ import pytest
 
 from checkpoint_files import refusal, succeed
 from deltafl.experiments import quickstart
+from deltafl.merge.search_recipe import SearchRecipe
 from deltafl.training import FinetuneRecipe
 from deltafl.training.record import read_rows
 
@@ -38,11 +39,19 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     def shorter(*, steps: int, **rest: Any) -> FinetuneRecipe:
         return original(steps=min(steps, 20), **rest)
 
-    given = {"fedgma": {"rho": 0.6}, "cclip": {"unit": "quantile", "rho": 0.5}}
+    recipe = quickstart.search_recipe
+    methods = [
+        *("task_arithmetic", "fednova", {"method": "fedgma", "rho": 0.6}, "median"),
+        {"method": "cclip", "unit": "quantile", "rho": 0.5},
+    ]
+
+    def smaller(*args: Any) -> SearchRecipe:
+        return recipe(*args).replace(methods=methods)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quickstart, "TASKS", tasks)
         patch.setattr(quickstart, "LAMBDAS", (0.3, 0.8))
-        patch.setattr(quickstart, "METHODS", [(m, given.get(m, p)) for m, p in quickstart.METHODS])
+        patch.setattr(quickstart, "search_recipe", smaller)
         patch.setattr(quickstart, "FinetuneRecipe", shorter)
         said = succeed("quickstart", "--out", out, "--seed", 1).out
     return Story(out, said, json.loads((out / "result.json").read_text()), tasks)

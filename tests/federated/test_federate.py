@@ -18,7 +18,7 @@ from deltafl.models import load_encoder
 from deltafl.models.flat import FlatModel
 from deltafl.models.heads import load_head
 from deltafl.rules.rule import Source
-from deltafl.tasks import Split, Task
+from deltafl.tasks.arrays import Split, Task
 from deltafl.training.legacy import predict_correct
 from federated.worlds import RECIPE, begin, normed, plain
 from tiny_models import tiny_task

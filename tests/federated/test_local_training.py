@@ -12,7 +12,7 @@ from deltafl.federated import ClientUpdate, FederatedRecipe, choose_clients, fed
 from deltafl.federated import client as client_module
 from deltafl.federated.client import LocalTraining, Round
 from deltafl.models import load_encoder
-from deltafl.tasks import Split
+from deltafl.tasks.arrays import Split
 from deltafl.training.step import batch_ids
 from federated.worlds import RECIPE, Begun, assert_same, begin, normed
 

@@ -13,16 +13,17 @@ from safetensors.torch import load_file
 from checkpoint_files import cli
 from deltafl.federated import FederatedRecipe, ServerState, federate
 from deltafl.federated import run as federated_run
-from deltafl.merge.plan import MergeSpec, Model, plan_merge
+from deltafl.merge.plan import plan_merge
+from deltafl.merge.recipe import MergeRecipe
 from deltafl.merge.run import run_merge
 from deltafl.models import LoadedEncoder, load_encoder
 from deltafl.rules.rule import load_rules
 from federated.worlds import assert_same, normed, plain
-from tiny_models import tiny_task
+from tiny_models import tiny_task, vit_file
 
 RECIPE = FederatedRecipe(
     num_clients=5, participation_rate=1.0, local_steps=4, local_steps_spread=3.0, num_rounds=1, batch_size=4, lr=0.05,
-    momentum=0.9, head="linear", sharding="dirichlet", alpha=0.5, dirichlet_form="label", server_lr=0.7, seed=2,
+    momentum=0.9, head="linear", sharding="non_iid", nc=1, server_lr=0.7, seed=2,
 )  # fmt: skip
 
 
@@ -70,15 +71,15 @@ def sizes(folder: Path) -> list[int]:
 def merged(
     folder: Path, recipe: FederatedRecipe, params: dict[str, Any], out: Path
 ) -> dict[str, torch.Tensor]:
-    spec = MergeSpec(
-        str(folder / "base"),
-        tuple(Model(str(c), c.name) for c in clients(folder)),
-        recipe.aggregator,
-        params,
+    merge = MergeRecipe.of(
+        base=str(folder / "base"),
+        models=[str(c) for c in clients(folder)],
+        method=recipe.aggregator,
         server_lr=recipe.server_lr,
-        weights=None if recipe.aggregator == "fedavg" else tuple(map(float, sizes(folder))),
+        weights=None if recipe.aggregator == "fedavg" else sizes(folder),
+        **params,
     )
-    run_merge(plan_merge(spec), out)
+    run_merge(plan_merge(merge), out)
     return load_encoder(out).module.state_dict()
 
 
@@ -108,7 +109,7 @@ def test_of_a_transformer_whose_file_lists_its_tensors_otherwise(
 ) -> None:
     params = {"rho": 0.4, "unit": "quantile"} if rule == "cclip" else {}
     recipe = replace(RECIPE, aggregator=rule, aggregator_params=params)
-    encoder = load_encoder("vit:hidden=16,layers=1,heads=2,patch=4,image_size=8,channels=1")
+    encoder = load_encoder(vit_file(num_hidden_layers=1))
     state, folder = after_one_round(encoder, recipe, tmp_path / "run", monkeypatch)
     assert_is_merge(state, merged(folder, recipe, params, tmp_path / "merged"))
 

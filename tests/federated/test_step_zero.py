@@ -25,7 +25,7 @@ SHARDINGS = [
     {"sharding": "iid"},
     {"sharding": "non_iid", "nc": 1},
     {"sharding": "non_iid", "nc": 2},
-    {"sharding": "dirichlet", "alpha": 0.1, "dirichlet_form": "label"},
+    {"sharding": "dirichlet", "alpha": 0.1},
     {"sharding": "iid", "num_clients": 1, "participation_rate": 1.0},
 ]
 
@@ -98,7 +98,7 @@ def test_a_probe_predicts_as_scikit_learn_does(classes: int) -> None:
     ]
     guesses = [f.predict(scaler.transform(val[few].double().numpy())) for f in fitted]
     scores = [float((g == val_labels.numpy()).mean()) for g in guesses]
-    mine = head.logits(val[few]).argmax(1).numpy()
+    mine = head(val[few]).argmax(1).numpy()
     assert (mine == val_labels.numpy()).mean() == pytest.approx(max(scores), abs=1 / len(mine))
     assert (mine == guesses[int(np.argmax(scores))]).mean() > 0.95
     assert max(scores) > 1.2 / classes
@@ -200,7 +200,7 @@ def test_fisher_sums_are_added_over_examples_and_not_averaged_over_clients(tmp_p
     """With exact labels and all examples of all clients, the mask is that of the whole data at once."""
     recipe = replace(
         RECIPE, participation_rate=1.0, sparsity_ratio=0.6, fisher_labels="exact", calibration_examples=10**6,
-        sharding="dirichlet", alpha=0.3, dirichlet_form="label",
+        sharding="dirichlet", alpha=0.3,
     )  # fmt: skip
     many = begin(tmp_path, recipe).setting.mask
     one = begin(tmp_path, replace(recipe, num_clients=1, sharding="iid", alpha=None)).setting.mask

@@ -22,7 +22,7 @@ from deltafl.federated.server import ServerState
 from deltafl.federated.workers import Workers, count_workers, one_thread
 from deltafl.training.record import read_rows, without_timings
 from federated.worlds import RECIPE, assert_same, begin, normed, plain
-from tiny_models import tiny_task
+from tiny_models import tiny_task, vit_file
 
 SIX = replace(RECIPE, participation_rate=1.0, num_rounds=3, local_steps_spread=2.0)
 CPU = torch.device("cpu")
@@ -226,14 +226,6 @@ def test_the_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     own = replace(SIX, client="federated.test_workers:doubles")
     assert count_workers(None, own, CPU) == 1  # it may remember things
     assert count_workers(2, own, CPU) == 2
-    stacked = replace(SIX, engine="vmap")
-    assert count_workers(None, stacked, CPU) == 1
-    assert count_workers(1, stacked, CPU) == 1
-    with pytest.raises(
-        DeltaflError,
-        match="no 2 workers here: engine vmap trains all clients in one; use workers 1",
-    ):
-        count_workers(2, stacked, CPU)
     with pytest.raises(DeltaflError, match="they are for CPUs, and the device is cuda:1"):
         count_workers(3, SIX, torch.device("cuda:1"))
     with pytest.raises(DeltaflError, match="workers must be 1 or more, not 0"):
@@ -339,7 +331,7 @@ def test_a_run_does_not_wait_for_the_compiler() -> None:
 def test_the_command_line_takes_workers(tmp_path: Path) -> None:
     arguments = [
         "--model",
-        "vit:hidden=16,layers=1,heads=2,patch=4,image_size=8,channels=1",
+        vit_file(num_hidden_layers=1),
         "--data",
         "digits",
     ]

@@ -17,7 +17,8 @@ from deltafl.algebra.tensors import BLOCK
 from deltafl.errors import DeltaflError
 from deltafl.merge.inputs import open_updates
 from deltafl.merge.inspect import advise, cosines, inspect_models, layer_of, measure
-from deltafl.merge.plan import MergeSpec, Model, plan_merge
+from deltafl.merge.plan import plan_merge
+from deltafl.merge.recipe import MergeRecipe
 
 
 def rows_of(deltas: Sequence[dict[str, Tensor]]) -> Deltas:
@@ -121,13 +122,8 @@ def test_progress_counts_every_element_of_every_model() -> None:
 
 
 def inspected(root: Path, models: Sequence[str], **changes: object) -> dict[str, object]:
-    spec = MergeSpec(
-        str(root / "base"),
-        tuple(Model(str(root / m), m) for m in models),
-        "task_arithmetic",
-        **changes,
-    )  # type: ignore[arg-type]
-    plan = plan_merge(spec)
+    paths = [str(root / model) for model in models]
+    plan = plan_merge(MergeRecipe.of(base=str(root / "base"), models=paths, **changes))
     with open_updates(plan) as opened:
         return inspect_models(plan, opened)
 

@@ -6,6 +6,21 @@ from pathlib import Path
 
 from PIL import Image
 
+from deltafl.tasks import DataRecipe, ImageInput, ImageTask, load_task
+
+
+def load(data, size=8, channels=3, seed=0, **settings) -> ImageTask:
+    """The images that `data` names, in a size."""
+    recipe = DataRecipe.of(data=str(data), **settings)
+    task = load_task(recipe, ImageInput(size, channels), seed)
+    assert isinstance(task, ImageTask)
+    return task
+
+
+def sizes(task) -> list[int]:
+    """Examples in train, val and test."""
+    return [task.size(split) for split in ("train", "val", "test")]
+
 
 def picture(number: int, size: tuple[int, int] = (12, 12), mode: str = "RGB") -> Image.Image:
     """A picture whose every pixel is `number` (modulo 256)."""

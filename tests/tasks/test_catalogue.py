@@ -4,13 +4,14 @@ import shutil
 
 import numpy as np
 import pytest
-from dataset_files import picture, png, write_parquet
+from dataset_files import load, picture, png, sizes, write_parquet
 
 from deltafl.errors import DeltaflError
-from deltafl.tasks import load_task
-from deltafl.tasks.catalogue import CATALOGUE, GENERIC_TEMPLATES
-from deltafl.tasks.named import cleaned, prompt_names, prompt_templates
-from deltafl.tasks.spec import find
+from deltafl.tasks import DataRecipe
+from deltafl.tasks.catalogue import catalogue, cleaned, prompt_names, prompt_templates
+from deltafl.tasks.find import find
+
+CATALOGUE = catalogue()
 
 NAMES = (
     "stanford_cars", "dtd", "eurosat", "gtsrb", "mnist",
@@ -64,56 +65,47 @@ def test_every_task_loads_by_name_from_a_folder_of_many(name, tmp_path):
     classes = CATALOGUE[name].num_classes
     write_task(tmp_path, classes, f"{name}_")
     write_task(tmp_path, 2, "other_")
-    task = load_task(name, image_size=4, data_dir=tmp_path, val_fraction=0.5)
+    task = load(name, data_dir=str(tmp_path), val_fraction=0.5)
     assert (task.name, len(task.class_names)) == (name, classes)
     assert task.class_names == (
         CATALOGUE[name].class_names or tuple(str(i) for i in range(classes))
     )
-    assert [len(task.train), len(task.val), len(task.test)] == [classes, classes, classes]
+    assert sizes(task) == [classes, classes, classes]
 
 
 @pytest.mark.parametrize("where", ["cifar10", "cifar10/data", "svhn/cropped_digits", "mnist/mnist"])
 def test_a_copy_of_the_hubs_repository_is_a_folder(where, tmp_path):
     write_task(tmp_path / where, 10, names=[f"c{i}" for i in range(10)])
     name = where.split("/")[0]
-    for task in (
-        load_task(name, image_size=4, data_dir=tmp_path),
-        load_task(f"{name}?data_dir={tmp_path}", image_size=4),
-    ):
-        assert (task.name, task.class_names[3]) == (name, "c3")
+    task = load(name, data_dir=str(tmp_path))
+    assert (task.name, task.class_names[3]) == (name, "c3")
 
 
 def test_the_columns_are_the_catalogues_until_others_are_named(tmp_path):
     write_task(tmp_path, 100, "cifar100_", image="img", label="fine_label")
-    assert load_task("cifar100", image_size=4, data_dir=tmp_path).class_names[1] == "aquarium fish"
+    assert load("cifar100", data_dir=str(tmp_path)).class_names[1] == "aquarium fish"
     write_task(tmp_path, 10, "cifar10_", image="picture", label="kind")
-    with pytest.raises(DeltaflError, match=r'no column "image".*"\?image=COLUMN"'):
-        load_task("cifar10", image_size=4, data_dir=tmp_path)
-    assert (
-        len(load_task("cifar10?image=picture&label=kind", image_size=4, data_dir=tmp_path).test)
-        == 10
-    )
-    given = load_task(
-        "cifar10", image_size=4, data_dir=tmp_path, image_column="picture", label_column="kind"
-    )
-    assert len(given.test) == 10
+    with pytest.raises(DeltaflError, match=r'no column "image".*image_column'):
+        load("cifar10", data_dir=str(tmp_path))
+    settings = {"image_column": "picture", "label_column": "kind"}
+    assert load("cifar10", data_dir=str(tmp_path), **settings).size("test") == 10
 
 
 def test_food101_is_tested_on_what_its_hub_set_calls_validation(tmp_path):
     write_task(tmp_path / "food101", 101, splits=("train", "validation"))
-    task = load_task("food101", image_size=4, data_dir=tmp_path, val_fraction=0.5)
-    assert [len(task.train), len(task.val), len(task.test)] == [101, 101, 101]
+    task = load("food101", data_dir=str(tmp_path), val_fraction=0.5)
+    assert sizes(task) == [101, 101, 101]
     write_task(tmp_path / "cifar10", 10, splits=("train", "validation"))
     with pytest.raises(DeltaflError, match="has no test split"):
-        load_task("cifar10", image_size=4, data_dir=tmp_path)
+        load("cifar10", data_dir=str(tmp_path))
 
 
 def test_yes_and_no_are_the_classes_0_and_1(tmp_path):
     labels = np.array([True, False, True, False])
     for split in ("train", "valid", "test"):
         write_parquet_of_bools(tmp_path / "pcam" / f"{split}.parquet", labels)
-    task = load_task("pcam", image_size=4, data_dir=tmp_path)
-    assert task.test.labels.tolist() == [1, 0, 1, 0]
+    task = load("pcam", data_dir=str(tmp_path))
+    assert task.splits["test"].labels.tolist() == [1, 0, 1, 0]
     assert "tumour" in task.class_names[1]
 
 
@@ -138,29 +130,27 @@ def test_another_number_of_classes_is_one_line(count, tmp_path):
     with pytest.raises(
         DeltaflError, match=f'task "mnist" has 10 classes, the labels of the data name {count}'
     ) as error:
-        load_task("mnist", image_size=4, data_dir=tmp_path)
+        load("mnist", data_dir=str(tmp_path))
     assert "\n" not in str(error.value)
 
 
 def test_a_cached_task_of_another_name_is_not_taken_for_it(tmp_path):
     write_task(tmp_path, 10, "mnist_")
-    plain = load_task(f"{tmp_path}/mnist", image_size=4)
-    named = load_task("mnist", image_size=4, data_dir=tmp_path)
+    plain = load(f"{tmp_path}/mnist")
+    named = load("mnist", data_dir=str(tmp_path))
     assert plain.class_names == named.class_names
     shutil.copy(tmp_path / "mnist_train.parquet", tmp_path / "cifar10_train.parquet")
     shutil.copy(tmp_path / "mnist_test.parquet", tmp_path / "cifar10_test.parquet")
-    assert load_task("cifar10", image_size=4, data_dir=tmp_path).class_names[0] == "airplane"
-    assert load_task(f"{tmp_path}/cifar10", image_size=4).class_names[0] == "0"
+    assert load("cifar10", data_dir=str(tmp_path)).class_names[0] == "airplane"
+    assert load(f"{tmp_path}/cifar10").class_names[0] == "0"
 
 
 def test_a_folder_here_goes_before_the_hub_and_data_dir_before_it(tmp_path, monkeypatch):
     write_task(tmp_path / "here" / "cifar10", 10, names=[f"here{i}" for i in range(10)])
     write_task(tmp_path / "there" / "cifar10", 10, names=[f"there{i}" for i in range(10)])
     monkeypatch.chdir(tmp_path / "here")
-    assert load_task("cifar10", image_size=4).class_names[0] == "here0"
-    assert (
-        load_task("cifar10", image_size=4, data_dir=tmp_path / "there").class_names[0] == "there0"
-    )
+    assert load("cifar10").class_names[0] == "here0"
+    assert load("cifar10", data_dir=str(tmp_path / "there")).class_names[0] == "there0"
 
 
 @pytest.mark.parametrize(
@@ -173,37 +163,34 @@ def test_a_folder_here_goes_before_the_hub_and_data_dir_before_it(tmp_path, monk
 def test_without_a_folder_the_hub_is_asked_for_the_id(name, target, revision, monkeypatch):
     asked = []
 
-    def hub_source(*arguments):
-        asked.append(arguments)
+    def read_hub(target, revision):
+        asked.append((target, revision))
         raise DeltaflError("no network.")
 
-    monkeypatch.setattr("deltafl.tasks.named.hub_source", hub_source)
+    monkeypatch.setattr("deltafl.tasks.tables.read_hub", read_hub)
     with pytest.raises(DeltaflError, match=f'task "{name}": no network. .*--data-dir'):
-        find(
-            name if revision is None else f"{name}?revision={revision}",
-            {"image": None, "label": None},
-        )
-    assert asked == [(target, CATALOGUE[name].image, CATALOGUE[name].label, revision)]
+        find(DataRecipe(data=name, revision=revision))
+    assert asked == [(target, revision)]
 
 
 def test_without_network_one_line_names_the_remedy():
     with pytest.raises(
         DeltaflError, match=r'task "mnist": .*hub:ylecun/mnist.*--data-dir'
     ) as error:
-        load_task("mnist", image_size=4)
+        load("mnist")
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("spec", "told"),
     [
-        ("cifar1000", 'no data set "cifar1000".*did you mean "cifar100"'),
+        ("cifar1000", 'no data "cifar1000".*did you mean "cifar100"'),
         ("fer2013", 'task "fer2013" is on no hub under a known id.*--data-dir'),
     ],
 )
 def test_names_that_lead_nowhere(spec, told):
     with pytest.raises(DeltaflError, match=told):
-        load_task(spec, image_size=4)
+        load(spec)
 
 
 @pytest.mark.parametrize(
@@ -217,20 +204,18 @@ def test_names_that_lead_nowhere(spec, told):
         ("digits", r'data_dir ".*" is for a task by its name'),
         ("hub:tanganke/dtd", r'data_dir ".*" is for a task by its name'),
         ("./cifar10", r'data_dir ".*" is for a task by its name'),
-        ("cifar10?revision=a", r"without a revision"),
-        ("cifar10?size=3", r'unknown option "size"'),
     ],
 )
 def test_names_that_lead_nowhere_in_a_folder(spec, told, tmp_path):
     write_task(tmp_path, 2, "birds_")
     with pytest.raises(DeltaflError, match=told):
-        load_task(spec, image_size=4, data_dir=tmp_path)
-    assert load_task("birds", image_size=4, data_dir=tmp_path).name == "birds"
+        load(spec, data_dir=str(tmp_path))
+    assert load("birds", data_dir=str(tmp_path)).name == "birds"
 
 
 def test_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(DeltaflError, match="there is no folder"):
-        load_task("cifar10", image_size=4, data_dir=tmp_path / "nowhere")
+        load("cifar10", data_dir=str(tmp_path / "nowhere"))
 
 
 @pytest.mark.parametrize(
@@ -266,7 +251,7 @@ def test_prompt_names_follow_the_labels_whatever_their_order():
 
 def test_prompt_names_of_other_tasks_are_their_own_words():
     assert prompt_names("birds", ["blue_tit", "GreyHeron"]) == ("blue tit", "Grey Heron")
-    assert prompt_templates("birds") == GENERIC_TEMPLATES
+    assert "one {}." in prompt_templates("birds")
     assert prompt_templates("mnist") == CATALOGUE["mnist"].templates
     own = [f"/a/scene_{i}" for i in range(397)]
     assert prompt_names("sun397", own)[5] == "scene 5"

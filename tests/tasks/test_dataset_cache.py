@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dataset_files import picture, png, write_parquet
+from dataset_files import load, picture, png, write_parquet
 
 from deltafl.errors import DeltaflError
-from deltafl.tasks import cache, decoding, load_task
+from deltafl.tasks import cache, decoding
 
 
 @pytest.fixture
@@ -32,27 +32,27 @@ def entries(folder: Path) -> list[Path]:
 def test_a_second_load_decodes_nothing_and_opens_nothing(
     parquet_folder, tmp_path, decodes, monkeypatch
 ):
-    first = load_task(str(parquet_folder), image_size=8, cache_dir=tmp_path / "c")
+    first = load(parquet_folder)
     assert len(decodes) == 52
     monkeypatch.setattr(
-        "deltafl.tasks.local._read_parquet", lambda *_: pytest.fail("the source was opened")
+        "deltafl.tasks.tables.read_parquet", lambda *_: pytest.fail("the source was opened")
     )
-    again = load_task(str(parquet_folder), image_size=8, cache_dir=tmp_path / "c")
+    again = load(parquet_folder)
     assert len(decodes) == 52
     assert (first.name, first.class_names) == (again.name, again.class_names)
     for split in ("train", "val", "test"):
-        assert torch.equal(getattr(first, split).images, getattr(again, split).images)
-        assert torch.equal(getattr(first, split).labels, getattr(again, split).labels)
+        assert torch.equal(first.splits[split].images, again.splits[split].images)
+        assert torch.equal(first.splits[split].labels, again.splits[split].labels)
 
 
 def test_nothing_stays_beside_the_entry(parquet_folder, tmp_path):
-    load_task(str(parquet_folder), image_size=8, cache_dir=tmp_path / "c")
-    assert [len(path.name) for path in entries(tmp_path / "c")] == [64]
+    load(parquet_folder)
+    assert [len(path.name) for path in entries(tmp_path / "cache")] == [64]
 
 
 def test_the_cache_folder_comes_from_the_environment(parquet_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("DELTAFL_CACHE", str(tmp_path / "named"))
-    load_task(str(parquet_folder), image_size=8)
+    load(parquet_folder)
     assert entries(tmp_path / "named")
     monkeypatch.delenv("DELTAFL_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -60,40 +60,31 @@ def test_the_cache_folder_comes_from_the_environment(parquet_folder, tmp_path, m
 
 
 @pytest.mark.parametrize(
-    "change",
-    [
-        {"image_size": 6},
-        {"channels": 1},
-        {"resize": "stretch"},
-        {"seed": 1},
-        {"limit": 4},
-        {"val_most": 2},
-    ],
+    "change", [{"size": 6}, {"channels": 1}, {"seed": 1}, {"limit": 4}, {"val_fraction": 0.2}]
 )
 def test_whatever_changes_the_bytes_is_another_entry(parquet_folder, decodes, change):
-    options = {"image_size": 8}
-    load_task(str(parquet_folder), **options)
+    load(parquet_folder)
     before = len(decodes)
-    load_task(str(parquet_folder), **(options | change))
+    load(parquet_folder, **change)
     assert len(decodes) > before
 
 
 def test_content_counts_and_not_the_place(parquet_folder, tmp_path, decodes):
-    load_task(str(parquet_folder), image_size=8)
+    load(parquet_folder)
     moved = shutil.copytree(parquet_folder, tmp_path / "elsewhere" / "set")
-    load_task(str(moved), image_size=8)
+    load(moved)
     assert len(decodes) == 52
     write_parquet(moved / "test.parquet", [png(picture(9))] * 4, np.arange(4))
-    assert len(load_task(str(moved), image_size=8).test) == 4
+    assert len(load(moved).splits["test"]) == 4
 
 
 def test_a_renamed_class_is_new_content(image_folder):
-    assert load_task(str(image_folder), image_size=8).class_names == ("left", "right")
+    assert load(image_folder).class_names == ("left", "right")
     for split in ("train", "test"):
         (image_folder / split / "left").rename(image_folder / split / "up")
-    task = load_task(str(image_folder), image_size=8)
+    task = load(image_folder)
     assert task.class_names == ("right", "up")
-    assert (task.test.images[task.test.labels == 1] < 100).all()
+    assert (task.splits["test"].images[task.splits["test"].labels == 1] < 100).all()
 
 
 def test_a_hash_is_remembered_until_the_file_changes(tmp_path, monkeypatch):
@@ -110,9 +101,9 @@ def test_a_hash_is_remembered_until_the_file_changes(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "json"])
 def test_a_damaged_entry_is_made_again(parquet_folder, tmp_path, decodes, damage, caplog):
-    intact = load_task(str(parquet_folder), image_size=8, cache_dir=tmp_path / "c")
-    expected = intact.train.images.clone()
-    entry = entries(tmp_path / "c")[0]
+    intact = load(parquet_folder)
+    expected = intact.splits["train"].images.clone()
+    entry = entries(tmp_path / "cache")[0]
     file = entry / "train_images.npy"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
@@ -125,8 +116,8 @@ def test_a_damaged_entry_is_made_again(parquet_folder, tmp_path, decodes, damage
         file.unlink()
     else:
         (entry / "entry.json").write_text("[")
-    again = load_task(str(parquet_folder), image_size=8, cache_dir=tmp_path / "c")
-    assert torch.equal(again.train.images, expected)
+    again = load(parquet_folder)
+    assert torch.equal(again.splits["train"].images, expected)
     assert len(decodes) == 104
     assert "is damaged" in caplog.text
 
@@ -136,31 +127,32 @@ def test_a_failure_leaves_no_entry(tmp_path):
     write_parquet(tmp_path / "s" / "train.parquet", [good] * 8, np.arange(8) % 2)
     write_parquet(tmp_path / "s" / "test.parquet", [good, b"bad", good, good], np.arange(4) % 2)
     with pytest.raises(DeltaflError, match=r"row 1 of .*test\.parquet"):
-        load_task(str(tmp_path / "s"), image_size=8, cache_dir=tmp_path / "c")
-    assert entries(tmp_path / "c") == []
+        load(str(tmp_path / "s"))
+    assert entries(tmp_path / "cache") == []
 
 
 def test_the_first_of_two_writers_stays(parquet_folder, tmp_path, monkeypatch):
-    load_task(str(parquet_folder), image_size=8, cache_dir=tmp_path / "c")
-    entry = entries(tmp_path / "c")[0]
+    load(parquet_folder)
+    entry = entries(tmp_path / "cache")[0]
     before = (entry / "entry.json").stat().st_ino
-    real, answers = cache.read, iter([None])
-    monkeypatch.setattr(cache, "read", lambda *a: next(answers, "real") and real(*a))
-    load_task(str(parquet_folder), image_size=8, cache_dir=tmp_path / "c")
+    real, answers = cache._read, iter([None])
+    monkeypatch.setattr(cache, "_read", lambda *a: next(answers, "real") and real(*a))
+    load(parquet_folder)
     assert (entry / "entry.json").stat().st_ino == before
-    assert entries(tmp_path / "c") == [entry]
+    assert entries(tmp_path / "cache") == [entry]
 
 
 def test_a_write_into_the_task_does_not_reach_the_file(parquet_folder):
-    task = load_task(str(parquet_folder), image_size=8)
-    task.test.images.zero_()
-    assert load_task(str(parquet_folder), image_size=8).test.images.any()
+    task = load(parquet_folder)
+    task.splits["test"].images.zero_()
+    assert load(parquet_folder).splits["test"].images.any()
 
 
-def test_a_cache_that_cannot_be_written_is_an_error(parquet_folder, tmp_path):
+def test_a_cache_that_cannot_be_written_is_an_error(parquet_folder, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DELTAFL_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(DeltaflError, match=r"cache folder .* cannot be written.*DELTAFL_CACHE"):
-        load_task(str(parquet_folder), image_size=8, cache_dir=tmp_path / "file" / "c")
+        load(parquet_folder)
 
 
 def test_a_full_disk_is_an_error(parquet_folder, tmp_path, monkeypatch):
@@ -169,8 +161,8 @@ def test_a_full_disk_is_an_error(parquet_folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(DeltaflError, match="No space left on device"):
-        load_task(str(parquet_folder), image_size=8, cache_dir=tmp_path / "c")
-    assert not any(len(path.name) == 64 for path in (tmp_path / "c").iterdir())
+        load(parquet_folder)
+    assert not any(len(path.name) == 64 for path in (tmp_path / "cache").iterdir())
 
 
 def test_a_source_that_cannot_be_read_is_not_blamed_on_the_cache(parquet_folder, monkeypatch):
@@ -179,4 +171,4 @@ def test_a_source_that_cannot_be_read_is_not_blamed_on_the_cache(parquet_folder,
 
     monkeypatch.setattr("hashlib.file_digest", denied)
     with pytest.raises(DeltaflError, match=r'test\.parquet" cannot be read: Permission denied'):
-        load_task(str(parquet_folder), image_size=8)
+        load(parquet_folder)

@@ -3,10 +3,10 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from dataset_files import load
 from sklearn.datasets import load_digits
 
 from deltafl.errors import DeltaflError
-from deltafl.tasks import load_task
 from deltafl.tasks.digits import CANVAS, VARIANTS, partition
 
 LABELS = load_digits(return_X_y=True)[1]
@@ -34,10 +34,10 @@ def test_every_part_is_stratified():
 def test_a_variant_is_a_deterministic_change_of_every_image(name):
     spec = f"digits:{name}"
     task, again = (
-        load_task(spec, image_size=16, channels=1),
-        load_task(spec, image_size=16, channels=1, seed=9),
+        load(spec, size=16, channels=1),
+        load(spec, size=16, channels=1, seed=9),
     )
-    plain = load_task("digits", image_size=16, channels=1)
+    plain = load("digits", size=16, channels=1)
     assert task.name == f"digits_{name}"
     assert task.class_names == tuple("0123456789")
     for split, other, untouched in zip(*map(_splits, (task, again, plain)), strict=True):
@@ -64,7 +64,7 @@ def test_a_variant_keeps_range_shape_and_its_argument(name):
 def test_variants_differ_from_each_other():
     names = [name for name in VARIANTS if name not in ("plain", "pretrain")]
     images = {
-        name: load_task(f"digits:{name}", image_size=16, channels=1).test.images for name in names
+        name: load(f"digits:{name}", size=16, channels=1).splits["test"].images for name in names
     }
     assert len(names) >= 8
     for a, b in itertools.combinations(names, 2):
@@ -72,16 +72,16 @@ def test_variants_differ_from_each_other():
 
 
 def test_digits_leave_no_cache(tmp_path):
-    load_task("digits", image_size=8, cache_dir=tmp_path / "unused")
-    assert not (tmp_path / "unused").exists()
+    load("digits")
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_misspelt_variant_is_an_error():
     with pytest.raises(
         DeltaflError, match='unknown variant of digits "invert"; did you mean "inverted"'
     ):
-        load_task("digits:invert", image_size=8)
+        load("digits:invert")
 
 
 def _splits(task):
-    return task.train, task.val, task.test
+    return task.splits["train"], task.splits["val"], task.splits["test"]

@@ -1,35 +1,43 @@
 import sys
 
 import pytest
+from dataset_files import load, sizes
 
 from deltafl.errors import DeltaflError
-from deltafl.tasks import load_task
 
 CODE = """
 import torch
-from deltafl.tasks import Split, Task
+from deltafl.tasks import Images, ImageTask
 
-def split(size, channels, n=8, dtype=torch.uint8, most=2):
-    return Split(torch.zeros(n, channels, size, size, dtype=dtype), torch.arange(n) % most)
+def task(inputs, n=8, dtype=torch.uint8, most=2, name="mine", labels=torch.int64):
+    shape = (n, inputs.channels, inputs.image_size, inputs.image_size)
+    part = Images(torch.zeros(shape, dtype=dtype), (torch.arange(n) % most).to(labels))
+    return ImageTask(name, {"train": part, "val": part, "test": part}, ("a", "b"))
 
-def good(image_size, channels, seed):
+def good(inputs, seed):
     import beside
-    one = split(image_size, channels)
-    return Task(f"mine{seed}{beside.X}", one, one, one, ("a", "b"))
+    return task(inputs, name=f"mine{seed}{beside.X}")
 
-def wrong_size(image_size, channels, seed):
-    one = split(image_size + 1, channels)
-    return Task("mine", one, one, one, ("a", "b"))
+def floats(inputs, seed):
+    return task(inputs, dtype=torch.float32)
 
-def wrong_labels(image_size, channels, seed):
-    one = split(image_size, channels)
-    return Task("mine", one, Split(one.images, one.labels.float()), one, ("a", "b"))
+def wrong_labels(inputs, seed):
+    return task(inputs, labels=torch.float32)
 
-def outside(image_size, channels, seed):
-    one = split(image_size, channels, most=3)
-    return Task("mine", one, one, one, ("a", "b"))
+def outside(inputs, seed):
+    return task(inputs, most=3)
 
-def nothing(image_size, channels, seed):
+def empty(inputs, seed):
+    return task(inputs, n=0)
+
+def no_test(inputs, seed):
+    good = task(inputs)
+    return ImageTask("mine", {"train": good.splits["train"], "val": good.splits["val"]}, ("a", "b"))
+
+def nothing(inputs, seed):
+    return None
+
+def old(image_size, channels, seed):
     return None
 """
 
@@ -48,33 +56,32 @@ def _module(tmp_path, monkeypatch):
 
 
 def test_a_function_in_the_working_directory_gives_the_task():
-    task = load_task("own_tasks:good", image_size=8, channels=1, seed=3)
-    assert (task.name, tuple(task.train.images.shape)) == ("mine37", (8, 1, 8, 8))
+    task = load("own_tasks:good", channels=1, seed=3)
+    assert (task.name, tuple(task.splits["train"].images.shape)) == ("mine37", (8, 1, 8, 8))
 
 
 def test_limit_holds_for_it_too():
-    task = load_task("own_tasks:good", image_size=8, limit=4)
-    assert [len(s) for s in (task.train, task.val, task.test)] == [4, 4, 4]
+    assert sizes(load("own_tasks:good", limit=4)) == [4, 4, 4]
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        (
-            "wrong_size",
-            r'split train of data set "mine": images are torch.uint8 \(8, 3, 9, 9\), not .*\(N, 3, 8, 8\)',
-        ),
-        ("wrong_labels", "split val .*labels are torch.float32"),
+        ("floats", r'split train of task "mine": images are torch.float32 \(8, 3, 8, 8\); images'),
+        ("wrong_labels", "split train .*labels are torch.float32"),
         ("outside", "label of row 2 is 2, but there are 2 class names"),
-        ("nothing", "returned a NoneType, not a"),
-        ("goood", 'no function "goood"; did you mean "good"'),
+        ("empty", 'split train of task "mine" is empty'),
+        ("no_test", 'task "mine" has no test split'),
+        ("nothing", r"returned NoneType, not a deltafl.tasks.Task; return ImageTask\(name,"),
+        ("old", r"is called with \(inputs, seed\); inputs has image_size and channels"),
+        ("goood", 'no callable "goood"; did you mean "good"'),
     ],
 )
 def test_a_task_of_another_form_is_an_error(name, message):
     with pytest.raises(DeltaflError, match=message):
-        load_task(f"own_tasks:{name}", image_size=8)
+        load(f"own_tasks:{name}")
 
 
-def test_an_import_that_fails_inside_the_users_module_is_theirs_to_see():
-    with pytest.raises(ModuleNotFoundError, match="not_installed_anywhere"):
-        load_task("needs_more:anything", image_size=8)
+def test_an_import_that_fails_inside_the_users_module_is_named():
+    with pytest.raises(DeltaflError, match="not_installed_anywhere"):
+        load("needs_more:anything")

@@ -23,19 +23,19 @@ from deltafl.models import load_encoder
 from deltafl.models.flat import FlatModel
 from deltafl.models.heads import load_head, save_head
 from deltafl.seeding import keyed_generator
-from deltafl.tasks import Split
+from deltafl.tasks.arrays import Split
 from deltafl.training import centralized_best as best
 from deltafl.training import evaluate
 from deltafl.training import step as training
 from deltafl.training.centralized import CentralizedRecipe, CentralizedRun, centralize
 from deltafl.training.record import without_timings
 from deltafl.training.step import batch_ids
-from tiny_models import tiny_head, tiny_task, tiny_vit
+from tiny_models import tiny_head, tiny_task, tiny_vit, vit_file
 
 RECIPE = CentralizedRecipe(epochs=3, lr=0.02, batch_size=16, head="linear", train_head=True, seed=7)
 PER_EPOCH = 4  # 50 examples in batches of 16
 TASK = "tiny_models:tiny_task_factory"
-VIT = "vit:hidden=16,layers=2,heads=2,patch=4,image_size=8,channels=1"
+VIT = vit_file()
 
 SCRIPT = """
 import os, signal, sys

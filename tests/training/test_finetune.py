@@ -15,7 +15,7 @@ from deltafl.errors import DeltaflError
 from deltafl.models import LoadedEncoder, load_encoder, save_encoder
 from deltafl.models.flat import FlatModel
 from deltafl.models.heads import load_head, save_head
-from deltafl.tasks import Split
+from deltafl.tasks.arrays import Split
 from deltafl.training import FinetuneRecipe, evaluate, finetune, make_head, state_path
 from tiny_models import NAMES, tiny_head, tiny_task, tiny_vit
 
@@ -151,7 +151,7 @@ def test_dropout_and_buffers_resume_to_the_same_bits(model: str, tmp_path: Path)
     def encoder() -> LoadedEncoder:
         if model == "batch norm":
             torch.manual_seed(0)
-            return load_encoder("tiny_models:Net")
+            return load_encoder("tiny_models:Convolution")
         made = tiny_vit()
         made.module.embeddings.dropout.p = 0.3
         return made

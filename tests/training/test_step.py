@@ -9,7 +9,7 @@ from deltafl.errors import DeltaflError
 from deltafl.merge.scores import Scorer
 from deltafl.models.flat import FlatModel
 from deltafl.seeding import keyed_generator
-from deltafl.tasks import Split
+from deltafl.tasks.arrays import Split
 from deltafl.training.legacy import Accuracy, Batch, extract_features, predict_correct, train_step
 from deltafl.training.step import batch_ids, batches, default_warmup, lr_at
 from tiny_models import tiny_head, tiny_task, tiny_vit

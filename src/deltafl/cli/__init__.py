@@ -43,6 +43,7 @@ COMMANDS = {
         "deltafl.cli.suite",
         "Federated runs compared: heterogeneity, local steps, masks, rules.",
     ),
+    "recipe": ("deltafl.cli.recipe", "A file with every setting of a command, or its JSON schema."),
     "rules": ("deltafl.cli.rules", "List every method with its parameters and traits."),
 }
 

@@ -1,6 +1,7 @@
 """A command from its recipe: one option for each setting, the file, and the checks, in one decorator."""
 
 import functools
+import shlex
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,9 @@ quiet = click.option("--quiet", is_flag=True, help="No progress, no summary.")
 resume = click.option("--resume", is_flag=True, help="Continue a run that was killed.")
 dry_run = click.option("--dry-run", is_flag=True, help="Check everything, say what would be done.")
 
+COMMAND_LINE = f"{__name__}.command_line"
+"""Key of click's context: the command as it was typed."""
+
 
 class RecipeCommand(click.Command):
     """A command that makes a recipe. Options that may be repeated also take several values: `--models A B C`."""
@@ -27,6 +31,7 @@ class RecipeCommand(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Write `--models A B` as `--models A --models B`, then parse as usual; an old option names the new one."""
+        ctx.meta[COMMAND_LINE] = shlex.join(["deltafl", ctx.info_name or "", *args])
         options = [p for p in self.params if isinstance(p, click.Option)]
         many = {name for p in options if p.multiple for name in p.opts}
         spread: list[str] = []
@@ -66,24 +71,33 @@ class RecipeCommand(click.Command):
 def recipe_command(
     recipe: type[Recipe],
     *,
-    argument: bool = False,
+    argument: str | None = None,
+    only: type[Recipe] | None = None,
     load: Callable[[str | Path], dict[str, Any]] = load_yaml,
 ) -> Callable[[Callable[..., Any]], RecipeCommand]:
     """Decorator: f(recipe, **what click options below the decorator say) as a command with the options of a recipe.
 
-    argument: the file may also be given without --config. load: reads it.
+    argument: the option that may also be given without its name: config, or that of a setting. load: reads the file.
+    only: a recipe whose settings are those of which there are options; the others may be in the file.
     """
+    shown = {
+        leaf.name: leaf for leaf in leaves(recipe).values() if leaf.name in leaves(only or recipe)
+    }
 
     def decorate(function: Callable[..., Any]) -> RecipeCommand:
         @functools.wraps(function)
-        def call(config: str | None, file: str | None = None, **given: Any) -> Any:
-            if config and file:
-                raise click.UsageError(f'"{file}" and --config "{config}": give one file')
-            settings = {name: given.pop(name) for name in leaves(recipe) if name in given}
-            settings = {name: v for name, v in settings.items() if v not in (None, ())}
-            return function(read_recipe(recipe, config or file, settings, load=load), **given)
+        def call(bare: Any = None, **given: Any) -> Any:
+            if argument and bare:
+                if given[argument]:
+                    raise click.UsageError(f"{argument} is given twice; give it once")
+                given[argument] = bare
+            config = given.pop("config")
+            settings = {
+                name: value for name in shown if (value := given.pop(name, None)) not in (None, ())
+            }
+            return function(read_recipe(recipe, config, settings, load=load), **given)
 
-        for leaf in reversed(leaves(recipe).values()):
+        for leaf in reversed(shown.values()):
             if names := option_names(leaf):
                 call = click.option(*names, leaf.name, **_looks(leaf))(call)
         text = (
@@ -91,10 +105,19 @@ def recipe_command(
         )
         call = click.option("--config", metavar="FILE", help=text)(call)
         if argument:
-            call = click.argument("file", required=False, metavar="[FILE]")(call)
+            many = argument in shown and _looks(shown[argument]).get("multiple")
+            name = f"[{argument.upper()}]"
+            call = click.argument("bare", nargs=-1 if many else 1, required=False, metavar=name)(
+                call
+            )
         return click.command(cls=RecipeCommand, recipe=recipe)(call)
 
     return decorate
+
+
+def command_line() -> str:
+    """The command that runs, as it was typed."""
+    return click.get_current_context().meta[COMMAND_LINE]
 
 
 def option_names(leaf: Leaf) -> tuple[str, ...]:
@@ -109,8 +132,11 @@ def option_names(leaf: Leaf) -> tuple[str, ...]:
 def _looks(leaf: Leaf) -> dict[str, Any]:
     """Type and help of an option."""
     kind = _kinds(leaf.field.annotation)[0]
-    look: dict[str, Any] = {"default": None, "help": describe(leaf)}
-    if get_origin(leaf.field.annotation) is tuple:
+    default = "" if leaf.flattened else default_text(leaf.field)
+    text = meaning(leaf.field) + (f" Default: {default}." if default else "")
+    look: dict[str, Any] = {"default": None, "help": text}
+    parts = (leaf.field.annotation, *get_args(leaf.field.annotation))
+    if any(get_origin(part) is tuple for part in parts):
         look["multiple"] = True
     if kind is bool:
         return look | {"is_flag": True}
@@ -129,23 +155,26 @@ def _kinds(annotation: Any) -> list[Any]:
     return [annotation] if annotation in (str, int, float, bool) or origin is Literal else []
 
 
+def meaning(field: FieldInfo) -> str:
+    """What a setting is, and in which range."""
+    text = (field.description or "").rstrip(".")
+    return " ".join(f"{part}." for part in (text[:1].upper() + text[1:], *_range(field)) if part)
+
+
+def default_text(field: FieldInfo) -> str:
+    """The default as one would type it; empty if there is none, or nothing is the default."""
+    default = None if field.is_required() else field.get_default(call_default_factory=True)
+    if is_size(field):
+        return as_bytes(default)
+    if isinstance(default, tuple):
+        few = default if len(default) < 8 else (*default[:2], "..", default[-1])
+        return " ".join(map(str, few))
+    return "" if default is None or default is False or default == {} else str(default)
+
+
 def is_size(field: FieldInfo) -> bool:
     """Whether a setting is a number of bytes."""
     return any(mark in field.metadata for mark in get_args(Size)[1:])
-
-
-def describe(leaf: Leaf) -> str:
-    """What a setting is, in which range, and its default."""
-    field = leaf.field
-    text = (field.description or "").rstrip(".") + "."
-    text += "".join(f" {part}." for part in _range(field))
-    default = field.get_default(call_default_factory=True)
-    if leaf.flattened or default in (None, False, "", ()) or field.is_required():
-        return text
-    shown = as_bytes(default) if is_size(field) else str(default)
-    if isinstance(default, tuple):
-        shown = " ".join(map(str, default))
-    return f"{text} Default: {shown}."
 
 
 def _range(field: FieldInfo) -> Iterator[str]:

@@ -41,7 +41,6 @@ HELP = {
     "nc": "For non_iid: classes per client.",
     "allow_missing_classes": "For non_iid: leave classes out if need be.",
     "alpha": "For dirichlet: small is uneven.",
-    "dirichlet_form": "hsu (equal sizes) or label.",
     "aggregator": "Any method of `deltafl rules`.",
     "client_weights": "What a rule weighs clients by: examples or uniform.",
     "server_optimizer": "sgd, fedadam, fedyogi or fedadagrad.",
@@ -66,7 +65,6 @@ HELP = {
     "eval_every": "Rounds between validations.",
     "patience": "Validations without a gain after which to stop.",
     "mixed_precision": "no or bf16.",
-    "engine": "sequential or vmap (clients stacked, for small models).",
     "client": "Your own client, module:attr.",
     "seed": "Of everything that is random.",
 }
@@ -100,7 +98,7 @@ def task_options(command: Any) -> Any:
             "--model",
             "--base",
             "model",
-            help="Folder, hub id, module:attr, or vit:hidden=..,layers=.. .",
+            help="Folder, hub id, module:attr, or a config.json for a new one.",
         ),
         click.option(
             "--data",
@@ -239,10 +237,10 @@ def load_encoder_of(held: Mapping[str, Any]) -> Any:
 
 def load_task_of(held: Mapping[str, Any], encoder: Any, seed: int) -> Any:
     """The task that the settings name, in the size that the encoder takes, with the validation split of a seed."""
-    from deltafl.tasks import load_task
+    from deltafl.tasks.arrays import load_arrays
 
     size, channels = encoder.input.image_size, encoder.input.channels
-    return load_task(
+    return load_arrays(
         held["data"],
         image_size=size,
         channels=channels,

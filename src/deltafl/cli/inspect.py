@@ -6,50 +6,38 @@ from typing import Any
 import click
 
 from deltafl.checkpoints.readahead import reading_ahead
-from deltafl.cli.merge import merge_options, outside, read_recipe
-from deltafl.cli.options import ManyValues, progress_by_bytes, table
+from deltafl.cli.command import quiet, recipe_command
+from deltafl.cli.merge import load_recipe, outside
+from deltafl.cli.progress import drawn_progress
+from deltafl.cli.text import table
+from deltafl.files import atomic_folder, check_output, write_files
 from deltafl.merge.plan import plan_merge
+from deltafl.merge.recipe import DeltaRecipe, MergeRecipe
 
 
-@click.command(cls=ManyValues)
-@click.argument("recipe", required=False)
-@merge_options
-@click.option("--out", default=None, help="A folder for report.html, figure.png and inspect.json.")
-@click.option("--overwrite", is_flag=True, help="Replace an existing output.")
-@click.option("--quiet", is_flag=True, help="No progress.")
-def inspect(
-    recipe: str | None, out: str | None, overwrite: bool, quiet: bool, **options: Any
-) -> None:
+@recipe_command(MergeRecipe, argument="config", load=load_recipe, only=DeltaRecipe)
+@quiet
+def inspect(recipe: MergeRecipe, quiet: bool) -> None:
     """How much fine-tunes of one base differ, and which rule that suggests.
 
     \b
     deltafl inspect --base B --models M1 M2 ... --out DIR
     """
-    from deltafl.files import check_output
-
-    plan = plan_merge(read_recipe(recipe, options).spec())
-    if out is not None:
-        from deltafl.merge.run import refuse_inputs_as_output
-
-        refuse_inputs_as_output(plan, Path(out))
-        check_output(out, overwrite=overwrite)
-    total, size = plan.num_elements * len(plan.sources), plan.bytes_read / plan.passes
-    with reading_ahead([f for layout in (plan.base, *plan.layouts.values()) for f in layout.files]):
-        from deltafl.merge.inputs import open_updates
+    plan = plan_merge(recipe)
+    if recipe.out is not None:
+        plan.refuse_as_output(recipe.out)
+        check_output(recipe.out, overwrite=recipe.overwrite)
+    with reading_ahead(plan.files):
+        from deltafl.merge.inputs import open_updates  # torch, while the files are read
         from deltafl.merge.inspect import inspect_models
 
-        with (
-            progress_by_bytes("reading", size, quiet=quiet) as advance,
-            open_updates(plan) as opened,
-        ):
-            result = inspect_models(
-                plan, opened, lambda count: advance(count * size / max(total, 1))
-            )
+        with drawn_progress(quiet=quiet) as show, open_updates(plan) as opened:
+            result = inspect_models(plan, opened, show)
     click.echo(text(result))
     click.echo("\n".join(outside(plan)))
-    if out is not None:
-        write(result, out, overwrite)
-        click.echo(f"report: {Path(out) / 'report.html'}")
+    if recipe.out is not None:
+        write(result, recipe.out, recipe.overwrite)
+        click.echo(f"report: {Path(recipe.out) / 'report.html'}")
 
 
 def text(result: dict[str, Any]) -> str:
@@ -82,7 +70,6 @@ def text(result: dict[str, Any]) -> str:
 
 def write(result: dict[str, Any], out: str, overwrite: bool) -> None:
     """report.html, figure.png, inspect.json, whole or not at all."""
-    from deltafl.files import atomic_folder, write_files
     from deltafl.report import inspect_page, page_files
     from deltafl.training.record import write_json
 

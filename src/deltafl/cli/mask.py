@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 SETTINGS = (
     "sparsity_ratio", "mask_strategy", "mask_scope", "calibration", "calibration_rounds", "calibration_examples",
     "attenuate", "fisher_labels", "fisher_draws", "num_clients", "participation_rate", "sharding", "nc",
-    "allow_missing_classes", "alpha", "dirichlet_form", "head", "few_shot", "mixed_precision", "seed",
+    "allow_missing_classes", "alpha", "head", "few_shot", "mixed_precision", "seed",
 )  # fmt: skip
 """What of a federated recipe decides its mask."""
 
@@ -119,8 +119,6 @@ def make(held: dict[str, Any], recipe: FederatedRecipe) -> tuple["Mask", dict[st
     assert made is not None
     settings = {"base": held["model"], "task": task.name, "limit": held["limit"]}
     settings |= {name: getattr(recipe, name) for name in SETTINGS}
-    if recipe.sharding != "dirichlet":
-        del settings["dirichlet_form"]
     told = {
         name: value for name, value in settings.items() if value is not None and value is not False
     }

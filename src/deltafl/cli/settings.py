@@ -53,14 +53,14 @@ def read_settings(
     """
     from pydantic import create_model
 
-    from deltafl.merge.recipe import Strict, load_yaml, parse
+    from deltafl.recipes import Recipe, load_yaml, parse
 
     hints = get_type_hints(recipe)
     known: dict[str, Any] = {
         f.name: (hints[f.name], f.default if f.default is not MISSING else f.default_factory())  # type: ignore[misc]
         for f in fields(recipe)
     }
-    kind = create_model("Settings", __base__=Strict, **known, **extra)  # type: ignore[call-overload]
+    kind = create_model("Settings", __base__=Recipe, **known, **extra)  # type: ignore[call-overload]
     held = dict(defaults or {}) | (load_yaml(config) if config else {})
     held |= {k: v for k, v in given.items() if v is not None}
     lacking = [name for name, (_, default) in extra.items() if default is ... and name not in held]

@@ -58,7 +58,7 @@ def study_keys() -> dict[str, tuple[Any, Any]]:
     """The same as keys of a YAML file: name -> type, default."""
     defaults = StudyOptions()
     return {
-        name: (list[kind] if several else kind | None, list(value) if several else value)
+        name: (tuple[kind, ...] if several else kind | None, value)
         for name, kind, several in _kinds()
         for value in [getattr(defaults, name)]
     }
@@ -141,7 +141,7 @@ def make_study(
 
 def check_data(study: Any, names: Sequence[str], image_size: int, channels: int) -> None:
     """Raise DeltaflError with what is wrong with any data set of the studies, before anything is written."""
-    from deltafl.tasks import load_task
+    from deltafl.tasks.arrays import load_arrays
 
     specs = [*study.tasks]
     specs += [study.control] if "negation" in names else []
@@ -156,7 +156,7 @@ def check_data(study: Any, names: Sequence[str], image_size: int, channels: int)
     found, problems = {}, []
     for spec in dict.fromkeys(specs):
         try:
-            found[spec] = load_task(spec, **look, data_dir=study.data_dir)
+            found[spec] = load_arrays(spec, **look, data_dir=study.data_dir)
         except DeltaflError as error:
             problems += error.problems
     by_name: dict[str, list[str]] = {}

@@ -134,7 +134,7 @@ def suite(
     if quick and full:
         raise DeltaflError("--quick and --full are two sizes; give one of them")
     chosen = names_of(names, (*SUITES, *STUDY_NAMES))
-    from deltafl.merge.recipe import load_yaml
+    from deltafl.recipes import load_yaml
 
     options = {k: v for k, v in options.items() if v not in (None, ())}
     explicit = (load_yaml(config) if config else {}) | options
@@ -266,9 +266,9 @@ def run_suites(
 def _bundled_task(held: dict[str, Any]) -> Any:
     """The task in the size of the base model that is not there yet."""
     from deltafl.experiments.quickstart import IMAGE_SIZE
-    from deltafl.tasks import load_task
+    from deltafl.tasks.arrays import load_arrays
 
-    return load_task(
+    return load_arrays(
         held["data"], image_size=IMAGE_SIZE, channels=1, seed=held["seed"], limit=held["limit"]
     )
 

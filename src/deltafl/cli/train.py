@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     "--base",
     "--model",
     "base",
-    help="Folder, hub id, module:attr, or vit:hidden=..,layers=.. for a new one.",
+    help="Folder, hub id, module:attr, or a config.json for a new one.",
 )
 @click.option(
     "--data", help="The task: digits, a folder, a name (cifar100), hub:owner/name, module:attr."
@@ -81,7 +81,7 @@ def finetune(
     """
     from deltafl.files import check_output
     from deltafl.models import load_encoder
-    from deltafl.tasks import load_task
+    from deltafl.tasks.arrays import load_arrays
     from deltafl.training import FinetuneRecipe
     from deltafl.training import finetune as run
 
@@ -93,7 +93,7 @@ def finetune(
         check_output(held["out"], overwrite=overwrite)
     encoder = load_encoder(held["base"])
     size, channels = encoder.input.image_size, encoder.input.channels
-    task = load_task(
+    task = load_arrays(
         held["data"],
         image_size=size,
         channels=channels,
@@ -175,7 +175,7 @@ def evaluate(
     """
     from deltafl.files import write_atomically
     from deltafl.models import load_encoder
-    from deltafl.tasks import load_task
+    from deltafl.tasks.arrays import load_arrays
     from deltafl.training import evaluate as run
 
     rows = []
@@ -183,7 +183,7 @@ def evaluate(
         encoder = load_encoder(model)
         size, channels = encoder.input.image_size, encoder.input.channels
         chosen = _trained_seed(model) if seed is None else seed
-        task = load_task(data, image_size=size, channels=channels, seed=chosen, data_dir=data_dir)
+        task = load_arrays(data, image_size=size, channels=channels, seed=chosen, data_dir=data_dir)
         found = run(
             encoder,
             task,
@@ -214,14 +214,14 @@ def _settings(config: str | None, options: dict[str, Any]) -> dict[str, Any]:
     """
     from pydantic import create_model
 
-    from deltafl.merge.recipe import Strict, load_yaml, parse
+    from deltafl.recipes import Recipe, load_yaml, parse
     from deltafl.training import FinetuneRecipe
 
     hints = get_type_hints(FinetuneRecipe)
     recipe: dict[str, Any] = {f.name: (hints[f.name], f.default) for f in fields(FinetuneRecipe)}
     kind = create_model(
         "FinetuneConfig",
-        __base__=Strict,
+        __base__=Recipe,
         base=(str, ...),
         data=(str, ...),
         data_dir=(str | None, None),

@@ -1,8 +1,7 @@
 """The whole story on scikit-learn's digits, offline: pre-train, fine-tune, merge, search, test once."""
 
-import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,16 +9,27 @@ from typing import Any, TypeAlias
 
 import torch
 
-from deltafl.experiments.one_shot import SearchSpec, TaskModel, run_search
-from deltafl.merge.plan import MergeSpec, Model
-from deltafl.models import load_encoder
-from deltafl.models.heads import HEAD_FILE
-from deltafl.models.pretrained import new_vit
+from deltafl.experiments.one_shot import run_search
+from deltafl.merge.search_recipe import SearchRecipe
+from deltafl.models import HEAD_FILE, load_encoder, new_net
+from deltafl.models.encoder import encoder_of
 from deltafl.seeding import keyed_generator
-from deltafl.tasks import load_task
+from deltafl.tasks.arrays import load_arrays
 from deltafl.training import FinetuneRecipe, finetune
 
 IMAGE_SIZE = 16
+
+BASE = {
+    "model_type": "vit",
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 256,
+    "patch_size": 4,
+    "image_size": IMAGE_SIZE,
+    "num_channels": 1,
+}
+"""The model to begin with, as transformers names its settings."""
 
 
 @dataclass(frozen=True)
@@ -37,15 +47,6 @@ TASKS = (
     Finetune("mirrored", 1e-4, 240),
     Finetune("outlined", 3e-4, 160),
 )
-
-METHODS: Sequence[tuple[str, dict[str, Any]]] = (
-    ("task_arithmetic", {}),
-    ("fednova", {}),
-    ("fedgma", {}),
-    ("median", {}),
-    ("cclip", {}),
-)
-"""Every rule of arXiv 2411.18607; rho of fedgma and cclip has its default grid."""
 
 LAMBDAS = tuple(round(0.1 * i, 1) for i in range(1, 11))
 
@@ -84,27 +85,18 @@ def _story(folder: Path, seed: int, on_stage: OnStage) -> dict[str, Any]:
     pretrain(folder / "base", seed, on_stage)
     for task in TASKS:
         fine_tune(folder, task, seed, on_stage)
-    rows = itertools.count(1)
     return run_search(
-        search_spec(folder, seed),
+        search_recipe(folder, seed),
         folder / "merged",
-        on_row=lambda row, total: on_stage("search on validation", next(rows), total),
+        on_progress=lambda p: on_stage(p.name, p.done, p.total),
     )
 
 
 def pretrain(out: Path, seed: int, on_stage: OnStage) -> None:
     """A small ViT, trained with its head on the pre-training half of the plain digits."""
     generator = keyed_generator(seed, "base")
-    encoder = new_vit(
-        hidden=64,
-        layers=3,
-        heads=4,
-        patch=4,
-        image_size=IMAGE_SIZE,
-        channels=1,
-        generator=generator,
-    )
-    task = load_task("digits:pretrain", image_size=IMAGE_SIZE, channels=1, seed=seed)
+    encoder = encoder_of(new_net(BASE, generator))
+    task = load_arrays("digits:pretrain", image_size=IMAGE_SIZE, channels=1, seed=seed)
     recipe = FinetuneRecipe(
         steps=800, lr=1e-3, batch_size=32, head="linear", train_head=True, seed=seed
     )
@@ -120,7 +112,7 @@ def pretrain(out: Path, seed: int, on_stage: OnStage) -> None:
 
 def fine_tune(folder: Path, task: Finetune, seed: int, on_stage: OnStage) -> None:
     """One fine-tune of the base on one variant of the digits, with the base's head, frozen."""
-    data = load_task(f"digits:{task.variant}", image_size=IMAGE_SIZE, channels=1, seed=seed)
+    data = load_arrays(f"digits:{task.variant}", image_size=IMAGE_SIZE, channels=1, seed=seed)
     head = str(folder / "base" / HEAD_FILE)
     recipe = FinetuneRecipe(steps=task.steps, lr=task.lr, batch_size=32, head=head, seed=seed)
     encoder = load_encoder(folder / "base")
@@ -134,13 +126,11 @@ def fine_tune(folder: Path, task: Finetune, seed: int, on_stage: OnStage) -> Non
     )
 
 
-def search_spec(folder: Path, seed: int) -> SearchSpec:
+def search_recipe(folder: Path, seed: int) -> SearchRecipe:
     """The search over all rules of the paper."""
-    models = tuple(Model(str(folder / "models" / t.variant), t.variant) for t in TASKS)
-    return SearchSpec(
-        merge=MergeSpec(str(folder / "base"), models, "task_arithmetic"),
-        models=tuple(TaskModel(m, f"digits:{m.name}") for m in models),
-        methods=tuple(METHODS),
-        lambdas=LAMBDAS,
-        seed=seed,
+    models = [
+        {"path": str(folder / "models" / t.variant), "data": f"digits:{t.variant}"} for t in TASKS
+    ]
+    return SearchRecipe.of(
+        base=str(folder / "base"), models=models, scaling_coefs=LAMBDAS, seed=seed
     )

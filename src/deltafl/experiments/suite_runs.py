@@ -12,10 +12,10 @@ from deltafl.algebra.tensors import device_named
 from deltafl.errors import DeltaflError
 from deltafl.experiments.federated_suites import Cell
 from deltafl.federated import federate
-from deltafl.federated.sharding import Sharding, shard
+from deltafl.federated.sharding import ShardingRecipe, shard
 from deltafl.models import LoadedEncoder
 from deltafl.seeding import keyed_generator
-from deltafl.tasks import Task
+from deltafl.tasks.arrays import Task
 from deltafl.training.record import read_rows
 from deltafl.training.state import run_config
 from deltafl.training.tensorboard import write_rows
@@ -49,17 +49,17 @@ def preflight(suites: Mapping[str, Sequence[Cell]], task: Task, device: str | No
     """
     if device is not None:
         device_named(device)
-    shardings: dict[tuple[int, int, Sharding], str] = {}
+    shardings: dict[tuple[ShardingRecipe, int], str] = {}
     for name, cells in suites.items():
         for cell in cells:
             r = cell.recipe
             if r.client is not None:
                 find_callable(r.client, "client")
-            shardings.setdefault((r.num_clients, r.seed, r.shards()), f"{name}, {cell.name}")
+            shardings.setdefault((r.shards(), r.seed), f"{name}, {cell.name}")
     problems = []
-    for (num_clients, seed, sharding), where in shardings.items():
+    for (sharding, seed), where in shardings.items():
         try:
-            shard(task.train.labels.cpu(), num_clients, sharding, keyed_generator(seed, "shards"))
+            shard(task.train.labels.cpu(), sharding, keyed_generator(seed, "shards"))
         except DeltaflError as error:
             problems += [f"{where}: {problem}" for problem in error.problems]
     if problems:

@@ -1,10 +1,10 @@
 """What a client does in a round: take the server's parameters, train on its own samples, return an update."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -64,17 +64,6 @@ class Client(Protocol):
     """
 
     def __call__(self, params: Tensors, mask: Mask | None, round: Round) -> Update: ...
-
-
-@runtime_checkable
-class GroupClient(Client, Protocol):
-    """A client object that may be given all chosen clients of a round at once."""
-
-    def train_all(
-        self, params: Tensors, mask: Mask | None, rounds: Sequence[Round]
-    ) -> Sequence[Update]:
-        """One update for each of `rounds`, in that order."""
-        ...
 
 
 class LocalTraining:

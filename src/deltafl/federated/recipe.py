@@ -5,14 +5,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deltafl.errors import DeltaflError, did_you_mean
-from deltafl.federated.sharding import SHARDINGS, Dirichlet, Iid, NonIid, Sharding
+from deltafl.federated.sharding import ShardingRecipe
 from deltafl.rules.rule import Rule, Source, build_rule, check_rule, load_rules, parameters
 from deltafl.sparse.calibration import KINDS
 from deltafl.sparse.masks import MASK_STRATEGIES
 from deltafl.training.recipe import PRECISIONS
 from deltafl.training.step import SCHEDULES
 
-ENGINES = ("sequential", "vmap")
 LOCAL_ALGORITHMS = ("sgd", "fedprox", "scaffold")
 SERVER_OPTIMIZERS = ("sgd", "fedadam", "fedyogi", "fedadagrad")
 AUGMENTATIONS = ("none", "flip", "crop_flip")
@@ -28,15 +27,14 @@ class FederatedRecipe:
     num_clients K; participation_rate C; local_steps J; local_steps_spread S >= 1: a client's own number of steps is
     J S^u, u uniform in [-1, 1] and keyed by the client; batch_size, lr, momentum, weight_decay, nesterov, grad_clip,
     label_smoothing: of local SGDM; lr_schedule: over rounds. local_algorithm: sgd, fedprox (prox_mu) or scaffold.
-    sharding: iid, non_iid (nc, allow_missing_classes) or dirichlet (alpha, dirichlet_form). aggregator with
+    sharding: iid, non_iid (nc, allow_missing_classes) or dirichlet (alpha). aggregator with
     aggregator_params: any registered rule; client_weights: what it weighs clients by. server_optimizer with server_lr,
     server_momentum (None: 0 for sgd, 0.9 for the adaptive ones), server_beta2, server_tau (arXiv 2003.00295). head:
     ridge (Fed3R, from sums of the clients' statistics), probe (logistic regression), linear (random), zero-shot (CLIP;
     templates: a file of prompts) or a file; it is frozen unless train_head. sparsity_ratio: share of frozen
     coordinates; mask_*, calibration_* and fisher_* say how they are chosen, mask_file is a mask that `deltafl mask`
     wrote. eval_every: rounds between validations; patience: validations without a gain after which the run ends.
-    engine: sequential, one client after the other, or vmap, all of a round stacked (`StackedTraining` says what that
-    serves). client: a user's own, `module:attr`.
+    client: a user's own, `module:attr`.
     """
 
     num_clients: int = 100
@@ -59,7 +57,6 @@ class FederatedRecipe:
     nc: int | None = None
     allow_missing_classes: bool = False
     alpha: float | None = None
-    dirichlet_form: str = "hsu"
     aggregator: str = "fedavg"
     aggregator_params: Mapping[str, Any] = field(default_factory=dict)
     client_weights: str = "examples"
@@ -85,7 +82,6 @@ class FederatedRecipe:
     eval_every: int = 1
     patience: int | None = None
     mixed_precision: str = "no"
-    engine: str = "sequential"
     client: str | None = None
     seed: int = 0
 
@@ -93,7 +89,6 @@ class FederatedRecipe:
         """What is wrong with the values, one line each."""
         chosen = self.clients_per_round
         rules = (
-            (self.num_clients >= 1, f"num_clients must be 1 or more, not {self.num_clients}"),
             (
                 0 < self.participation_rate <= 1,
                 f"participation_rate must be in (0, 1], not {self.participation_rate}",
@@ -127,14 +122,6 @@ class FederatedRecipe:
                 self.local_algorithm != "scaffold"
                 or (self.momentum == 0 and self.weight_decay == 0),
                 "scaffold's control variates are those of plain SGD; set momentum and weight_decay to 0",
-            ),
-            (
-                self.sharding != "non_iid" or self.nc is not None,
-                "sharding non_iid needs nc, the classes of a client",
-            ),
-            (
-                self.sharding != "dirichlet" or self.alpha is not None,
-                "sharding dirichlet needs alpha",
             ),
             (self.server_lr > 0, f"server_lr must be positive, not {self.server_lr}"),
             (
@@ -175,8 +162,6 @@ class FederatedRecipe:
                     ("lr_schedule", self.lr_schedule, SCHEDULES),
                     ("augment", self.augment, AUGMENTATIONS),
                     ("local_algorithm", self.local_algorithm, LOCAL_ALGORITHMS),
-                    ("sharding", self.sharding, tuple(SHARDINGS)),
-                    ("dirichlet_form", self.dirichlet_form, ("hsu", "label")),
                     ("client_weights", self.client_weights, CLIENT_WEIGHTS),
                     ("server_optimizer", self.server_optimizer, SERVER_OPTIMIZERS),
                     ("mask_strategy", self.mask_strategy, tuple(MASK_STRATEGIES)),
@@ -184,15 +169,15 @@ class FederatedRecipe:
                     ("calibration", self.calibration, KINDS),
                     ("fisher_labels", self.fisher_labels, FISHER_LABELS),
                     ("mixed_precision", self.mixed_precision, PRECISIONS),
-                    ("engine", self.engine, ENGINES),
                 )
             ),
         )
         problems = [problem for good, problem in rules if not good]
-        try:
-            self.rule()
-        except DeltaflError as error:
-            problems += error.problems
+        for check in (self.rule, self.shards):
+            try:
+                check()
+            except DeltaflError as error:
+                problems += error.problems
         return problems or self._conflicts()
 
     def _conflicts(self) -> list[str]:
@@ -208,23 +193,8 @@ class FederatedRecipe:
                 self.mask_file is None or self.sparsity_ratio == 0,
                 "mask_file is a finished mask, and sparsity_ratio asks for another; give one of them",
             ),
-            *(
-                (self.engine != "vmap", f"engine vmap does not serve {what}; use engine sequential")
-                for what in self.needs_sequential()
-            ),
         )
         return [problem for good, problem in rules if not good]
-
-    def needs_sequential(self) -> list[str]:
-        """What of the recipe `--engine vmap` does not serve."""
-        wrong = {
-            f"local_algorithm {self.local_algorithm}": self.local_algorithm != "sgd",
-            "a mask": self.sparse,
-            "train_head": self.train_head,
-            f"mixed_precision {self.mixed_precision}": self.mixed_precision != "no",
-            "a client of your own": self.client is not None,
-        }
-        return [what for what, is_wrong in wrong.items() if is_wrong]
 
     @property
     def clients_per_round(self) -> int:
@@ -266,12 +236,12 @@ class FederatedRecipe:
             )
             check_rule(self.rule(), [source] * self.clients_per_round)
 
-    def shards(self) -> Sharding:
+    def shards(self) -> ShardingRecipe:
         """The sharding with its parameters."""
-        if self.sharding == "non_iid":
-            assert self.nc is not None
-            return NonIid(self.nc, self.allow_missing_classes)
-        if self.sharding == "dirichlet":
-            assert self.alpha is not None
-            return Dirichlet(self.alpha, self.dirichlet_form)  # type: ignore[arg-type]
-        return Iid()
+        return ShardingRecipe.of(
+            num_clients=self.num_clients,
+            sharding=self.sharding,
+            nc=self.nc,
+            allow_missing_classes=self.allow_missing_classes,
+            alpha=self.alpha,
+        )

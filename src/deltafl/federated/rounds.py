@@ -13,7 +13,7 @@ from deltafl.algebra.aggregate import Aggregate
 from deltafl.algebra.deltas import Update
 from deltafl.algebra.tensors import Tensors, blocks, lazy
 from deltafl.errors import DeltaflError, shorten
-from deltafl.federated.client import Client, ClientUpdate, GroupClient, LocalTraining, Round
+from deltafl.federated.client import Client, ClientUpdate, LocalTraining, Round
 from deltafl.federated.controls import Controls
 from deltafl.federated.recipe import FederatedRecipe
 from deltafl.federated.server import ServerState, choose_clients, round_lr, server_step, steps_of
@@ -112,21 +112,11 @@ def _trained(
     state: ServerState, world: World, chosen: Sequence[int]
 ) -> Iterator[tuple[int, Tensor | None, Update, float]]:
     """Each chosen client, its own control variate, its update and the seconds that it took, in the order of `chosen`:
-    trained one after the other, several at a time, or all in one.
+    trained one after the other, or several at a time.
     """
-    number, client = state.round + 1, world.client
+    number = state.round + 1
     owns = (_own_control(world, state.control, k, state.control_rounds) for k in chosen)
-    if isinstance(client, GroupClient):
-        held = list(owns)
-        started = time.perf_counter()
-        parts = [
-            _part(world, number, k, state.control, own) for k, own in zip(chosen, held, strict=True)
-        ]
-        updates = client.train_all(state.params, world.mask, parts)
-        seconds = (time.perf_counter() - started) / len(chosen)
-        for k, own, update in zip(chosen, held, updates, strict=True):
-            yield k, own, update, seconds
-    elif world.workers is not None:
+    if world.workers is not None:
         for k, own, (update, seconds) in zip(
             chosen, owns, world.workers.train(state, chosen), strict=True
         ):

@@ -21,7 +21,6 @@ from deltafl.federated.saving import save_model, save_update
 from deltafl.federated.server import ServerState
 from deltafl.federated.setup import MASK_FILE, STATE_FILE, Setting, make_shards, set_up
 from deltafl.federated.sharding import describe
-from deltafl.federated.stacked import StackedTraining
 from deltafl.federated.state import StateWriter
 from deltafl.federated.workers import count_workers
 from deltafl.files import atomic_folder, check_output
@@ -136,11 +135,10 @@ def _new_record(
 
 
 def make_client(setting: Setting) -> Client:
-    """Who trains: a user's own client, all clients stacked, or one after the other."""
-    parts, recipe = (setting.model, setting.head, setting.recipe), setting.recipe
-    if recipe.client is not None and recipe.engine == "sequential":
-        return find_callable(recipe.client, "client")(*parts)
-    return StackedTraining(*parts) if recipe.engine == "vmap" else LocalTraining(*parts)
+    """Who trains: a user's own client or ours."""
+    own = setting.recipe.client
+    make = LocalTraining if own is None else find_callable(own, "client")
+    return make(setting.model, setting.head, setting.recipe)
 
 
 def make_world(setting: Setting, state: ServerState, client: Client, controls: Controls) -> World:

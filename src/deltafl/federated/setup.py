@@ -98,7 +98,7 @@ def _initial(model: FlatModel, head: LinearHead, recipe: FederatedRecipe) -> Ser
 def make_shards(task: Task, recipe: FederatedRecipe) -> tuple[Tensor, ...]:
     """Rows of the training split for each client; a function of (seed, sharding), as `deltafl shards` shows them."""
     generator = keyed_generator(recipe.seed, "shards")
-    return shard(task.train.labels.cpu(), recipe.num_clients, recipe.shards(), generator)
+    return shard(task.train.labels.cpu(), recipe.shards(), generator)
 
 
 def make_head(
@@ -128,14 +128,14 @@ def make_head(
             from deltafl.models.probe import probe_head
 
             rows = torch.cat(list(shards)).sort().values
-            head = probe_head(features[rows], labels[rows], val, val_labels, names)
+            head = LinearHead.of(probe_head(features[rows], labels[rows], val, val_labels, names))
         else:
             total = None
             for rows in _known(shards, labels, recipe):
                 own = RidgeStatistics.of(features[rows], labels[rows], len(names))
                 total = own if total is None else total + own
             assert total is not None
-            head = ridge_head(total, val, val_labels, names)
+            head = LinearHead.of(ridge_head(total, val, val_labels, names))
     elif recipe.head == ZERO_SHOT:
         head = zero_shot_for(model.encoder, task, recipe.templates, model.device)
     else:

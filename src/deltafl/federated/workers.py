@@ -42,7 +42,6 @@ def count_workers(asked: int | None, recipe: FederatedRecipe, device: torch.devi
     if asked is not None and asked < 1:
         raise DeltaflError(f"workers must be 1 or more, not {asked}")
     reasons = {
-        f"engine {recipe.engine} trains all clients in one": recipe.engine != "sequential",
         f"they are for CPUs, and the device is {device}": device.type != "cpu",
         f"they need Linux, and this is {sys.platform}": sys.platform != "linux",
         "torch does not train in forked processes where there is a GPU": torch.cuda.is_available(),

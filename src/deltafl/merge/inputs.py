@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from deltafl.algebra.aggregate import Weights, as_weights
+from deltafl.algebra.aggregate import Weights
 from deltafl.algebra.deltas import CachedBlocks, Difference, Update
 from deltafl.algebra.tensors import Joined, Tensors, device_named, lazy
 from deltafl.checkpoints.checkpoint import (
@@ -39,8 +39,8 @@ def open_updates(plan: Plan, memory: int = 0) -> Iterator[Opened]:
 
     Raises DeltaflError if a tied tensor does not equal its twin.
     """
-    spec = plan.spec
-    device = device_named(spec.device)
+    recipe = plan.recipe
+    device = device_named(recipe.device)
     in_memory = (
         plan.base.num_bytes + sum(layout.num_bytes for layout in plan.layouts.values()) <= memory
     )
@@ -55,7 +55,7 @@ def open_updates(plan: Plan, memory: int = 0) -> Iterator[Opened]:
         files = opened(plan.base)
         tuned = {name: opened(layout) for name, layout in plan.layouts.items()}
         refuse_untied(plan.alignment, files, tuned)
-        wide = spec.exact or any(e.dtype == "F64" for e in entries_of(files).values())
+        wide = recipe.exact or any(e.dtype == "F64" for e in entries_of(files).values())
         dtype = torch.float64 if wide else torch.float32
         base = CachedBlocks(files, dtype, device)
         names = plan.alignment.names
@@ -64,10 +64,8 @@ def open_updates(plan: Plan, memory: int = 0) -> Iterator[Opened]:
             model, pairs = tuned[source.name], names[source.name]
             merged = Joined({n: (model, pairs[n]) for n in plan.alignment.merged})
             updates.append(Update(Difference(base, merged, dtype), source))
-        default = as_weights(spec.weights, len(updates)).default
-        weights = as_weights(Weights(default, spec.weight_patterns), len(updates))
         whole = {name: _completed(files, model, names[name]) for name, model in tuned.items()}
-        yield Opened(base, dtype, tuple(updates), weights, whole)
+        yield Opened(base, dtype, tuple(updates), recipe.model_weights, whole)
 
 
 def _completed(base: Tensors, tuned: Tensors, names: Mapping[str, str]) -> Joined:

@@ -14,6 +14,7 @@ from deltafl.algebra.streaming import Piece, chunks, in_order, length
 from deltafl.checkpoints.naming import canonical
 from deltafl.merge.inputs import Opened, large_deltas
 from deltafl.merge.plan import Plan, read_training
+from deltafl.progress import OnProgress, counted, ignore
 from deltafl.rules.rule import Source
 
 LAYER = re.compile(r"^(?:.*?\.)?(?:layers?|blocks?|h|resblocks)\.\d+(?=\.)")
@@ -90,10 +91,10 @@ def cosines(gram: Tensor) -> Tensor:
     return gram / lengths[:, None] / lengths[None, :]
 
 
-def inspect_models(
-    plan: Plan, opened: Opened, on_elements: Callable[[int], None] = lambda count: None
-) -> dict[str, Any]:
+def inspect_models(plan: Plan, opened: Opened, on_progress: OnProgress = ignore) -> dict[str, Any]:
     """Everything that `deltafl inspect` tells, as plain values."""
+    elements, size = plan.num_elements * len(plan.sources), plan.bytes_read // plan.passes
+    on_elements = counted(on_progress, "reading", elements, size)
     geometry = measure(Deltas(opened.updates, opened.weights), plan.threads, on_elements)
     gram = geometry.total
     names = [s.name for s in plan.sources]

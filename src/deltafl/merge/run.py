@@ -15,21 +15,22 @@ from deltafl.algebra.aggregate import Aggregate, Stepped, Weights, sum_scale
 from deltafl.checkpoints import layout as layouts
 from deltafl.checkpoints.checkpoint import DTYPES, entries_of
 from deltafl.checkpoints.writing import copy_companions, plan_shards, write_tensors
-from deltafl.errors import DeltaflError
 from deltafl.files import atomic_folder
 from deltafl.merge.inputs import Opened, large_deltas, open_updates
-from deltafl.merge.plan import MergeSpec, Plan
+from deltafl.merge.plan import Plan
+from deltafl.merge.recipe import MergeRecipe
+from deltafl.progress import OnProgress, counted, ignore
 from deltafl.rules.weights import first_match
 from deltafl.version import __version__
 
 
-def step_scale(spec: MergeSpec, weights: Weights) -> Callable[[str], float]:
+def step_scale(recipe: MergeRecipe, weights: Weights) -> Callable[[str], float]:
     """What multiplies the mean-scale update of a tensor: server_lr, by default 1, or lambda's equivalent."""
-    given = spec.server_lr if spec.scaling_coef is None else spec.scaling_coef
+    given = recipe.server_lr if recipe.scaling_coef is None else recipe.scaling_coef
 
     def scale(name: str) -> float:
-        number = first_match(name, spec.scale_patterns, 1.0 if given is None else given)
-        return number if spec.scaling_coef is None else sum_scale(weights, number)(name)
+        number = first_match(name, recipe.scale_patterns.items(), 1.0 if given is None else given)
+        return number if recipe.scaling_coef is None else sum_scale(weights, number)(name)
 
     return functools.cache(scale)
 
@@ -39,18 +40,20 @@ def run_merge(
     out: str | Path,
     *,
     overwrite: bool = False,
-    on_elements: Callable[[int], None] = lambda count: None,
+    on_progress: OnProgress = ignore,
 ) -> dict[str, Any]:
     """Merge and write the directory `out`, whole or not at all; returns what deltafl.json records.
 
-    on_elements: told how many delta elements more have been visited, of `num_elements * n * passes`.
+    on_progress: told of bytes that were read.
 
     Raises:
         DeltaflError: bad input that only shows while reading (NaN, a file that changed); `out` exists.
         OSError: the disk is full, or fails.
     """
-    spec = plan.spec
-    refuse_inputs_as_output(plan, Path(out))
+    recipe, n = plan.recipe, len(plan.sources)
+    elements = plan.num_elements * n * plan.passes
+    on_elements = counted(on_progress, "merging", elements, plan.bytes_read)
+    plan.refuse_as_output(out)
     with atomic_folder(out, overwrite=overwrite) as folder, open_updates(plan) as opened:
         aggregate = Aggregate(
             plan.rule,
@@ -60,11 +63,10 @@ def run_merge(
             threads=plan.threads,
             on_elements=on_elements,
         )
-        dtype = DTYPES[spec.dtype] if spec.dtype else None
-        scale = step_scale(spec, opened.weights)
+        dtype = DTYPES[recipe.stored_dtype] if recipe.stored_dtype else None
+        scale = step_scale(recipe, opened.weights)
         stepped = Stepped(opened.base, aggregate, scale, dtype=dtype)
-        shards = plan_shards(entries_of(opened.base), spec.dtype, spec.max_shard_size)
-        n = len(opened.updates)
+        shards = plan_shards(entries_of(opened.base), recipe.stored_dtype, recipe.max_shard_size)
         write_tensors(
             stepped,
             shards,
@@ -76,7 +78,7 @@ def run_merge(
         if any(
             (plan.base.folder / mark).exists() for mark in ("config.json", "deltafl_model.json")
         ):
-            copy_companions(plan.base.folder, folder, spec.dtype)
+            copy_companions(plan.base.folder, folder, recipe.stored_dtype)
         warnings = large_deltas(
             opened
         )  # only now that all is in the page cache: its reads here and there would wait
@@ -85,33 +87,20 @@ def run_merge(
     return record
 
 
-def refuse_inputs_as_output(plan: Plan, out: Path) -> None:
-    """Raise DeltaflError if writing `out` would touch an input."""
-    target = out.resolve()
-    for layout in (plan.base, *plan.layouts.values()):
-        source = layout.folder.resolve()
-        if target == source or target in source.parents:
-            raise DeltaflError(
-                f'--out "{out}" is, or holds, the input "{layout.ref}"; choose another folder'
-            )
-
-
 def describe(
     plan: Plan, opened: Opened, aggregate: Aggregate, warnings: Sequence[str]
 ) -> dict[str, Any]:
     """The record of a merge: inputs by identity, rule, parameters, both scales, what was left out, versions."""
-    spec, total = plan.spec, sum(map(abs, opened.weights.default))
-    if spec.scaling_coef is not None:
-        server_lr = total * spec.scaling_coef
+    recipe, total = plan.recipe, sum(map(abs, opened.weights.default))
+    if recipe.scaling_coef is not None:
+        server_lr = total * recipe.scaling_coef
     else:
-        server_lr = 1.0 if spec.server_lr is None else spec.server_lr
+        server_lr = 1.0 if recipe.server_lr is None else recipe.server_lr
     inputs = [plan.base, *(plan.layouts[s.name] for s in plan.sources)]
     with ThreadPoolExecutor(
         plan.threads
     ) as pool:  # hashing leaves the interpreter's lock to others
-        base, *models = pool.map(
-            functools.partial(layouts.identity, full_hash=spec.full_hash), inputs
-        )
+        base, *models = pool.map(functools.partial(layouts.identity, full_hash=recipe.hash), inputs)
     return {
         "deltafl": __version__,
         "base": base,
@@ -119,18 +108,18 @@ def describe(
             {**own, "source": dataclasses.asdict(s)}
             for own, s in zip(models, plan.sources, strict=True)
         ],
-        "method": spec.method,
-        "params": dict(spec.params),
+        "method": recipe.method,
+        "params": dict(recipe.params),
         "server_lr": server_lr,
-        "scaling_coef": server_lr / total if total else spec.scaling_coef,
-        "scale_patterns": [list(pair) for pair in spec.scale_patterns],
+        "scaling_coef": server_lr / total if total else recipe.scaling_coef,
+        "scale_patterns": [list(pair) for pair in recipe.scale_patterns.items()],
         "weights": list(opened.weights.default),
         "weight_patterns": [[pattern, list(row)] for pattern, row in opened.weights.patterns],
-        "scope": spec.scope,
-        "include": list(spec.include),
-        "exclude": list(spec.exclude),
-        "dtype": spec.dtype,
-        "exact": spec.exact,
+        "scope": recipe.scope,
+        "include": list(recipe.include),
+        "exclude": list(recipe.exclude),
+        "dtype": recipe.stored_dtype,
+        "exact": recipe.exact,
         "merged_tensors": len(plan.alignment.merged),
         "merged_elements": plan.num_elements,
         "copied": plan.alignment.copied,

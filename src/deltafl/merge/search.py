@@ -29,15 +29,13 @@ from deltafl.merge.scores import (
     metric_value,
     single_scores,
 )
+from deltafl.merge.search_recipe import LAMBDAS
 from deltafl.rules.rule import Rule
 
 __all__ = [
-    "LAMBDAS", "STRATEGIES", "Goal", "Metric", "Problem", "Row", "Scorer", "SearchResult", "Working", "check_methods",
+    "STRATEGIES", "Goal", "Metric", "Problem", "Row", "Scorer", "SearchResult", "Working", "check_methods",
     "check_strategy", "curves", "grid_of", "metric_value", "search", "test_once", "test_singles",
 ]  # fmt: skip
-
-LAMBDAS = tuple(round(0.05 * i, 2) for i in range(1, 41))
-"""The grid of arXiv 2411.18607."""
 
 STRATEGIES = ("exhaustive", "racing")
 

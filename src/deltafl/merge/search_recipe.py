@@ -1,157 +1,117 @@
 """The recipe of `deltafl search`."""
 
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from deltafl.errors import DeltaflError
-from deltafl.experiments.one_shot import SearchSpec, TaskModel
-from deltafl.experiments.quickstart import METHODS
-from deltafl.merge.recipe import MergeRecipe, ModelEntry, Strict, check_params, parse_size
-from deltafl.merge.search import LAMBDAS, Row, check_strategy
-from deltafl.models.heads import ZERO_SHOT
+from deltafl.merge.recipe import DeltaRecipe, MergeRecipe, ModelEntry
+from deltafl.recipes import Incidental, Recipe, Size
+from deltafl.rules.parameters import RuleGrids, RuleParameters
+
+LAMBDAS = tuple(round(0.05 * i, 2) for i in range(1, 41))
+"""The grid of arXiv 2411.18607."""
+
+METHODS = ("task_arithmetic", "fednova", "fedgma", "median", "cclip")
+"""Every rule of arXiv 2411.18607."""
 
 
-class SearchEntry(ModelEntry):
-    """One entry of `models:`: a fine-tune, the data of its task, and its head if that is not in its folder."""
+class TaskModel(ModelEntry):
+    """A fine-tuned model and the task that it is judged on."""
 
-    data: str
-    head: str | None = None
-
-
-class SearchRecipe(Strict):
-    """`deltafl search RECIPE.yaml`.
-
-    methods: names, or mappings with `method` and its parameters, of which each may be a list; default: every rule of
-    arXiv 2411.18607. grid "default": scaling_coefs multiply the sum of deltas for all methods; "paper": each method's
-    own convention. strategy "racing": drop a candidate as soon as a bound of this confidence says that it cannot win;
-    each_method: within its method, so that the best of every method is exact.
-    templates: a file of prompts for the zero-shot heads. fixed: row of the table -> method, scaling_coef and
-    parameters of a candidate that is tested as it is, beside what the search chooses. reference: row of the table ->
-    mean test accuracy in percent that was published, shown beside ours; a name that no row has is a row of its own.
-    """
-
-    base: str
-    models: list[SearchEntry] = Field(min_length=1)
-    methods: list[str | dict[str, Any]] | None = Field(None, min_length=1)
-    scaling_coefs: list[float] = Field(list(LAMBDAS), min_length=1)
-    grid: Literal["default", "paper"] = "default"
-    metric: Literal["normalized", "absolute"] = "normalized"
-    strategy: str = "exhaustive"
-    confidence: float = 0.95
-    each_method: bool = False
-    weights: list[float] | None = None
-    scope: str = ""
-    include: list[str] = Field([])
-    exclude: list[str] = Field([])
-    device: str = "cpu"
-    threads: int = Field(0, ge=0)
-    memory: int | str = "8GB"
-    batch_size: int = Field(256, ge=1)
-    seed: int | None = None
-    data_dir: str | None = None
-    templates: str | None = None
-    fixed: dict[str, dict[str, Any]] = Field({})
-    reference: dict[str, Annotated[float, Field(ge=0, le=100)]] = Field({})
-    allow_other_base: bool = False
-    out: str | None = None
-    overwrite: bool = False
-
-    def spec(self) -> SearchSpec:
-        """What the library takes. Raises DeltaflError with every mistake."""
-        check_strategy(self.strategy, self.confidence)
-        if self.templates is not None and not any(entry.head == ZERO_SHOT for entry in self.models):
-            raise DeltaflError(
-                "templates: are about the zero-shot head; give models that have head: zero-shot"
-            )
-        plain = MergeRecipe(
-            base=self.base,
-            models=[ModelEntry(**e.model_dump(exclude={"data", "head"})) for e in self.models],
-            **self.model_dump(
-                include={
-                    "weights",
-                    "scope",
-                    "include",
-                    "exclude",
-                    "device",
-                    "threads",
-                    "allow_other_base",
-                }
-            ),
-        ).spec()
-        models = zip(plain.models, self.models, strict=True)
-        return SearchSpec(
-            merge=replace(plain, scaling_coef=None),
-            models=tuple(TaskModel(model, entry.data, entry.head) for model, entry in models),
-            methods=tuple(_methods(self.methods)),
-            lambdas=tuple(self.scaling_coefs),
-            native_scale=self.grid == "paper",
-            metric=self.metric,
-            strategy=self.strategy,
-            confidence=self.confidence,
-            each_method=self.each_method,
-            memory=_memory(self.memory),
-            batch_size=self.batch_size,
-            seed=self.seed,
-            data_dir=self.data_dir,
-            templates=self.templates,
-            fixed=tuple(_fixed(self.fixed)),
-        )
+    data: str = Field(description="The task, as `deltafl finetune --data` takes one.")
+    head: str | None = Field(
+        None,
+        description="A head.safetensors, or zero-shot: of the base, a CLIP model. Default: in its folder.",
+    )
 
 
-def _fixed(entries: dict[str, dict[str, Any]]) -> list[tuple[str, Row]]:
-    """(name, candidate) of each entry. Raises DeltaflError."""
-    found, problems = [], []
-    for name, entry in entries.items():
-        coefficient = entry.get("scaling_coef")
-        if not isinstance(coefficient, int | float) or isinstance(coefficient, bool):
-            problems.append(f"fixed.{name}: scaling_coef must be a number, not {coefficient!r}")
-            continue
-        try:
-            ((method, params),) = _methods(
-                [{k: v for k, v in entry.items() if k != "scaling_coef"}]
-            )
-            found.append((name, Row(method, params, float(coefficient), 0.0)))
-        except DeltaflError as error:
-            problems += [f"fixed.{name}: {p.removeprefix('methods: ')}" for p in error.problems]
-    if problems:
-        raise DeltaflError(*problems)
-    return found
+class MethodEntry(Recipe):
+    """A rule with its parameters; a list is a grid."""
+
+    method: str = Field(description="The rule (see `deltafl rules`).")
+    params: RuleGrids = Field({}, description="Its parameters, each a value or a list of values.")
 
 
-def _memory(size: int | str) -> int:
-    """Bytes; 0: hold nothing, read again. Raises DeltaflError."""
-    if str(size).strip() == "0":
-        return 0
-    try:
-        return parse_size(size)
-    except DeltaflError as error:
-        raise DeltaflError(
-            *(f"memory: {p.removeprefix('max_shard_size: ')}" for p in error.problems)
-        ) from None
+class FixedEntry(Recipe):
+    """A candidate that is tested as it is."""
+
+    method: str = Field(description="The rule (see `deltafl rules`).")
+    params: RuleParameters = Field({}, description="Parameters of the rule, beside its name.")
+    scaling_coef: float = Field(description="The scale of the sum of deltas, lambda.")
 
 
-def _methods(entries: list[str | dict[str, Any]] | None) -> list[tuple[str, dict[str, Any]]]:
-    """(name, parameters) of each entry; a list among the parameters is a grid. Raises DeltaflError."""
-    if entries is None:
-        return [(name, dict(params)) for name, params in METHODS]
-    found, problems = [], []
-    for entry in entries:
-        held = {"method": entry} if isinstance(entry, str) else dict(entry)
-        name = held.pop("method", None)
-        if not isinstance(name, str):
-            problems.append(
-                f"methods: {entry!r} does not say which method it is; write {{method: NAME, ...}}"
-            )
-            continue
-        try:
-            for key, value in held.items():
-                for one in value if isinstance(value, list) else [value]:
-                    check_params({key: one})
-        except DeltaflError as error:
-            problems += [f"methods: {name}: {p}" for p in error.problems]
-        found.append((name, held))
-    if problems:
-        raise DeltaflError(*problems)
-    return found
+class SearchRecipe(DeltaRecipe):
+    """Methods, their parameters and coefficients, chosen on validation data."""
+
+    models: tuple[TaskModel, ...] = Field(
+        min_length=1, description="The fine-tuned models, each with its task."
+    )
+    methods: tuple[str | MethodEntry, ...] = Field(
+        METHODS,
+        min_length=1,
+        description="Names, or in a file {method: NAME, ...} with parameters, where a list is a grid.",
+    )
+    scaling_coefs: tuple[float, ...] = Field(
+        LAMBDAS, min_length=1, description="Values of lambda, the scale of the sum of deltas."
+    )
+    grid: Literal["default", "paper"] = Field(
+        "default",
+        description="Convention of the values; paper: as server_lr for rules whose paper averages.",
+    )
+    metric: Literal["normalized", "absolute"] = Field(
+        "normalized",
+        description="Mean over tasks of scores: divided by that of the task's own model, or as they are.",
+    )
+    strategy: Literal["exhaustive", "racing"] = Field(
+        "exhaustive", description="Evaluate all, or race: drop early what cannot win."
+    )
+    confidence: float = Field(
+        0.95, gt=0, lt=1, description="Probability with which a race keeps the best candidate."
+    )
+    each_method: bool = Field(
+        False, description="Race within each method, so that the best of each is exact."
+    )
+    memory: Annotated[Size, Incidental] = Field(
+        8_000_000_000,
+        description="Hold the checkpoints in memory if they fit into this, else read them again. 0: never.",
+    )
+    batch_size: Annotated[int, Incidental] = Field(
+        256, ge=1, description="Examples in one step of an evaluation."
+    )
+    seed: int | None = Field(
+        None,
+        description="Of the validation splits. Default: the one that each model was trained with.",
+    )
+    data_dir: Annotated[str | None, Incidental] = Field(
+        None, description="The folder that holds tasks by name. Default: they come from the hub."
+    )
+    templates: str | None = Field(
+        None, description="Prompts for zero-shot heads: a file, one on each line, {} for the class."
+    )
+    fixed: dict[str, FixedEntry] = Field(
+        {}, description="Row of the table: a candidate that is tested as it is, not searched."
+    )
+    reference: dict[str, Annotated[float, Field(ge=0, le=100)]] = Field(
+        {}, description="Row of the table: published mean test score in percent, shown beside ours."
+    )
+
+    def problems(self) -> Iterator[str]:
+        """What does not fit the models."""
+        yield from super().problems()
+        if self.templates is not None and not any(m.head == "zero-shot" for m in self.models):
+            yield "templates: are about the zero-shot head; give models that have head: zero-shot"
+
+    @property
+    def grids(self) -> list[tuple[str, Mapping[str, Any]]]:
+        """(method, parameters) of what is searched; a list among the parameters is a grid."""
+        return [
+            (entry.method, entry.params) if isinstance(entry, MethodEntry) else (entry, {})
+            for entry in self.methods
+        ]
+
+    def merge(self, method: str = "task_arithmetic", **settings: Any) -> MergeRecipe:
+        """The merge of these models by one candidate."""
+        shared = {name: value for name, value in self if name in DeltaRecipe.model_fields}
+        models = tuple(m.model_dump(include={*ModelEntry.model_fields}) for m in self.models)
+        return MergeRecipe.of(**shared | {"models": models, "method": method} | settings)

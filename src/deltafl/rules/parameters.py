@@ -5,7 +5,7 @@ from typing import Annotated, Any, TypeAlias
 
 from pydantic.fields import FieldInfo
 
-from deltafl.recipes import Flattened, OneOf
+from deltafl.recipes import Flattened
 from deltafl.rules.rule import load_rules, parameters
 
 
@@ -29,8 +29,15 @@ def rule_fields() -> dict[str, FieldInfo]:
     return fields
 
 
-RuleName: TypeAlias = Annotated[str, OneOf(load_rules)]
-"""The name of a rule."""
+def rule_grids() -> dict[str, FieldInfo]:
+    """As `rule_fields`, where a list of values stands for each of them."""
+    kinds: dict[str, Any] = {key: field.annotation for key, field in rule_fields().items()}
+    grids: dict[str, Any] = {key: kind | list[kind] for key, kind in kinds.items()}
+    return {key: FieldInfo(annotation=grid) for key, grid in grids.items()}
+
 
 RuleParameters: TypeAlias = Annotated[dict[str, Any], Flattened(rule_fields)]
 """Parameters of a rule: name -> value, for `build_rule`; in a file and on the command line beside its name."""
+
+RuleGrids: TypeAlias = Annotated[dict[str, Any], Flattened(rule_grids)]
+"""Parameters of a rule, each one value or a list of values to choose from."""

@@ -1,7 +1,20 @@
-"""Data sets: each family turns what a user names into a `Task`."""
+"""Tasks: what a user names as data, in the one form in which everything trains and judges."""
 
-from deltafl.tasks import digits  # noqa: F401  (registers the family)
-from deltafl.tasks.arrays import Split, Task
+from deltafl.tasks import digits as digits  # registers its family
+from deltafl.tasks.images import Images, ImageTask
+from deltafl.tasks.inputs import ImageInput, TextInput
+from deltafl.tasks.lines import LineTask
 from deltafl.tasks.loading import load_task
+from deltafl.tasks.recipe import DataRecipe
+from deltafl.tasks.task import Task
 
-__all__ = ["Split", "Task", "load_task"]
+__all__ = [
+    "DataRecipe",
+    "ImageInput",
+    "ImageTask",
+    "Images",
+    "LineTask",
+    "Task",
+    "TextInput",
+    "load_task",
+]

@@ -1,11 +1,16 @@
-"""The one form in which every data set is used."""
+"""The old form of tasks, for rooms that have not been ported; goes when all are."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from deltafl.tasks.images import Images, ImageTask
+from deltafl.tasks.inputs import ImageInput
+from deltafl.tasks.loading import load_task
+from deltafl.tasks.recipe import DataRecipe
+from deltafl.tasks.task import Task as AnyTask
 
 
 @dataclass(frozen=True)
@@ -40,3 +45,25 @@ def image_task(task: Task) -> ImageTask:
     parts = {"train": task.train, "val": task.val, "test": task.test}
     splits = {split: Images(part.images, part.labels) for split, part in parts.items()}
     return ImageTask(task.name, splits, task.class_names)
+
+
+def arrays_of(task: AnyTask) -> Task:
+    """The same data in the old form."""
+    assert isinstance(task, ImageTask)
+    parts = {split: Split(part.images, part.labels) for split, part in task.splits.items()}
+    return Task(task.name, **parts, class_names=task.class_names)
+
+
+def load_arrays(
+    spec: str,
+    *,
+    image_size: int,
+    channels: int = 3,
+    seed: int = 0,
+    limit: int | None = None,
+    data_dir: str | Path | None = None,
+) -> Task:
+    """`load_task` in the old form."""
+    recipe = DataRecipe.of(data=spec, data_dir=data_dir and str(data_dir), limit=limit)
+    task = load_task(recipe, ImageInput(image_size, channels), seed)
+    return arrays_of(task)

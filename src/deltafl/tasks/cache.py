@@ -1,34 +1,43 @@
-"""Decoded tasks on disk: written once, complete or not at all, memory-mapped ever after.
+"""Arrays on disk: written once, complete or not at all, memory-mapped ever after.
 
-An entry is a folder named by the sha256 of what it holds (content of the source, geometry, selection of rows). It
-is built under a temporary name and renamed when all of it is on disk; `entry.json` lists the sha256 of every array,
-and an array is read only after that was checked. A check is remembered by path, size and modification time, so a
-warm start reads no image twice.
+An entry is a folder named by the sha256 of what its arrays are made of. It is built under a
+temporary name and renamed when all of it is on disk; `entry.json` holds the sha256 of the arrays,
+which are read only after that was checked. A check is remembered by path, size and modification
+time, so a warm start reads no image twice.
 """
 
 import hashlib
-import io
-import itertools
 import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from deltafl.errors import DeltaflError
 from deltafl.files import sync_folder, write_atomically
-from deltafl.tasks.arrays import Split, Task
 
 log = logging.getLogger(__name__)
 
-SPLITS = ("train", "val", "test")
+FORMAT = 2
+"""Raise it when the bytes that an entry should hold change: old entries are then not found."""
+
+
+class Array(NamedTuple):
+    """An array that comes in parts along its first axis."""
+
+    shape: tuple[int, ...]
+    dtype: type[np.generic]
+    parts: Iterable[np.ndarray]
+
+
+Made = tuple[dict[str, Any], Mapping[str, Array]]
+"""What can be written as JSON, and arrays by name, none of them empty."""
 
 
 def default_cache_dir() -> Path:
@@ -50,88 +59,93 @@ def content_hash(files: Sequence[Path], cache_dir: Path) -> str:
         DeltaflError: a file cannot be read.
     """
     paths = [path.resolve() for path in files]
-    stats = [path.stat() for path in paths]
-    seen = key_of(
-        {"files": [(str(p), s.st_size, s.st_mtime_ns) for p, s in zip(paths, stats, strict=True)]}
-    )
-    memo = cache_dir / "hashes" / seen
+    seen = [(str(p), s.st_size, s.st_mtime_ns) for p in paths for s in [p.stat()]]
+    memo = cache_dir / "hashes" / key_of({"files": seen})
     if memo.is_file() and len(known := memo.read_text()) == 64:
         return known
+    total = _hash(paths)
+    write_atomically(memo, total.encode())
+    return total
+
+
+def _hash(paths: Sequence[Path]) -> str:
     root = os.path.commonpath([path.parent for path in paths])
     digests = {}
     for path in paths:
         try:
             with path.open("rb") as file:
-                digests[os.path.relpath(path, root)] = hashlib.file_digest(
-                    file, "sha256"
-                ).hexdigest()
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise DeltaflError(
                 f'"{path}" cannot be read: {error.strerror}. Check its permissions.'
             ) from error
-    total = key_of(digests)
-    write_atomically(memo, total.encode())
-    return total
+        digests[os.path.relpath(path, root)] = digest
+    return key_of(digests)
 
 
-def read(cache_dir: Path, key: str) -> Task | None:
-    """The task of an entry, its images memory-mapped; None where there is no entry or not an intact one."""
-    entry = cache_dir / key
+def kept(
+    parts: Mapping[str, Any], make: Callable[[Path], Made]
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """What `make(scratch)` gives, its arrays memory-mapped: out of the cache, if it was made of the
+    same `parts` before. `scratch` is a folder that lasts until the arrays are written.
+
+    Another process that makes the same entry at the same time does no harm: the first stays.
+
+    Raises:
+        DeltaflError: the cache folder cannot be written, or does not give back what was written.
+    """
+    folder = default_cache_dir()
+    entry = folder / key_of({**parts, "format": FORMAT})
+    if (found := _read(entry, folder)) is None:
+        with writing_to(folder), TemporaryDirectory(dir=folder) as temporary:
+            scratch, new = Path(temporary) / "scratch", Path(temporary) / "entry"
+            scratch.mkdir()
+            new.mkdir()
+            _write(new, *make(scratch))
+            try:
+                os.rename(new, entry)
+            except OSError:
+                if not entry.is_dir():
+                    raise
+            sync_folder(folder)
+        log.info("made %s", entry)
+        found = _read(entry, folder)
+    if found is None:
+        raise DeltaflError(
+            f'cache folder "{folder}" does not give back what was written. Is the disk failing?'
+        )
+    return found
+
+
+def _read(entry: Path, folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
+    """An entry; None where there is none or not an intact one."""
     if not entry.is_dir():
         return None
     try:
-        about = json.loads((entry / "entry.json").read_text())
-        if content_hash([entry / name for name in about["files"]], cache_dir) != key_of(
-            about["files"]
-        ):
+        kept = json.loads((entry / "entry.json").read_text())
+        if content_hash(sorted(entry.glob("*.npy")), folder) != kept["sha256"]:
             raise ValueError("not the bytes that were written")
-        splits = {split: _read_split(entry, split) for split in SPLITS}
-        return Task(about["name"], **splits, class_names=tuple(about["class_names"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, DeltaflError) as error:
+        # Copy-on-write: torch wants writable memory, and nobody's write may reach the file.
+        arrays = {p.stem: np.load(p, mmap_mode="c") for p in entry.glob("*.npy")}
+        return kept["about"], arrays
+    except (OSError, ValueError, KeyError, TypeError, DeltaflError) as error:
         log.warning("cache entry %s is damaged (%s); it is made again", entry, error)
         shutil.rmtree(entry)
         return None
 
 
-def _read_split(entry: Path, split: str) -> Split:
-    # Copy-on-write: torch wants writable memory, and nobody's write may reach the file.
-    images = np.load(entry / f"{split}_images.npy", mmap_mode="c")
-    return Split(torch.from_numpy(images), torch.from_numpy(np.load(entry / f"{split}_labels.npy")))
-
-
-def write(
-    cache_dir: Path,
-    key: str,
-    name: str,
-    class_names: tuple[str, ...],
-    splits: Mapping[str, tuple[np.ndarray, Iterable[np.ndarray]]],
-    shape: tuple[int, int, int],
-) -> None:
-    """Store a task: `splits` maps each of "train", "val", "test" to labels int64 (N,) and batches uint8 (n, *shape).
-
-    Another process that makes the same entry at the same time does no harm: the first one to finish stays.
-
-    Raises:
-        DeltaflError: the cache folder cannot be written.
-    """
-    with writing_to(cache_dir), TemporaryDirectory(dir=cache_dir) as temporary:
-        entry = Path(temporary) / "entry"
-        entry.mkdir()
-        files = {}
-        for split, (labels, batches) in splits.items():
-            for file, length, item, parts in (
-                (f"{split}_labels.npy", labels.shape, np.int64, [labels]),
-                (f"{split}_images.npy", (len(labels), *shape), np.uint8, batches),
-            ):
-                files[file] = _write_array(entry / file, length, np.dtype(item), parts)
-        about = {"name": name, "class_names": class_names, "files": files}
-        write_atomically(entry / "entry.json", json.dumps(about, indent=1).encode())
-        try:
-            os.rename(entry, cache_dir / key)
-        except OSError:
-            if not (cache_dir / key).is_dir():
-                raise
-        sync_folder(cache_dir)
+def _write(entry: Path, about: dict[str, Any], arrays: Mapping[str, Array]) -> None:
+    for name, array in arrays.items():
+        header = {"descr": np.dtype(array.dtype).str, "fortran_order": False, "shape": array.shape}
+        # Plain writes: a disk that fills up under a memory map kills the process instead of raising.
+        with (entry / f"{name}.npy").open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for part in array.parts:
+                file.write(np.ascontiguousarray(part).data)
+            file.flush()
+            os.fsync(file.fileno())
+    kept = {"about": about, "sha256": _hash(sorted(entry.glob("*.npy")))}
+    write_atomically(entry / "entry.json", json.dumps(kept).encode())
 
 
 @contextmanager
@@ -145,25 +159,3 @@ def writing_to(cache_dir: Path) -> Iterator[None]:
             f'cache folder "{cache_dir}" cannot be written: {error.strerror or error}. '
             "Free some space, or name another folder in DELTAFL_CACHE."
         ) from error
-
-
-def _write_array(
-    path: Path, shape: tuple[int, ...], dtype: np.dtype, batches: Iterable[np.ndarray]
-) -> str:
-    """Write an .npy file batch by batch, sync it, and return its sha256."""
-    header = io.BytesIO()
-    descr = np.lib.format.dtype_to_descr(dtype)
-    np.lib.format.write_array_header_1_0(
-        header, {"descr": descr, "fortran_order": False, "shape": shape}
-    )
-    digest = hashlib.sha256()
-    # Plain writes: a disk that fills up under a memory map kills the process instead of raising.
-    with path.open("wb") as file:
-        for part in itertools.chain(
-            [header.getvalue()], (np.ascontiguousarray(b).data for b in batches)
-        ):
-            digest.update(part)
-            file.write(part)
-        file.flush()
-        os.fsync(file.fileno())
-    return digest.hexdigest()

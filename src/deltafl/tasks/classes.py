@@ -1,12 +1,10 @@
 """A task of some of the classes: what divides one data set among several fine-tunes."""
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from deltafl.errors import DeltaflError
-from deltafl.tasks.arrays import Split, Task
+from deltafl.tasks.task import SPLITS, Task
 
 
 def class_groups(classes: int, parts: int, generator: torch.Generator) -> list[Tensor]:
@@ -26,19 +24,11 @@ def class_groups(classes: int, parts: int, generator: torch.Generator) -> list[T
 
 
 def only_classes(task: Task, classes: Tensor, name: str) -> Task:
-    """The examples whose label is in `classes`, int64 (n,); labels and class names stay, so that a head fits all parts.
+    """The examples of which `task.groups` is in `classes`, int64 (n,); what there is to tell apart
+    stays, so that one head fits all parts.
 
     Raises:
-        DeltaflError: a split has no such example.
+        DeltaflError: a split has no such example, or the task cannot be divided.
     """
-    splits = {split: _only(getattr(task, split), classes) for split in ("train", "val", "test")}
-    if empty := [split for split, own in splits.items() if not len(own)]:
-        raise DeltaflError(
-            f'task "{name}" has no example in {", ".join(empty)}; take fewer parts or more data'
-        )
-    return replace(task, name=name, **splits)
-
-
-def _only(split: Split, classes: Tensor) -> Split:
-    rows = torch.isin(split.labels, classes).nonzero().flatten()
-    return Split(split.images[rows], split.labels[rows])
+    rows = {split: torch.isin(task.groups(split), classes).nonzero().flatten() for split in SPLITS}
+    return task.only(rows, name)

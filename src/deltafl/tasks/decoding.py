@@ -2,63 +2,45 @@
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from deltafl.errors import DeltaflError
-from deltafl.tasks.source import Encoded, RawSplit
+from deltafl.tasks.inputs import ImageInput
+from deltafl.tasks.raw import Encoded, RawSplit
 
-BATCH = 256
-"""Images decoded between two writes."""
-
-Resize = Literal["crop", "stretch"]
+BATCH = 512
+"""Images decoded between two writes; a thread takes its share at once, for one by one costs 0.03 ms."""
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """The form that a model reads: `channels` (1 or 3) x `size` x `size`.
+def decode(encoded: Encoded, inputs: ImageInput) -> np.ndarray:
+    """One image as uint8 (C, H, W): the short side is brought to `image_size` and the centre taken, as
+    CLIP's and ViT's processors do, by Pillow's bicubic with antialiasing.
 
-    `crop` brings the short side to `size` and takes the centre, as CLIP's and ViT's processors do; `stretch` ignores
-    the aspect ratio. Both are Pillow's bicubic with antialiasing.
+    Raises whatever Pillow raises for a file that is no image.
     """
-
-    size: int
-    channels: int = 3
-    resize: Resize = "crop"
-
-
-def decode(encoded: Encoded, geometry: Geometry) -> np.ndarray:
-    """One image as uint8 (C, H, W). Raises whatever Pillow raises for a file that is no image."""
-    with _open(encoded) as image:
+    if isinstance(encoded, np.ndarray):
+        opened = Image.fromarray(encoded)
+    else:
+        opened = Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded)
+    with opened as image:
         if image.mode.startswith(("I", "F")):
             raise ValueError(f"pixels of mode {image.mode} have more than 8 bits")
         upright = ImageOps.exif_transpose(image)
         if upright.mode == "P" and "transparency" in upright.info:
             upright = upright.convert("RGBA")
-        pixels = np.asarray(
-            _resized(upright.convert("RGB" if geometry.channels == 3 else "L"), geometry)
-        )
+        coloured = upright.convert("RGB" if inputs.channels == 3 else "L")
+        pixels = np.asarray(_resized(coloured, inputs.image_size))
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
-def _open(encoded: Encoded) -> Image.Image:
-    if isinstance(encoded, np.ndarray):
-        return Image.fromarray(encoded)
-    return Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded)
-
-
-def _resized(image: Image.Image, geometry: Geometry) -> Image.Image:
-    size = geometry.size
+def _resized(image: Image.Image, size: int) -> Image.Image:
     if image.size == (size, size):
         return image
-    if geometry.resize == "stretch":
-        return image.resize((size, size), Image.Resampling.BICUBIC)
     short = min(image.size)
     width, height = (size if side == short else size * side // short for side in image.size)
     left, top = (width - size) // 2, (height - size) // 2
@@ -66,30 +48,32 @@ def _resized(image: Image.Image, geometry: Geometry) -> Image.Image:
     return scaled.crop((left, top, left + size, top + size))
 
 
-def decoded(split: RawSplit, rows: np.ndarray, geometry: Geometry) -> Iterator[np.ndarray]:
+def decoded(split: RawSplit, rows: np.ndarray, inputs: ImageInput) -> Iterator[np.ndarray]:
     """The images of `rows` in order, as batches uint8 (n, C, H, W).
 
-    Raises `DeltaflError` with the row and the file of the first image that cannot be decoded.
+    Raises:
+        DeltaflError: an image cannot be decoded; the first such row and its file are named.
     """
 
-    def one(row: int, encoded: Encoded) -> np.ndarray:
-        try:
-            return decode(encoded, geometry)
-        except (
-            OSError,
-            SyntaxError,
-            ValueError,
-            TypeError,
-            AttributeError,
-            Image.DecompressionBombError,
-        ) as error:
-            place = f" ({encoded})" if isinstance(encoded, Path) else ""
-            raise DeltaflError(
-                f"row {row} of {split.where}{place} is not an 8-bit image that can be read: {error}. "
-                "Repair the row or remove it."
-            ) from error
+    def some(items: Sequence[tuple[int, Encoded]]) -> list[np.ndarray]:
+        return [_decoded(row, encoded, split.where, inputs) for row, encoded in items]
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    threads = os.cpu_count() or 1
+    with ThreadPoolExecutor(threads) as pool:
         for start in range(0, len(rows), BATCH):
             batch = rows[start : start + BATCH].tolist()
-            yield np.stack(list(pool.map(one, batch, split.read(batch))))
+            items = list(zip(batch, split.read(batch), strict=True))
+            share = -(-len(items) // threads)
+            parts = pool.map(some, (items[i : i + share] for i in range(0, len(items), share)))
+            yield np.stack([image for part in parts for image in part])
+
+
+def _decoded(row: int, encoded: Encoded, where: str, inputs: ImageInput) -> np.ndarray:
+    try:
+        return decode(encoded, inputs)
+    except Exception as error:  # Pillow's readers raise many kinds
+        place = f" ({encoded})" if isinstance(encoded, Path) else ""
+        raise DeltaflError(
+            f"row {row} of {where}{place} is not an 8-bit image that can be read: {error}. "
+            "Repair the row or remove it."
+        ) from error

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from deltafl.registry import Registry
+from deltafl.tasks.raw import FAMILIES, RawSplit, RawTask, Source
 from deltafl.tasks.selection import stratified
-from deltafl.tasks.source import FAMILIES, RawSplit, RawTask, Source
 
 CANVAS = 16
 

@@ -2,16 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from deltafl.errors import DeltaflError
+from deltafl.tasks.recipe import Augmentation
 from deltafl.tasks.task import SPLITS, Batch, Model, Split, Task, hash_of
 from deltafl.tasks.transforms import random_crop, random_flip
-
-Augmentation = Literal["none", "flip", "crop_flip"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +39,10 @@ class ImageTask(Task):
     A batch is {"images": uint8 (B, C, H, W), "labels": int64 (B,)}; of training, `augment`-ed
     and with {"smoothing": float32 (B,)} where `label_smoothing` is not 0: the target is then
     (1 - s) one-hot + s / K. Score: 1 where the largest logit is the label's, else 0.
+
+    Raises:
+        DeltaflError: a split is missing or empty, its tensors are of another kind, or a label is not
+            below the number of class names.
     """
 
     name: str
@@ -51,6 +53,22 @@ class ImageTask(Task):
 
     metric = "accuracy"
     ratio_scaled = True
+
+    def __post_init__(self) -> None:
+        if missing := [split for split in SPLITS if split not in self.splits]:
+            raise DeltaflError(f'task "{self.name}" has no {missing[0]} split')
+        for split in SPLITS:
+            part, where = self.splits[split], f'split {split} of task "{self.name}"'
+            for name, tensor, dtype, shape in (
+                ("images", part.images, torch.uint8, (len(part), *part.images.shape[-3:])),
+                ("labels", part.labels, torch.int64, (len(part.images),)),
+            ):
+                if tensor.dtype != dtype or tensor.shape != shape:
+                    raise DeltaflError(
+                        f"{where}: {name} are {tensor.dtype} {tuple(tensor.shape)}; images must be "
+                        "uint8 (N, C, H, W), labels int64 (N,), one for each"
+                    )
+            check_labels(part.labels, len(self.class_names), where)
 
     def size(self, split: Split) -> int:
         return len(self.splits[split])
@@ -113,3 +131,16 @@ class ImageTask(Task):
         if torch.device(device).type == "cpu":
             return self
         return replace(self, splits={s: part.to(device) for s, part in self.splits.items()})
+
+
+def check_labels(labels: Tensor, classes: int, where: str) -> None:
+    """Raise DeltaflError if there is no label, or one outside 0 .. `classes` - 1."""
+    if not len(labels):
+        raise DeltaflError(f"{where} is empty. Every split of a task needs examples.")
+    wrong = ((labels < 0) | (labels >= classes)).nonzero().flatten()
+    if len(wrong):
+        raise DeltaflError(
+            f"{where}: the label of row {wrong[0]} is {labels[wrong[0]]}, but there are {classes} "
+            f"class names (0 to {classes - 1}); {len(wrong)} of {len(labels)} labels are outside. "
+            "Correct the labels or the list of class names."
+        )

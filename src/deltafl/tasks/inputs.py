@@ -17,12 +17,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImageInput:
-    """Square images of `image_size` pixels, `(x / 255 - mean) / std` in each channel."""
+    """Square images of `image_size` pixels, `(x / 255 - mean) / std` in each channel; one value
+    stands for all channels.
+    """
 
     image_size: int
-    channels: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    channels: int = 3
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 (B, C, H, W) -> float32 (B, C, H, W), on the images' device, channels last in memory.

@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from deltafl.errors import DeltaflError
 from deltafl.tasks.inputs import TextInput
-from deltafl.tasks.selection import Selection, select
+from deltafl.tasks.recipe import DataRecipe
+from deltafl.tasks.selection import select
 from deltafl.tasks.task import SPLITS, Batch, Model, Split, Task, hash_of
 
 log = logging.getLogger(__name__)
@@ -19,34 +19,47 @@ log = logging.getLogger(__name__)
 IGNORED = -100
 """The label of what is not predicted: padding."""
 
+WORST = -1e6
+"""The score, in nats, of a line whose likelihood under a model is no finite number."""
+
 
 @dataclass(frozen=True, eq=False)
 class Lines:
-    """The token ids of all lines end to end, int32 (T,), where each begins, int64 (N + 1,), and
-    the source of each, int64 (N,).
-    """
+    """The token ids of each line, int64 (T_i,) with T_i >= 2, and its source, int64 (N,)."""
 
-    tokens: Tensor
-    starts: Tensor
+    ids: Sequence[Tensor]
     sources: Tensor
 
     def __len__(self) -> int:
-        return len(self.sources)
+        return len(self.ids)
 
     def at(self, rows: Tensor) -> "Lines":
         """Those at `rows`, int64."""
-        return lines_of([self.line(i) for i in rows.tolist()], self.sources[rows])
-
-    def line(self, row: int) -> Tensor:
-        """Token ids of one line, int64."""
-        return self.tokens[self.starts[row] : self.starts[row + 1]].long()
+        return Lines([self.ids[row] for row in rows.tolist()], self.sources[rows])
 
 
-def lines_of(lines: Sequence[Tensor], sources: Tensor) -> Lines:
-    """`Lines` of token ids line by line."""
-    lengths = torch.tensor([0, *map(len, lines)])
-    tokens = torch.cat([line.int() for line in lines] or [torch.empty(0, dtype=torch.int32)])
-    return Lines(tokens, lengths.cumsum(0), sources)
+def tokenised(texts: Sequence[str], inputs: TextInput, sources: Sequence[int] = ()) -> Lines:
+    """Lines of text, with the tokenizer's BOS token before and its EOS after each where it has them.
+
+    Blank ones are left out, and those longer than the model takes are cut; both are counted in the
+    log. sources: where each line is from; all from one place by default.
+    """
+    tokenizer, kept, ids = inputs.tokenizer, [], []
+    first, last = (
+        [] if token is None else [token]
+        for token in (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    )
+    encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    for row, (text, tokens) in enumerate(zip(texts, encoded, strict=True)):
+        line = torch.tensor([*first, *tokens, *last], dtype=torch.int64)
+        if text.strip() and len(line) > 1:
+            kept.append(row)
+            ids.append(line[: inputs.max_length])
+    cut = sum(len(encoded[row]) + len(first) + len(last) > inputs.max_length for row in kept)
+    if cut or len(kept) < len(texts):
+        blank = len(texts) - len(kept)
+        log.info("%d blank lines left out, %d cut to %d tokens", blank, cut, inputs.max_length)
+    return Lines(ids, torch.tensor(sources or [0] * len(texts))[kept])
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +73,6 @@ class LineTask(Task):
 
     name: str
     splits: Mapping[str, Lines]
-    pad: int
 
     metric = "log-likelihood"
     ratio_scaled = False
@@ -79,10 +91,10 @@ class LineTask(Task):
         device: torch.device | str = "cpu",
         generator: torch.Generator | None = None,
     ) -> Batch:
-        lines = [self.splits[split].line(i) for i in ids.tolist()]
+        lines = [self.splits[split].ids[row] for row in ids.tolist()]
         pad = nn.utils.rnn.pad_sequence
         return {
-            "input_ids": pad(lines, batch_first=True, padding_value=self.pad).to(device),
+            "input_ids": pad(lines, batch_first=True).to(device),
             "attention_mask": pad([torch.ones_like(x) for x in lines], batch_first=True).to(device),
             "labels": pad(lines, batch_first=True, padding_value=IGNORED).to(device),
         }
@@ -96,7 +108,7 @@ class LineTask(Task):
 
     def score(self, model: Model, batch: Batch) -> Tensor:
         sums, counts = self.loss(model, batch)
-        return -sums / counts
+        return torch.nan_to_num(-sums / counts, nan=WORST, neginf=WORST)
 
     def sampled(self, model: Model, batch: Batch, generator: torch.Generator) -> Batch:
         """Each next token drawn from the model's distribution after the true ones before it."""
@@ -108,7 +120,9 @@ class LineTask(Task):
         return {**batch, "labels": labels}
 
     def fingerprint(self) -> str:
-        return hash_of(*(t for s in SPLITS for t in (self.splits[s].tokens, self.splits[s].starts)))
+        lines = [line for split in SPLITS for line in self.splits[split].ids]
+        sizes = [*(self.size(split) for split in SPLITS), *map(len, lines)]
+        return hash_of(torch.cat(lines), torch.tensor(sizes))
 
     def only(self, rows: Mapping[str, Tensor], name: str) -> "LineTask":
         if empty := [split for split in SPLITS if not len(rows[split])]:
@@ -121,52 +135,39 @@ def _logits(model: Model, batch: Batch) -> Tensor:
     return model(input_ids=ids, attention_mask=mask).logits.float()
 
 
-def load_lines(folder: Path, inputs: TextInput, selection: Selection) -> LineTask:
+def load_lines(folder: Path, inputs: TextInput, recipe: DataRecipe, seed: int) -> LineTask:
     """The task of a folder with `train*.txt`, `test*.txt` and perhaps `val*.txt`: a line an example.
 
-    Each file is a source (see `groups`), counted by its name without the split: `train-news.txt` and
-    `test-news.txt` are one. A line begins with the tokenizer's BOS token and ends with its EOS, where
-    it has them; blank lines are left out, longer ones than the model takes are cut, both counted in
-    the log. Val is held out of train where there is none.
+    Each file is a source (see `groups`), known by its name without the split: `train-news.txt` and
+    `test-news.txt` are one. Val is held out of train where there is none.
 
     Raises:
         DeltaflError: no such folder or file, a file that is not UTF-8, a split without a line.
     """
-    files = {s: sorted(folder.glob(f"{s}*.txt")) for s in SPLITS}
-    if missing := [s for s in ("train", "test") if not files[s]]:
+    files = {split: sorted(folder.glob(f"{split}*.txt")) for split in SPLITS}
+    if missing := [split for split in ("train", "test") if not files[split]]:
         raise DeltaflError(
             f'"{folder}" has no {missing[0]}*.txt; lines of text come from train*.txt and test*.txt'
         )
     names = sorted({p.stem.removeprefix(s) for s, paths in files.items() for p in paths})
-    read = {s: _read(files[s], s, names, inputs) for s in SPLITS if files[s]}
-    chosen = select({s: lines.sources.numpy() for s, lines in read.items()}, selection)
-    splits: dict[str, Lines] = {
-        s: read[origin].at(torch.from_numpy(rows)) for s, (origin, rows) in chosen.items()
-    }
-    pad = inputs.tokenizer.pad_token_id
-    return LineTask(folder.name, splits, pad if isinstance(pad, int) else 0)
+    read: dict[str, Lines] = {}
+    for split in (split for split in SPLITS if files[split]):
+        texts, sources = [], []
+        for path in files[split]:
+            lines = _lines(path)
+            texts += lines
+            sources += [names.index(path.stem.removeprefix(split))] * len(lines)
+        read[split] = tokenised(texts, inputs, sources)
+        if not len(read[split]):
+            raise DeltaflError(f'"{folder}": the {split} split has no line of text')
+    labels = {split: lines.sources.numpy() for split, lines in read.items()}
+    chosen = select(labels, seed, recipe.val_fraction, recipe.limit)
+    splits = {s: read[origin].at(torch.from_numpy(rows)) for s, (origin, rows) in chosen.items()}
+    return LineTask(folder.resolve().name, splits)
 
 
-def _read(paths: Sequence[Path], split: Split, names: Sequence[str], inputs: TextInput) -> Lines:
-    lines, sources, blank, cut = [], [], 0, 0
-    first, last = inputs.tokenizer.bos_token_id, inputs.tokenizer.eos_token_id
-    for path in paths:
-        try:
-            texts = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise DeltaflError(f'"{path}" cannot be read as UTF-8 text: {error}') from error
-        for text in texts:
-            ids = inputs.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
-            ids = [*([] if first is None else [first]), *ids, *([] if last is None else [last])]
-            if not text.strip() or len(ids) < 2:
-                blank += 1
-                continue
-            cut += len(ids) > inputs.max_length
-            lines.append(torch.tensor(ids[: inputs.max_length]))
-            sources.append(names.index(path.stem.removeprefix(split)))
-    if not lines:
-        raise DeltaflError(f'"{paths[0].parent}": the {split} split has no line of text')
-    if blank or cut:
-        log.info("%s: %d blank lines left out, %d cut to %d tokens", paths[0].parent, blank, cut,
-                 inputs.max_length)  # fmt: skip
-    return lines_of(lines, torch.from_numpy(np.array(sources, dtype=np.int64)))
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DeltaflError(f'"{path}" cannot be read as UTF-8 text: {error}') from error

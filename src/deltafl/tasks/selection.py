@@ -1,38 +1,33 @@
 """Which rows go where: stratified, seeded, exact in size."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 
-
-@dataclass(frozen=True)
-class Selection:
-    """Val is held out of train where the data have none: min(val_fraction * N, val_most) rows. `limit`: per split."""
-
-    val_fraction: float = 0.1
-    val_most: int = 5000
-    seed: int = 0
-    limit: int | None = None
+MOST_HELD_OUT = 5000
+"""Rows of train that become the validation split, at most."""
 
 
 def select(
-    labels: Mapping[str, np.ndarray], selection: Selection
+    labels: Mapping[str, np.ndarray], seed: int, val_fraction: float = 0.1, limit: int | None = None
 ) -> dict[str, tuple[str, np.ndarray]]:
-    """For each of "train", "val" and "test": the split of the data that it comes from, and its rows, ascending.
+    """For each of "train", "val" and "test": the split of the data that it comes from, and its rows,
+    ascending.
 
-    `labels` holds int64 (N,) for "train", "test" and, where the data have it, "val".
+    labels: int64 (N,) for "train", "test" and, where the data have it, "val"; else
+    min(val_fraction N, `MOST_HELD_OUT`) rows are held out of train. limit: rows of each split, at
+    most, in which every class has its share.
     """
     rows = {split: (split, np.arange(len(own))) for split, own in labels.items()}
     if "val" not in labels:
-        rng = np.random.default_rng([selection.seed, 0])
-        train, val = hold_out(labels["train"], selection.val_fraction, selection.val_most, rng)
+        most = min(round(val_fraction * len(labels["train"])), MOST_HELD_OUT)
+        train, val = hold_out(labels["train"], most, np.random.default_rng([seed, 0]))
         rows |= {"train": ("train", train), "val": ("train", val)}
-    if selection.limit is not None:
+    if limit is not None:
         for number, split in enumerate(("train", "val", "test"), 1):
             origin, own = rows[split]
-            rng = np.random.default_rng([selection.seed, number])
-            rows[split] = origin, own[stratified(labels[origin][own], selection.limit, rng)]
+            rng = np.random.default_rng([seed, number])
+            rows[split] = origin, own[stratified(labels[origin][own], limit, rng)]
     return rows
 
 
@@ -41,8 +36,8 @@ def stratified(
 ) -> np.ndarray:
     """Rows of a random subset in which every class has its share, int64 (count,), ascending.
 
-    Class c gets floor or ceil of n_c * count / N (largest remainders first), and at least `leave` of its rows stay
-    outside. The result is shorter than `count` only where `leave` forces it.
+    Class c gets floor or ceil of n_c * count / N (largest remainders first), and at least `leave` of
+    its rows stay outside. The result is shorter than `count` only where `leave` forces it.
     """
     classes, inverse, sizes = np.unique(labels, return_inverse=True, return_counts=True)
     room = np.maximum(sizes - leave, 0)
@@ -59,8 +54,8 @@ def stratified(
 
 
 def hold_out(
-    labels: np.ndarray, fraction: float, most: int, rng: np.random.Generator
+    labels: np.ndarray, count: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows (train, val) with min(fraction * N, most) rows, at least one, held out; no class is emptied."""
-    val = stratified(labels, max(1, min(round(fraction * len(labels)), most)), rng, leave=1)
+    """Rows (train, val) with `count` rows, at least one, held out; no class is emptied."""
+    val = stratified(labels, max(1, count), rng, leave=1)
     return np.setdiff1d(np.arange(len(labels)), val, assume_unique=True), val

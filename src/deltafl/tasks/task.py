@@ -101,3 +101,43 @@ def hash_of(*parts: Tensor | str) -> str:
         else:
             digest.update(part.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def check_task(task: Task, model: Model, device: torch.device | str = "cpu") -> None:
+    """Judge `model`, which is in eval mode, on two training examples, so that a task of a user's own
+    that breaks a promise is found before anything is trained.
+
+    Raises:
+        DeltaflError: which field of the task is of another shape or dtype, or not finite.
+    """
+    for split in SPLITS:
+        count, groups = task.size(split), task.groups(split)
+        if count < 1 or groups.dtype != torch.int64 or groups.shape != (count,):
+            raise DeltaflError(
+                f'task "{task.name}": size("{split}") is {count}, groups("{split}") is '
+                f"{groups.dtype} {tuple(groups.shape)}; they must be N > 0 and int64 (N,)"
+            )
+    ids = torch.arange(min(2, task.size("train")))
+    batch = task.batch("train", ids, device)
+    for name, tensor in batch.items():
+        if not len(tensor) == len(ids):
+            raise DeltaflError(
+                f'task "{task.name}": batch["{name}"] is {tuple(tensor.shape)}, its first dimension '
+                f"must be {len(ids)}, the examples asked for"
+            )
+    with torch.no_grad():
+        sums, weights = task.loss(model, batch)
+        score = task.score(model, batch)
+    for what, values in (("loss sums", sums), ("loss weights", weights), ("score", score)):
+        check_values(values, len(ids), f'{what} of task "{task.name}"')
+
+
+def check_values(values: Tensor, count: int, what: str) -> None:
+    """Raise DeltaflError if `values` are not `count` finite float numbers."""
+    if not values.is_floating_point() or values.shape != (count,):
+        raise DeltaflError(
+            f"{what} must be float ({count},), one for each example, not "
+            f"{values.dtype} {tuple(values.shape)}"
+        )
+    if len(wrong := (~values.isfinite()).nonzero().flatten()):
+        raise DeltaflError(f"{what}: {values[wrong[0]]} for example {wrong[0]} of {count}")

@@ -1,24 +1,7 @@
-"""Batched image operations on whatever device the images are on. Pure: arguments are never modified."""
-
-from collections.abc import Sequence
+"""Batched augmentation of images, on whatever device they are. Pure: no argument is modified."""
 
 import torch
 from torch import Tensor
-
-
-def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """`(images / 255 - mean) / std`.
-
-    `images` is uint8 (N, C, H, W); `mean` and `std` have C values in units of [0, 1]. Returns float32 (N, C, H, W).
-    """
-    scale = (
-        torch.tensor(std, dtype=torch.float32, device=images.device)
-        .mul(255)
-        .reciprocal()
-        .view(-1, 1, 1)
-    )
-    shift = torch.tensor(mean, dtype=torch.float32, device=images.device).mul(255).view(-1, 1, 1)
-    return (images.to(torch.float32) - shift) * scale
 
 
 def random_crop(images: Tensor, padding: int, generator: torch.Generator) -> Tensor:

@@ -1,49 +1,38 @@
 """`module:attr`: a task made by the user's own code."""
 
-import importlib
-from collections.abc import Callable
-from typing import Any
+from inspect import signature
 
 from deltafl.errors import DeltaflError, did_you_mean
-from deltafl.tasks.arrays import Task
-from deltafl.tasks.source import FAMILIES
-from deltafl.usercode import importable
+from deltafl.tasks.inputs import ImageInput, TextInput
+from deltafl.tasks.raw import FAMILIES
+from deltafl.tasks.task import Task
+from deltafl.usercode import find_callable, importable
 
 
-def user_builder(spec: str) -> Callable[..., Task]:
-    """`attr` of `module`, to be called as `attr(image_size=..., channels=..., seed=...)`.
-
-    The working directory is importable while the module is imported and while the function runs.
+def user_task(spec: str, inputs: ImageInput | TextInput, seed: int) -> Task:
+    """What `attr` of `module` returns, called as `attr(inputs, seed)`; the working directory is
+    importable meanwhile.
 
     Raises:
-        DeltaflError: there is no such module or function; the returned function raises it where the user's function
-            returns no `Task`.
+        DeltaflError: no such module or function, other arguments, or a result that is no `Task`.
     """
-    module_name, _, attr = spec.partition(":")
-    with importable():
-        try:
-            module = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-                raise
-            raise DeltaflError(
-                f'no data set "{spec}": no module "{module_name}" in the working directory, and no registered '
-                f"family of that name; {did_you_mean(module_name, FAMILIES)}"
-            ) from error
-    function = getattr(module, attr, None)
-    if not callable(function):
-        known = [name for name, value in vars(module).items() if callable(value)]
+    try:
+        function = find_callable(spec, "data")
+    except DeltaflError as error:
+        hint = did_you_mean(spec.partition(":")[0], FAMILIES)
+        raise DeltaflError(f"{error}; {hint}") from error
+    try:
+        signature(function).bind(inputs, seed)
+    except TypeError as error:
         raise DeltaflError(
-            f'data set "{spec}": module has no function "{attr}"; {did_you_mean(attr, known)}'
+            f'data "{spec}" is called with (inputs, seed); inputs has image_size and channels, or '
+            f"tokenizer and max_length: {error}"
+        ) from error
+    with importable():
+        task = function(inputs, seed)
+    if not isinstance(task, Task):
+        raise DeltaflError(
+            f'data "{spec}" returned {type(task).__name__}, not a deltafl.tasks.Task; return '
+            'ImageTask(name, {"train": Images(images, labels), "val": .., "test": ..}, class_names)'
         )
-
-    def build(**arguments: Any) -> Task:
-        with importable():
-            task = function(**arguments)
-        if not isinstance(task, Task):
-            raise DeltaflError(
-                f'data set "{spec}" returned a {type(task).__name__}, not a deltafl.tasks.Task.'
-            )
-        return task
-
-    return build
+    return task

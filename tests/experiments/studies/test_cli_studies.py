@@ -15,15 +15,16 @@ import torch
 from checkpoint_files import cli, refused, succeed
 from deltafl.checkpoints.checkpoint import open_tensors
 from deltafl.experiments.studies.merging import settled
-from deltafl.merge.plan import MergeSpec, Model, plan_merge
+from deltafl.merge.plan import plan_merge
+from deltafl.merge.recipe import MergeRecipe
 from deltafl.merge.run import run_merge
-from deltafl.tasks import load_task
+from deltafl.tasks.arrays import load_arrays
 from deltafl.training import evaluate
-from tiny_models import tiny_clip
+from tiny_models import tiny_clip, vit_file
 
 NAMES = ("training-heterogeneity", "data-heterogeneity", "scaling-coef", "negation", "analogy")
 SMALL: tuple[Any, ...] = (
-    "--model", "vit:hidden=16,layers=1,heads=2,patch=4,image_size=8,channels=1", "--tasks", "digits:mirrored",
+    "--model", vit_file(num_hidden_layers=1), "--tasks", "digits:mirrored",
     "digits:thick", "digits:textured", "--control", "digits", "--domains", "digits:mirrored", "digits:thick",
     "--split", "digits", "--lr-values", 2e-3, 1e-3, "--steps-values", 4, 40, "--draws", 1, "--batch-size", 32,
     "--few-shot", 3, "--methods", "fednova", "median", "krum", "--scaling-coefs", 0.1, 0.3, 1.0, "--val-limit", 60,
@@ -70,15 +71,18 @@ def test_a_merge_in_the_table_is_what_merge_and_evaluate_give(done: Path) -> Non
         accuracies.append(settled(search)["median"]["mean"])
         told = max(search["rows"][2:], key=lambda r: r["val"])
         folders = [done / "studies" / "models" / t["model"] for t in search["training"]]
-        models = tuple(Model(str(f), f.name) for f in folders)
         merged = done.parent / f"merged-{seed}"
         coefficient = told["scaling_coef"]
-        spec = MergeSpec(
-            str(done / "base"), models, told["rule"], told["params"], scaling_coef=coefficient
+        recipe = MergeRecipe.of(
+            base=str(done / "base"),
+            models=list(map(str, folders)),
+            method=told["rule"],
+            scaling_coef=coefficient,
+            **told["params"],
         )
-        run_merge(plan_merge(spec), merged)
+        run_merge(plan_merge(recipe), merged)
         for name, folder in zip(search["tasks"], folders, strict=True):
-            task = load_task(name.replace("_", ":"), image_size=8, channels=1, seed=seed)
+            task = load_arrays(name.replace("_", ":"), image_size=8, channels=1, seed=seed)
             whole = evaluate(merged, task, head=folder / "head.safetensors").correct.double()
             assert abs(told["test"][name] - whole.mean()) < 0.15  # 80 of the 200 images
         assert told["mean"] == pytest.approx(sum(told["test"].values()) / 3)
@@ -129,7 +133,7 @@ def test_parts_of_a_data_set_are_trained_on_their_classes_only_and_share_the_hea
     parts = sorted((done / "studies" / "models").glob("digits_?of4*-seed0-*"))
     assert len(parts) == 4
     trainings = [json.loads((part / "training.json").read_text()) for part in parts]
-    whole = load_task("digits", image_size=8, channels=1, seed=0)
+    whole = load_arrays("digits", image_size=8, channels=1, seed=0)
     assert sum(t["num_examples"] for t in trainings) == len(whole.train)
     heads = {(part / "head.safetensors").read_bytes() for part in parts}
     assert len(heads) == 1
@@ -148,7 +152,7 @@ def test_negation_forgets_the_target_within_the_control(done: Path) -> None:
     for point in (p for p in found["points"] if p["way"] == "fine-tuned" and p["seed"] == 0):
         (folder,) = (done / "studies" / "models").glob(f"{point['task']}-lr0.001-steps40-seed0-*")
         whole = evaluate(
-            folder, load_task(point["task"].replace("_", ":"), image_size=8, channels=1, seed=0)
+            folder, load_arrays(point["task"].replace("_", ":"), image_size=8, channels=1, seed=0)
         )
         assert abs(point["target"] - whole.accuracy) < 0.15  # 80 of the 200 images
     assert by_way["base"]["scaling_coef"] == 0
@@ -249,8 +253,8 @@ def test_other_classes_in_the_second_domain_are_refused_before_anything_is_train
 ) -> None:
     (tmp_path / "renamed_domain.py").write_text(
         "from dataclasses import replace\nfrom deltafl.tasks import load_task\n\n\n"
-        "def renamed(image_size, channels, seed):\n"
-        "    task = load_task('digits', image_size=image_size, channels=channels, seed=seed)\n"
+        "def renamed(inputs, seed):\n"
+        "    task = load_task('digits', inputs, seed)\n"
         "    return replace(task, class_names=tuple('abcdefghij'))\n"
     )
     monkeypatch.chdir(tmp_path)
@@ -262,7 +266,7 @@ def test_other_classes_in_the_second_domain_are_refused_before_anything_is_train
 
 def test_another_model_is_refused_on_resume(done: Path) -> None:
     other = [
-        "vit:hidden=8,layers=1,heads=2,patch=4,image_size=8,channels=1" if a == SMALL[1] else a
+        vit_file(num_hidden_layers=1, hidden_size=8, intermediate_size=32) if a == SMALL[1] else a
         for a in SMALL
     ]
     outcome = cli("suite", "scaling-coef", *other, "--resume", "--out", done)
@@ -275,8 +279,8 @@ def test_two_data_sets_of_one_name_are_refused_before_anything_is_trained(
 ) -> None:
     (tmp_path / "two_of_a_name.py").write_text(
         "from deltafl.tasks import load_task\n\n\n"
-        "def one(image_size, channels, seed):\n"
-        "    return load_task('digits', image_size=image_size, channels=channels, seed=seed)\n\n\nother = one\n"
+        "def one(inputs, seed):\n"
+        "    return load_task('digits', inputs, seed)\n\n\nother = one\n"
     )
     monkeypatch.chdir(tmp_path)
     doubled = [
@@ -309,8 +313,8 @@ def test_a_dot_in_a_task_s_name_does_not_mix_up_heads(
 ) -> None:
     (tmp_path / "dotted_task.py").write_text(
         "from dataclasses import replace\nfrom deltafl.tasks import load_task\n\n\n"
-        "def dotted(image_size, channels, seed):\n"
-        "    return replace(load_task('digits', image_size=image_size, channels=channels, seed=seed), name='v1.5')\n"
+        "def dotted(inputs, seed):\n"
+        "    return replace(load_task('digits', inputs, seed), name='v1.5')\n"
     )
     monkeypatch.chdir(tmp_path)
     dotted = ["dotted_task:dotted" if a == "digits:textured" else a for a in SMALL]

@@ -19,7 +19,7 @@ from deltafl.experiments.studies.training_heterogeneity import KINDS, draws
 from deltafl.experiments.studies.trials import random_like
 from deltafl.merge.task_vector import TaskVector
 from deltafl.rules.rule import Source
-from deltafl.tasks import load_task
+from deltafl.tasks.arrays import arrays_of, image_task, load_arrays
 from deltafl.tasks.classes import class_groups, only_classes
 from deltafl.training import FinetuneRecipe
 
@@ -89,8 +89,8 @@ def test_groups_of_classes_part_them_evenly(classes: int, parts: int, seed: int)
 
 
 def test_a_part_of_a_task_has_the_examples_of_its_classes_and_the_head_of_the_whole() -> None:
-    whole = load_task("digits", image_size=8, channels=1)
-    part = only_classes(whole, torch.tensor([2, 7]), "part")
+    whole = load_arrays("digits", image_size=8, channels=1)
+    part = arrays_of(only_classes(image_task(whole), torch.tensor([2, 7]), "part"))
     assert part.class_names == whole.class_names
     for name in ("train", "val", "test"):
         own, all_ = getattr(part, name), getattr(whole, name)
@@ -98,7 +98,7 @@ def test_a_part_of_a_task_has_the_examples_of_its_classes_and_the_head_of_the_wh
         assert torch.equal(own.labels, all_.labels[keep])
         assert torch.equal(own.images, all_.images[keep])
     with pytest.raises(DeltaflError, match='task "none" has no example in train, val, test'):
-        only_classes(whole, torch.tensor([11]), "none")
+        only_classes(image_task(whole), torch.tensor([11]), "none")
 
 
 def test_the_interval_is_students() -> None:

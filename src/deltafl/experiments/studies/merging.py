@@ -14,11 +14,11 @@ import torch
 from deltafl.algebra.processes import can_fork, forked
 from deltafl.checkpoints.layout import file_hash
 from deltafl.errors import DeltaflError
-from deltafl.experiments.one_shot import BASE, SINGLE, SearchSpec, TaskModel, run_search
+from deltafl.experiments.one_shot import BASE, SINGLE, run_search
 from deltafl.experiments.quickstart import on_one_thread
 from deltafl.experiments.studies.study import Data, Study, Training
-from deltafl.merge.plan import MergeSpec, Model
 from deltafl.merge.search import grid_of
+from deltafl.merge.search_recipe import SearchRecipe
 from deltafl.rules.rule import Source, build_rule, check_rule, load_rules, parameters
 from deltafl.training.finetune import TRAINING_JSON
 
@@ -114,18 +114,22 @@ def searched(study: Study, merge: Merge) -> dict[str, Any]:
     }
 
     def search() -> dict[str, Any]:
-        models = tuple(Model(str(folder), folder.name) for folder in folders)
-        tasks = [study.judged(m.data, m.seed) for m in merge.models]
-        spec = SearchSpec(
-            merge=MergeSpec(study.base, models, "task_arithmetic", threads=1, device=study.device),
-            models=tuple(TaskModel(model, task) for model, task in zip(models, tasks, strict=True)),
-            methods=tuple(methods),
-            lambdas=study.lambdas,
+        recipe = SearchRecipe.of(
+            base=study.base,
+            models=[
+                {"path": str(folder), "data": m.data.spec}
+                for folder, m in zip(folders, merge.models, strict=True)
+            ],
+            methods=[{"method": name, **params} for name, params in methods],
+            scaling_coefs=study.lambdas,
             strategy=study.strategy,
             each_method=True,
             seed=merge.seed,
+            threads=1,
+            device=study.device,
         )
-        result = run_search(spec, None, on_row=lambda row, total: None)
+        tasks = [study.judged(m.data, m.seed) for m in merge.models]
+        result = run_search(recipe, None, tasks=tasks)
         asked = [[asdict(m.data), asdict(m.training)] for m in merge.models]
         kept = {k: v for k, v in result.items() if k not in ("candidates", "seconds", "versions")}
         return kept | {"left_out": left_out, "asked": asked}

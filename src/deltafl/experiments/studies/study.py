@@ -19,8 +19,7 @@ from deltafl.models import LoadedEncoder, load_encoder, save_encoder
 from deltafl.models.flat import FlatModel
 from deltafl.models.heads import LinearHead, load_head, save_head
 from deltafl.seeding import keyed_generator
-from deltafl.tasks import Task, load_task
-from deltafl.tasks.arrays import Split
+from deltafl.tasks.arrays import Split, Task, arrays_of, image_task, load_arrays
 from deltafl.tasks.classes import class_groups, only_classes
 from deltafl.tasks.selection import stratified
 from deltafl.training import FinetuneRecipe, finetune
@@ -104,7 +103,8 @@ class Study:
         groups = class_groups(
             len(whole.class_names), data.parts, keyed_generator(seed, "classes", data.parts)
         )
-        return only_classes(whole, groups[data.part], f"{whole.name}_{data.part + 1}of{data.parts}")
+        name = f"{whole.name}_{data.part + 1}of{data.parts}"
+        return arrays_of(only_classes(image_task(whole), groups[data.part], name))
 
     def judged(self, data: Data, seed: int) -> Task:
         """The task with no more validation and test examples than merges are judged on."""
@@ -221,7 +221,7 @@ def _encoder(base: str) -> LoadedEncoder:
 def _task(spec: str, base: str, seed: int, limit: int | None, data_dir: str | None) -> Task:
     given = _encoder(base).input
     size, channels = given.image_size, given.channels
-    return load_task(
+    return load_arrays(
         spec, image_size=size, channels=channels, seed=seed, limit=limit, data_dir=data_dir
     )
 

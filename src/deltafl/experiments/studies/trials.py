@@ -14,7 +14,7 @@ from deltafl.experiments.studies.study import Data, Study, Training
 from deltafl.merge.task_vector import TaskVector
 from deltafl.models.flat import FlatModel
 from deltafl.models.heads import LinearHead, load_head
-from deltafl.tasks import Task
+from deltafl.tasks.arrays import Task
 from deltafl.training.legacy import predict_correct
 
 

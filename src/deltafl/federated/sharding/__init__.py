@@ -1,23 +1,11 @@
 """Client sharding: which client holds which samples."""
 
-from deltafl.federated.sharding.base import SHARDINGS, Sharding, shard
+from deltafl.federated.sharding import dirichlet, iid, non_iid
+from deltafl.federated.sharding.base import shard
 from deltafl.federated.sharding.description import Description, describe
-from deltafl.federated.sharding.dirichlet import Dirichlet
-from deltafl.federated.sharding.iid import Iid
-from deltafl.federated.sharding.non_iid import NonIid
+from deltafl.federated.sharding.recipe import SHARDINGS, ShardingRecipe
 
-__all__ = [
-    "SHARDINGS",
-    "Description",
-    "Dirichlet",
-    "Iid",
-    "NonIid",
-    "Sharding",
-    "describe",
-    "shard",
-]
+__all__ = ["SHARDINGS", "Description", "ShardingRecipe", "describe", "shard"]
 
-# Called, not used as decorators: a type checker then keeps each family's own constructor.
-SHARDINGS.register("iid")(Iid)
-SHARDINGS.register("non_iid")(NonIid)
-SHARDINGS.register("dirichlet")(Dirichlet)
+_FAMILIES = (dirichlet, iid, non_iid)
+"""Imported, so that they register."""

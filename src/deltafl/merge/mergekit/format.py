@@ -2,20 +2,17 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 from pydantic import BeforeValidator, Field
-from pydantic_core import PydanticCustomError
 
-from deltafl.merge.recipe import Strict
+from deltafl.recipes import OneOf, Recipe, problem
 
 Setting: TypeAlias = tuple[tuple[str, tuple[float, ...]], ...]
 """(part of a tensor's name, values over the layers): the first part that is in the name counts; (): not given."""
 
 
-@dataclass(frozen=True)
-class Method:
+class Method(NamedTuple):
     """What a merge_method does. sparsify: by magnitude ("trim") or at random ("drop"); elect: signs, as TIES does."""
 
     sparsify: Literal["", "trim", "drop"]
@@ -32,30 +29,23 @@ METHODS = {
 }
 
 
-def _wrong(text: str) -> PydanticCustomError:
-    return PydanticCustomError("mergekit", "{text}", {"text": text})
-
-
-def _setting(good: Callable[[Any], bool], wanted: str) -> BeforeValidator:
+def _setting(good: Callable[[Any], bool], wanted: str) -> Any:
     """A scalar, a list of values over the layers, or these by `filter`, in the one form of `Setting`."""
 
     def read(value: Any) -> Setting:
-        parts = (
-            value if isinstance(value, list) and value and isinstance(value[0], dict) else [value]
-        )
-        parts = [part if isinstance(part, dict) else {"value": part} for part in parts]
+        by_filter = isinstance(value, tuple) and value and isinstance(value[0], dict)
         found = []
-        for part in parts:
+        for part in value if by_filter else (value,):
+            part = part if isinstance(part, dict) else {"value": part}
             held = part.get("value")
-            values = tuple(held) if isinstance(held, list) else (held,)
+            values = tuple(held) if isinstance(held, list | tuple) else (held,)
             if part.keys() - {"filter", "value"} or not values or not all(map(good, values)):
-                raise _wrong(
-                    f"must be {wanted}, a list of such over the layers, or a list of {{filter, value}}"
-                )
-            found.append(("" if part.get("filter") in (None, "*") else str(part["filter"]), values))
+                forms = f"{wanted}, a list of such over the layers, or a list of {{filter, value}}"
+                raise problem(f"must be {forms}, not {value!r}")
+            found.append(((part.get("filter") or "*").replace("*", ""), values))
         return tuple(found)
 
-    return BeforeValidator(read)
+    return Annotated[Any, BeforeValidator(read)]
 
 
 def _is_number(value: Any) -> bool:
@@ -63,48 +53,30 @@ def _is_number(value: Any) -> bool:
 
 
 def _reference(value: Any) -> str:
-    if isinstance(value, dict):
-        if any(value[key] for key in value.keys() - {"model", "path", "revision"}):
-            raise _wrong(
-                "must be a whole model of its own architecture; merge a LoRA into its model first"
-            )
+    if isinstance(value, dict) and not any(
+        value[key] for key in value.keys() - {"model", "path", "revision"}
+    ):
         whole = _reference(value.get("model", value.get("path")))
         return f"{whole}@{value['revision']}" if value.get("revision") else whole
-    if not isinstance(value, str):
-        raise _wrong("must name a model")
-    if "+" in value:
-        raise _wrong("must be a whole model; merge the LoRA after the + into it first")
+    if not isinstance(value, str) or "+" in value:
+        raise problem(f"must name a whole model, not {value!r}; merge a LoRA into its model first")
     return value
 
 
-def _only(wanted: str, *accepted: Any) -> BeforeValidator:
-    """None, or one of `accepted`."""
-
-    def read(value: Any) -> Any:
-        if value is not None and value not in accepted:
-            raise _wrong(wanted)
-        return value
-
-    return BeforeValidator(read)
-
-
-def _method(value: Any) -> Any:
-    if not isinstance(value, str) or value not in METHODS:
-        raise _wrong(f"is not supported; it must be one of {', '.join(METHODS)}")
+def _base(value: Any) -> Any:
+    if value not in (None, "base", {"source": "base"}):
+        raise problem(f"must be base, whose tokenizer is copied, not {value!r}")
     return value
 
 
-Numbers: TypeAlias = Annotated[Any, _setting(_is_number, "a number")]
-Switch: TypeAlias = Annotated[Any, _setting(lambda value: isinstance(value, bool), "true or false")]
+Numbers = _setting(_is_number, "a number")
+Switch = _setting(lambda value: isinstance(value, bool), "true or false")
 Reference: TypeAlias = Annotated[str, BeforeValidator(_reference)]
-Unsupported: TypeAlias = Annotated[Any, _only("is not supported; it must be left out")]
-BaseOnly: TypeAlias = Annotated[
-    Any, _only("must be base, whose tokenizer is copied", "base", {"source": "base"})
-]
+BaseOnly: TypeAlias = Annotated[Any, BeforeValidator(_base)]
 Dtype: TypeAlias = Literal["float32", "float16", "bfloat16", "float64"]
 
 
-class OfModel(Strict):
+class OfModel(Recipe):
     """Parameters of one model."""
 
     weight: Numbers = ()
@@ -120,55 +92,49 @@ class OfAll(OfModel):
     int8_mask: Switch = ()
 
 
-class Input(Strict):
+class Input(Recipe):
     """One of `models:`."""
 
     model: Reference
-    parameters: OfModel | None = None
+    parameters: OfModel = OfModel()
 
 
 class Source(Input):
     """One of the `sources:` of a slice."""
 
-    layer_range: list[int] = Field(min_length=2, max_length=2)
+    layer_range: tuple[int, int]
 
 
-class Slice(Strict):
+class Slice(Recipe):
     """One of `slices:`."""
 
-    sources: list[Source] = Field(min_length=1)
-    parameters: OfAll | None = None
-    base_model: Unsupported = None
-    residual_weight: Unsupported = None
+    sources: tuple[Source, ...] = Field(min_length=1)
+    parameters: OfAll = OfAll()
 
 
-class Mergekit(Strict):
+class Mergekit(Recipe):
     """The file. `name` names it and nothing else."""
 
-    merge_method: Annotated[str, BeforeValidator(_method)]
+    merge_method: Annotated[str, OneOf(lambda: METHODS)]
     base_model: Reference | None = None
-    models: list[Input] | None = Field(None, min_length=1)
-    slices: list[Slice] | None = Field(None, min_length=1)
-    modules: Unsupported = None
-    parameters: OfAll | None = None
+    models: tuple[Input, ...] = ()
+    slices: tuple[Slice, ...] = ()
+    parameters: OfAll = OfAll()
     dtype: Dtype | None = None
     out_dtype: Dtype | None = None
     tokenizer_source: BaseOnly = None
     tokenizer: BaseOnly = None
-    chat_template: Unsupported = None
     name: str | None = None
 
-
-def scopes_of(config: Mergekit) -> Iterator[tuple[str, str | None, list[tuple[str, Setting]]]]:
-    """(path, model or None, the parameters given there) of every place that has some."""
-
-    def given(parameters: OfModel | None) -> list[tuple[str, Setting]]:
-        return [(key.rstrip("_"), setting) for key, setting in parameters or () if setting]
-
-    for i, item in enumerate(config.models or ()):
-        yield f"models.{i}.parameters", item.model, given(item.parameters)
-    for i, part in enumerate(config.slices or ()):
-        for j, item in enumerate(part.sources):
-            yield f"slices.{i}.sources.{j}.parameters", item.model, given(item.parameters)
-        yield f"slices.{i}.parameters", None, given(part.parameters)
-    yield "parameters", None, given(config.parameters)
+    def scopes(self) -> Iterator[tuple[str, str | None, dict[str, Setting]]]:
+        """(path, model or None, the parameters given there) of every place that may have some."""
+        places: list[tuple[str, str | None, OfModel]] = [
+            (f"models.{i}", x.model, x.parameters) for i, x in enumerate(self.models)
+        ]
+        for i, part in enumerate(self.slices):
+            for j, x in enumerate(part.sources):
+                places.append((f"slices.{i}.sources.{j}", x.model, x.parameters))
+            places.append((f"slices.{i}", None, part.parameters))
+        for path, model, parameters in (*places, ("", None, self.parameters)):
+            given = {key.rstrip("_"): setting for key, setting in parameters if setting}
+            yield f"{path}.parameters".lstrip("."), model, given

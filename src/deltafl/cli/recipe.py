@@ -1,0 +1,87 @@
+"""`deltafl recipe`."""
+
+import json
+import textwrap
+from collections.abc import Iterator
+
+import click
+import yaml
+from pydantic_core import to_jsonable_python
+
+from deltafl.cli import COMMANDS, app
+from deltafl.cli.command import RecipeCommand, default_text, is_size, meaning, option_names
+from deltafl.errors import DeltaflError, did_you_mean
+from deltafl.recipes import Leaf, Recipe, is_flattened, leaves, recipes_in, section
+
+
+@click.command()
+@click.argument("command", required=False)
+@click.option("--schema", is_flag=True, help="A JSON schema, for completion in editors.")
+@click.option("--markdown", is_flag=True, help="Tables of all keys, of one or of all commands.")
+@click.pass_context
+def recipe(ctx: click.Context, command: str | None, schema: bool, markdown: bool) -> None:
+    """Print a file with every setting of COMMAND, its default and what it is.
+
+    \b
+    deltafl recipe federate > run.yaml
+    deltafl recipe federate --schema > federate.json
+    """
+    commands = {name: app.get_command(ctx, name) for name in COMMANDS if command in (None, name)}
+    found = {name: c.recipe for name, c in commands.items() if isinstance(c, RecipeCommand)}
+    if markdown and found:
+        tables = [[f"## {name}", "", *table(kind), ""] for name, kind in found.items()]
+        click.echo("\n".join(line for lines in tables for line in lines).rstrip())
+    elif command not in found:
+        hint = f"; {did_you_mean(command, COMMANDS)}" if command else ""
+        raise DeltaflError(f"name a command that has a recipe{hint}")
+    elif schema:
+        click.echo(json.dumps(found[command].model_json_schema(), indent=2))
+    else:
+        click.echo("\n".join(template(found[command])))
+
+
+def template(kind: type[Recipe], indent: str = "") -> Iterator[str]:
+    """The lines of a YAML file with every key at its default; what has none is commented out, or to be filled in."""
+    for name, field in kind.model_fields.items():
+        key = field.alias or name
+        if is_flattened(field):
+            yield f"{indent}# {meaning(field)}"
+            continue
+        if inner := section(field):
+            lines = list(template(inner, f"{indent}  "))
+            empty = all(line.lstrip().startswith("#") for line in lines)
+            yield from ("", f"{indent}{'# ' if empty else ''}{key}:", *lines)
+            continue
+        about = meaning(field) + (" Required." if field.is_required() else "")
+        yield from textwrap.wrap(
+            about, 96, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# "
+        )
+        if field.is_required():
+            yield f"{indent}{key}:"
+            continue
+        value = to_jsonable_python(field.get_default(call_default_factory=True))
+        value = default_text(field) if is_size(field) else value
+        shown = yaml.safe_dump([value], default_flow_style=True, width=10_000).strip()[1:-1]
+        yield f"{indent}# {key}:" if value in (None, [], {}) else f"{indent}{key}: {shown}"
+
+
+def table(kind: type[Recipe]) -> Iterator[str]:
+    """The lines of a Markdown table with every key, also those of the mappings in lists."""
+    yield from ("| key | default | meaning | option |", "|---|---|---|---|")
+    yield from _rows(kind, "", {leaf.path: leaf for leaf in leaves(kind).values()})
+
+
+def _rows(kind: type[Recipe], above: str, known: dict[tuple[str, ...], Leaf]) -> Iterator[str]:
+    for name, field in kind.model_fields.items():
+        key = f"{above}{field.alias or name}"
+        if inner := section(field):
+            yield from _rows(inner, f"{key}.", known)
+            continue
+        if is_flattened(field):
+            key = f"{above}NAME"
+        leaf = known.get(tuple(key.split(".")))
+        options = " ".join(f"`{option}`" for option in option_names(leaf)) if leaf else ""
+        default = "required" if field.is_required() else default_text(field)
+        yield f"| `{key}` | {default} | {meaning(field)} | {options} |"
+        for entry in recipes_in(field.annotation):
+            yield from _rows(entry, f"{key}[].", {})

@@ -1,0 +1,72 @@
+"""`deltafl recipe`: the file, the schema and the table that are made of the fields of a command's recipe."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from checkpoint_files import cli, problems_of, succeed
+from deltafl.cli import COMMANDS, app
+from deltafl.cli.command import RecipeCommand, option_names
+from deltafl.recipes import Recipe, leaves, read_recipe
+
+FOUND = {name: app.get_command(click.Context(app), name) for name in COMMANDS}
+RECIPES = {n: c.recipe for n, c in FOUND.items() if isinstance(c, RecipeCommand)}
+FILLED: dict[str, Any] = {"models": ["m"], "search": [{"path": "m", "data": "digits"}]}
+
+every_recipe = pytest.mark.parametrize("name", RECIPES)
+
+
+def fill(kind: type[Recipe], command: str) -> dict[str, Any]:
+    """A value for each required setting."""
+    found: dict[str, Any] = {}
+    for leaf in leaves(kind).values():
+        if leaf.field.is_required():
+            found[leaf.name] = FILLED.get(command) or FILLED.get(leaf.name, "x")
+            found[leaf.name] = "x" if leaf.field.annotation is str else found[leaf.name]
+    return found
+
+
+@every_recipe
+def test_the_file_holds_every_key_and_says_what_the_defaults_say(name: str, tmp_path: Path):
+    kind = RECIPES[name]
+    text = succeed("recipe", name).out
+    (tmp_path / "r.yaml").write_text(text)
+    given = fill(kind, name)
+    assert read_recipe(kind, tmp_path / "r.yaml", given) == kind.of(**given)
+    live = text.replace("# ", "")
+    assert all(f"{leaf.name}:" in live for leaf in leaves(kind).values() if not leaf.flattened)
+
+
+@every_recipe
+def test_the_schema_names_every_key(name: str):
+    schema = json.loads(succeed("recipe", name, "--schema").out)
+    sections = [schema, *schema.get("$defs", {}).values()]
+    known = {key for part in sections for key in part.get("properties", {})}
+    assert leaves(RECIPES[name]).keys() <= known
+
+
+@every_recipe
+def test_every_setting_says_what_it_is_and_what_can_be_an_option_is(name: str):
+    for leaf in leaves(RECIPES[name]).values():
+        assert leaf.field.description, leaf.path
+        if not option_names(leaf):
+            assert "dict" in str(leaf.field.annotation) or "Model" in str(leaf.field.annotation), (
+                leaf.path
+            )
+
+
+def test_the_page_of_settings_is_what_the_recipes_say():
+    page = (Path(__file__).parents[2] / "docs" / "settings.md").read_text()
+    tables = page[page.index("## ") :]
+    assert tables == succeed("recipe", "--markdown").out, "write what it prints into the page"
+    one = succeed("recipe", "merge", "--markdown").out
+    assert one in tables
+
+
+def test_a_command_without_a_recipe_is_named():
+    assert problems_of(cli("recipe", "merg")) == [
+        'name a command that has a recipe; did you mean "merge"?'
+    ]
