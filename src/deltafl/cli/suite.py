@@ -15,6 +15,7 @@ from deltafl.cli.federate import (
     workers_option,
 )
 from deltafl.cli.options import ManyValues, progress_by_stage, rule_options
+from deltafl.cli.results import as_text
 from deltafl.cli.settings import recipe_options
 from deltafl.cli.studies import (
     check_data,
@@ -25,7 +26,6 @@ from deltafl.cli.studies import (
     study_of,
     study_options,
 )
-from deltafl.cli.text import as_text
 from deltafl.errors import DeltaflError
 from deltafl.experiments.federated_suites import SUITES, SuiteOptions, check_suites
 from deltafl.experiments.studies.options import STUDY_NAMES, names_of

@@ -22,6 +22,11 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def is_sound(self) -> bool:
+        """Whether dtypes and shapes are those."""
+        dtypes = (self.images.dtype, self.labels.dtype) == (torch.uint8, torch.int64)
+        return dtypes and self.images.ndim == 4 and self.labels.shape == self.images.shape[:1]
+
     def at(self, rows: Tensor) -> "Images":
         """Those at `rows`, int64; whole images are copied, not pixels."""
         rows = rows.to(self.images.device)
@@ -55,19 +60,10 @@ class ImageTask(Task):
     ratio_scaled = True
 
     def __post_init__(self) -> None:
-        if missing := [split for split in SPLITS if split not in self.splits]:
-            raise DeltaflError(f'task "{self.name}" has no {missing[0]} split')
         for split in SPLITS:
-            part, where = self.splits[split], f'split {split} of task "{self.name}"'
-            for name, tensor, dtype, shape in (
-                ("images", part.images, torch.uint8, (len(part), *part.images.shape[-3:])),
-                ("labels", part.labels, torch.int64, (len(part.images),)),
-            ):
-                if tensor.dtype != dtype or tensor.shape != shape:
-                    raise DeltaflError(
-                        f"{where}: {name} are {tensor.dtype} {tuple(tensor.shape)}; images must be "
-                        "uint8 (N, C, H, W), labels int64 (N,), one for each"
-                    )
+            where, part = f'split {split} of task "{self.name}"', self.splits.get(split)
+            if part is None or not part.is_sound():
+                raise DeltaflError(f"{where} must be Images of uint8 (N, C, H, W) and int64 (N,)")
             check_labels(part.labels, len(self.class_names), where)
 
     def size(self, split: Split) -> int:

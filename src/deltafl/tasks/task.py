@@ -104,40 +104,33 @@ def hash_of(*parts: Tensor | str) -> str:
 
 
 def check_task(task: Task, model: Model, device: torch.device | str = "cpu") -> None:
-    """Judge `model`, which is in eval mode, on two training examples, so that a task of a user's own
-    that breaks a promise is found before anything is trained.
+    """Let `model`, in eval mode, do two training examples, so that a task of a user's own that breaks a
+    promise is found before anything trains.
 
     Raises:
         DeltaflError: which field of the task is of another shape or dtype, or not finite.
     """
-    for split in SPLITS:
-        count, groups = task.size(split), task.groups(split)
-        if count < 1 or groups.dtype != torch.int64 or groups.shape != (count,):
-            raise DeltaflError(
-                f'task "{task.name}": size("{split}") is {count}, groups("{split}") is '
-                f"{groups.dtype} {tuple(groups.shape)}; they must be N > 0 and int64 (N,)"
-            )
     ids = torch.arange(min(2, task.size("train")))
     batch = task.batch("train", ids, device)
-    for name, tensor in batch.items():
-        if not len(tensor) == len(ids):
-            raise DeltaflError(
-                f'task "{task.name}": batch["{name}"] is {tuple(tensor.shape)}, its first dimension '
-                f"must be {len(ids)}, the examples asked for"
-            )
+    wrong = [f"batch[{name}]" for name, tensor in batch.items() if len(tensor) != len(ids)]
+    wrong += [f"groups({s})" for s in SPLITS if task.groups(s).shape != (task.size(s),)]
+    if wrong:
+        raise DeltaflError(
+            f'task "{task.name}": {", ".join(wrong)} must hold one row for each example'
+        )
     with torch.no_grad():
         sums, weights = task.loss(model, batch)
-        score = task.score(model, batch)
-    for what, values in (("loss sums", sums), ("loss weights", weights), ("score", score)):
-        check_values(values, len(ids), f'{what} of task "{task.name}"')
+        check_values(task, "the sums of loss", sums, len(ids))
+        check_values(task, "the weights of loss", weights, len(ids))
+        check_values(task, "score", task.score(model, batch).float(), len(ids))
 
 
-def check_values(values: Tensor, count: int, what: str) -> None:
-    """Raise DeltaflError if `values` are not `count` finite float numbers."""
+def check_values(task: Task, field: str, values: Tensor, count: int) -> None:
+    """Raise DeltaflError if `values`, a field of `task`, are not `count` finite float numbers."""
     if not values.is_floating_point() or values.shape != (count,):
         raise DeltaflError(
-            f"{what} must be float ({count},), one for each example, not "
+            f'task "{task.name}": {field} must be float ({count},), a number for each example, not '
             f"{values.dtype} {tuple(values.shape)}"
         )
-    if len(wrong := (~values.isfinite()).nonzero().flatten()):
-        raise DeltaflError(f"{what}: {values[wrong[0]]} for example {wrong[0]} of {count}")
+    if not values.isfinite().all():
+        raise DeltaflError(f'task "{task.name}": {field} is not finite: {values.tolist()[:9]}')
