@@ -5,8 +5,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure as Drawing
 
-from deltafl.report.figures import Figure, chart, heat_map, to_png, to_svg
-from deltafl.report.theme import FILLS, SERIES, TONES
+from deltafl.report.figures import FILLS, SERIES, TONES, Figure, chart, heat_map, to_png, to_svg
 
 CURVE = [(0.1, 0.5), (0.5, 0.9), (1.0, 0.4)]
 FRAME = pd.DataFrame(
@@ -45,7 +44,7 @@ def test_a_chart_names_what_it_shows_and_is_the_same_each_time(name):
     figure = draw()
     svg = to_svg(figure, "1")
     assert set(labels) <= set(re.findall(r"<text[^>]*>([^<]*)</text>", svg))
-    tones = {tone.light for tone in TONES.values()}
+    tones = {tone["light"] for tone in TONES.values()}
     assert set(re.findall(r"(?:fill|stroke): (#[0-9a-f]{6})", svg)) <= {*tones, "#ffffff"}
     assert (svg, to_png([figure])) == (to_svg(draw(), "1"), to_png([draw()]))
 
@@ -121,7 +120,7 @@ def contrast(one: str, other: str) -> float:
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_colours_are_legible(theme):
-    colour = {role: getattr(tone, theme) for role, tone in TONES.items()}
+    colour = {role: tone[theme] for role, tone in TONES.items()}
     for role in colour:
         if role.startswith("series-"):
             assert contrast(colour[role], colour["paper"]) >= 3, role
@@ -131,4 +130,4 @@ def test_colours_are_legible(theme):
     for fill in FILLS:
         assert contrast(fill, colour["paper"]) >= 3
         assert contrast(fill, "#ffffff") >= 4.5
-    assert len({tone.light for tone in TONES.values()}) == len(TONES)
+    assert len({tone["light"] for tone in TONES.values()}) == len(TONES)

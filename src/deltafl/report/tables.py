@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -13,20 +13,20 @@ NOTHING = "–"
 class Column(NamedTuple):
     """How one key of the records is shown.
 
-    show: a format specification of numbers (".1%", ",.0f") or a function of the value; "" is text, set to the left.
-    best: which value is marked, among the rows that are no reference.
+    show: a format specification of numbers (".1%", ",.0f") or a function of the value; "" is text.
+    best: whether the largest value is marked, among the rows that are no reference.
     """
 
     title: str
     show: str | Callable[[Any], str] = ""
-    best: Literal["max", "min", ""] = ""
+    best: bool = False
 
 
 @dataclass(frozen=True)
 class Table:
     """Records under the columns of their keys; a column that is empty in every record is left out.
 
-    reference: texts; a row that has one of them as a cell is there to compare with, set apart and never the best.
+    reference: texts; a row with one of them as a cell is there to compare with, and never the best.
     file: where the table is written beside the page, without suffix; "" is nowhere.
     """
 
@@ -60,7 +60,7 @@ class Table:
                 for row, text, reference in zip(self.rows, texts, self.references, strict=True)
                 if column.best and not reference and text != NOTHING
             }
-            best = rivals[(min if column.best == "min" else max)(rivals)] if rivals else None
+            best = rivals[max(rivals)] if rivals else None
             cells.append(
                 [
                     mark(escape(text)) if text == best and not reference else escape(text)
