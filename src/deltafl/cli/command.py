@@ -12,7 +12,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
 from deltafl.cli.text import as_bytes
-from deltafl.recipes import Flags, Leaf, Recipe, Size, flag_of, leaves, load_yaml, read_recipe
+from deltafl.recipes import Leaf, Recipe, Size, leaves, load_yaml, read_recipe
 
 quiet = click.option("--quiet", is_flag=True, help="No progress, no summary.")
 resume = click.option("--resume", is_flag=True, help="Continue a run that was killed.")
@@ -122,11 +122,10 @@ def command_line() -> str:
 
 def option_names(leaf: Leaf) -> tuple[str, ...]:
     """The options of a setting; () if it can only be given in a file."""
-    for flags in leaf.marks(Flags):
-        return flags.names
-    kinds, flag = _kinds(leaf.field.annotation), flag_of(leaf)
-    is_on = kinds == [bool] and leaf.field.default is True
-    return (f"{flag}/--no{flag[1:]}" if is_on else flag,) if kinds else ()
+    kinds = _kinds(leaf.field.annotation)
+    if kinds == [bool] and leaf.field.default is True:
+        return tuple(f"{flag}/--no{flag[1:]}" for flag in leaf.flags)
+    return leaf.flags if kinds else ()
 
 
 def _looks(leaf: Leaf) -> dict[str, Any]:
