@@ -1,5 +1,6 @@
 """The scores of a model on a task."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -46,6 +47,10 @@ class EvaluationRecipe(Recipe):
         None, description="write the scores, and those of each example, to this file"
     )
     data: DataRecipe
+
+    def problems(self) -> Iterator[str]:
+        if self.templates is not None and self.head != "zero-shot":
+            yield "templates are about the zero-shot head; give --head zero-shot too"
 
 
 @dataclass(frozen=True)

@@ -173,7 +173,9 @@ def train(
             run.best.see(run.net, run.epoch, row["val_score"])
         if main:
             record(row)
-        numbers = {k: v for k, v in row.items() if k in ("train_loss", "val_score") and v is not None}
+        numbers = {
+            k: v for k, v in row.items() if k in ("train_loss", "val_score") and v is not None
+        }
         on_progress(Progress("epochs", run.epoch, math.ceil(run.total / run.per_epoch), numbers))
 
     if every and not run.step:
