@@ -11,11 +11,10 @@ from deltafl.cli.command import quiet, recipe_command, resume
 from deltafl.cli.progress import drawn_progress
 from deltafl.cli.text import as_score, table
 from deltafl.cli.train import leave_processes
-from deltafl.files import check_output, write_atomically
+from deltafl.files import check_output, write_files
 from deltafl.models import load_net
 from deltafl.progress import Progress
-from deltafl.report import render
-from deltafl.report.training import training_figure, training_page
+from deltafl.report import page_files, run_page
 from deltafl.tasks import load_task
 from deltafl.training import CentralizedRecipe, centralize
 from deltafl.training.finetune import output_of
@@ -60,8 +59,7 @@ def centralized(recipe: CentralizedRecipe, tensorboard: bool, resume: bool, quie
 
 def write_report(out: Path, result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
     """OUT/report.html and OUT/figure.png."""
-    write_atomically(out / "report.html", render(training_page(result, rows)).encode())
-    write_atomically(out / "figure.png", training_figure(result, rows))
+    write_files(out, page_files(run_page(result, rows)))
 
 
 def summary(result: Mapping[str, Any], out: Path) -> str:

@@ -32,11 +32,12 @@ def centralize(
     net: Net,
     task: Task,
     recipe: TrainingRecipe,
+    out: str | Path | None = None,
     *,
     resume: bool = False,
     on_progress: OnProgress = ignore,
 ) -> CentralizedRun:
-    """Train as `finetune` does, and leave in `recipe.out` config.yaml, record.jsonl, result.json and the
+    """Train as `finetune` does, and leave in `out` config.yaml, record.jsonl, result.json and the
     best `model/` with its head, which is tested, once.
 
     The state is in OUT/state: killed at any moment the run goes on with `resume`, on a CPU to the
@@ -45,7 +46,7 @@ def centralize(
     Raises:
         DeltaflError: a bad recipe, an output in the way, a run of another configuration, a diverged run.
     """
-    out = output_of(recipe)
+    out = output_of(recipe, out)
     require_examples(task, "train", "val", "test")
     config = run_config(net, task, recipe)
     state_file = out / "state" / "state.pt"

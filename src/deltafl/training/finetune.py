@@ -41,12 +41,13 @@ def finetune(
     net: Net,
     task: Task,
     recipe: TrainingRecipe,
+    out: str | Path | None = None,
     *,
     resume: bool = False,
     on_progress: OnProgress = ignore,
 ) -> Finetuned:
-    """Train a copy of `net` and write the directory `recipe.out`, whole or not at all: the model with its
-    head, and training.json. The recipe's `model` and `data` are what `net` and `task` were loaded by.
+    """Train a copy of `net` and write the directory `out`, whole or not at all: the model with its
+    head, and training.json. `out` None: the recipe's. The recipe's `model` and `data` are what `net` and `task` were loaded by.
 
     While it trains the state is in `OUT.state` beside it; with `resume` a killed run continues from
     there, on a CPU to bit-identical weights, and a finished one is returned as it is.
@@ -55,7 +56,7 @@ def finetune(
         DeltaflError: bad recipe or head, an output or state that is in the way, a state of another
             configuration, a diverged run.
     """
-    out = output_of(recipe)
+    out = output_of(recipe, out)
     require_examples(task, "train", "val")
     config = run_config(net, task, recipe)
     if resume and (out / TRAINING_JSON).is_file():
@@ -81,11 +82,12 @@ def finetune(
     return Finetuned(out, training)
 
 
-def output_of(recipe: TrainingRecipe) -> Path:
-    """The folder that a recipe writes. Raises DeltaflError if it names none."""
-    if recipe.out is None:
+def output_of(recipe: TrainingRecipe, out: str | Path | None = None) -> Path:
+    """`out`, or else the folder that the recipe names. Raises DeltaflError if there is none."""
+    folder = out or recipe.out
+    if folder is None:
         raise DeltaflError("no output; name a folder with --out")
-    return Path(recipe.out)
+    return Path(folder)
 
 
 def require_examples(task: Task, *splits: Split) -> None:
