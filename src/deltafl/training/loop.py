@@ -66,7 +66,6 @@ class Run:
         else:
             fit = HeadFit(recipe.seed, autocast=recipe.autocast)
             self.net.prepare(task, recipe.head, fit)
-            self.net.check(task)
         if self.processes.num_processes > 1:  # prepared apart, they may differ in their last bits
             broadcast(list(self.net.module.state_dict().values()))  # pyright: ignore[reportArgumentType]
         self.optimiser = _optimiser(self.net, recipe)
