@@ -222,7 +222,7 @@ def test_a_class_without_training_examples_is_reported(tmp_path, caplog):
         ),
         ("digit:inverted", 'module "digit" cannot be imported.*did you mean "digits"'),
         ("no/such/folder", 'there is no folder "no/such/folder"'),
-        ("hub:nobody/nothing", "hub cannot be reached and nothing is downloaded yet"),
+        ("hub:nobody/nothing", "hub:nobody/nothing. cannot be read: .*--data-dir"),
         ("json:loadz", 'has no callable "loadz"; did you mean "load'),
         ("os:sep", 'has no callable "sep"'),
     ],

@@ -46,25 +46,26 @@ def digits(variant: str) -> Source:
         canvas, labels = _canvas()
         changed = change(canvas, np.random.default_rng(len(canvas)))
         pixels = np.rint(changed.clip(0, 1) * 255).astype(np.uint8)
-        parts = partition(labels)["pretraining" if variant == "pretrain" else "tasks"]
+        pool = "pretraining" if variant == "pretrain" else "tasks"
         splits = {
             split: RawSplit(labels[rows], pixels[rows].__getitem__, f"{name} ({split})")
-            for split, rows in parts.items()
+            for (of, split), rows in partition(labels).items()
+            if of == pool
         }
         return RawTask(splits, tuple("0123456789"))
 
     return Source(name, opened)
 
 
-def partition(labels: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
-    """Rows of every pool and split, ascending: {pool: {"train" | "val" | "test": int64 (n,)}}."""
+def partition(labels: np.ndarray) -> dict[tuple[str, str], np.ndarray]:
+    """Rows of every pool and split, int64 (n,), ascending, by the names of both."""
     rng, free = np.random.default_rng(0), np.arange(len(labels))
-    pools: dict[str, dict[str, np.ndarray]] = {"pretraining": {}, "tasks": {}}
-    for pool, sizes in zip(pools, ((597, 100, 100), (600, 200, 200)), strict=True):
+    parts: dict[tuple[str, str], np.ndarray] = {}
+    for pool, sizes in (("pretraining", (597, 100, 100)), ("tasks", (600, 200, 200))):
         for split, size in zip(SPLITS, sizes, strict=True):
-            pools[pool][split] = free[stratified(labels[free], size, rng)]
-            free = np.setdiff1d(free, pools[pool][split], assume_unique=True)
-    return pools
+            parts[pool, split] = free[stratified(labels[free], size, rng)]
+            free = np.setdiff1d(free, parts[pool, split], assume_unique=True)
+    return parts
 
 
 @cache
@@ -87,8 +88,7 @@ def _around(images: np.ndarray) -> np.ndarray:
 
 
 def _blur(images: np.ndarray) -> np.ndarray:
-    weights = np.outer([1, 2, 1], [1, 2, 1]).reshape(9) / 16
-    return np.tensordot(weights, _around(images), 1)
+    return np.tensordot(np.outer([1, 2, 1], [1, 2, 1]).ravel() / 16, _around(images), 1)
 
 
 def _shifted(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from deltafl.errors import DeltaflError, did_you_mean
 from deltafl.tasks.catalogue import NamedTask, are_numbers, catalogue
-from deltafl.tasks.local import local_source, parquet_sets
+from deltafl.tasks.local import local_source
 from deltafl.tasks.raw import FAMILIES, Columns, RawTask, Source
 from deltafl.tasks.recipe import DataRecipe
 
@@ -29,8 +29,12 @@ def find(recipe: DataRecipe) -> Source:
                 f'data "{spec}": data_dir "{recipe.data_dir}" is for a task by its name (cifar100), '
                 f"without a revision; {did_you_mean(spec, catalogue())}"
             )
-        source = local_source(_within(Path(recipe.data_dir).expanduser(), spec, named), columns)
-        return _as_named(source, spec, named) if named else source
+        folder = Path(recipe.data_dir).expanduser() / spec
+        if named is None:
+            return local_source(folder, columns)
+        # Perhaps a copy of the hub's repository, with the configuration's name within.
+        inner = [folder / sub for sub in (named.config, spec) if sub and (folder / sub).is_dir()]
+        return _as_named(local_source((*inner, folder)[0], columns), spec, named)
     if kind == "hub" and colon:
         return _on_hub(target, columns, recipe.revision)
     if named and not path.exists():
@@ -68,24 +72,6 @@ def _on_hub(target: str, columns: Columns, revision: str | None) -> Source:
         lambda scratch: raw_task(tables, places, columns),
         repr((columns, [table._fingerprint for table in tables.values()])),
     )
-
-
-def _within(data_dir: Path, name: str, named: NamedTask | None) -> Path:
-    """Where in `data_dir` a task is: a folder of its name, perhaps a copy of the hub's repository
-    (with a folder of the configuration's name in it), or files with its name in front.
-    """
-    folder = data_dir / name
-    if folder.is_dir():
-        inner = [folder / sub for sub in (named and named.config, name) if sub]
-        return next(filter(Path.is_dir, inner), folder)
-    known = {*parquet_sets(data_dir), *(path.name for path in data_dir.glob("*/"))}
-    if data_dir.is_dir() and name not in known:
-        raise DeltaflError(
-            f'folder "{data_dir}" has no task "{name}": neither a folder {name} nor '
-            f"{name}_train.parquet and {name}_test.parquet; "
-            f"{did_you_mean(name, known if named else known | catalogue().keys())}"
-        )
-    return folder
 
 
 def _as_named(source: Source, name: str, named: NamedTask) -> Source:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from deltafl.errors import DeltaflError
 from deltafl.tasks.recipe import Augmentation
-from deltafl.tasks.task import SPLITS, Batch, Model, Split, Task, hash_of
+from deltafl.tasks.task import SPLITS, Batch, Device, Model, Split, Task, hash_of
 from deltafl.tasks.transforms import random_crop, random_flip
 
 
@@ -32,7 +32,7 @@ class Images:
         rows = rows.to(self.images.device)
         return Images(self.images.index_select(0, rows), self.labels.index_select(0, rows))
 
-    def to(self, device: torch.device | str) -> "Images":
+    def to(self, device: Device) -> "Images":
         """The same on another device."""
         return Images(self.images.to(device), self.labels.to(device))
 
@@ -76,7 +76,7 @@ class ImageTask(Task):
         self,
         split: Split,
         ids: Tensor,
-        device: torch.device | str = "cpu",
+        device: Device = "cpu",
         generator: torch.Generator | None = None,
     ) -> Batch:
         part = self.splits[split].at(ids).to(device)
@@ -123,7 +123,7 @@ class ImageTask(Task):
         splits = {split: self.splits[split].at(rows[split]) for split in SPLITS}
         return replace(self, name=name, splits=splits)
 
-    def to(self, device: torch.device | str) -> "ImageTask":
+    def to(self, device: Device) -> "ImageTask":
         if torch.device(device).type == "cpu":
             return self
         return replace(self, splits={s: part.to(device) for s, part in self.splits.items()})

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from deltafl.errors import DeltaflError
 from deltafl.tasks.inputs import TextInput
 from deltafl.tasks.selection import select
-from deltafl.tasks.task import SPLITS, Batch, Model, Split, Task, hash_of
+from deltafl.tasks.task import SPLITS, Batch, Device, Model, Split, Task, hash_of
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class LineTask(Task):
         self,
         split: Split,
         ids: Tensor,
-        device: torch.device | str = "cpu",
+        device: Device = "cpu",
         generator: torch.Generator | None = None,
     ) -> Batch:
         lines = [self.splits[split].ids[row] for row in ids.tolist()]

@@ -29,24 +29,23 @@ def local_source(path: Path, columns: Columns) -> Source:
         DeltaflError: there is no such folder or set, the folder holds several sets, or it holds none.
     """
     if not path.is_dir():
-        sets = parquet_sets(path.parent)
+        sets = _parquet_sets(path.parent)
         if path.name not in sets:
             raise DeltaflError(
                 f'there is no folder "{path}" and no Parquet file of that name; '
                 f"{did_you_mean(path.name, sets)}"
             )
         return _parquet(path.name, sets[path.name], columns)
-    sets = parquet_sets(path) or parquet_sets(path / "data")
+    sets = _parquet_sets(path) or _parquet_sets(path / "data")
     if len(sets) > 1:
         known = ", ".join(f'"{path / name}"' for name in sorted(sets))
         raise DeltaflError(f'folder "{path}" holds several data sets; name one of them: {known}.')
-    name = path.resolve().name
     for prefix, files in sets.items():
-        return _parquet(prefix or name, files, columns)
-    return _image_folder(name, path)
+        return _parquet(prefix or path.resolve().name, files, columns)
+    return _image_folder(path)
 
 
-def parquet_sets(folder: Path) -> dict[str, dict[str, list[Path]]]:
+def _parquet_sets(folder: Path) -> dict[str, dict[str, list[Path]]]:
     """The Parquet files of a folder by set and split: {prefix or "": {split in the name: files}}."""
     sets: dict[str, dict[str, list[Path]]] = {}
     for path in sorted(folder.glob("*.parquet")):
@@ -87,7 +86,7 @@ def _class_names(sidecar: Path) -> list[str]:
         ) from error
 
 
-def _image_folder(name: str, path: Path) -> Source:
+def _image_folder(path: Path) -> Source:
     """Listed here: `load_dataset("imagefolder")` takes 0.5 ms a file, five times a small image's
     decoding.
     """
@@ -112,4 +111,4 @@ def _image_folder(name: str, path: Path) -> Source:
     def opened(scratch: Path) -> RawTask:
         return RawTask({SPLIT_NAMES[split]: raw_split(split) for split in files}, tuple(classes))
 
-    return Source(name, opened, repr(stamps(every)))
+    return Source(path.resolve().name, opened, repr(stamps(every)))

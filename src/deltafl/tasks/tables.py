@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow
 from datasets import ClassLabel, Dataset, DatasetDict, Image, disable_progress_bars, load_dataset
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets.exceptions import DatasetsError
 
 from deltafl.errors import DeltaflError, did_you_mean
 from deltafl.tasks.raw import SPLIT_NAMES, Columns, Encoded, RawSplit, RawTask
@@ -26,22 +26,11 @@ def read_tables(path: str, where: str, **options: Any) -> DatasetDict:
     """
     try:
         tables = load_dataset(path, **options)
-    except ConnectionError as error:
-        raise DeltaflError(
-            f"{where}: the hub cannot be reached and nothing is downloaded yet ({error}). Connect "
-            "once; or download it elsewhere and name its folder, --data-dir (data_dir) for a task by "
-            "its name."
-        ) from error
-    except (
-        DatasetGenerationError,
-        DatasetNotFoundError,
-        pyarrow.ArrowException,
-        ValueError,
-        OSError,
-    ) as error:
+    except (DatasetsError, pyarrow.ArrowException, ValueError, OSError) as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise DeltaflError(
-            f"{where} cannot be read: {reason} Is the name right and the download complete?"
+            f"{where} cannot be read: {reason} Is the name right and the download complete? Where "
+            "the hub is not reached, name a folder of copies: --data-dir (data_dir)."
         ) from error
     if not isinstance(tables, DatasetDict):
         raise DeltaflError(f'{where} has no named splits; a task needs "train" and "test".')

@@ -16,6 +16,8 @@ SPLITS: tuple[Split, ...] = ("train", "val", "test")
 Batch = Mapping[str, Tensor]
 """Named tensors (B, ...) on the model's device."""
 
+Device = torch.device | str
+
 Model = Callable[..., Any]
 """A module, a `Net` or anything called like it: a function of other parameters, under vmap."""
 
@@ -40,7 +42,7 @@ class Task(ABC):
         self,
         split: Split,
         ids: Tensor,
-        device: torch.device | str = "cpu",
+        device: Device = "cpu",
         generator: torch.Generator | None = None,
     ) -> Batch:
         """The examples at `ids`, int64 (B,), in that order.
@@ -87,7 +89,7 @@ class Task(ABC):
         """
         raise DeltaflError(f'task "{self.name}" cannot be divided; give its parts as tasks')
 
-    def to(self, device: torch.device | str) -> "Task":
+    def to(self, device: Device) -> "Task":
         """The task with its data on `device`; itself where that gains nothing."""
         return self
 
@@ -96,14 +98,11 @@ def hash_of(*parts: Tensor | str) -> str:
     """sha256 of the bytes of tensors and texts, in order."""
     digest = hashlib.sha256()
     for part in parts:
-        if isinstance(part, str):
-            digest.update(part.encode())
-        else:
-            digest.update(part.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(part.encode() if isinstance(part, str) else part.cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
-def check_task(task: Task, model: Model, device: torch.device | str = "cpu") -> None:
+def check_task(task: Task, model: Model, device: Device = "cpu") -> None:
     """Let `model`, in eval mode, do two training examples, so that a task of a user's own that breaks a
     promise is found before anything trains.
 
