@@ -161,7 +161,7 @@ def test_the_quickstart_tells_the_numbers():
 def test_a_task_may_be_called_as_a_column_is():
     result = samples.quickstart_result()
     for row in result["rows"]:
-        row["test"]["mean"] = row["test"].pop("plain")
+        row["test"] = {"mean" if t == "plain" else t: score for t, score in row["test"].items()}
     table = report.results_table(result | {"tasks": ["mean", *result["tasks"][1:]]})
     assert table.cells().iloc[0, [1, 3]].tolist() == ["97.3%", "98.4%"]
 
