@@ -204,6 +204,7 @@ def run_suites(
     from deltafl.experiments.studies.study import save_base
     from deltafl.experiments.suite_runs import Bench, preflight, run_suite
     from deltafl.files import check_output, write_files
+    from deltafl.models.bridge import net_of
     from deltafl.report import comparison_page, page_files
     from deltafl.training.record import write_json
     from deltafl.training.tensorboard import METRICS, check_installed
@@ -233,7 +234,7 @@ def run_suites(
             _pretrain(out / "base", held["seed"], show)
             encoder = load_encoder_of(held)
         elif study is not None:
-            save_base(encoder, out / "base")
+            save_base(net_of(encoder), out / "base")
         bench = Bench(
             encoder,
             lambda seed: load_task_of(held, encoder, seed),

@@ -104,22 +104,15 @@ def mask_strategies(base: FederatedRecipe, options: SuiteOptions) -> list[Cell]:
 
 
 def aggregators(base: FederatedRecipe, options: SuiteOptions) -> list[Cell]:
-    """Every rule as the server, IID and not, with equal and unequal local steps.
-
-    cclip clips at the median norm; fedgma's rho is 0.6, dare drops half.
-    """
-    needed = {
-        "cclip": {"rho": 0.5, "unit": "quantile"},
-        "fedgma": {"rho": 0.6},
-        "dare": {"drop_rate": 0.5},
-    }
+    """Every rule as the server with its typical parameters, IID and not, local steps equal and not."""
+    rules = load_rules()
     return [
         Cell(
             {"rule": rule, "sharding": label, "local steps": steps},
             replace(
                 recipe,
                 aggregator=rule,
-                aggregator_params=needed.get(rule, {}),
+                aggregator_params=rules[rule].typical(),
                 local_steps_spread=spread,
             ),
         )
@@ -128,7 +121,7 @@ def aggregators(base: FederatedRecipe, options: SuiteOptions) -> list[Cell]:
             (f"Nc = {options.nc}", _classes(base, options.nc)),
         )
         for steps, spread in (("equal", 1.0), ("unequal", options.steps_spread))
-        for rule in load_rules()
+        for rule in rules
     ]
 
 

@@ -16,8 +16,8 @@ from deltafl.federated.sharding import ShardingRecipe, shard
 from deltafl.models import LoadedEncoder
 from deltafl.seeding import keyed_generator
 from deltafl.tasks.arrays import Task
+from deltafl.training.legacy import run_config
 from deltafl.training.record import read_rows
-from deltafl.training.state import run_config
 from deltafl.training.tensorboard import write_rows
 from deltafl.usercode import find_callable
 
@@ -95,7 +95,7 @@ def run_suite(
 def _one(recipe: Any, bench: Bench) -> tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]]:
     """Result and rows of one run, from disk where it was finished before."""
     task = bench.task(recipe.seed)
-    config = run_config(bench.encoder, task, recipe, None)
+    config = run_config(bench.encoder, task, recipe)
     key = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
     folder = bench.folder / key
     if (folder / "result.json").is_file():

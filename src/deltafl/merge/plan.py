@@ -16,7 +16,7 @@ from deltafl.checkpoints.layout import SIZES, Layout
 from deltafl.errors import DeltaflError
 from deltafl.merge.recipe import MergeRecipe, ModelEntry
 from deltafl.recipes import Recipe, parse
-from deltafl.rules.rule import Rule, Source, build_rule, check_rule, core_of
+from deltafl.rules.rule import Rule, Source, TensorRule, build_rule, check_rule
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Plan:
     def passes(self) -> int:
         """How often all inputs are read."""
         thresholds = sum(t.density is not None for t in self.rule.transforms)
-        return 1 + thresholds + bool(getattr(core_of(self.rule), "needs_gram", False))
+        return 1 + thresholds + self.rule.core.needs_gram
 
     @property
     def bytes_read(self) -> int:
@@ -65,9 +65,12 @@ class Plan:
 
     @property
     def working_memory(self) -> int:
-        """Bytes of the blocks that are in work at a time."""
-        block = (8 if self.recipe.exact else 4) << 18
-        return self.threads * block * (2 * len(self.layouts) + 6)
+        """Bytes of the blocks, or of a `TensorRule` the tensors, that are in work at a time."""
+        elements, merged = 1 << 18, self.alignment.merged
+        if isinstance(self.rule.core, TensorRule):
+            elements = max(self.entries[name].numel for name in merged)
+        width = 8 if self.recipe.exact else 4
+        return self.threads * elements * width * (2 * len(self.layouts) + 6)
 
     @property
     def files(self) -> list[Path]:

@@ -18,8 +18,9 @@ from deltafl.forking import can_fork
 from deltafl.merge.search import grid_of
 from deltafl.merge.search_recipe import SearchRecipe
 from deltafl.pool import Pool
-from deltafl.rules.rule import Source, build_rule, check_rule, load_rules, parameters
-from deltafl.training.finetune import TRAINING_JSON
+from deltafl.rules.rule import Source, build_rule, check_rule, load_rules
+from deltafl.tasks.arrays import arrays_of
+from deltafl.training import TRAINING_JSON
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -118,7 +119,7 @@ def searched(study: Study, merge: Merge) -> dict[str, Any]:
             threads=1,
             device=study.device,
         )
-        tasks = [study.judged(m.data, m.seed) for m in merge.models]
+        tasks = [arrays_of(study.judged(m.data, m.seed)) for m in merge.models]
         result = run_search(recipe, None, tasks=tasks)
         asked = [[asdict(m.data), asdict(m.training)] for m in merge.models]
         kept = {k: v for k, v in result.items() if k not in ("candidates", "seconds", "versions")}
@@ -130,10 +131,7 @@ def searched(study: Study, merge: Merge) -> dict[str, Any]:
 def seeded(methods: Sequence[Method], seed: int) -> list[Method]:
     """The methods, with the seed of the run for those that draw at random."""
     rules = load_rules()
-    return [
-        (n, {"seed": seed, **params} if "seed" in parameters(rules[n]) else params)
-        for n, params in methods
-    ]
+    return [(n, rules[n].seeded(params, seed)) for n, params in methods]
 
 
 def _code(method: str) -> str:
