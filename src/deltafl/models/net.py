@@ -1,7 +1,8 @@
 """A model as everything that trains, merges and judges sees it: one module, and what of it trains."""
 
 import copy
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,17 @@ from deltafl.tasks.inputs import ImageInput, TextInput
 from deltafl.tasks.task import Task, check_task
 
 WEIGHTS = "model.safetensors"
+MODEL_JSON = "deltafl_model.json"
 
 
 class Format:
     """How a model is written and made ready for a task; what `load_net` read is what `save` writes.
 
     This one writes the module's tensors by its own names, tied ones under each of their names.
+    `about`: how code of a user's own builds the model again, for `deltafl_model.json`.
     """
+
+    about: Mapping[str, Any] | None = None
 
     def save(self, module: nn.Module, folder: Path) -> None:
         """Write `module` into the existing `folder`."""
@@ -34,6 +39,8 @@ class Format:
             for name, tensor in module.state_dict().items()
         }
         save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+        if self.about:
+            (folder / MODEL_JSON).write_text(json.dumps(self.about, indent=2) + "\n")
 
     def snapshot(self, module: nn.Module) -> dict[str, Any]:
         """All values of `module`, and what else `restore` needs, as torch.save can hold them."""
@@ -46,6 +53,17 @@ class Format:
     def file_name(self, name: str) -> str:
         """The name that the model's files have for the module's tensor `name`."""
         return name
+
+    def save_head(self, module: nn.Module, folder: Path) -> None:
+        """Write what `prepare` added to `module` into the existing `folder`: a classifier's head."""
+        del module, folder
+
+    def head_bytes(
+        self, module: nn.Module, recipe: HeadRecipe, shards: Sequence[Tensor]
+    ) -> tuple[int, int]:
+        """Bytes that clients with these shards send, all together, for `prepare`; and of what it adds."""
+        del module, recipe, shards
+        return 0, 0
 
     def prepare(self, net: "Net", task: Task, recipe: HeadRecipe, fit: HeadFit) -> None:
         """Make the model ready to train on a task, in place: a classifier gets its head."""
