@@ -58,7 +58,8 @@ class Recipe(BaseModel):
         """Set the defaults."""
         for name, value in cls.defaults.items():
             cls.model_fields[name].default = value
-        cls.model_rebuild(force=True)
+        if cls.defaults:
+            cls.model_rebuild(force=True)
 
     @classmethod
     def of(cls, **settings: Any) -> Self:
@@ -264,18 +265,17 @@ def _flattened(kind: type[Recipe]) -> dict[str, Flattened]:
 
 def read_recipe(
     kind: type[R],
-    path: str | Path | None = None,
+    file: str | Path | Mapping[str, Any] | None = None,
     settings: Mapping[str, Any] | None = None,
     *,
     defaults: Mapping[str, Any] | None = None,
-    load: Callable[[str | Path], dict[str, Any]] | None = None,
 ) -> R:
-    """The recipe of a file, with leaves in `settings` over it and leaves in `defaults` under it.
+    """The recipe of a file, or its content, with leaves in `settings` over it and leaves in `defaults` under it.
 
     Raises:
         DeltaflError: one line for each mistake, with the path of the key.
     """
-    data = (load or load_yaml)(path) if path is not None else {}
+    data = load_yaml(file) if isinstance(file, str | Path) else file or {}
     data = _layered(kind, data, defaults or {}, under=True)
     return parse(kind, _layered(kind, data, settings or {}))
 
