@@ -21,6 +21,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from deltafl.federated.controls import Controls
 from measure import machine, run
 from mlp import Mlp, Setting, bare_round, make_data, make_head, shards, shuffled
 from ours_run import NAMES, recipe_of
@@ -28,7 +29,6 @@ from turns import in_turns, ratios, spread
 
 from deltafl.federated import LocalTraining, ServerState, run_round
 from deltafl.federated.client import moving
-from deltafl.federated.controls import Controls
 from deltafl.federated.rounds import World, in_workers
 from deltafl.federated.state import StateWriter
 from deltafl.models import load_encoder

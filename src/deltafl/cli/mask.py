@@ -16,7 +16,6 @@ from deltafl.cli.run import prepared
 from deltafl.errors import DeltaflError
 from deltafl.federated.recipe import ClientsRecipe
 from deltafl.federated.setup import MASK_FILE, fit_head, make_mask, make_shards
-from deltafl.federated.sparse_bridge import encoder_view, of_encoder
 from deltafl.files import atomic_folder, check_output, write_files
 from deltafl.models import Net, load_net
 from deltafl.recipes import Flags, Incidental, Recipe, read_recipe
@@ -101,7 +100,7 @@ def mask(recipe: MaskRecipe | DescribeRecipe, dry_run: bool) -> None:
         return
     with atomic_folder(recipe.out, overwrite=recipe.overwrite) as folder:
         if made is not None:
-            save_mask(of_encoder(made), folder / MASK_FILE, result["model_hash"], result["made"])
+            save_mask(made, folder / MASK_FILE, result["model_hash"], result["made"])
         write_json(folder / "mask.json", result)
         write_files(folder, page_files(mask_page(result)))
     if made is not None:
@@ -122,7 +121,7 @@ def make(recipe: MaskRecipe, dry_run: bool) -> tuple[Mask, dict[str, Any]]:
         settings |= section.resolved()
     settings |= recipe.model_dump(include={"participation_rate", "mixed_precision", "seed"})
     told = {n: value for n, value in settings.items() if value is not None and value is not False}
-    return made, _result(of_encoder(made), net, told)
+    return made, _result(made, net, told)
 
 
 def described(recipe: DescribeRecipe) -> dict[str, Any]:
@@ -131,11 +130,8 @@ def described(recipe: DescribeRecipe) -> dict[str, Any]:
     Raises:
         DeltaflError: not a mask, or made for another model.
     """
-    meta, net = mask_meta(recipe.describe), None
-    if recipe.model is not None:
-        net = _moved(load_net(recipe.model), recipe.device)
-    own = model_hash(encoder_view(net)) if net else None
-    return _result(load_mask(recipe.describe, own), net, meta)
+    net = None if recipe.model is None else _moved(load_net(recipe.model), recipe.device)
+    return _result(load_mask(recipe.describe, net), net, mask_meta(recipe.describe))
 
 
 def _moved(net: Net, device: str | None) -> Net:
@@ -145,13 +141,12 @@ def _moved(net: Net, device: str | None) -> Net:
 
 
 def _result(mask: Mask, net: Net | None, made: Mapping[str, Any]) -> dict[str, Any]:
-    model = encoder_view(net) if net else None
     shapes = {name: tuple(kept.shape) for name, kept in mask.items()}
-    known = eligible(model) if model else Eligible(shapes, {}, {}, frozenset())
+    known = eligible(net) if net else Eligible(shapes)
     rows = describe_mask(mask, known)
     return {
         "made": dict(made),
-        "model_hash": model_hash(model) if model else None,
+        "model_hash": model_hash(net) if net else None,
         "parameters": sum(kept.numel() for kept in mask.values()),
         "eligible": sum(row.eligible for row in rows.values()),
         "kept": sum(row.kept for row in rows.values()),
