@@ -10,7 +10,7 @@ from checkpoint_files import cli, problems_of, refused, succeed
 from deltafl.experiments.federated_suites import SUITES, Cell, SuiteOptions, check_suites
 from deltafl.experiments.suite_runs import Bench, run_suite
 from deltafl.rules.rule import load_rules
-from deltafl.sparse.masks import MASK_STRATEGIES
+from deltafl.sparse.strategies import MASK_STRATEGIES
 from federated.worlds import RECIPE, halves, plain
 from tiny_models import vit_file
 

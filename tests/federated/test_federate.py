@@ -227,7 +227,7 @@ def test_bytes_of_step_zero_are_told_apart(
 def test_what_a_client_sends_is_what_is_counted(tmp_path: Path) -> None:
     begun = begin(tmp_path, RECIPE.replace(sparsity_ratio=0.9, momentum=0.0))
     state, result = one_round(begun)
-    sent = [u.delta.tuned.num_bytes.values for u in result.updates.values()]
+    sent = [u.delta.kept.nbytes for u in result.updates.values()]
     row: dict[str, Any] = {}
     Bytes(begun.federation).after(state, result, row)
     assert sum(sent) == row["bytes_up"] > 0

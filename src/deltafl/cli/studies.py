@@ -144,22 +144,18 @@ def make_study(
 
 def check_data(study: Any, names: Sequence[str], image_size: int, channels: int) -> None:
     """Raise DeltaflError with what is wrong with any data set of the studies, before anything is written."""
-    from deltafl.tasks.arrays import load_arrays
+    from deltafl.tasks import DataRecipe, ImageInput, ImageTask, load_task
 
     specs = [*study.tasks]
     specs += [study.control] if "negation" in names else []
     specs += [study.split] if "data-heterogeneity" in names else []
     specs += study.domains if "analogy" in names else []
-    look = {
-        "image_size": image_size,
-        "channels": channels,
-        "seed": study.recipe.seed,
-        "limit": study.limit,
-    }
+    inputs = ImageInput(image_size, channels)
     found, problems = {}, []
     for spec in dict.fromkeys(specs):
         try:
-            found[spec] = load_arrays(spec, **look, data_dir=study.data_dir)
+            data = DataRecipe.of(data=spec, data_dir=study.data_dir, limit=study.limit)
+            found[spec] = load_task(data, inputs, study.recipe.seed)
         except DeltaflError as error:
             problems += error.problems
     by_name: dict[str, list[str]] = {}
@@ -171,7 +167,7 @@ def check_data(study: Any, names: Sequence[str], image_size: int, channels: int)
         if len(same) > 1
     ]
     domains = [found[spec] for spec in study.domains if "analogy" in names and spec in found]
-    if len({task.class_names for task in domains}) > 1:
+    if len({task.class_names for task in domains if isinstance(task, ImageTask)}) > 1:
         problems.append(
             f"analogy: {' and '.join(study.domains)} have other classes; give --domains with the same ones"
         )

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeAlias
 from deltafl.errors import DeltaflError
 from deltafl.federated.recipe import FederatedRecipe
 from deltafl.rules.rule import load_rules
-from deltafl.sparse.masks import MASK_STRATEGIES
+from deltafl.sparse.strategies import MASK_STRATEGIES
 
 Labels: TypeAlias = Mapping[str, str | float | int]
 Changes: TypeAlias = Mapping[str, Any]

@@ -15,9 +15,9 @@ from deltafl.federated.saving import save_update
 from deltafl.federated.server import ServerState
 from deltafl.federated.setup import calibration_clients
 from deltafl.federated.sharding import describe
-from deltafl.federated.sparse_bridge import count_eligible
 from deltafl.federated.state import Best, StateWriter
 from deltafl.progress import OnProgress, Progress
+from deltafl.sparse.eligible import eligible
 from deltafl.tasks.task import Split
 from deltafl.training.recipe import PRECISIONS
 from deltafl.training.record import RunRecord
@@ -142,7 +142,7 @@ def setup_bytes(federation: Federation) -> dict[str, int]:
     recipe, net = federation.recipe, federation.net
     up, head = net.format.head_bytes(net.module, recipe.head, federation.shards)
     asked = sum(map(len, calibration_clients(recipe)))
-    up += asked * 4 * count_eligible(net) if asked else 0
+    up += asked * 4 * eligible(net).total if asked else 0
     down = head * (asked if recipe.head.train_head else recipe.sharding.num_clients)
     return {"setup_bytes_up": up, "setup_bytes_down": down}
 
