@@ -22,13 +22,13 @@ CHUNK = 1 << 26
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a module: its arguments, `given`, the first tensor among them (B, ...), and the
-    gradient at its output (B, ...).
+    """One call of a module: its first argument (B, ...), the others, and the gradient at its output
+    (B, ...).
     """
 
+    given: Tensor
     args: tuple[object, ...]
     kwargs: Mapping[str, object]
-    given: Tensor
     grad: Tensor
 
 
@@ -119,9 +119,8 @@ def any_module(module: nn.Module, calls: Sequence[Call], sums: Sums) -> None:
     for call in calls:
 
         def pulled(own: dict[str, Tensor], given: Tensor, g: Tensor, call: Call = call) -> Tensor:
-            args = tuple(given[None] if a is call.given else a for a in call.args)
-            kwargs = {n: given[None] if a is call.given else a for n, a in call.kwargs.items()}
-            return (functional_call(module, {**parameters, **own}, args, kwargs)[0] * g).sum()
+            args = (given[None], *call.args)
+            return (functional_call(module, parameters | own, args, dict(call.kwargs))[0] * g).sum()
 
         with sdpa_kernel(SDPBackend.MATH):
             per_example = vmap(grad(pulled), in_dims=(None, 0, 0), chunk_size=size)
