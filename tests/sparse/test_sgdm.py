@@ -238,20 +238,3 @@ def test_resume_is_bit_exact(density):
     after.load_state_dict(saved)
     steps(second, after, range(3, 6))
     assert torch.equal(second.flat.detach(), whole.flat.detach())
-
-
-def test_reset_is_a_new_optimiser():
-    model, fresh = small(), small()
-    mask = random_mask(model, 0.3)
-    optimiser = sgdm(model, mask, dampening=0.3)
-    set_gradient(model, 0)
-    optimiser.step()
-    fresh.load(model.trained)
-    optimiser.reset()
-    other = sgdm(fresh, mask, dampening=0.3)
-    for step in range(1, 4):
-        set_gradient(model, step)
-        set_gradient(fresh, step)
-        optimiser.step()
-        other.step()
-    assert torch.equal(model.flat.detach(), fresh.flat.detach())

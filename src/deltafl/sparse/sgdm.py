@@ -59,10 +59,6 @@ class SparseSGDM(torch.optim.Optimizer):
             _step(kept, flat.grad.index_select(0, places), part, first, group)
             flat.index_copy_(0, places, kept)
 
-    def reset(self) -> None:
-        """Forget the momentum: the next step is a first one."""
-        self.state.clear()
-
     @torch.no_grad()
     def mask_gradients_(self) -> None:
         """Zero the frozen coordinates of the gradient, so that a norm or a sum sees kept ones only."""
