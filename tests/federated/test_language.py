@@ -65,6 +65,7 @@ def test_clients_hold_one_source_each() -> None:
     [
         {"local_algorithm": "fedprox", "server_optimizer": "fedadam", "server_lr": 0.01},
         {"local_algorithm": "scaffold", "momentum": 0.0},
+        {"sparsity_ratio": 0.7, "calibration_examples": 4},
     ],
     ids=str,
 )
