@@ -5,11 +5,11 @@ from torch import Tensor, nn
 from deltafl.models import Net
 from deltafl.sparse.eligible import eligible
 from deltafl.tasks import ImageInput
-from tiny_models import tiny_net, tiny_task
+from tiny_models import tiny_images, tiny_net
 
 KEYS = tuple(f"encoder.layers.{i}.attention.k_proj.bias" for i in (0, 1))
 
-IMAGES = tiny_task().train.images[:4] / 127.5 - 1
+IMAGES = tiny_images().splits["train"].images[:4] / 127.5 - 1
 
 
 class Fused(nn.Module):

@@ -17,7 +17,7 @@ from deltafl.sparse.per_example import find_layers
 from deltafl.tasks import ImageInput, load_task
 from deltafl.tasks.recipe import DataRecipe
 from deltafl.tasks.task import Batch, Task, drawn
-from tiny_models import tiny_llama, tiny_net, tiny_task, write_lines
+from tiny_models import tiny_images, tiny_llama, tiny_net, write_lines
 
 DRAW = torch.Generator().manual_seed(0)
 PIXELS = torch.rand(50, 1, 8, 8, dtype=torch.float64, generator=DRAW) * 2 - 1
@@ -429,9 +429,8 @@ def classifier():
 
 
 def image_task():
-    from deltafl.tasks.arrays import image_task
 
-    return image_task(tiny_task())
+    return tiny_images()
 
 
 def test_no_examples_sum_to_nothing():

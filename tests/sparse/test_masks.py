@@ -21,8 +21,7 @@ from deltafl.sparse.masks import (
     save_mask,
 )
 from deltafl.sparse.strategies import MASK_STRATEGIES
-from deltafl.tasks.arrays import image_task
-from tiny_models import tiny_net, tiny_task
+from tiny_models import tiny_images, tiny_net
 
 SHAPES = {"a": (40,), "b": (7, 9), "scale": (), "none": (0, 3)}
 PART = torch.arange(63).reshape(7, 9) % 5 != 0
@@ -231,7 +230,7 @@ def test_least_sensitive_takes_no_key_bias_of_a_vit():
 
 def with_head():
     net = tiny_net()
-    net.prepare(image_task(tiny_task()), HeadRecipe(head="linear", train_head=True))
+    net.prepare(tiny_images(), HeadRecipe(head="linear", train_head=True))
     return net
 
 

@@ -10,7 +10,7 @@ import click
 
 from deltafl.errors import DeltaflError
 from deltafl.experiments.studies.options import BUNDLED, QUICK, StudyOptions
-from deltafl.models.heads import HEAD_FILE
+from deltafl.models import HEAD_FILE
 
 HELP = {
     "tasks": "Data sets, each as --data takes one.",

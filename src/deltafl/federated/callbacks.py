@@ -1,15 +1,14 @@
-"""What is done after each round: validation, bytes, the record, the state, clients' models, event files."""
+"""What is done after each round: validation, bytes, the record, the state, clients' models."""
 
 import resource
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deltafl.algebra.deltas import Update
 from deltafl.federated.client import load_state
 from deltafl.federated.rounds import Federation, RoundResult, Workers
 from deltafl.federated.saving import save_update
@@ -28,13 +27,12 @@ Row = dict[str, Any]
 
 
 class Callback:
-    """Something that is done after each round. The row of a round in the record is what callbacks leave in it."""
+    """Something that is done after each round. The row of a round in the record is what callbacks
+    leave in it.
+    """
 
     def begin(self, state: ServerState, row: Row) -> None:
         """Before the first round; `row` is that of round 0. A resumed run has begun."""
-
-    def on_update(self, state: ServerState, client: int, update: Update) -> None:
-        """A finite update has come in, in the round after `state`."""
 
     def after(self, state: ServerState, result: RoundResult, row: Row) -> None:
         """A round led to `state`; `row` holds what callbacks before this one put into it."""
@@ -50,11 +48,14 @@ def score_of(federation: Federation, params: Mapping[str, Tensor], split: Split)
     return scores(federation.net, federation.task, split, autocast=autocast).double().mean().item()
 
 
+@dataclass
 class Validation(Callback):
-    """The validation score every `eval_every` rounds, and the best model so far; of equal ones the first."""
+    """The validation score every `eval_every` rounds, and the best model so far; of equal ones the
+    first.
+    """
 
-    def __init__(self, federation: Federation, best: Best) -> None:
-        self.federation, self.best = federation, best
+    federation: Federation
+    best: Best
 
     @property
     def is_exhausted(self) -> bool:
@@ -79,11 +80,11 @@ class Validation(Callback):
             self.best = replace(self.best, waited=self.best.waited + 1)
 
 
+@dataclass
 class Shards(Callback):
     """How many examples and groups clients hold, in the first row."""
 
-    def __init__(self, federation: Federation) -> None:
-        self.federation = federation
+    federation: Federation
 
     def begin(self, state: ServerState, row: Row) -> None:
         groups = self.federation.task.groups("train")
@@ -93,11 +94,12 @@ class Shards(Callback):
 
 
 class Bytes(Callback):
-    """Bytes that go over the network, per round and in all, with the mask and as if there were none.
+    """Bytes that go over the network, per round and in all, with the mask and as if there were
+    none.
 
-    A client gets and sends 4 bytes for each kept coordinate and each value of float buffers; scaffold
-    doubles the trained ones. The mask's bits go to a client once. The pre-trained model is at the
-    clients already; what step 0 sends is `setup_bytes`, in the first row.
+    A client gets and sends 4 bytes for each kept coordinate and each value of float buffers;
+    scaffold doubles the trained ones. The mask's bits go to a client once. The pre-trained model
+    is at the clients already; what step 0 sends is `setup_bytes`, in the first row.
     """
 
     def __init__(self, federation: Federation) -> None:
@@ -136,11 +138,12 @@ class Bytes(Callback):
 
 
 def setup_bytes(federation: Federation) -> dict[str, int]:
-    """Bytes of step 0, `setup_bytes_up` and `setup_bytes_down`, of all clients together; no round counts them.
+    """Bytes of step 0, `setup_bytes_up` and `setup_bytes_down`, of all clients together; no round
+    counts them.
 
-    Up: what fitting the head needs (`Format.head_bytes`); of each client of a calibration a float32
-    Fisher sum for each eligible coordinate. Down: a frozen head to every client once, a trained one to
-    the clients of a calibration, since rounds count it.
+    Up: what fitting the head needs (`Format.head_bytes`); of each client of a calibration a
+    float32 Fisher sum for each eligible coordinate. Down: a frozen head to every client once, a
+    trained one to the clients of a calibration, since rounds count it.
     """
     recipe, net = federation.recipe, federation.net
     up, head = net.format.head_bytes(net.module, recipe.head, federation.shards)
@@ -150,14 +153,14 @@ def setup_bytes(federation: Federation) -> dict[str, int]:
     return {"setup_bytes_up": up, "setup_bytes_down": down}
 
 
+@dataclass
 class Record(Callback):
     """The run's rows; the last of the callbacks that fill them. `on_progress` is told of each."""
 
-    def __init__(
-        self, record: RunRecord, num_rounds: int, workers: Workers, on_progress: OnProgress
-    ) -> None:
-        self.record, self.num_rounds, self.workers = record, num_rounds, workers
-        self.on_progress = on_progress
+    record: RunRecord
+    num_rounds: int
+    workers: Workers
+    on_progress: OnProgress
 
     def begin(self, state: ServerState, row: Row) -> None:
         self.record.append(row)
@@ -181,11 +184,12 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+@dataclass
 class StateFile(Callback):
     """What a killed run goes on from."""
 
-    def __init__(self, writer: StateWriter, validation: Validation) -> None:
-        self.writer, self.validation = writer, validation
+    writer: StateWriter
+    validation: Validation
 
     def after(self, state: ServerState, result: RoundResult, row: Row) -> None:
         self.writer.offer(state, self.validation.best)
@@ -194,15 +198,18 @@ class StateFile(Callback):
         self.writer.finish()
 
 
+@dataclass
 class ClientModels(Callback):
-    """The clients' models of some rounds, as OUT/updates/round-R/client-K beside what they started from."""
+    """The clients' models of some rounds, as OUT/updates/round-R/client-K beside what they started
+    from.
+    """
 
-    def __init__(self, federation: Federation, out: Path) -> None:
-        self.federation, self.out = federation, out
-        self.rounds = set(map(str, federation.recipe.save_client_updates))
+    federation: Federation
+    out: Path
 
-    def on_update(self, state: ServerState, client: int, update: Update) -> None:
-        number = state.round + 1
-        if self.rounds & {"all", str(number)}:
-            folder = self.out / "updates" / f"round-{number:04d}"
-            save_update(folder, client, update, state.params, self.federation)
+    def after(self, state: ServerState, result: RoundResult, row: Row) -> None:
+        rounds = map(str, self.federation.recipe.save_client_updates)
+        if {"all", str(state.round)} & set(rounds):
+            folder = self.out / "updates" / f"round-{state.round:04d}"
+            for client, update in result.updates.items():
+                save_update(folder, client, update, result.start.params, self.federation)

@@ -1,16 +1,17 @@
-"""A whole federated run: step 0, rounds, the test at the round that validation chose, and its files."""
+"""A whole federated run: step 0, rounds, the test at the round that validation chose, and its
+files.
+"""
 
 import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from deltafl.algebra.deltas import Update
 from deltafl.algebra.tensors import device_named
 from deltafl.errors import DeltaflError
 from deltafl.federated.callbacks import (
@@ -26,7 +27,7 @@ from deltafl.federated.callbacks import (
     setup_bytes,
 )
 from deltafl.federated.recipe import FederatedRecipe
-from deltafl.federated.rounds import Federation, OnUpdate, Workers, count_workers, run_round
+from deltafl.federated.rounds import Federation, Workers, count_workers, run_round
 from deltafl.federated.saving import save_net
 from deltafl.federated.server import ServerState
 from deltafl.federated.setup import begin, initial_state, make_shards, new_record
@@ -59,14 +60,15 @@ def federate(
     on_progress: OnProgress = ignore,
     callbacks: Sequence[Callback] = (),
 ) -> FederatedRun:
-    """Run all rounds and leave in `recipe.out` config.yaml, record.jsonl, result.json, mask.safetensors and the
-    best `model/`.
+    """Run all rounds and leave in `recipe.out` config.yaml, record.jsonl, result.json,
+    mask.safetensors and the best `model/`.
 
     net, task: those that the recipe names, loaded. Validation after every `eval_every` rounds and
-    before the first one; the model of the best one is tested, once. Killed at any moment the run goes
-    on with `resume`, on a CPU to the same bits; a finished one is returned as it is. An older run in
-    the folder is replaced, with `overwrite`, when head, mask and client of the new one are ready.
-    `callbacks` are called after our own. The results are the same bits for any number of workers.
+    before the first one; the model of the best one is tested, once. Killed at any moment the run
+    goes on with `resume`, on a CPU to the same bits; a finished one is returned as it is. An older
+    run in the folder is replaced, with `overwrite`, when head, mask and client of the new one are
+    ready. `callbacks` are called after our own. The results are the same bits for any number of
+    workers.
 
     Raises:
         DeltaflError: an output in the way, a run of another configuration, no finite update.
@@ -119,7 +121,9 @@ def _all_rounds(
     on_progress: OnProgress,
     own: Sequence[Callback],
 ) -> tuple[ServerState, Best]:
-    """From `state` to the last round, or to where patience ends; rows after `state` are dropped first."""
+    """From `state` to the last round, or to where patience ends; rows after `state` are dropped
+    first.
+    """
     recipe, validation = federation.recipe, Validation(federation, best)
     writer = StateWriter(record.folder / STATE_FILE, record.sync, federation.controls.prune)
     callbacks: list[Callback] = [
@@ -138,24 +142,14 @@ def _all_rounds(
             callback.begin(state, row)
     try:
         while state.round < recipe.num_rounds and not validation.is_exhausted:
-            state, result = run_round(state, federation, workers, _told(callbacks, state))
-            row = {"event": "round", "round": state.round, **asdict(result)}
+            state, result = run_round(state, federation, workers)
+            row = {"event": "round", "round": state.round, **result.numbers}
             for callback in callbacks:
                 callback.after(state, result, row)
     finally:
         for callback in callbacks:
             callback.end()
     return state, validation.best
-
-
-def _told(callbacks: Sequence[Callback], state: ServerState) -> OnUpdate:
-    """What tells all of each update in the round after `state`."""
-
-    def on_update(client: int, update: Update) -> None:
-        for callback in callbacks:
-            callback.on_update(state, client, update)
-
-    return on_update
 
 
 def _finish(

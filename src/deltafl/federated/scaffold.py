@@ -1,6 +1,8 @@
-"""SCAFFOLD's control variates: the clients' in files, for K vectors of the model's size need not fit into memory."""
+"""SCAFFOLD's control variates: the clients' in files, for K vectors of the model's size need not
+fit into memory.
+"""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +18,8 @@ from deltafl.files import write_atomically
 
 
 class Controls:
-    """c_i of each client, one file for each (client, round): a round never overwrites what a resumed run starts from.
+    """c_i of each client, one file for each (client, round): a round never overwrites what a
+    resumed run starts from.
 
     `prune` deletes what is not needed any more.
     """
@@ -54,12 +57,12 @@ def correction(controls: Controls, control: Tensor, client: int, number: int | N
 
 def with_controls(
     state: ServerState,
-    updates: Sequence[tuple[int, Update]],
+    updates: Mapping[int, Update],
     controls: Controls,
     num_clients: int,
 ) -> ServerState:
-    """c <- c + sum_i (c_i+ - c_i) / K, and every c_i+ kept for its client's next round; `state` as it
-    is where there is no c.
+    """c <- c + sum_i (c_i+ - c_i) / K, and every c_i+ kept for its client's next round; `state` as
+    it is where there is no c.
 
     Raises:
         DeltaflError: an update without a new control.
@@ -67,7 +70,7 @@ def with_controls(
     control, rounds = state.control, dict(state.control_rounds)
     if control is None:
         return state
-    for k, update in updates:
+    for k, update in updates.items():
         new = update.control if isinstance(update, ClientUpdate) else None
         if new is None:
             raise DeltaflError(

@@ -1,4 +1,6 @@
-"""Squared gradients of the loss of single examples: by layers where that is right, else one by one."""
+"""Squared gradients of the loss of single examples: by layers where that is right, else one by
+one.
+"""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -17,7 +19,9 @@ Layers: TypeAlias = Mapping[str, Mapping[str, str]]
 """Module path -> name of a parameter in the module -> its name in the net."""
 
 CHECKED = 2
-"""Examples on which a layer must give what autograd gives; two, for one has no order of examples."""
+"""Examples on which a layer must give what autograd gives; two, for one has no order of
+examples.
+"""
 TOLERANCE = 1e-3
 """Relative to a tensor's largest score, beyond rounding in float32."""
 NOISE = 1e-12
@@ -25,8 +29,8 @@ NOISE = 1e-12
 
 
 def find_layers(net: Net, task: Task, batch: Batch, wanted: Mapping[str, Tensor]) -> Layers:
-    """The layers that on `CHECKED` examples of a batch give the scores of autograd; `wanted`: name ->
-    a tensor like the scores.
+    """The layers that on `CHECKED` examples of a batch give the scores of autograd; `wanted`: name
+    -> a tensor like the scores.
 
     That leaves out weights that are tied or read elsewhere, examples that are not the first
     dimension of a call, inputs that are changed in place, and modules that vmap cannot trace.
@@ -34,24 +38,54 @@ def find_layers(net: Net, task: Task, batch: Batch, wanted: Mapping[str, Tensor]
     rows = torch.arange(CHECKED, device=net.device) % len(next(iter(batch.values())))
     batch = {name: tensor[rows] for name, tensor in batch.items()}
     names = {id(p): n for n, p in net.module.named_parameters() if n in wanted}
-    layers: dict[str, dict[str, str]] = {}
-    for path, module in net.module.named_modules():
-        own = {n: names[id(p)] for n, p in module._parameters.items() if id(p) in names}
-        if own:
-            layers[path] = own
+    layers = {
+        path: {n: names[id(p)] for n, p in module._parameters.items() if id(p) in names}
+        for path, module in net.module.named_modules()
+    }
+    layers = {path: own for path, own in layers.items() if own}
     expected, found = ({n: torch.zeros_like(t) for n, t in wanted.items()} for _ in range(2))
     _add_by_autograd(net, task, batch, expected)
-    rows: set[str] = set()
+    calls = _Calls(CHECKED)
     try:
-        served = add_by_layers(net, task, batch, layers, found, checked=rows)[0]
-    except Exception:
-        layers = {path: own for path, own in layers.items() if path not in rows}
-        served = add_by_layers(net, task, batch, layers, found, checked=set())[0]
+        served = add_by_layers(net, task, batch, layers, found, checked=calls)[0]
+    except Exception:  # one row for all examples that cannot be broadcast when each has a copy
+        layers = {path: own for path, own in layers.items() if path not in calls.copied}
+        calls = _Calls(CHECKED)
+        served = add_by_layers(net, task, batch, layers, found, checked=calls)[0]
     noise = NOISE * max(float(t.max()) for t in expected.values() if t.numel())
     errors = {n: (found[n] - expected[n]).abs() for n in served}
     right = {n for n in served if bool((errors[n] <= TOLERANCE * expected[n].max() + noise).all())}
-    kept = {p: {n: f for n, f in own.items() if f in right} for p, own in layers.items()}
-    return {path: own for path, own in kept.items() if own}
+    layers = {p: {n: f for n, f in own.items() if f in right} for p, own in layers.items()}
+    return {path: own for path, own in layers.items() if own}
+
+
+class _Calls:
+    """Forward hooks that note what layers are given in a pass over `size` examples.
+
+    `copied`: the layers with one output for all examples (positions), of which each gets a copy.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.of: dict[str, list[tuple[Callable[..., Call], GradientEdge]]] = {}
+        self.odd: set[str] = set()
+        self.copied: set[str] = set()
+
+    def record(self, path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """Note a call whose first argument and output have the examples first, or one for all."""
+        pair = [t for t in (*args[:1], output) if isinstance(t, Tensor) and t.ndim]
+        if len(pair) < 2 or any(len(t) not in (1, self.size) for t in pair):
+            self.odd.add(path)
+            return output
+        given = pair[0].detach().expand(self.size, *pair[0].shape[1:])
+        if len(output) != self.size:
+            self.copied.add(path)
+            output = output.expand(self.size, *output.shape[1:]).clone()
+        if not output.requires_grad:  # a leaf itself could not be changed in place by what follows
+            output = output.detach().requires_grad_().clone()
+        make = partial(Call, given, args[1:], kwargs)
+        self.of.setdefault(path, []).append((make, get_gradient_edge(output)))
+        return output
 
 
 def add_by_layers(
@@ -61,46 +95,21 @@ def add_by_layers(
     layers: Layers,
     sums: Mapping[str, Tensor],
     draw: Callable[[Model, Batch], Batch] | None = None,
-    checked: set[str] | None = None,
+    checked: _Calls | None = None,
 ) -> tuple[set[str], Batch]:
     """Add the squared gradients of each example of a batch, with targets from `draw`, to `sums`.
 
     One backward pass of the summed losses gives the gradients at all layers' outputs of every
     example, since examples do not meet. Parameters take part without gradient, so that autograd
     computes input gradients alone. Returns the names that were served, those of layers that were
-    called on the whole batch, and the batch with its targets. checked: leave out rules that fail,
-    and note here the layers with one row for all examples (positions), which gets a copy for each:
-    where that cannot be broadcast, the pass fails.
+    called on the whole batch, and the batch with its targets. checked: rules that fail are left
+    out.
     """
-    size = len(next(iter(batch.values())))
-    calls: dict[str, list[tuple[Callable[..., Call], GradientEdge]]] = {p: [] for p in layers}
-    strange: set[str] = set()
-
-    def record(path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
-        first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-        if not all(
-            isinstance(t, Tensor) and t.ndim and len(t) in (1, size) for t in (first, output)
-        ):
-            strange.add(path)
-            return None
-        assert first is not None
-        given = first.detach().expand(size, *first.shape[1:])
-        if len(output) != size:
-            if checked is not None:
-                checked.add(path)
-            output = output.expand(size, *output.shape[1:]).clone()
-        if not output.requires_grad:  # a leaf itself could not be changed in place by what follows
-            output = output.detach().requires_grad_().clone()
-        args = tuple(given if a is first else a for a in args)
-        kwargs = {n: given if a is first else a for n, a in kwargs.items()}
-        calls[path].append((partial(Call, args, kwargs, given), get_gradient_edge(output)))
-        return output
-
+    calls = checked or _Calls(len(next(iter(batch.values()))))
+    modules = {path: net.module.get_submodule(path) for path in layers}
     hooks = [
-        net.module.get_submodule(path).register_forward_hook(
-            partial(record, path), with_kwargs=True
-        )
-        for path in layers
+        module.register_forward_hook(partial(calls.record, path), with_kwargs=True)
+        for path, module in modules.items()
     ]
     model = _Once(net)
     try:
@@ -110,20 +119,19 @@ def add_by_layers(
     finally:
         for hook in hooks:
             hook.remove()
-    edges = [edge for path in layers for _, edge in calls[path]]
+    edges = [edge for pairs in calls.of.values() for _, edge in pairs]
     grads = iter(torch.autograd.grad(loss, edges, allow_unused=True) if edges else ())
     served: set[str] = set()
-    for path, own in layers.items():
-        module = net.module.get_submodule(path)
-        pairs = [(make, next(grads)) for make, _ in calls[path]]
-        made = [make(grad) for make, grad in pairs if grad is not None]
-        if path in strange or not pairs:
+    for path, pairs in calls.of.items():
+        found = [(make, next(grads)) for make, _ in pairs]
+        made = [make(grad) for make, grad in found if grad is not None]
+        rule = RULES.get(type(modules[path]), any_module)
+        if path in calls.odd:
             continue
         try:
             if made:
-                rule = RULES.get(type(module), any_module)
-                rule(module, made, {name: sums[full] for name, full in own.items()})
-            served.update(own.values())
+                rule(modules[path], made, {n: sums[full] for n, full in layers[path].items()})
+            served.update(layers[path].values())
         except Exception:
             if checked is None:
                 raise
@@ -151,7 +159,8 @@ def _add_by_autograd(net: Net, task: Task, batch: Batch, sums: Mapping[str, Tens
 
 
 class _Once:
-    """A net's module with parameters of its own, at least float32, of which `trained` have gradients.
+    """A net's module with parameters of its own, at least float32, of which `trained` have
+    gradients.
 
     The output is that of the first call: a task that draws targets from it and then takes the loss
     with these targets asks for the same twice.

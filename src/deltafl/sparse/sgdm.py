@@ -59,13 +59,11 @@ class SparseSGDM(torch.optim.Optimizer):
             _step(kept, flat.grad.index_select(0, places), part, first, group)
             flat.index_copy_(0, places, kept)
 
-    def reset(self) -> None:
-        """Forget the momentum: the next step is a first one."""
-        self.state.clear()
-
     @torch.no_grad()
     def mask_gradients_(self) -> None:
-        """Zero the frozen coordinates of the gradient, so that a norm or a sum sees kept ones only."""
+        """Zero the frozen coordinates of the gradient, so that a norm or a sum sees kept ones
+        only.
+        """
         if self.flat.grad is not None and self.index is not None:
             kept = self.flat.grad.index_select(0, self.index)
             self.flat.grad.zero_().index_copy_(0, self.index.long(), kept)
