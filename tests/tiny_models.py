@@ -3,15 +3,14 @@
 import json
 import os
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from deltafl.models import LoadedEncoder, Net, load_net, new_net
-from deltafl.models.encoder import encoder_of
-from deltafl.models.heads import LinearHead, random_head
-from deltafl.tasks import ImageInput, ImageTask
-from deltafl.tasks.arrays import Split, Task, image_task
+from deltafl.models import HeadRecipe, Net, load_net, new_net
+from deltafl.tasks import ImageInput, Images, ImageTask, load_task
+from deltafl.training import Evaluation, evaluate
 
 NAMES = ("dark", "left", "right")
 
@@ -41,26 +40,19 @@ def tiny_net(seed: int = 0) -> Net:
     return new_net(VIT | {"seed": seed})
 
 
-def tiny_vit(seed: int = 0) -> LoadedEncoder:
-    return encoder_of(tiny_net(seed))
-
-
-def tiny_task(train: int = 50, val: int = 20, test: int = 31) -> Task:
+def tiny_images(train: int = 50, val: int = 20, test: int = 31) -> ImageTask:
     """Noise with a bright left or right half, or none: learnable, and not learned at once."""
 
-    def split(count: int, seed: int) -> Split:
+    def split(count: int, seed: int) -> Images:
         generator = torch.Generator().manual_seed(seed)
         images = torch.randint(0, 160, (count, 1, 8, 8), generator=generator)
         labels = torch.arange(count) % 3
         images[labels == 1, :, :, :4] += 60
         images[labels == 2, :, :, 4:] += 60
-        return Split(images.to(torch.uint8), labels)
+        return Images(images.to(torch.uint8), labels)
 
-    return Task("halves", split(train, 1), split(val, 2), split(test, 3), NAMES)
-
-
-def tiny_head(dim: int = 16) -> LinearHead:
-    return random_head(dim, NAMES, torch.Generator().manual_seed(5))
+    splits = {"train": split(train, 1), "val": split(val, 2), "test": split(test, 3)}
+    return ImageTask("halves", splits, NAMES)
 
 
 class Convolution(nn.Module):
@@ -94,7 +86,22 @@ def own_net(width: int = 6) -> Net:
 
 
 def tiny_task_factory(inputs: ImageInput, seed: int) -> ImageTask:
-    return image_task(tiny_task())
+    return tiny_images()
+
+
+def judged(
+    folder: Path,
+    data: str,
+    split: Literal["val", "test"] = "test",
+    head: Path | str | None = None,
+    seed: int = 0,
+) -> Evaluation:
+    """What a saved model scores on a task, with a head from a file or its own."""
+    net = load_net(folder)
+    task = load_task(data, net.inputs, seed)
+    if head is not None:
+        net.prepare(task, HeadRecipe(head=str(head)))
+    return evaluate(net, task, split)
 
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:'\"-"

@@ -9,7 +9,7 @@ import yaml
 from PIL import Image
 
 from checkpoint_files import refusal, succeed
-from deltafl.models.heads import load_head
+from deltafl.models.head import load_head
 from tiny_models import tiny_clip, vit_file
 
 VIT = vit_file(num_hidden_layers=1, num_channels=3)
@@ -116,7 +116,7 @@ def test_an_unknown_name_is_one_line(command: str, data: Path, tmp_path: Path) -
         "--out",
         tmp_path / "out",
     )
-    assert 'no task "pcan"' in said
+    assert f'there is no folder "{data / "pcan"}"' in said
     assert 'did you mean "pcam"' in said
 
 
@@ -148,4 +148,4 @@ def test_templates_change_the_zero_shot_head_of_a_run(data: Path, tmp_path: Path
     for command in ("federate", "centralized"):
         said = refusal(tmp_path, command, "--model", VIT, "--data-dir", data, *COMMON, "--templates", prompts,
                        *(FEDERATED if command == "federate" else ()), "--out", tmp_path / "x")  # fmt: skip
-        assert said == "templates are about the zero-shot head"
+        assert "templates are about the zero-shot head" in said

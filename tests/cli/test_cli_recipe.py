@@ -21,12 +21,12 @@ every_recipe = pytest.mark.parametrize("name", RECIPES)
 
 def fill(kind: type[Recipe], command: str) -> dict[str, Any]:
     """A value for each required setting."""
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"steps": 1} if command == "finetune" else {}
     for leaf in leaves(kind).values():
         if leaf.field.is_required():
             found[leaf.name] = FILLED.get(command) or FILLED.get(leaf.name, "x")
             found[leaf.name] = "x" if leaf.field.annotation is str else found[leaf.name]
-    return found
+    return found | ({"sparsity_ratio": 0.5} if command == "mask" else {})
 
 
 @every_recipe

@@ -13,7 +13,8 @@ from safetensors import safe_open
 
 from checkpoint_files import files_in, refusal, refused, succeed
 from deltafl.merge.search_recipe import SearchRecipe
-from deltafl.models.heads import HEAD_FILE, random_head, save_head
+from deltafl.models.fit import random_head
+from deltafl.models.head import HEAD_FILE, save_head
 from deltafl.training.record import read_rows
 from experiments.test_one_shot import VARIANTS, train_digits
 
@@ -74,7 +75,7 @@ def test_the_output_holds_everything_and_the_winner_scores_what_its_row_says(
             "--head", trained / "base" / HEAD_FILE, "--json", tmp_path / "scores.json",
         )  # fmt: skip
         (scores,) = json.loads((tmp_path / "scores.json").read_text())["results"]
-        assert scores["accuracy"] == best["val"][task]
+        assert scores["score"] == best["val"][task]
     with (out / "table.csv").open() as file:
         table = list(csv.reader(file))
     assert [line[0] for line in table[1:]] == [r["rule"] for r in result["rows"]]

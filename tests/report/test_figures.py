@@ -54,7 +54,7 @@ def test_the_figures_of_a_file_are_one_image():
     pixels = [
         int.from_bytes(to_png(figures)[20:24], "big") for figures in ([one], [two], [one, two])
     ]
-    assert pixels[2] == pytest.approx(pixels[0] + pixels[1], abs=2)
+    assert pixels[2] == pytest.approx(pixels[0] + pixels[1], rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -83,6 +83,14 @@ def test_no_two_series_look_alike_and_the_best_are_drawn():
     assert names == [f"run {i}" for i in range(4, 12)]
     assert "The 8 best of 12 are drawn." in figure.caption
     assert "run 11 11" in figure.alt
+
+
+def test_a_legend_has_whole_names_and_cells_what_tells_them_apart():
+    names = [f"sparsity = 0.{i}" for i in (5, 95)]
+    legend = drawn(chart(dict.fromkeys(names, CURVE), "Score", "round")).legends[0]
+    assert [text.get_text() for text in legend.get_texts()] == names
+    axes = drawn(heat_map(pd.DataFrame([[1.0, 2.0]], columns=names), "t")).axes[0]
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["…0.5", "…0.95"]
 
 
 def test_the_point_that_was_chosen_is_ringed():

@@ -10,7 +10,7 @@ import click
 
 from deltafl.errors import DeltaflError
 from deltafl.experiments.studies.options import BUNDLED, QUICK, StudyOptions
-from deltafl.models.heads import HEAD_FILE
+from deltafl.models import HEAD_FILE
 
 HELP = {
     "tasks": "Data sets, each as --data takes one.",
@@ -105,15 +105,18 @@ def make_study(
 
     from deltafl.experiments.studies.study import Study
     from deltafl.merge.search import check_strategy
-    from deltafl.training import FinetuneRecipe
+    from deltafl.training import TrainingRecipe
 
     options = study_of(held)
     base = Path(held["out"]) / "base"
     small = {"batch_size": 32, "head": str(base / HEAD_FILE)} if bundled else {}
-    recipe = FinetuneRecipe(
-        **{"steps": 0, **small, **{k: v for k, v in explicit.items() if k in TRAINED}}
-    )
-    if problems := [*options.problems(names), *recipe.problems()]:
+    problems = options.problems(names)
+    given = {k: v for k, v in explicit.items() if k in TRAINED}
+    try:
+        recipe = TrainingRecipe.of(**{"model": str(base), "data": "", "steps": 0, **small, **given})
+    except DeltaflError as error:
+        raise DeltaflError(*problems, *error.problems) from None
+    if problems:
         raise DeltaflError(*problems)
     check_strategy(options.search_strategy, 0.95)
     return Study(
@@ -141,22 +144,18 @@ def make_study(
 
 def check_data(study: Any, names: Sequence[str], image_size: int, channels: int) -> None:
     """Raise DeltaflError with what is wrong with any data set of the studies, before anything is written."""
-    from deltafl.tasks.arrays import load_arrays
+    from deltafl.tasks import DataRecipe, ImageInput, ImageTask, load_task
 
     specs = [*study.tasks]
     specs += [study.control] if "negation" in names else []
     specs += [study.split] if "data-heterogeneity" in names else []
     specs += study.domains if "analogy" in names else []
-    look = {
-        "image_size": image_size,
-        "channels": channels,
-        "seed": study.recipe.seed,
-        "limit": study.limit,
-    }
+    inputs = ImageInput(image_size, channels)
     found, problems = {}, []
     for spec in dict.fromkeys(specs):
         try:
-            found[spec] = load_arrays(spec, **look, data_dir=study.data_dir)
+            data = DataRecipe.of(data=spec, data_dir=study.data_dir, limit=study.limit)
+            found[spec] = load_task(data, inputs, study.recipe.seed)
         except DeltaflError as error:
             problems += error.problems
     by_name: dict[str, list[str]] = {}
@@ -168,7 +167,7 @@ def check_data(study: Any, names: Sequence[str], image_size: int, channels: int)
         if len(same) > 1
     ]
     domains = [found[spec] for spec in study.domains if "analogy" in names and spec in found]
-    if len({task.class_names for task in domains}) > 1:
+    if len({task.class_names for task in domains if isinstance(task, ImageTask)}) > 1:
         problems.append(
             f"analogy: {' and '.join(study.domains)} have other classes; give --domains with the same ones"
         )

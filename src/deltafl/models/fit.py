@@ -1,7 +1,8 @@
 """How a classifier gets its head: each way is a function in `HEADS`, under the name of a recipe."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,23 +23,56 @@ HEADS: Registry[Fit] = Registry("head")
 
 
 class ClassifierFormat(Format):
-    """What image classifiers share: files hold the encoder's names, and the head has its own file."""
+    """What image classifiers share: files hold the encoder's names, and the head has its own."""
 
     def save(self, module: nn.Module, folder: Path) -> None:
         assert isinstance(module, Classifier)
         self.save_encoder(module.encoder, folder)
+        self.save_head(module, folder)
+
+    def save_head(self, module: nn.Module, folder: Path) -> None:
+        assert isinstance(module, Classifier)
         if module.head is not None:
             save_head(module.head, folder / HEAD_FILE)
+
+    def head_bytes(
+        self, module: nn.Module, recipe: HeadRecipe, shards: Sequence[Tensor]
+    ) -> tuple[int, int]:
+        """Up: for ridge every client's A and b, ((D+1)^2 + (D+1) C) float64 for D features and C
+        classes; for a probe D float32 and an int64 label of every example.
+        """
+        assert isinstance(module, Classifier)
+        assert module.head is not None
+        features, classes = module.feature_dim, len(module.head.class_names)
+        up = {
+            "ridge": len(shards) * 8 * ((features + 1) ** 2 + (features + 1) * classes),
+            "probe": sum(map(len, shards)) * (4 * features + 8),
+        }
+        return up.get(recipe.head, 0), 4 * classes * (features + 1)
 
     def save_encoder(self, encoder: nn.Module, folder: Path) -> None:
         """Write the encoder without a head."""
         super().save(encoder, folder)
 
+    def snapshot(self, module: nn.Module) -> dict[str, Any]:
+        head = module.head if isinstance(module, Classifier) else None
+        told = head and (head.class_names, head.normalised, head.weight.requires_grad)
+        return super().snapshot(module) | {"head": told}
+
+    def restore(self, module: nn.Module, snapshot: Mapping[str, Any]) -> None:
+        assert isinstance(module, Classifier)
+        if snapshot["head"] is not None and module.head is None:
+            (names, normalised, trained), tensors = snapshot["head"], snapshot["tensors"]
+            head = Head(tensors["head.weight"], tensors["head.bias"], names, normalised)
+            device = next(module.parameters()).device
+            module.head = head.requires_grad_(trained).to(device)
+        super().restore(module, snapshot)
+
     def file_name(self, name: str) -> str:
         return name.removeprefix("encoder.")
 
     def prepare(self, net: Net, task: Task, recipe: HeadRecipe, fit: HeadFit) -> None:
-        """The head that `recipe` names: one of `HEADS`, or a file. It trains if the recipe says so."""
+        """The head that `recipe` names, one of `HEADS` or a file; it trains if that says so."""
         classifier = classifier_of(net)
         if not isinstance(task, ImageTask):
             raise DeltaflError(f'model "{net.origin}" takes images; task "{task.name}" has none')

@@ -13,8 +13,8 @@ from deltafl.errors import DeltaflError
 from deltafl.files import WEIGHTS
 from deltafl.models import causal, vision  # noqa: F401  (they register)
 from deltafl.models.families import family_of, new_config, read_config
-from deltafl.models.net import Net
-from deltafl.models.user import MODEL_JSON, Factory, load_user
+from deltafl.models.net import MODEL_JSON, Net
+from deltafl.models.user import Factory, load_user
 
 logger = logging.getLogger(__name__)
 
@@ -22,9 +22,10 @@ _USERS = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 def load_net(ref: str | Path, kwargs: Mapping[str, Any] | None = None) -> Net:
-    """A model from a folder (Hugging Face layout, or saved by `Net.save`), a hub id or `module:attr`,
-    whose callable is given `kwargs`; or a new one from a config.json, or a folder with one and no
-    weights, keyed by the `seed` in it. What the folder holds of heads comes with it, frozen.
+    """A model from a folder (Hugging Face layout, or saved by `Net.save`), a hub id or
+    `module:attr`, whose callable is given `kwargs`; or a new one from a config.json, or a folder
+    with one and no weights, keyed by the `seed` in it. What the folder holds of heads comes with
+    it, frozen.
 
     Raises:
         DeltaflError: what is wrong with the model, in one line.

@@ -1,6 +1,8 @@
-"""A model as everything that trains, merges and judges sees it: one module, and what of it trains."""
+"""A model as all that trains, merges and judges sees it: one module, and what of it trains."""
 
 import copy
+import json
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from deltafl.algebra.tensors import Tensors, lazy
+from deltafl.checkpoints.layout import fingerprint, read_layout
 from deltafl.checkpoints.naming import match
 from deltafl.errors import DeltaflError, shorten
 from deltafl.models.head_recipe import HeadFit, HeadRecipe
@@ -17,13 +20,17 @@ from deltafl.tasks.inputs import ImageInput, TextInput
 from deltafl.tasks.task import Task, check_task
 
 WEIGHTS = "model.safetensors"
+MODEL_JSON = "deltafl_model.json"
 
 
 class Format:
     """How a model is written and made ready for a task; what `load_net` read is what `save` writes.
 
     This one writes the module's tensors by its own names, tied ones under each of their names.
+    `about`: how code of a user's own builds the model again, for `deltafl_model.json`.
     """
+
+    about: Mapping[str, Any] | None = None
 
     def save(self, module: nn.Module, folder: Path) -> None:
         """Write `module` into the existing `folder`."""
@@ -32,10 +39,33 @@ class Format:
             for name, tensor in module.state_dict().items()
         }
         save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+        if self.about:
+            (folder / MODEL_JSON).write_text(json.dumps(self.about, indent=2) + "\n")
+
+    def snapshot(self, module: nn.Module) -> dict[str, Any]:
+        """All values of `module`, and what else `restore` needs, as torch.save can hold them."""
+        return {"tensors": module.state_dict()}
+
+    def restore(self, module: nn.Module, snapshot: Mapping[str, Any]) -> None:
+        """Give `module` the values of a snapshot."""
+        module.load_state_dict(snapshot["tensors"])
 
     def file_name(self, name: str) -> str:
         """The name that the model's files have for the module's tensor `name`."""
         return name
+
+    def save_head(self, module: nn.Module, folder: Path) -> None:
+        """Write what `prepare` added into the existing `folder`: a classifier's head."""
+        del module, folder
+
+    def head_bytes(
+        self, module: nn.Module, recipe: HeadRecipe, shards: Sequence[Tensor]
+    ) -> tuple[int, int]:
+        """Bytes that clients with these shards send, all together, for `prepare`; and of what it
+        adds.
+        """
+        del module, recipe, shards
+        return 0, 0
 
     def prepare(self, net: "Net", task: Task, recipe: HeadRecipe, fit: HeadFit) -> None:
         """Make the model ready to train on a task, in place: a classifier gets its head."""
@@ -69,15 +99,21 @@ class Net:
         return self.module(*args, **kwargs)
 
     @property
+    def fingerprint(self) -> str | None:
+        """Of the files that the model came from; None for a new one and for one's own code."""
+        from_code = ":" in self.origin and not Path(self.origin).is_dir()
+        return fingerprint(read_layout(self.origin)) if self.origin and not from_code else None
+
+    @property
     def device(self) -> torch.device:
         """Where the module is, and batches must be."""
         return next(self.module.parameters()).device
 
     @cached_property
     def flat(self) -> nn.Parameter:
-        """The trained parameters end to end, (P,), in the order of `module.named_parameters()`, tied
-        ones once. They become views of it, and their gradients of its gradient, which always exists:
-        one optimiser over `[flat]` and one all-reduce of `flat.grad` serve the whole model.
+        """The trained parameters end to end, (P,), in the order of `module.named_parameters()`,
+        tied ones once. They become views of it, and their gradients of its gradient, which always
+        exists: one optimiser over `[flat]` and one all-reduce of `flat.grad` serve the whole model.
 
         Raises:
             DeltaflError: nothing trains, or parameters on several devices or of several dtypes.
@@ -155,20 +191,31 @@ class Net:
         return tuple(n for n in tensors if n not in used)
 
     def prepare(self, task: Task, recipe: HeadRecipe, fit: HeadFit | None = None) -> None:
-        """Make the model ready for `task`, in place, before the first use of `flat`: a classifier gets
-        the head that `recipe` names, and a causal language model needs none.
+        """Make the model ready for `task`, in place, before the first use of `flat`: a classifier
+        gets the head that `recipe` names, and a causal language model needs none.
 
         Raises:
-            DeltaflError: a head of another model or task, one that this model cannot have, or a task
+            DeltaflError: a head of another model or task, one that this model cannot have, or a
+            task
                 that does not keep what `Task` promises.
         """
         self.format.prepare(self, task, recipe, fit or HeadFit())
         check_task(task, self, self.device)
 
     def check(self, task: Task) -> None:
-        """Raise DeltaflError where the model cannot do `task` as it is: it has no head, or another's."""
+        """Raise DeltaflError where the model cannot do `task` as it is: it has no head, or
+        another's.
+        """
         self.format.check(self, task)
         check_task(task, self, self.device)
+
+    def snapshot(self) -> dict[str, Any]:
+        """All values of the module, as torch.save can hold them; views."""
+        return self.format.snapshot(self.module)
+
+    def restore(self, snapshot: Mapping[str, Any]) -> None:
+        """Take over the values of a snapshot of the same model, prepared or not."""
+        self.format.restore(self.module, snapshot)
 
     def save(self, folder: Path) -> None:
         """Write the model into the existing `folder`, so that `load_net(folder)` gives it back."""

@@ -81,7 +81,7 @@ def chart(
     names = [name for name in tops if name in best]
     if len(names) < len(tops):
         caption += f" The {len(names)} best of {len(tops)} are drawn."
-    labels = _labels(names, 40)
+    labels = [_end(name, 40) for name in names]
     columns = max(1, int(WIDTH // (LETTER * max(map(len, labels), default=1) + 40)))
     points = {name: np.array(sorted(series[name]), dtype=float) for name in names}
     ends = [line[-1, 0] for line in points.values()]
@@ -91,7 +91,7 @@ def chart(
     def draw(axes: Axes) -> None:
         for name, label, colour, marker in zip(names, labels, SERIES, MARKERS, strict=False):
             x, y = points[name][points[name][:, 0] > 0 if log else ...].T
-            look = {"markevery": 0.08} if joined else {"linestyle": ""}
+            look: dict[str, Any] = {"markevery": 0.08} if joined else {"linestyle": ""}
             axes.plot(x, y, color=colour, label=label, marker=marker, **look)
             ring = x == (rings or {}).get(name)
             axes.plot(x[ring], y[ring], "o", mfc=PAPER, mec=colour, mew=2.4, ms=11, zorder=5)
@@ -154,8 +154,10 @@ def heat_map(
         axes.imshow(image, aspect="auto", interpolation="none")
         axes.set_title(title)
         every = ceil(18 / width) if turned else 1
-        look = {"rotation": 45, "ha": "left", "rotation_mode": "anchor"} if turned else {}
-        axes.set_xticks(range(0, len(columns), every), columns[::every], **look)
+        turn: dict[str, Any] = (
+            {"rotation": 45, "ha": "left", "rotation_mode": "anchor"} if turned else {}
+        )
+        axes.set_xticks(range(0, len(columns), every), columns[::every], **turn)
         every = ceil(16 / height)
         axes.set_yticks(range(0, len(rows), every), rows[::every])
         if len(rows) <= ROWS:
@@ -180,7 +182,8 @@ def to_svg(figure: Figure, salt: str) -> str:
 
 def to_png(figures: Sequence[Figure]) -> bytes:
     """The figures in one image, one below the other, three pixels to the CSS pixel."""
-    return _saved(figures, "", format="png", dpi=216, metadata={"Software": None})
+    look: dict[str, Any] = {"dpi": 216, "bbox_inches": "tight", "pad_inches": 0.2}
+    return _saved(figures, "", format="png", metadata={"Software": None}, **look)
 
 
 def _saved(figures: Sequence[Figure], salt: str, **options: Any) -> bytes:
@@ -199,6 +202,10 @@ def _labels(labels: Collection[object], most: int) -> list[str]:
     """The names without a long beginning that all share, and the last `most` letters of those."""
     names = list(map(str, labels))
     common = os.path.commonprefix(names) if len(names) > 1 else ""  # noqa: RUF071
-    cut = max(common.rfind(mark) for mark in "-_/. ") + 1
+    cut = max(common.rfind(mark) for mark in "-_/ ") + 1
     short = [f"…{name[cut:]}" if cut >= 6 and name[cut:] else name for name in names]
-    return [name if len(name) <= most else f"…{name[1 - most :]}" for name in short]
+    return [_end(name, most) for name in short]
+
+
+def _end(name: str, most: int) -> str:
+    return name if len(name) <= most else f"…{name[1 - most :]}"

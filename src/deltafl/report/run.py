@@ -36,7 +36,8 @@ def run_page(result: Record, rows: Sequence[Record]) -> Page:
 
 def settings_table(config: Mapping[str, object]) -> Table:
     """Every setting that decides the result, nested ones by their path."""
-    settings = pd.json_normalize(dict(config)).astype(str).T.reset_index(names="key")
+    shown = {key: value for key, value in config.items() if key != "class_names"}
+    settings = pd.json_normalize(shown).astype(str).T.reset_index(names="key")
     columns = {"key": Column("setting"), 0: Column("value")}
     return Table(settings.to_dict("records"), columns)
 

@@ -31,9 +31,10 @@ def local_source(path: Path, columns: Columns) -> Source:
     if not path.is_dir():
         sets = _parquet_sets(path.parent)
         if path.name not in sets:
+            folders = {folder.name for folder in path.parent.glob("[!.]*") if folder.is_dir()}
             raise DeltaflError(
                 f'there is no folder "{path}" and no Parquet file of that name; '
-                f"{did_you_mean(path.name, sets)}"
+                f"{did_you_mean(path.name, folders | sets.keys())}"
             )
         return _parquet(path.name, sets[path.name], columns)
     sets = _parquet_sets(path) or _parquet_sets(path / "data")
@@ -64,7 +65,10 @@ def _parquet(name: str, files: Mapping[str, list[Path]], columns: Columns) -> So
         from deltafl.tasks.tables import raw_task, read_tables
 
         paths = {split: [str(path) for path in some] for split, some in files.items()}
-        where = {split: " and ".join(some) for split, some in paths.items()}
+        more = {
+            s: f" and {len(some) - 1} more" if len(some) > 1 else "" for s, some in paths.items()
+        }
+        where = {split: f"{some[0]}{more[split]}" for split, some in paths.items()}
         tables = read_tables(
             "parquet", ", ".join(where.values()), data_files=paths, cache_dir=str(scratch)
         )

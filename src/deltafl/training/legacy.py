@@ -1,4 +1,4 @@
-"""Steps and accuracy of encoder and head apart; goes when every room uses `Net` and `Task`."""
+"""Training and judging of encoder and head apart; goes when every room uses `Net` and `Task`."""
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -7,9 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from deltafl.models import HeadRecipe, LoadedEncoder
+from deltafl.models.bridge import net_of
+from deltafl.models.fit import classifier_of
 from deltafl.models.flat import FlatModel
 from deltafl.models.heads import LinearHead
-from deltafl.tasks.arrays import Split
+from deltafl.tasks.arrays import Split, Task, image_task
 
 
 @dataclass(frozen=True)
@@ -101,22 +104,6 @@ def _features_in_batches(
         model.module.train(was_training)
 
 
-def extract_features(
-    model: FlatModel,
-    split: Split,
-    ids: Tensor | None = None,
-    batch_size: int = 256,
-    autocast: torch.dtype | None = None,
-) -> Tensor:
-    """Features float32 (n, D), on the model's device, of all examples or of those at `ids`, in that order."""
-    parts = [f for f, _ in _features_in_batches(model, split, ids, batch_size, autocast)]
-    return (
-        torch.cat(parts)
-        if parts
-        else torch.empty(0, model.encoder.feature_dim, device=model.device)
-    )
-
-
 def predict_correct(
     model: FlatModel,
     head: LinearHead,
@@ -149,3 +136,12 @@ class Accuracy:
     def __call__(self, model: FlatModel, ids: Tensor) -> Tensor:
         """uint8 (n,), as `predict_correct` gives it."""
         return predict_correct(model, self.head, self.split, ids, self.batch_size, self.autocast)
+
+
+def zero_shot_for(encoder: LoadedEncoder, task: Task, templates: str | None = None) -> LinearHead:
+    """The zero-shot head of a CLIP encoder; `templates` is a file of prompts, None: the catalogue's."""
+    net = net_of(encoder)
+    net.prepare(image_task(task), HeadRecipe.of(head="zero-shot", templates=templates))
+    head = classifier_of(net).head
+    assert head is not None
+    return LinearHead.of(head)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -18,9 +19,9 @@ SCHEDULES = ("cosine", "constant", "linear", "step")
 def batch_ids(
     num_examples: int, batch_size: int, seed: int, step: int, purpose: str = "train"
 ) -> Tensor:
-    """int64 positions of the batch at `step` (from 0): epoch e = step // ceil(N / B) is a permutation keyed by
-    (seed, purpose, e), cut into batches, the last one shorter. A function of the step alone, so resuming needs no
-    generator state.
+    """int64 positions of the batch at `step` (from 0): epoch e = step // ceil(N / B) is a
+    permutation keyed by (seed, purpose, e), cut into batches, the last one shorter. A function of
+    the step alone, so resuming needs no generator state.
     """
     per_epoch = math.ceil(num_examples / batch_size)
     epoch, position = divmod(step, per_epoch)
@@ -31,18 +32,15 @@ def batch_ids(
 def batches(
     ids: Tensor, batch_size: int, seed: int, steps: int, purpose: str = "train"
 ) -> Iterator[Tensor]:
-    """`ids[batch_ids(len(ids), batch_size, seed, step, purpose)]` of steps 0 .. steps - 1; one draw for each epoch."""
+    """`ids[batch_ids(len(ids), batch_size, seed, step, purpose)]` of steps 0 .. steps - 1; one draw
+    for each epoch.
+    """
     per_epoch = math.ceil(len(ids) / batch_size)
     for epoch in range(math.ceil(steps / per_epoch)):
         order = torch.randperm(len(ids), generator=keyed_generator(seed, purpose, epoch)).to(
             ids.device
         )
         yield from ids[order].split(batch_size)[: steps - epoch * per_epoch]
-
-
-def default_warmup(total: int) -> int:
-    """min(500, 10 % of the steps)."""
-    return min(500, total // 10)
 
 
 def lr_at(step: int, total: int, warmup: int, base_lr: float, schedule: str = "cosine") -> float:
@@ -98,7 +96,7 @@ def train_step(
         net.module.train()
     total, count = flat.new_zeros(()), flat.new_zeros(())
     if len(next(iter(batch.values()))):
-        with torch.autocast(net.device.type, autocast, enabled=autocast is not None):
+        with torch.autocast(flat.device.type, autocast, enabled=autocast is not None):
             sums, weights = task.loss(net, batch)
         total, count = sums.sum(), weights.sum()
     if reduce is not None:
@@ -120,6 +118,21 @@ def train_step(
     return loss
 
 
+@contextmanager
+def keyed_dropout(device: torch.device, seed: int, step: int, rank: int) -> Iterator[None]:
+    """Dropout as a function of (seed, step, rank), so that a resumed run draws the same; global
+    state is kept. A federated client has its round and its own number for the last two.
+    """
+    key = keyed_generator(seed, "dropout", step, rank).initial_seed()
+    cuda = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if cuda else []):
+        torch.random.default_generator.manual_seed(key)
+        if cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(key)
+        yield
+
+
 @torch.inference_mode()
 def scores(
     net: Net,
@@ -129,8 +142,8 @@ def scores(
     batch_size: int = 256,
     autocast: torch.dtype | None = None,
 ) -> Tensor:
-    """`task.score` of the examples at `ids`, int64 (n,), or of all; float32 (n,) on the CPU, in eval
-    mode.
+    """`task.score` of the examples at `ids`, int64 (n,), or of all; float32 (n,) on the CPU, in
+    eval mode.
 
     Raises:
         DeltaflError: a score of the task is no finite number, or not one for each example.

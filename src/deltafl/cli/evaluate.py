@@ -1,0 +1,60 @@
+"""`deltafl evaluate`."""
+
+import json
+from pathlib import Path
+
+import click
+
+from deltafl.cli.command import quiet, recipe_command
+from deltafl.cli.text import as_score, table
+from deltafl.errors import DeltaflError
+from deltafl.files import write_atomically
+from deltafl.models import HeadRecipe, load_net
+from deltafl.tasks import load_task
+from deltafl.training import TRAINING_JSON, EvaluationRecipe
+from deltafl.training import evaluate as run_evaluation
+
+
+@recipe_command(EvaluationRecipe)
+@quiet
+def evaluate(recipe: EvaluationRecipe, quiet: bool) -> None:
+    """Scores of models on a task.
+
+    \b
+    deltafl evaluate --models M1 M2 --data digits --split test
+    """
+    rows, cells, title = [], [], "score"
+    for model in recipe.models:
+        net = load_net(model)
+        seed = _trained_seed(model) if recipe.seed is None else recipe.seed
+        task = load_task(recipe.data, net.inputs, seed)
+        if recipe.head is not None:
+            net.prepare(task, HeadRecipe.of(head=recipe.head, templates=recipe.templates))
+        found = run_evaluation(
+            net,
+            task,
+            recipe.split,
+            batch_size=recipe.batch_size,
+            device=recipe.device,
+            mixed_precision=recipe.mixed_precision,
+        )
+        scores = found.scores.tolist()
+        rows.append(
+            {"model": model, "score": found.score, "examples": len(scores), "scores": scores}
+        )
+        cells.append([model, as_score(found.score, task.ratio_scaled), str(len(scores))])
+        title = task.metric
+    if recipe.json_file:
+        about = {"data": recipe.data.data, "split": recipe.split, "metric": title}
+        write_atomically(recipe.json_file, (json.dumps({**about, "results": rows}) + "\n").encode())
+    if not quiet:
+        click.echo(table(["model", f"{recipe.split} {title}", "examples"], cells))
+
+
+def _trained_seed(model: str) -> int:
+    """The seed in a model's training.json, which chose its validation split; 0 without one."""
+    file = Path(model) / TRAINING_JSON
+    try:
+        return int(json.loads(file.read_text())["seed"]) if file.is_file() else 0
+    except (ValueError, KeyError, TypeError) as error:
+        raise DeltaflError(f'"{file}" holds no seed ({error}); give one with --seed') from error
