@@ -1,132 +1,107 @@
 """The whole story on scikit-learn's digits, offline: pre-train, fine-tune, merge, search, test once."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
-import torch
-
-from deltafl.experiments.one_shot import run_search
-from deltafl.merge.search_recipe import SearchRecipe
-from deltafl.models import load_encoder
-from deltafl.models.heads import HEAD_FILE
-from deltafl.models.pretrained import new_vit
+from deltafl.merge import SearchRecipe, run_search
+from deltafl.models import HEAD_FILE, Net, load_net, new_net
+from deltafl.pool import one_thread
+from deltafl.progress import OnProgress, ignore
 from deltafl.seeding import keyed_generator
-from deltafl.tasks.arrays import load_arrays
-from deltafl.training import FinetuneRecipe, finetune
+from deltafl.tasks import load_task
+from deltafl.training import TrainingRecipe, finetune
 
-IMAGE_SIZE = 16
+BASE = {
+    "model_type": "vit",
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 256,
+    "patch_size": 4,
+    "image_size": 16,
+    "num_channels": 1,
+}
+"""The model to begin with, as transformers names its settings."""
 
 
-@dataclass(frozen=True)
-class Finetune:
-    """How one task is fine-tuned: on purpose not like the others."""
+class Variant(NamedTuple):
+    """A variant of the digits, and how a model is fine-tuned on it: on purpose not like the others."""
 
-    variant: str
+    name: str
     lr: float
     steps: int
 
 
-TASKS = (
-    Finetune("textured", 2e-4, 80),
-    Finetune("thick", 1e-4, 200),
-    Finetune("mirrored", 1e-4, 240),
-    Finetune("outlined", 3e-4, 160),
+VARIANTS = (
+    Variant("textured", 2e-4, 80),
+    Variant("thick", 1e-4, 200),
+    Variant("mirrored", 1e-4, 240),
+    Variant("outlined", 3e-4, 160),
 )
 
 LAMBDAS = tuple(round(0.1 * i, 1) for i in range(1, 11))
 
-OnStage: TypeAlias = Callable[[str, int, int], None]
-"""Told what is going on, how much of it is done, and of how much."""
-
 
 def run_quickstart(
-    folder: Path,
-    *,
-    seed: int = 0,
-    on_stage: OnStage = lambda name, done, total: None,
+    folder: Path, *, seed: int = 0, on_progress: OnProgress = ignore
 ) -> dict[str, Any]:
-    """Write base, models/* and merged into `folder`; return the result for table and report. Same seed, same numbers.
+    """Write base, models/* and merged into `folder`; return the result for table and report.
 
-    One thread: a model this small gains nothing from more, and sums then have one order on every machine.
+    One thread: a model this small gains nothing from more, and sums then have one order.
     """
     started = time.perf_counter()
-    with on_one_thread():
-        result = _story(folder, seed, on_stage)
+    with one_thread():
+        pretrain(folder / "base", seed, on_progress)
+        for variant in VARIANTS:
+            fine_tune(folder, variant, seed, on_progress)
+        recipe = search_recipe(folder, seed)
+        result = run_search(recipe, folder / "merged", on_progress=on_progress)
     return {**result, "seconds": time.perf_counter() - started}
 
 
-@contextmanager
-def on_one_thread() -> Iterator[None]:
-    """Within the block torch uses one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+def new_base(seed: int) -> Net:
+    """A small ViT with random weights."""
+    return new_net(BASE, keyed_generator(seed, "base"))
 
 
-def _story(folder: Path, seed: int, on_stage: OnStage) -> dict[str, Any]:
-    pretrain(folder / "base", seed, on_stage)
-    for task in TASKS:
-        fine_tune(folder, task, seed, on_stage)
-    return run_search(
-        search_recipe(folder, seed),
-        folder / "merged",
-        on_progress=lambda p: on_stage(p.name, p.done, p.total),
+def pretrain(out: Path, seed: int, on_progress: OnProgress) -> None:
+    """The base, trained with its head on the pre-training half of the plain digits, on one thread."""
+    recipe = _recipe(
+        out, "digits:pretrain", seed, steps=800, lr=1e-3, head="linear", train_head=True
     )
+    with one_thread():
+        _train(new_base(seed), recipe, "pre-train", on_progress)
 
 
-def pretrain(out: Path, seed: int, on_stage: OnStage) -> None:
-    """A small ViT, trained with its head on the pre-training half of the plain digits."""
-    generator = keyed_generator(seed, "base")
-    encoder = new_vit(
-        hidden=64,
-        layers=3,
-        heads=4,
-        patch=4,
-        image_size=IMAGE_SIZE,
-        channels=1,
-        generator=generator,
-    )
-    task = load_arrays("digits:pretrain", image_size=IMAGE_SIZE, channels=1, seed=seed)
-    recipe = FinetuneRecipe(
-        steps=800, lr=1e-3, batch_size=32, head="linear", train_head=True, seed=seed
-    )
-    finetune(
-        encoder,
-        task,
-        recipe,
-        out,
-        save_every=0,
-        on_progress=lambda d, t, _: on_stage("pre-train", d, t),
-    )
-
-
-def fine_tune(folder: Path, task: Finetune, seed: int, on_stage: OnStage) -> None:
+def fine_tune(folder: Path, variant: Variant, seed: int, on_progress: OnProgress) -> None:
     """One fine-tune of the base on one variant of the digits, with the base's head, frozen."""
-    data = load_arrays(f"digits:{task.variant}", image_size=IMAGE_SIZE, channels=1, seed=seed)
-    head = str(folder / "base" / HEAD_FILE)
-    recipe = FinetuneRecipe(steps=task.steps, lr=task.lr, batch_size=32, head=head, seed=seed)
-    encoder = load_encoder(folder / "base")
-    finetune(
-        encoder,
-        data,
-        recipe,
-        folder / "models" / task.variant,
-        save_every=0,
-        on_progress=lambda d, t, _: on_stage(f"fine-tune {task.variant}", d, t),
+    recipe = _recipe(
+        folder / "models" / variant.name,
+        f"digits:{variant.name}",
+        seed,
+        steps=variant.steps,
+        lr=variant.lr,
+        head=str(folder / "base" / HEAD_FILE),
     )
+    _train(load_net(folder / "base"), recipe, f"fine-tune {variant.name}", on_progress)
+
+
+def _recipe(out: Path, data: str, seed: int, **settings: Any) -> TrainingRecipe:
+    shared = {"model": "", "batch_size": 32, "save_every": 0}
+    return TrainingRecipe.of(out=str(out), data=data, seed=seed, **shared, **settings)
+
+
+def _train(net: Net, recipe: TrainingRecipe, name: str, on_progress: OnProgress) -> None:
+    task = load_task(recipe.data, net.inputs, recipe.seed)
+    finetune(net, task, recipe, on_progress=lambda p: on_progress(replace(p, name=name)))
 
 
 def search_recipe(folder: Path, seed: int) -> SearchRecipe:
     """The search over all rules of the paper."""
     models = [
-        {"path": str(folder / "models" / t.variant), "data": f"digits:{t.variant}"} for t in TASKS
+        {"path": str(folder / "models" / v.name), "data": f"digits:{v.name}"} for v in VARIANTS
     ]
     return SearchRecipe.of(
         base=str(folder / "base"), models=models, scaling_coefs=LAMBDAS, seed=seed
