@@ -11,14 +11,21 @@ import torch
 from measure import machine
 from torch import Tensor, nn
 
-from deltafl.models import load_encoder
+from deltafl.models import new_net
+from deltafl.models.encoder import encoder_of
 from deltafl.models.flat import FlatModel
 from deltafl.models.heads import random_head
 from deltafl.sparse.fisher import diagonal_fisher
 from deltafl.tasks.arrays import Split
 
 TARGET = 1.5
-MODEL = "vit:hidden=384,layers=12,heads=6,patch=16,image_size=224"
+MODEL = {
+    "model_type": "vit",
+    "hidden_size": 384,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 6,
+    "intermediate_size": 1536,
+}
 CLASSES = tuple(f"class {k}" for k in range(100))
 
 
@@ -47,7 +54,7 @@ def main() -> int:
     count = options.batch * options.batches
     images = torch.randint(0, 256, (count, 3, 224, 224), generator=generator, dtype=torch.uint8)
     split = Split(images, torch.randint(0, len(CLASSES), (count,), generator=generator))
-    model = FlatModel(load_encoder(MODEL))
+    model = FlatModel(encoder_of(new_net(MODEL)))
     head = random_head(model.encoder.feature_dim, CLASSES, generator)
     parameters = [p for p in model.module.parameters() if p.requires_grad]
 

@@ -1,11 +1,14 @@
 """A model and a task that train in a second, and a plug-in factory, for the tests of training."""
 
+import json
+import os
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from deltafl.models import LoadedEncoder, load_encoder
+from deltafl.models import LoadedEncoder, Net, load_net, new_net
+from deltafl.models.encoder import encoder_of
 from deltafl.models.heads import LinearHead, random_head
 from deltafl.tasks import ImageInput, ImageTask
 from deltafl.tasks.arrays import Split, Task, image_task
@@ -13,10 +16,33 @@ from deltafl.tasks.arrays import Split, Task, image_task
 NAMES = ("dark", "left", "right")
 
 
+VIT = {
+    "model_type": "vit",
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "patch_size": 4,
+    "image_size": 8,
+    "num_channels": 1,
+}
+
+
+def vit_file(**changes: int) -> str:
+    """A config.json of a tiny ViT, as users name a new model."""
+    settings = json.dumps(VIT | changes)
+    name = "-".join(["vit", *(f"{key}-{value}" for key, value in changes.items())])
+    file = Path(os.environ["DELTAFL_CACHE"]) / f"{name}.json"
+    file.write_text(settings)
+    return str(file)
+
+
+def tiny_net(seed: int = 0) -> Net:
+    return new_net(VIT | {"seed": seed})
+
+
 def tiny_vit(seed: int = 0) -> LoadedEncoder:
-    return load_encoder(
-        f"vit:hidden=16,layers=2,heads=2,patch=4,image_size=8,channels=1,seed={seed}"
-    )
+    return encoder_of(tiny_net(seed))
 
 
 def tiny_task(train: int = 50, val: int = 20, test: int = 31) -> Task:
@@ -37,7 +63,7 @@ def tiny_head(dim: int = 16) -> LinearHead:
     return random_head(dim, NAMES, torch.Generator().manual_seed(5))
 
 
-class Net(nn.Module):
+class Convolution(nn.Module):
     """A plug-in with batch norm (so that it has buffers) and a classifier that features do not use."""
 
     input_size, channels, mean, std = 8, 1, (0.25,), (0.5,)
@@ -55,10 +81,16 @@ class Net(nn.Module):
         return self.classifier(self.embed(x))
 
 
-def tied_net() -> Net:
-    net = Net()
+def tied_net() -> Convolution:
+    net = Convolution()
     net.twin = net.conv
     return net
+
+
+def own_net(width: int = 6) -> Net:
+    """A whole model of one's own, which needs no head."""
+    module = nn.Sequential(Convolution(width), nn.Linear(4, 3))
+    return Net(module, ImageInput(8, 1, (0.25,), (0.5,)))
 
 
 def tiny_task_factory(inputs: ImageInput, seed: int) -> ImageTask:
@@ -100,23 +132,23 @@ def tiny_clip(folder: Path, seed: int = 0):
     return t.CLIPModel.from_pretrained(folder).eval(), t.AutoTokenizer.from_pretrained(folder)
 
 
-def tiny_llama(folder: Path, seed: int = 0):
+def tiny_llama(folder: Path, seed: int = 0) -> Net:
     """A Llama with random weights on bytes; `folder` gets its configuration and tokenizer."""
     import transformers as t
 
-    from deltafl.models.causal import new_causal
-
     t.ByT5Tokenizer().save_pretrained(folder)
-    config = t.LlamaConfig(
-        vocab_size=384,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-    )
-    config.save_pretrained(folder)
-    return new_causal(str(folder), config, seed)
+    settings = {
+        "model_type": "llama",
+        "vocab_size": 384,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+        "seed": seed,
+    }
+    (folder / "config.json").write_text(json.dumps(settings))
+    return load_net(folder / "config.json")
 
 
 def write_lines(folder: Path, count: int = 30) -> Path:

@@ -10,9 +10,9 @@ from PIL import Image
 
 from checkpoint_files import refusal, succeed
 from deltafl.models.heads import load_head
-from tiny_models import tiny_clip
+from tiny_models import tiny_clip, vit_file
 
-VIT = "vit:hidden=16,layers=1,heads=2,patch=4,image_size=8"
+VIT = vit_file(num_hidden_layers=1, num_channels=3)
 COMMON = ("--data", "pcam", "--device", "cpu", "--quiet")
 FEDERATED = (
     "--num-clients",

@@ -20,6 +20,7 @@ from deltafl.models.heads import HEAD_FILE
 from deltafl.progress import Progress
 from deltafl.tasks.arrays import load_arrays
 from deltafl.training import FinetuneRecipe, evaluate, finetune
+from tiny_models import vit_file
 
 VARIANTS = ("mirrored", "thick")
 METHODS: tuple[tuple[str, Mapping[str, Any]], ...] = (
@@ -38,7 +39,7 @@ def train_digits(factory: pytest.TempPathFactory) -> Path:
     root = factory.getbasetemp() / "trained-digits"
     if root.exists():
         return root
-    spec = "vit:hidden=16,layers=1,heads=2,patch=4,image_size=8,channels=1"
+    spec = vit_file(num_hidden_layers=1)
     plain = load_arrays("digits:pretrain", image_size=8, channels=1)
     finetune(
         load_encoder(spec),

@@ -19,7 +19,7 @@ from deltafl.merge.run import run_merge
 from deltafl.models import LoadedEncoder, load_encoder
 from deltafl.rules.rule import load_rules
 from federated.worlds import assert_same, normed, plain
-from tiny_models import tiny_task
+from tiny_models import tiny_task, vit_file
 
 RECIPE = FederatedRecipe(
     num_clients=5, participation_rate=1.0, local_steps=4, local_steps_spread=3.0, num_rounds=1, batch_size=4, lr=0.05,
@@ -109,7 +109,7 @@ def test_of_a_transformer_whose_file_lists_its_tensors_otherwise(
 ) -> None:
     params = {"rho": 0.4, "unit": "quantile"} if rule == "cclip" else {}
     recipe = replace(RECIPE, aggregator=rule, aggregator_params=params)
-    encoder = load_encoder("vit:hidden=16,layers=1,heads=2,patch=4,image_size=8,channels=1")
+    encoder = load_encoder(vit_file(num_hidden_layers=1))
     state, folder = after_one_round(encoder, recipe, tmp_path / "run", monkeypatch)
     assert_is_merge(state, merged(folder, recipe, params, tmp_path / "merged"))
 

@@ -98,7 +98,7 @@ def test_a_probe_predicts_as_scikit_learn_does(classes: int) -> None:
     ]
     guesses = [f.predict(scaler.transform(val[few].double().numpy())) for f in fitted]
     scores = [float((g == val_labels.numpy()).mean()) for g in guesses]
-    mine = head.logits(val[few]).argmax(1).numpy()
+    mine = head(val[few]).argmax(1).numpy()
     assert (mine == val_labels.numpy()).mean() == pytest.approx(max(scores), abs=1 / len(mine))
     assert (mine == guesses[int(np.argmax(scores))]).mean() > 0.95
     assert max(scores) > 1.2 / classes

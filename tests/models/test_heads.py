@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -6,15 +7,12 @@ import torch
 from sklearn.linear_model import Ridge
 
 from deltafl.errors import DeltaflError
-from deltafl.models.heads import (
-    LinearHead,
-    check_head,
-    few_per_class,
-    load_head,
-    random_head,
-    save_head,
-)
-from deltafl.models.ridge import RidgeStatistics, ridge_head, solve
+from deltafl.models.fit import HEADS, random_head
+from deltafl.models.head import Head, load_head, save_head
+from deltafl.models.head_recipe import HeadFit, HeadRecipe
+from deltafl.models.ridge import RidgeStatistics, few_per_class, ridge_head, solve
+from deltafl.tasks.arrays import image_task
+from tiny_models import tiny_llama, tiny_net, tiny_task
 
 NAMES = ("a", "b", "c")
 
@@ -30,11 +28,11 @@ def data(count: int, seed: int = 0, dim: int = 7) -> tuple[torch.Tensor, torch.T
 def test_ridge_is_scikit_learns(strength: float):
     features, labels = data(80)
     head = solve(RidgeStatistics.of(features, labels, 3), strength, NAMES)
-    centred = features.double().numpy() - features.double().numpy().mean(0)
+    centred = features.double() - features.double().mean(0)
     alpha = strength * (centred**2).sum(0).mean()
-    reference = Ridge(alpha=alpha).fit(features.double().numpy(), np.eye(3)[labels.numpy()])
-    np.testing.assert_allclose(head.weight.numpy(), reference.coef_, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(head.bias.numpy(), reference.intercept_, rtol=1e-5, atol=1e-6)
+    reference = Ridge(alpha=alpha).fit(features.double(), np.eye(3)[labels])
+    np.testing.assert_allclose(head.weight, reference.coef_, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(head.bias, reference.intercept_, rtol=1e-5, atol=1e-6)
 
 
 def test_statistics_of_parts_sum_to_those_of_the_union():
@@ -54,8 +52,8 @@ def test_strength_and_temperature_are_the_best_of_those_tried():
     strengths = (1e-3, 1e-1, 1e1)
     chosen = ridge_head(statistics, val, val_labels, NAMES, strengths)
 
-    def accuracy(head: LinearHead) -> float:
-        return (head.logits(val).argmax(1) == val_labels).double().mean().item()
+    def accuracy(head: Head) -> float:
+        return (head(val).argmax(1) == val_labels).double().mean().item()
 
     candidates = [solve(statistics, s, NAMES) for s in strengths]
     assert accuracy(chosen) == max(map(accuracy, candidates))
@@ -64,7 +62,7 @@ def test_strength_and_temperature_are_the_best_of_those_tried():
     torch.testing.assert_close(chosen.weight, origin.weight * T)
 
     def loss(scale: float) -> float:
-        return torch.nn.functional.cross_entropy(scale * origin.logits(val), val_labels).item()
+        return torch.nn.functional.cross_entropy(scale * origin(val), val_labels).item()
 
     assert 1 < T < 1024
     assert loss(T) <= min(loss(T * 2**0.25), loss(T * 2**-0.25))
@@ -76,8 +74,6 @@ def test_few_per_class():
     assert torch.bincount(labels[ids]).tolist() == [3, 2, 3]
     assert ids.tolist() == sorted(set(ids.tolist()))
     assert not torch.equal(ids, few_per_class(labels, 3, torch.Generator().manual_seed(1)))
-    with pytest.raises(DeltaflError, match="at least 1"):
-        few_per_class(labels, 0, torch.Generator())
 
 
 def test_a_head_file_holds_weights_and_names(tmp_path: Path):
@@ -104,12 +100,12 @@ def test_a_head_file_that_is_none(content: bytes | None, tmp_path: Path):
 )  # fmt: skip
 def test_a_head_of_another_model_or_task(dim: int, names: tuple[str, ...], message: str):
     with pytest.raises(DeltaflError, match=message):
-        check_head(random_head(4, NAMES, torch.Generator()), dim, names, "h")
+        random_head(4, NAMES, torch.Generator()).check(dim, names, "h")
 
 
 def test_shapes_must_fit():
     with pytest.raises(DeltaflError, match="3 classes"):
-        LinearHead(torch.zeros(2, 4), torch.zeros(2), NAMES)
+        Head(torch.zeros(2, 4), torch.zeros(2), NAMES)
 
 
 def test_ridge_refuses_what_it_cannot_use():
@@ -124,3 +120,64 @@ def test_ridge_refuses_what_it_cannot_use():
         RidgeStatistics.of(features, labels[:8], 3)
     with pytest.raises(DeltaflError, match="validation"):
         ridge_head(RidgeStatistics.of(features, labels, 3), features[:0], labels[:0], NAMES)
+
+
+@pytest.mark.parametrize("kind", ["ridge", "few", "probe", "linear", "file"])
+def test_a_classifier_gets_the_head_of_its_recipe(kind: str, tmp_path: Path):
+    task, few = image_task(tiny_task(train=300, val=90)), 1 if kind == "few" else None
+    file = tmp_path / "h.safetensors"
+    given = random_head(16, task.class_names, torch.Generator())
+    save_head(given, file)
+    name = {"few": "ridge", "file": str(file)}.get(kind, kind)
+    nets = [tiny_net() for _ in range(3)]
+    for net, trained in zip(nets, (False, False, True), strict=True):
+        net.prepare(task, HeadRecipe(head=name, few_shot=few, train_head=trained), HeadFit(3))
+        net.check(task)
+        assert ("head.weight" in net.trained) is trained
+    heads = [net.module.head for net in nets]
+    assert heads[0].class_names == task.class_names
+    assert all(torch.equal(head.weight, heads[0].weight) for head in heads)
+    if kind == "file":
+        assert torch.equal(heads[0].weight, given.weight)
+    if kind == "few":
+        nets[1].prepare(task, HeadRecipe())
+        assert not torch.equal(nets[1].module.head.weight, heads[0].weight)
+
+
+@pytest.mark.parametrize("kind", ["ridge", "probe"])
+def test_a_head_is_fitted_on_what_the_shards_hold(kind: str):
+    """All examples in shards are all examples; those in no shard are not used."""
+    task, parts = image_task(tiny_task()), (torch.arange(0, 50, 2), torch.arange(1, 50, 2))
+    weights = []
+    for shards in (None, parts, parts[:1]):
+        net = tiny_net()
+        net.prepare(task, HeadRecipe(head=kind), HeadFit(shards=shards))
+        weights.append(net.module.head.weight)
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(weights[2], weights[0], rtol=1e-2, atol=1e-2)
+
+
+def test_models_without_a_head_for_a_task(tmp_path: Path):
+    net, task = tiny_net(), image_task(tiny_task())
+    with pytest.raises(DeltaflError, match=r"has no head.safetensors; give a head with --head"):
+        net.check(task)
+    with pytest.raises(DeltaflError, match="has no head yet"):
+        net(task.batch("val", torch.arange(2))["images"])
+    net.prepare(task, HeadRecipe(head="linear"))
+    with pytest.raises(DeltaflError, match='has a class "dark" where the task has "light"'):
+        net.check(replace(task, class_names=("light", "left", "right")))
+    with pytest.raises(DeltaflError, match="cannot be read"):
+        net.prepare(task, HeadRecipe(head="no/such/file"))
+    language = tiny_llama(tmp_path)
+    with pytest.raises(DeltaflError, match="is no image classifier"):
+        HEADS["ridge"](language, task, HeadRecipe(), HeadFit())
+    language.prepare(task, HeadRecipe())
+    assert not hasattr(language.module, "head")
+
+
+@pytest.mark.parametrize(
+    "settings", [{"head": "probe", "few_shot": 3}, {"templates": "x"}, {"few_shot": 0}]
+)
+def test_a_wrong_head_recipe(settings):
+    with pytest.raises(DeltaflError):
+        HeadRecipe.of(**settings)

@@ -1,21 +1,21 @@
 """A `Net`: one vector, the names of files, saving, and what of it trains; for images and language."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from deltafl.errors import DeltaflError
-from deltafl.models.bridge import net_of
-from deltafl.models.causal import load_causal
-from deltafl.models.head_recipe import HeadRecipe
+from deltafl.models import HeadRecipe, load_net
 from deltafl.tasks import load_task
 from deltafl.tasks.arrays import image_task
 from deltafl.training.step import scores, train_step
-from tiny_models import tiny_llama, tiny_task, tiny_vit, write_lines
+from tiny_models import own_net, tiny_llama, tiny_net, tiny_task, write_lines
 
 
 def classifier(train_head: bool = False):
-    net, task = net_of(tiny_vit()), image_task(tiny_task())
+    net, task = tiny_net(), image_task(tiny_task())
     net.prepare(task, HeadRecipe(head="linear", train_head=train_head))
     return net, task
 
@@ -56,8 +56,6 @@ def test_a_step_is_that_of_torch_on_the_module_itself():
 
 def test_smoothing_is_that_of_torch():
     net, task = classifier()
-    from dataclasses import replace
-
     smooth = replace(task, label_smoothing=0.2)
     batch = smooth.batch("train", torch.arange(9), generator=torch.Generator())
     losses, weights = smooth.loss(net, batch)
@@ -68,16 +66,69 @@ def test_smoothing_is_that_of_torch():
     assert torch.equal(weights, torch.ones(9))
 
 
-def test_a_saved_classifier_loads_by_the_names_of_its_file(tmp_path):
-    net, _ = classifier()
-    net.save(tmp_path)
-    held = load_file(tmp_path / "model.safetensors")
-    assert not any(name.startswith("encoder.layers") for name in held)
-    other, _ = classifier()
+@pytest.mark.parametrize("make", [tiny_net, lambda: load_net("tiny_models:tied_net"), own_net])
+def test_parameters_and_gradients_are_views_of_one_vector(make):
+    net, plain = make(), make()
+    plain.load(net.module.state_dict())
+    inputs = torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8)
+
+    def run(net):
+        if module := getattr(net.module, "features", None):
+            return module(inputs)
+        return net(net.inputs.normalise(inputs))
+
+    values = [p.detach().clone() for p in net.module.parameters() if p.requires_grad]
+    assert torch.equal(net.flat.detach(), torch.cat([p.reshape(-1) for p in values]))
+    assert list(net.trained) == list(net.slices)
+    run(net).square().sum().backward()
+    run(plain).square().sum().backward()
+    gradients = [p.grad for p in plain.module.parameters() if p.requires_grad]
+    expected = [
+        torch.zeros_like(p) if g is None else g for p, g in zip(values, gradients, strict=True)
+    ]
+    assert torch.equal(net.flat.grad, torch.cat([g.reshape(-1) for g in expected]))
     with torch.no_grad():
-        other.flat.zero_()
-    other.load(held)
-    assert torch.equal(other.flat, net.flat)
+        net.flat.add_(1)
+    moved = [p for p in net.module.parameters() if p.requires_grad]
+    assert all(torch.equal(p, v + 1) for p, v in zip(moved, values, strict=True))
+
+
+def test_values_load_by_names_of_the_module_or_of_files(tmp_path):
+    other = tiny_net(1)
+    other.save(tmp_path)
+    by_file = load_file(tmp_path / "model.safetensors")
+    assert any("attention.attention.query" in name for name in by_file)
+    prefixed = {f"vit.{n}": t for n, t in by_file.items()}
+    for tensors in (by_file, other.module.state_dict(), prefixed):
+        net = tiny_net()
+        rest = net.load({**tensors, "pooler.dense.weight": torch.zeros(1)})
+        assert rest == ("pooler.dense.weight",)
+        assert torch.equal(net.flat, other.flat)
+
+
+def test_buffers_are_part_of_the_state():
+    net = load_net("tiny_models:Convolution")
+    assert {"encoder.norm.running_mean", "encoder.norm.running_var"} < net.state().keys()
+    assert "encoder.norm.num_batches_tracked" not in net.state()
+    assert net.load({n: torch.full_like(t, 3) for n, t in net.module.state_dict().items()}) == ()
+    assert all((t == 3).all() for t in net.module.state_dict().values())
+
+
+def test_a_copy_is_independent():
+    net = tiny_net()
+    twin = net.copy_to("cpu")
+    assert torch.equal(net.copy_to("cpu").flat, net.flat)
+    assert torch.equal(twin.flat, net.flat)
+    with torch.no_grad():
+        net.flat.zero_()
+    assert twin.flat.any()
+
+
+def test_nothing_to_train():
+    net = tiny_net()
+    net.module.requires_grad_(False)
+    with pytest.raises(DeltaflError, match="what trains must be of one dtype on one device, not"):
+        assert net.flat is None
 
 
 def test_loading_refuses_what_does_not_fit_and_changes_nothing():
@@ -105,10 +156,7 @@ def test_a_language_model_is_scored_by_its_likelihood_and_saved(language, tmp_pa
     assert (scores(net, task, "test") < 0).all()
     (tmp_path / "saved").mkdir()
     net.save(tmp_path / "saved")
-    from transformers import AutoConfig
-
-    again = load_causal(str(tmp_path / "saved"), AutoConfig.from_pretrained(tmp_path / "saved"))
-    assert torch.equal(again.flat, net.flat)
+    assert torch.equal(load_net(tmp_path / "saved").flat, net.flat)
 
 
 def test_lines_have_the_file_as_their_source(language):

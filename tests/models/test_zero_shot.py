@@ -10,15 +10,16 @@ from PIL import Image
 from deltafl.cli.train import evaluate as evaluate_command
 from deltafl.cli.train import finetune as finetune_command
 from deltafl.errors import DeltaflError
-from deltafl.models import load_encoder, save_encoder, zero_shot
+from deltafl.models import load_encoder, load_net, zero_shot
 from deltafl.models.flat import FlatModel
-from deltafl.models.heads import LinearHead, load_head, save_head
+from deltafl.models.head import Head, load_head, save_head
+from deltafl.models.heads import LinearHead
 from deltafl.models.zero_shot import read_templates, zero_shot_head
 from deltafl.sparse.fisher import diagonal_fisher
 from deltafl.tasks.arrays import Split, Task
 from deltafl.tasks.catalogue import catalogue
 from deltafl.training import FinetuneRecipe, evaluate, finetune
-from tiny_models import tiny_clip, tiny_vit
+from tiny_models import tiny_clip, tiny_net
 
 NAMES = ("ant", "bee", "blue tit")
 TEMPLATES = ("a photo of a {}.", "{}", "one small {} here")
@@ -52,14 +53,14 @@ def task(name: str = "insects", names: tuple[str, ...] = NAMES) -> Task:
 def test_logits_are_those_of_transformers(made, clip):
     _, model, tokenizer = made
     head = zero_shot_head(str(clip), "insects", NAMES, templates=TEMPLATES[:1])
-    encoder = load_encoder(clip)
-    pixels = encoder.input.normalise(images(5))
+    net = load_net(clip)
+    pixels = net.inputs.normalise(images(5))
     tokens = tokenizer(
         [TEMPLATES[0].replace("{}", name) for name in NAMES], padding=True, return_tensors="pt"
     )
     with torch.no_grad():
         expected = model(**tokens, pixel_values=pixels).logits_per_image
-        found = head.logits(encoder.features(images(5)))
+        found = head(net.module.features(images(5)))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
     assert (expected.std(0) > 0.1).any()
     assert expected.std(1).max() > 0.1  # else any head would do
@@ -123,9 +124,9 @@ def test_a_normalised_head_is_saved_as_one(clip, tmp_path):
     save_head(head, tmp_path / "head.safetensors")
     loaded = load_head(tmp_path / "head.safetensors")
     features = 7 * torch.randn(4, 12, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(loaded.logits(features), head.logits(features))
-    torch.testing.assert_close(loaded.logits(10 * features), loaded.logits(features))
-    plain = LinearHead(head.weight, head.bias, NAMES)
+    assert torch.equal(loaded(features), head(features))
+    torch.testing.assert_close(loaded(10 * features), loaded(features))
+    plain = Head(head.weight, head.bias, NAMES)
     save_head(plain, tmp_path / "plain.safetensors")
     assert not load_head(tmp_path / "plain.safetensors").normalised
 
@@ -163,7 +164,7 @@ def test_fine_tuning_evaluating_and_resuming_with_it(clip, tmp_path):
 
 
 def test_sensitivity_is_that_of_the_normalised_logits(clip):
-    head = zero_shot_head(str(clip), "insects", NAMES)
+    head = LinearHead.of(zero_shot_head(str(clip), "insects", NAMES))
     model = FlatModel(load_encoder(clip))
     split = task().train
     ids = torch.arange(4)
@@ -213,12 +214,12 @@ def test_from_the_command_line(clip, tmp_path):
 def test_what_a_model_must_have(clip, tmp_path):
     vit = tmp_path / "vit"
     vit.mkdir()
-    save_encoder(tiny_vit(), vit)
+    tiny_net().save(vit)
     with pytest.raises(DeltaflError, match='is a "vit" and no CLIP model with a text tower'):
         evaluate(vit, task(), head="zero-shot")
     tower = tmp_path / "tower"
     tower.mkdir()
-    save_encoder(load_encoder(clip), tower)
+    load_net(clip).save(tower)
     with pytest.raises(
         DeltaflError, match='is a "clip_vision_model" and no CLIP model with a text tower'
     ):

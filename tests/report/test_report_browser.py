@@ -8,8 +8,14 @@ import subprocess
 
 import pytest
 
-from deltafl.report import inspect_page, quickstart_page, render
-from report_samples import inspect_result, quickstart_result
+from deltafl.report import comparison_page, inspect_page, run_page, search_page
+from deltafl.report.page import to_html
+from report_samples import (
+    comparison_result,
+    federated_result,
+    inspect_result,
+    quickstart_result,
+)
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -29,7 +35,7 @@ addEventListener("load", () => {{
   const seen = [...d.querySelectorAll("svg")].filter(e => e.getClientRects().length).map(e => {{
     const box = e.getBoundingClientRect();
     const texts = [...e.querySelectorAll("text")].map(t => t.getBoundingClientRect());
-    return {{width: box.width, height: box.height, label: e.getAttribute("aria-label"),
+    return {{width: box.width, height: box.height, label: e.parentElement.getAttribute("aria-label"),
       left: Math.min(...texts.map(t => t.left)) - box.left, right: box.right - Math.max(...texts.map(t => t.right)),
       smallest: Math.min(...[...e.querySelectorAll("text")].map(t =>
         parseFloat(w.getComputedStyle(t).fontSize) * box.width / e.viewBox.baseVal.width))}};
@@ -38,7 +44,8 @@ addEventListener("load", () => {{
     e => parseFloat(w.getComputedStyle(e).fontSize));
   document.querySelector("pre").textContent = JSON.stringify({{
     inner: w.innerWidth, scroll: d.documentElement.scrollWidth, figures: d.querySelectorAll("figure").length,
-    seen, smallest: Math.min(...sizes), background: w.getComputedStyle(d.documentElement).backgroundColor,
+    seen, cut: [...d.querySelectorAll(".scroll")].filter(e => e.scrollWidth > e.clientWidth).length,
+    smallest: Math.min(...sizes), background: w.getComputedStyle(d.documentElement).backgroundColor,
     ink: w.getComputedStyle(d.querySelector("figure svg text")).fill,
     fetched: w.performance.getEntriesByType("resource").map(e => e.name)}});
 }});
@@ -48,8 +55,10 @@ addEventListener("load", () => {{
 @pytest.fixture(scope="module")
 def pages() -> dict[str, str]:
     return {
-        "quickstart": render(quickstart_page(quickstart_result())),
-        "inspect": render(inspect_page(inspect_result())),
+        "quickstart": to_html(search_page(quickstart_result(), story=True)),
+        "inspect": to_html(inspect_page(inspect_result())),
+        "federated": to_html(run_page(*federated_result())),
+        "comparison": to_html(comparison_page(comparison_result())),
     }
 
 
@@ -89,14 +98,15 @@ def measure(folder, page: str, width: int, height: int, dark: bool = False) -> d
     return json.loads(html.unescape(found[1]))
 
 
-@pytest.mark.parametrize("size", [(360, 780), (390, 844), (1280, 900)])
-@pytest.mark.parametrize("name", ["quickstart", "inspect"])
+@pytest.mark.parametrize("size", [(360, 780), (1280, 900)])
+@pytest.mark.parametrize("name", ["quickstart", "inspect", "federated", "comparison"])
 def test_a_page_fits_and_shows_every_figure(tmp_path, pages, name, size):
     got = measure(tmp_path, pages[name], *size)
     assert got["inner"] == size[0]
     assert got["scroll"] <= got["inner"]
     assert got["smallest"] >= 16
     assert got["fetched"] == []
+    assert size[0] < 1000 or got["cut"] == 0
     assert len(got["seen"]) == got["figures"] > 0
     for chart in got["seen"]:
         assert chart["width"] > 300

@@ -151,7 +151,7 @@ def test_dropout_and_buffers_resume_to_the_same_bits(model: str, tmp_path: Path)
     def encoder() -> LoadedEncoder:
         if model == "batch norm":
             torch.manual_seed(0)
-            return load_encoder("tiny_models:Net")
+            return load_encoder("tiny_models:Convolution")
         made = tiny_vit()
         made.module.embeddings.dropout.p = 0.3
         return made

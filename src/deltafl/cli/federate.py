@@ -98,7 +98,7 @@ def task_options(command: Any) -> Any:
             "--model",
             "--base",
             "model",
-            help="Folder, hub id, module:attr, or vit:hidden=..,layers=.. .",
+            help="Folder, hub id, module:attr, or a config.json for a new one.",
         ),
         click.option(
             "--data",
@@ -264,12 +264,10 @@ def round_progress(*, quiet: bool) -> Any:
 
 def write_report(out: Path, result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
     """OUT/report.html and OUT/figure.png."""
-    from deltafl.files import write_atomically
-    from deltafl.report import render
-    from deltafl.report.federated import federated_figure, federated_page
+    from deltafl.files import write_files
+    from deltafl.report import page_files, run_page
 
-    write_atomically(out / "report.html", render(federated_page(result, rows)).encode())
-    write_atomically(out / "figure.png", federated_figure(rows))
+    write_files(out, page_files(run_page(result, rows)))
 
 
 def summary(result: Mapping[str, Any], out: Path) -> str:

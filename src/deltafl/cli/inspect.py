@@ -10,12 +10,12 @@ from deltafl.cli.command import quiet, recipe_command
 from deltafl.cli.merge import load_recipe, outside
 from deltafl.cli.progress import drawn_progress
 from deltafl.cli.text import table
-from deltafl.files import atomic_folder, check_output
+from deltafl.files import atomic_folder, check_output, write_files
 from deltafl.merge.plan import plan_merge
 from deltafl.merge.recipe import DeltaRecipe, MergeRecipe
 
 
-@recipe_command(MergeRecipe, argument=True, load=load_recipe, only=DeltaRecipe)
+@recipe_command(MergeRecipe, argument="config", load=load_recipe, only=DeltaRecipe)
 @quiet
 def inspect(recipe: MergeRecipe, quiet: bool) -> None:
     """How much fine-tunes of one base differ, and which rule that suggests.
@@ -70,10 +70,9 @@ def text(result: dict[str, Any]) -> str:
 
 def write(result: dict[str, Any], out: str, overwrite: bool) -> None:
     """report.html, figure.png, inspect.json, whole or not at all."""
-    from deltafl.report import inspect_figure, inspect_page, render
+    from deltafl.report import inspect_page, page_files
     from deltafl.training.record import write_json
 
     with atomic_folder(out, overwrite=overwrite) as folder:
-        (folder / "report.html").write_text(render(inspect_page(result)))
-        (folder / "figure.png").write_bytes(inspect_figure(result, "png"))
+        write_files(folder, page_files(inspect_page(result)))
         write_json(folder / "inspect.json", result)

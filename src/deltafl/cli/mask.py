@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from deltafl.cli.federate import HELP, load_model_and_task, recipe_of, task_options
-from deltafl.cli.options import table
 from deltafl.cli.settings import read_settings, recipe_options
+from deltafl.cli.text import as_text
 from deltafl.errors import DeltaflError
 from deltafl.federated.recipe import FederatedRecipe
 
@@ -179,8 +179,7 @@ def _result(
 
 def text(result: Mapping[str, Any]) -> str:
     """A line in all, how it was made, then every kind of tensor."""
-    from deltafl.report.mask import kinds_table
-    from deltafl.report.tables import show
+    from deltafl.report import kinds_table
 
     kept, eligible = result["kept"], result["eligible"]
     of = (
@@ -202,18 +201,13 @@ def text(result: Mapping[str, Any]) -> str:
     if reasons:
         excluded = "; ".join(f"{count} tensors, {why}" for why, count in reasons.items())
         lines.append(f"excluded: {result['parameters'] - eligible:,} coordinates ({excluded})")
-    shown = kinds_table(result)
-    rows = [
-        [show(c, cell) for c, cell in zip(shown.columns, row, strict=True)] for row in shown.rows
-    ]
-    return "\n".join([*lines, "", table([column.name for column in shown.columns], rows)])
+    return "\n".join([*lines, "", as_text(kinds_table(result))])
 
 
 def write(made: "Mask | None", result: Mapping[str, Any], out: str, overwrite: bool) -> None:
     """mask.json, figure.png, report.html, and mask.safetensors where one was made; whole or not at all."""
-    from deltafl.files import atomic_folder
-    from deltafl.report import render
-    from deltafl.report.mask import mask_figure, mask_page
+    from deltafl.files import atomic_folder, write_files
+    from deltafl.report import mask_page, page_files
     from deltafl.sparse.masks import save_mask
     from deltafl.training.record import write_json
 
@@ -221,5 +215,4 @@ def write(made: "Mask | None", result: Mapping[str, Any], out: str, overwrite: b
         if made is not None:
             save_mask(made, folder / MASK_FILE, result["model_hash"], result["made"])
         write_json(folder / "mask.json", result)
-        (folder / "figure.png").write_bytes(mask_figure(result))
-        (folder / "report.html").write_text(render(mask_page(result)), encoding="utf-8")
+        write_files(folder, page_files(mask_page(result)))

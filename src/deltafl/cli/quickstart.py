@@ -5,7 +5,8 @@ from pathlib import Path
 import click
 
 from deltafl.cli.options import progress_by_stage
-from deltafl.cli.search import results, write_result
+from deltafl.cli.search import write_result
+from deltafl.cli.text import as_text
 
 
 @click.command()
@@ -17,6 +18,7 @@ def quickstart(out: str, seed: int, overwrite: bool, quiet: bool) -> None:
     """Pre-train, fine-tune, merge, search and test on real digits, offline, in about a minute."""
     from deltafl.experiments.quickstart import run_quickstart
     from deltafl.files import atomic_folder, check_output
+    from deltafl.report import results_table
 
     check_output(out, overwrite=overwrite)
     with (
@@ -31,7 +33,7 @@ def quickstart(out: str, seed: int, overwrite: bool, quiet: bool) -> None:
         for file in folder.rglob("*.json"):  # the records name the folder as it will be called
             file.write_text(file.read_text().replace(str(folder), str(Path(out).absolute())))
     if not quiet:
-        click.echo(results(result))
+        click.echo(as_text(results_table(result)))
         merged = Path(out) / "merged"
         made = (
             f"one model for all tasks: {merged}"

@@ -8,13 +8,13 @@ import click
 from deltafl.cli.command import command_line, dry_run, quiet, recipe_command
 from deltafl.cli.merge import describe_plan
 from deltafl.cli.progress import drawn_progress
-from deltafl.cli.text import table
-from deltafl.files import atomic_folder, check_output
+from deltafl.cli.text import as_text
+from deltafl.files import atomic_folder, check_output, write_files
 from deltafl.merge.plan import plan_merge
 from deltafl.merge.search_recipe import SearchRecipe
 
 
-@recipe_command(SearchRecipe, argument=True)
+@recipe_command(SearchRecipe, argument="config")
 @dry_run
 @quiet
 def search(recipe: SearchRecipe, dry_run: bool, quiet: bool) -> None:
@@ -31,6 +31,7 @@ def search(recipe: SearchRecipe, dry_run: bool, quiet: bool) -> None:
         click.echo(describe_plan(plan))
         return
     from deltafl.experiments.one_shot import run_search  # torch
+    from deltafl.report import results_table
 
     with drawn_progress(quiet=quiet) as show:
         if recipe.out is None:
@@ -41,7 +42,7 @@ def search(recipe: SearchRecipe, dry_run: bool, quiet: bool) -> None:
                 result = run_search(recipe, folder / "merged", scores=scores, on_progress=show)
                 write_result(published(result, recipe), folder, recipe.resolved())
     if not quiet:
-        click.echo(results(published(result, recipe)))
+        click.echo(as_text(results_table(published(result, recipe))))
         if result["strategy"] == "racing":
             click.echo(race_line(result["examples"]))
         if recipe.out is not None:
@@ -61,8 +62,7 @@ def write_result(
     result: dict[str, Any], folder: Path, config: dict[str, Any], *, story: bool = False
 ) -> None:
     """config.yaml, record.jsonl (one row for each candidate), result.json, table.md/.csv/.tex and report.html."""
-    from deltafl.report import quickstart_page, render, search_page, to_csv, to_latex, to_markdown
-    from deltafl.report.parts import results_table
+    from deltafl.report import page_files, search_page
     from deltafl.training.record import RunRecord, write_json
 
     record = RunRecord.create(folder, config)
@@ -71,45 +71,10 @@ def write_result(
     for row in result["rows"]:
         record.append({"event": "test", **row})
     write_json(folder / "result.json", result)
-    numbers = results_table(result)
-    for suffix, write in (("md", to_markdown), ("csv", to_csv), ("tex", to_latex)):
-        (folder / f"table.{suffix}").write_text(write(numbers))
-    page = quickstart_page(result) if story else search_page(result)
-    (folder / "report.html").write_text(render(page))
+    write_files(folder, page_files(search_page(result, story=story)))
 
 
 def race_line(examples: dict[str, int]) -> str:
     """How much a race evaluated, against an exhaustive search."""
     evaluated, whole = examples["evaluated"], examples["exhaustive"]
     return f"racing: {evaluated:,} examples evaluated, {whole / evaluated:.1f} times fewer than all {whole:,}"
-
-
-def results(result: dict[str, Any]) -> str:
-    """The table of test accuracies, in percent, as plain text, with what is published beside it."""
-    from deltafl.report.parts import only_published
-
-    reference = result.get("reference") or {}
-
-    def cell(value: float | None) -> str:
-        return "-" if value is None else f"{100 * value:.1f}"
-
-    rows = []
-    for row in result["rows"]:
-        rho = row["params"].get("rho")
-        scale = "" if row["scaling_coef"] is None else f"{row['scaling_coef']:g}"
-        known = ("" if rho is None else f"{rho:.3g}", scale, cell(row["val"]))
-        rows.append(
-            (
-                row["rule"],
-                *known,
-                *(cell(row["test"][t]) for t in result["tasks"]),
-                cell(row["mean"]),
-                cell(row["normalized"]),
-                *([cell(reference.get(row["rule"]))] if reference else []),
-            )
-        )
-    empty = [""] * (len(result["tasks"]) + 5)
-    rows += [(name, *empty, cell(value)) for name, value in only_published(result).items()]
-    short = [t.removeprefix("digits_") for t in result["tasks"]]
-    published = ["published"] if reference else []
-    return table(("model", "rho", "lambda", "val", *short, "mean", "normalized", *published), rows)

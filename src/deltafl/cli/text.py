@@ -1,6 +1,10 @@
 """Plain text for the terminal."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from deltafl.report import Table
 
 
 def as_bytes(count: float) -> str:
@@ -21,3 +25,9 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         return "  ".join([row[0].ljust(widths[0]), *cells]).rstrip()
 
     return "\n".join(map(line, [columns, ["-" * w for w in widths], *rows]))
+
+
+def as_text(records: "Table") -> str:
+    """A table of the report as plain text."""
+    cells = records.cells()
+    return table(list(cells), cells.to_numpy().tolist())

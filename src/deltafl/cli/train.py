@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     "--base",
     "--model",
     "base",
-    help="Folder, hub id, module:attr, or vit:hidden=..,layers=.. for a new one.",
+    help="Folder, hub id, module:attr, or a config.json for a new one.",
 )
 @click.option(
     "--data", help="The task: digits, a folder, a name (cifar100), hub:owner/name, module:attr."

@@ -132,9 +132,9 @@ def in_workers(world: World, state: ServerState, count: int) -> Iterator[World]:
     if count == 1:
         yield world
         return
-    client, known = world.client, {}
+    client, known = world.client, list[object]()
     if isinstance(client, LocalTraining) and world.mask is not None:
-        known["index"] = client.index(world.mask)  # one object for all updates, as in one process
+        known.append(client.index(world.mask))  # one object for all updates, as in one process
 
     def train(
         params: Tensors, control: Tensor | None, number: int, k: int, own_round: int

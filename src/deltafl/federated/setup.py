@@ -128,14 +128,14 @@ def make_head(
             from deltafl.models.probe import probe_head
 
             rows = torch.cat(list(shards)).sort().values
-            head = probe_head(features[rows], labels[rows], val, val_labels, names)
+            head = LinearHead.of(probe_head(features[rows], labels[rows], val, val_labels, names))
         else:
             total = None
             for rows in _known(shards, labels, recipe):
                 own = RidgeStatistics.of(features[rows], labels[rows], len(names))
                 total = own if total is None else total + own
             assert total is not None
-            head = ridge_head(total, val, val_labels, names)
+            head = LinearHead.of(ridge_head(total, val, val_labels, names))
     elif recipe.head == ZERO_SHOT:
         head = zero_shot_for(model.encoder, task, recipe.templates, model.device)
     else:

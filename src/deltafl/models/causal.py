@@ -1,73 +1,62 @@
 """Causal language models of transformers, with their tokenizer."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from deltafl.errors import DeltaflError, shorten
-from deltafl.models.net import Format, Net
-from deltafl.models.pretrained import attempt, quiet
+from deltafl.models.families import FAMILIES, Family, attempt, quiet, read_weights
+from deltafl.models.net import Net
 from deltafl.tasks.inputs import TextInput
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 MOST_TOKENS = 2048
 """Tokens in one example where the tokenizer and the configuration name no limit below it."""
 
 
-class CausalFormat(Format):
-    """A folder that `AutoModelForCausalLM` and `AutoTokenizer` read."""
+@FAMILIES.register("causal language models")
+class Causal(Family):
+    """What `AutoModelForCausalLM` and `AutoTokenizer` read, in the files' own dtype."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self.tokenizer = tokenizer
+
+    @classmethod
+    def claims(cls, config: "PretrainedConfig") -> bool:
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        return config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    @classmethod
+    def load(cls, ref: str, config: "PretrainedConfig") -> Net:
+        import transformers
+
+        module, _ = read_weights(ref, transformers.AutoModelForCausalLM, config, dtype="auto")
+        return cls._net(module, ref, ref)
+
+    @classmethod
+    def new(cls, folder: str, config: "PretrainedConfig", generator: torch.Generator) -> Net:
+        import transformers
+
+        with torch.random.fork_rng(devices=[]), quiet():
+            torch.random.default_generator.manual_seed(generator.initial_seed())
+            module = attempt(folder, transformers.AutoModelForCausalLM.from_config, config)
+        return cls._net(module, folder, "")
+
+    @classmethod
+    def _net(cls, module: Any, folder: str, origin: str) -> Net:
+        import transformers
+
+        with quiet():
+            tokenizer = attempt(folder, transformers.AutoTokenizer.from_pretrained, folder)
+        limit = getattr(module.config, "max_position_embeddings", None) or MOST_TOKENS
+        inputs = TextInput(tokenizer, min(limit, tokenizer.model_max_length, MOST_TOKENS))
+        return Net(module.eval(), inputs, cls(tokenizer), origin)
 
     def save(self, module: nn.Module, folder: Path) -> None:
         with quiet():
-            module.save_pretrained(folder)  # type: ignore[operator]
+            module.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
             self.tokenizer.save_pretrained(folder)
-
-
-def load_causal(ref: str, config: Any) -> Net:
-    """A causal language model and its tokenizer from a folder or hub id, in the files' own dtype.
-
-    Raises:
-        DeltaflError: unreadable, no tokenizer, tensors missing or of another shape.
-    """
-    import transformers
-
-    with quiet():
-        tokenizer = attempt(ref, transformers.AutoTokenizer.from_pretrained, ref)
-        module, info = attempt(
-            ref,
-            transformers.AutoModelForCausalLM.from_pretrained,
-            ref,
-            config=config,
-            dtype="auto",
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
-    broken = sorted(info["missing_keys"]) + sorted(str(k[0]) for k in info["mismatched_keys"])
-    if broken:
-        raise DeltaflError(
-            f'model "{ref}": {shorten(broken)} missing or misshapen in the file; is it complete?'
-        )
-    return _net(module, tokenizer, ref)
-
-
-def new_causal(ref: str, config: Any, seed: int) -> Net:
-    """A causal language model with random weights, keyed by `seed`, from a folder that holds config.json
-    and a tokenizer.
-    """
-    import transformers
-
-    with quiet(), torch.random.fork_rng(devices=[]):
-        tokenizer = attempt(ref, transformers.AutoTokenizer.from_pretrained, ref)
-        torch.random.default_generator.manual_seed(seed)
-        module = transformers.AutoModelForCausalLM.from_config(config)
-    return _net(module, tokenizer, "")
-
-
-def _net(module: Any, tokenizer: Any, origin: str) -> Net:
-    limit = getattr(module.config, "max_position_embeddings", None) or MOST_TOKENS
-    inputs = TextInput(tokenizer, min(limit, tokenizer.model_max_length, MOST_TOKENS))
-    return Net(module.eval(), inputs, CausalFormat(tokenizer), origin)

@@ -1,46 +1,33 @@
-"""An image encoder as the rest of the package sees it: a module, how to get features, what its input must be."""
+"""An encoder and its head apart, as rooms that do not use `Net` yet see a model; goes with the last of them."""
 
 import copy
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deltafl.errors import DeltaflError
+from deltafl.models.classifier import Classifier, Embed
+from deltafl.models.fit import ClassifierFormat, classifier_of
+from deltafl.models.loading import load_net
+from deltafl.models.net import Format, Net
 from deltafl.tasks.inputs import ImageInput
-
-Embed: TypeAlias = Callable[[nn.Module, Tensor], Tensor]
-"""(module, normalised float images (B, C, H, W)) -> features (B, D)."""
-
 
 InputSpec = ImageInput
 
 
 @dataclass(frozen=True)
-class Factory:
-    """A user's own model: `ref` is `module:attr`, called with `kwargs` (values that JSON can hold)."""
-
-    ref: str
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class LoadedEncoder:
-    """A module in float32 and eval mode, with all that is needed to use and to save it.
-
-    `origin` is the directory, hub id or `module:attr` that it came from ("" for a new one). Parameters that the
-    features do not depend on (a mask token, an unused classifier) have `requires_grad=False`: weight decay would
-    otherwise move them, and a delta would hold training that never happened.
-    """
+    """The parts of a `Classifier` but its head, and of its `Net`."""
 
     module: nn.Module
     embed: Embed
     input: InputSpec
     feature_dim: int
     origin: str
-    factory: Factory | None = None
+    format: Format | None = None
 
     def features(self, images: Tensor) -> Tensor:
         """uint8 images (B, C, H, W) on the module's device -> features (B, D)."""
@@ -51,24 +38,26 @@ class LoadedEncoder:
         return replace(self, module=copy.deepcopy(self.module).to(device))
 
 
-def assemble(
-    module: nn.Module, embed: Embed, spec: InputSpec, origin: str, factory: Factory | None = None
-) -> LoadedEncoder:
-    """Probe `module` (changed in place: float32, eval, unused parameters frozen) with one grey image.
+def encoder_of(net: Net) -> LoadedEncoder:
+    """The encoder inside a classifier, not a copy."""
+    made = classifier_of(net)
+    return LoadedEncoder(
+        made.encoder, made.embed, made.inputs, made.feature_dim, net.origin, net.format
+    )
 
-    Raises:
-        DeltaflError: the features are not (1, D).
-    """
-    module.float().eval()
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    with torch.enable_grad():
-        probe = embed(module, torch.zeros(1, spec.channels, spec.image_size, spec.image_size))
-        if not isinstance(probe, Tensor) or probe.ndim != 2 or len(probe) != 1:
-            shape = tuple(probe.shape) if isinstance(probe, Tensor) else type(probe).__name__
-            raise DeltaflError(
-                f'model "{origin}": one image gives {shape}, features must be (1, D); add `.embed(x)`'
-            )
-        grads = torch.autograd.grad(probe.sum(), parameters, allow_unused=True)
-    for parameter, grad in zip(parameters, grads, strict=True):
-        parameter.requires_grad_(grad is not None)
-    return LoadedEncoder(module, embed, spec, probe.shape[1], origin, factory)
+
+def load_encoder(ref: str | Path, kwargs: Mapping[str, Any] | None = None) -> LoadedEncoder:
+    """The encoder of `load_net(ref, kwargs)`."""
+    return encoder_of(load_net(ref, kwargs))
+
+
+def save_encoder(encoder: LoadedEncoder, directory: Path) -> None:
+    """Write `encoder` into the existing `directory`, so that `load_encoder(directory)` gives it back."""
+    assert isinstance(encoder.format, ClassifierFormat)
+    encoder.format.save_encoder(encoder.module, directory)
+
+
+def assemble(module: nn.Module, embed: Embed, spec: InputSpec, origin: str) -> LoadedEncoder:
+    """The encoder of a `Classifier` around `module`, which is changed in place."""
+    made = Classifier(module, embed, spec, origin)
+    return LoadedEncoder(module, embed, spec, made.feature_dim, origin, ClassifierFormat())

@@ -28,7 +28,6 @@ class HeadRecipe(Recipe):
     train_head: bool = Field(False, description="train the head together with the encoder")
 
     def problems(self) -> Iterator[str]:
-        """What values that are good one by one cannot do together."""
         if self.few_shot is not None and self.head != "ridge":
             yield "few_shot is about the ridge head"
         if self.templates is not None and self.head != "zero-shot":

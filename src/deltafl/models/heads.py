@@ -1,4 +1,4 @@
-"""Linear heads on features: random, or from a file; in closed form: ridge.py; from text: zero_shot.py."""
+"""Heads as rooms that do not use `Net` yet see them; goes with the last of them."""
 
 import json
 from collections.abc import Sequence
@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from deltafl.errors import DeltaflError
+from deltafl.models.head import HEAD_FILE, Head
 
-HEAD_FILE = "head.safetensors"
+__all__ = ["HEAD_FILE"]
 
 ZERO_SHOT = "zero-shot"
 """What a recipe calls the head of zero_shot.py."""
@@ -32,6 +33,12 @@ class LinearHead:
     bias: Tensor
     class_names: tuple[str, ...]
     normalised: bool = False
+
+    @classmethod
+    def of(cls, head: Head) -> "LinearHead":
+        """The same head, frozen."""
+        weight, bias = head.weight.detach(), head.bias.detach()
+        return cls(weight, bias, head.class_names, head.normalised)
 
     def __post_init__(self) -> None:
         classes = len(self.class_names)

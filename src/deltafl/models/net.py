@@ -1,12 +1,12 @@
 """A model as everything that trains, merges and judges sees it: one module, and what of it trains."""
 
 import copy
-from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from deltafl.algebra.tensors import Tensors, lazy
@@ -16,21 +16,34 @@ from deltafl.models.head_recipe import HeadFit, HeadRecipe
 from deltafl.tasks.inputs import ImageInput, TextInput
 from deltafl.tasks.task import Task
 
+WEIGHTS = "model.safetensors"
 
-class Format(ABC):
-    """How one kind of model is written: what `load_net` read is what `save` writes."""
 
-    @abstractmethod
+class Format:
+    """How a model is written and made ready for a task; what `load_net` read is what `save` writes.
+
+    This one writes the module's tensors by its own names, tied ones under each of their names.
+    """
+
     def save(self, module: nn.Module, folder: Path) -> None:
-        """Write `module` into the existing `folder`, so that `load_net(folder)` gives it back."""
+        """Write `module` into the existing `folder`."""
+        state = {
+            name: tensor.clone(memory_format=torch.contiguous_format)
+            for name, tensor in module.state_dict().items()
+        }
+        save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
 
     def file_name(self, name: str) -> str:
         """The name that the model's files have for the module's tensor `name`."""
         return name
 
     def prepare(self, net: "Net", task: Task, recipe: HeadRecipe, fit: HeadFit) -> None:
-        """Make the model ready for a task, in place: a classifier gets its head."""
+        """Make the model ready to train on a task, in place: a classifier gets its head."""
         del net, task, recipe, fit
+
+    def check(self, net: "Net", task: Task) -> None:
+        """Raise DeltaflError where the model cannot do the task as it is."""
+        del net, task
 
 
 class Net:
@@ -42,9 +55,14 @@ class Net:
     """
 
     def __init__(
-        self, module: nn.Module, inputs: ImageInput | TextInput, format: Format, origin: str = ""
+        self,
+        module: nn.Module,
+        inputs: ImageInput | TextInput,
+        format: Format | None = None,
+        origin: str = "",
     ) -> None:
-        self.module, self.inputs, self.format, self.origin = module, inputs, format, origin
+        self.module, self.inputs, self.origin = module, inputs, origin
+        self.format = format or Format()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the module gives."""
@@ -144,6 +162,10 @@ class Net:
             DeltaflError: a head of another model or task, or one that this model cannot have.
         """
         self.format.prepare(self, task, recipe, fit or HeadFit())
+
+    def check(self, task: Task) -> None:
+        """Raise DeltaflError where the model cannot do `task` as it is: it has no head, or another's."""
+        self.format.check(self, task)
 
     def save(self, folder: Path) -> None:
         """Write the model into the existing `folder`, so that `load_net(folder)` gives it back."""

@@ -1,5 +1,6 @@
 """Zero-shot heads: what CLIP's text tower says of the classes' names. transformers is imported late."""
 
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +13,14 @@ from torch import Tensor
 from deltafl.checkpoints.layout import Layout, read_layout
 from deltafl.errors import DeltaflError, shorten
 from deltafl.files import write_atomically
-from deltafl.models.heads import LinearHead
-from deltafl.models.pretrained import attempt, quiet
+from deltafl.models.families import attempt, quiet, read_config
+from deltafl.models.fit import HEADS
+from deltafl.models.head import Head
+from deltafl.models.head_recipe import HeadFit, HeadRecipe
+from deltafl.models.net import Net
 from deltafl.tasks.cache import content_hash, default_cache_dir, key_of, writing_to
 from deltafl.tasks.catalogue import prompt_names, prompt_templates
+from deltafl.tasks.images import ImageTask
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +28,22 @@ FORMAT = 1
 """Raise it when the same inputs should give other embeddings: cached ones are then not found."""
 
 BATCH = 256
+
+
+@HEADS.register("zero-shot")
+def _zero_shot(net: Net, task: ImageTask, recipe: HeadRecipe, fit: HeadFit) -> Head:
+    """A fine-tuned image tower has no text tower: that of its base (training.json) is used."""
+    ref, seen = net.origin, set()
+    while (file := Path(ref) / "training.json").is_file() and ref not in seen:
+        seen.add(ref)
+        try:
+            ref = json.loads(file.read_text())["base"]["id"] or ref
+        except (ValueError, KeyError, TypeError) as error:
+            raise DeltaflError(
+                f'"{file}" names no base ({error}); a zero-shot head needs its text tower'
+            ) from error
+    given = None if recipe.templates is None else read_templates(recipe.templates)
+    return zero_shot_head(ref, task.name, task.class_names, templates=given, device=net.device)
 
 
 def zero_shot_head(
@@ -33,21 +54,22 @@ def zero_shot_head(
     templates: Sequence[str] | None = None,
     device: torch.device | str = "cpu",
     cache_dir: Path | None = None,
-) -> LinearHead:
+) -> Head:
     """A head on L2-normalised image embeddings of the CLIP model `ref`, made from its text tower.
 
-    For class c, w_c = exp(s) * u / |u| with u the mean over templates t of e(t, c) / |e(t, c)|, where e is the
-    projected text embedding and s the model's logit scale; bias 0, weight float32 (K, D). `logits(features)` is then
-    CLIPModel's `logits_per_image` for the projected image embeddings that the encoder gives. Source: arXiv 2103.00020,
-    section 3.1.
+    For class c, w_c = exp(s) * u / |u| with u the mean over templates t of e(t, c) / |e(t, c)|, where
+    e is the projected text embedding and s the model's logit scale; bias 0, weight float32 (K, D).
+    `head(features)` is then CLIPModel's `logits_per_image` for the projected image embeddings that
+    the encoder gives. Source: arXiv 2103.00020, section 3.1.
 
-    ref: a directory or hub id of a whole CLIP model with its tokenizer. task, class_names: of the data; the prompts
-    speak of `prompt_names` of them. templates: prompts with {} for the class; None: the catalogue's. Embeddings are
-    kept under `cache_dir`/zero-shot (default: the data's cache) by the content of the model, task, names and templates.
+    ref: a directory or hub id of a whole CLIP model with its tokenizer. task, class_names: of the
+    data; the prompts speak of `prompt_names` of them. templates: prompts with {} for the class; None:
+    the catalogue's. Embeddings are kept under `cache_dir`/zero-shot (default: the data's cache) by
+    the content of the model, task, names and templates.
 
     Raises:
-        DeltaflError: no CLIP model, no text tower, no tokenizer, another number of classes than the catalogue's, a
-            template without {}.
+        DeltaflError: no CLIP model, no text tower, no tokenizer, another number of classes than the
+            catalogue's, a template without {}.
     """
     names = prompt_names(task, class_names)
     chosen = tuple(templates) if templates is not None else prompt_templates(task)
@@ -63,20 +85,14 @@ def zero_shot_head(
     folder = cache_dir or default_cache_dir()
     with writing_to(folder):
         content = content_hash(_files(layout), folder)
-    made_of = {
-        "model": content,
-        "task": task,
-        "names": names,
-        "templates": chosen,
-        "format": FORMAT,
-    }
-    file = folder / "zero-shot" / f"{key_of(made_of)}.safetensors"
+    made_of = {"model": content, "task": task, "names": names, "templates": chosen}
+    file = folder / "zero-shot" / f"{key_of(made_of | {'format': FORMAT})}.safetensors"
     weight = _cached(file, len(names))
     if weight is None:
         weight = _weights(str(layout.folder), ref, names, chosen, device)
         with writing_to(file.parent):
             write_atomically(file, save({"weight": weight}))
-    return LinearHead(weight, torch.zeros(len(names)), tuple(class_names), normalised=True)
+    return Head(weight, torch.zeros(len(names)), class_names, normalised=True)
 
 
 def read_templates(file: str | Path) -> tuple[str, ...]:
@@ -91,23 +107,21 @@ def read_templates(file: str | Path) -> tuple[str, ...]:
         raise DeltaflError(
             f'templates "{file}" cannot be read: {error}; give a text file, one on each line'
         ) from error
-    if not any(line.strip() for line in lines):
+    found = tuple(line.strip() for line in lines if line.strip())
+    if not found:
         raise DeltaflError(
             f'templates "{file}" holds none; write one on each line, with {{}} for the class'
         )
-    return tuple(line.strip() for line in lines if line.strip())
+    return found
 
 
 def _clip_layout(ref: str) -> Layout:
     """Where the model's files are, which must be those of a whole CLIP model and its tokenizer."""
-    import transformers
-
-    with quiet():
-        config = attempt(ref, transformers.AutoConfig.from_pretrained, ref)
+    config = read_config(ref)
     if config.model_type != "clip":
         raise DeltaflError(
-            f'model "{ref}" is a "{config.model_type}" and no CLIP model with a text tower, which a zero-shot head '
-            "needs; start from a CLIP model, or give another head"
+            f'model "{ref}" is a "{config.model_type}" and no CLIP model with a text tower, which a '
+            "zero-shot head needs; start from a CLIP model, or give another head"
         )
     layout = read_layout(ref)
     if not any(name.startswith("text_model.") for name in layout.entries):
@@ -115,12 +129,11 @@ def _clip_layout(ref: str) -> Layout:
             f'model "{ref}" holds no text tower, which a zero-shot head needs; use the base model'
         )
     held = {file.name for file in layout.folder.iterdir()}
-    if not (
-        "tokenizer.json" in held or {"vocab.json", "merges.txt"} <= held
-    ):  # transformers would make an empty one
+    # transformers would make an empty tokenizer
+    if not ("tokenizer.json" in held or {"vocab.json", "merges.txt"} <= held):
         raise DeltaflError(
-            f'model "{ref}" has no tokenizer (tokenizer.json, or vocab.json and merges.txt), which a zero-shot head '
-            "needs; copy it from the model's origin"
+            f'model "{ref}" has no tokenizer (tokenizer.json, or vocab.json and merges.txt), which a '
+            "zero-shot head needs; copy it from the model's origin"
         )
     return layout
 
@@ -159,13 +172,9 @@ def _weights(
 
     with quiet():
         tokenizer = attempt(ref, transformers.AutoTokenizer.from_pretrained, folder)
-        model, info = attempt(
-            ref,
-            transformers.CLIPModel.from_pretrained,
-            folder,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
+        load: Any = transformers.CLIPModel.from_pretrained
+        how = {"dtype": torch.float32, "output_loading_info": True}
+        model, info = attempt(ref, load, folder, **how)
     needed = ("text_model.", "text_projection.", "logit_scale")
     if missing := sorted(key for key in info["missing_keys"] if key.startswith(needed)):
         raise DeltaflError(

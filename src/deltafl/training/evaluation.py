@@ -1,6 +1,5 @@
 """Heads for a model and a task, and the accuracy of both together."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,52 +9,29 @@ from torch import Tensor
 from deltafl.algebra.tensors import device_named
 from deltafl.errors import DeltaflError, did_you_mean
 from deltafl.models import LoadedEncoder, load_encoder
+from deltafl.models.bridge import net_of
+from deltafl.models.fit import classifier_of
 from deltafl.models.flat import FlatModel
-from deltafl.models.heads import (
-    HEAD_FILE,
-    ZERO_SHOT,
-    LinearHead,
-    check_head,
-    few_per_class,
-    load_head,
-    random_head,
-)
-from deltafl.models.ridge import RidgeStatistics, ridge_head
-from deltafl.models.zero_shot import read_templates, zero_shot_head
-from deltafl.seeding import keyed_generator
-from deltafl.tasks.arrays import Task
-from deltafl.training.legacy import extract_features, predict_correct
+from deltafl.models.head_recipe import HeadFit, HeadRecipe
+from deltafl.models.heads import HEAD_FILE, ZERO_SHOT, LinearHead, check_head, load_head
+from deltafl.tasks.arrays import Task, image_task
+from deltafl.training.legacy import predict_correct
 from deltafl.training.recipe import PRECISIONS, FinetuneRecipe
 
 
 def make_head(model: FlatModel, task: Task, recipe: FinetuneRecipe) -> LinearHead:
     """The head that `recipe.head` names, for this model and task, on the model's device, frozen.
 
-    Ridge: statistics of the training split (or of `few_shot` examples per class), strength and temperature chosen on
-    validation. Zero-shot: see `zero_shot_for`.
-
     Raises:
         DeltaflError: a head from a file that does not fit, a model without what a zero-shot head needs.
     """
-    dim, names = model.encoder.feature_dim, task.class_names
-    if recipe.head == "linear":
-        return random_head(dim, names, keyed_generator(recipe.seed, "head")).to(model.device)
-    if recipe.head == ZERO_SHOT:
-        return zero_shot_for(model.encoder, task, recipe.templates, model.device).to(model.device)
-    if recipe.head != "ridge":
-        head = load_head(Path(recipe.head))
-        check_head(head, dim, names, recipe.head)
-        return head.to(model.device)
-    ids = torch.arange(len(task.train))
-    if recipe.few_shot is not None:
-        ids = few_per_class(
-            task.train.labels.cpu(), recipe.few_shot, keyed_generator(recipe.seed, "few-shot")
-        )
+    net = net_of(model.encoder)
+    kind = HeadRecipe.of(head=recipe.head, few_shot=recipe.few_shot, templates=recipe.templates)
     autocast = PRECISIONS[recipe.mixed_precision]
-    features = extract_features(model, task.train, ids, autocast=autocast).cpu()
-    statistics = RidgeStatistics.of(features, task.train.labels[ids], len(names))
-    val = extract_features(model, task.val, autocast=autocast).cpu()
-    return ridge_head(statistics, val, task.val.labels.cpu(), names).to(model.device)
+    net.prepare(image_task(task), kind, HeadFit(recipe.seed, autocast=autocast))
+    head = classifier_of(net).head
+    assert head is not None
+    return LinearHead.of(head)
 
 
 def zero_shot_for(
@@ -64,26 +40,16 @@ def zero_shot_for(
     templates: str | None = None,
     device: torch.device | str = "cpu",
 ) -> LinearHead:
-    """The zero-shot head of a CLIP encoder, on the CPU; `templates` is a file of prompts, None: the catalogue's.
-
-    A fine-tuned image tower has no text tower: that of its base (training.json) is used.
+    """The zero-shot head of a CLIP encoder; `templates` is a file of prompts, None: the catalogue's.
 
     Raises:
         DeltaflError: no CLIP model, or not the whole of one.
     """
-    given = None if templates is None else read_templates(templates)
-    ref, seen = encoder.origin, set()
-    while (file := Path(ref) / "training.json").is_file() and ref not in seen:
-        seen.add(ref)
-        try:
-            ref = json.loads(file.read_text())["base"]["id"] or ref
-        except (ValueError, KeyError, TypeError) as error:
-            raise DeltaflError(
-                f'"{file}" names no base ({error}); a zero-shot head needs its text tower'
-            ) from error
-    head = zero_shot_head(ref, task.name, task.class_names, templates=given, device=device)
-    check_head(head, encoder.feature_dim, task.class_names, f"{ZERO_SHOT} of {ref}")
-    return head
+    net = net_of(encoder)
+    net.prepare(image_task(task), HeadRecipe.of(head=ZERO_SHOT, templates=templates))
+    head = classifier_of(net).head
+    assert head is not None
+    return LinearHead.of(head)
 
 
 @dataclass(frozen=True)

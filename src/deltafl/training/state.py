@@ -31,7 +31,7 @@ def run_config(
     encoder: LoadedEncoder, task: Task, recipe: Any, head: LinearHead | None
 ) -> dict[str, Any]:
     """All that decides the result, as JSON values: recipe (a dataclass), base, data, head, by hash where large."""
-    on_disk = bool(encoder.origin) and (encoder.factory is None or Path(encoder.origin).is_dir())
+    on_disk = bool(encoder.origin) and (":" not in encoder.origin or Path(encoder.origin).is_dir())
     return {
         **asdict(recipe),
         **({} if head is None else {"head": _told(head)}),

@@ -1,0 +1,76 @@
+"""From what a user names a model by to a `Net`."""
+
+import json
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deltafl.errors import DeltaflError
+from deltafl.files import WEIGHTS
+from deltafl.models import causal, vision  # noqa: F401  (they register)
+from deltafl.models.families import family_of, new_config, read_config
+from deltafl.models.net import Net
+from deltafl.models.user import MODEL_JSON, Factory, load_user
+
+logger = logging.getLogger(__name__)
+
+_USERS = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+def load_net(ref: str | Path, kwargs: Mapping[str, Any] | None = None) -> Net:
+    """A model from a folder (Hugging Face layout, or saved by `Net.save`), a hub id or `module:attr`,
+    whose callable is given `kwargs`; or a new one from a config.json, or a folder with one and no
+    weights, keyed by the `seed` in it. What the folder holds of heads comes with it, frozen.
+
+    Raises:
+        DeltaflError: what is wrong with the model, in one line.
+    """
+    ref, path = str(ref), Path(ref)
+    if ref.startswith("vit:"):
+        raise DeltaflError(
+            f'model "{ref}": give the path of a config.json instead, '
+            '{"model_type": "vit", "hidden_size": 64, "num_hidden_layers": 3, ..., "seed": 0}'
+        )
+    if _USERS.fullmatch(ref):
+        return Factory(ref, dict(kwargs or {})).net()
+    if kwargs:
+        raise DeltaflError(f'model "{ref}" takes no keyword arguments, only module:attr does')
+    if (path / MODEL_JSON).is_file():
+        return load_user(path)
+    if path.is_dir() and not any(next(path.glob(pattern), None) for pattern in WEIGHTS):
+        logger.warning('model "%s" has no weights: they are drawn at random', ref)
+        path = path / "config.json"
+    if path.suffix == ".json":
+        try:
+            settings = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise DeltaflError(f'model "{path}" cannot be loaded: {error}') from None
+        return new_net(settings, folder=path.parent, ref=str(path))
+    config = read_config(ref)
+    return family_of(ref, config).load(ref, config)
+
+
+def new_net(
+    settings: Mapping[str, Any],
+    generator: torch.Generator | None = None,
+    *,
+    folder: str | Path = "",
+    ref: str = "new",
+) -> Net:
+    """A model with random weights from the keys of a config.json, as transformers names them, a
+    function of `generator` or of the `seed` among the keys (default 0).
+
+    folder: of what belongs to the model beside its weights: a tokenizer, a preprocessor file. ref:
+    what error messages call the model.
+
+    Raises:
+        DeltaflError: what is wrong with the settings, in one line.
+    """
+    rest = {key: value for key, value in settings.items() if key != "seed"}
+    config = new_config(ref, rest)
+    generator = generator or torch.Generator().manual_seed(settings.get("seed", 0))
+    return family_of(ref, config).new(str(folder), config, generator)

@@ -1,0 +1,146 @@
+"""Vision encoders of transformers: ViT, DeiT, DINO, DINOv2 and CLIP's image tower."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from deltafl.errors import shorten
+from deltafl.models.classifier import Classifier, Embed
+from deltafl.models.families import FAMILIES, Family, attempt, quiet, read_weights
+from deltafl.models.fit import ClassifierFormat
+from deltafl.models.net import Net
+from deltafl.tasks.inputs import ImageInput
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+logger = logging.getLogger(__name__)
+
+PREPROCESSOR = "preprocessor_config.json"
+
+
+def _cls(module: nn.Module, images: Tensor) -> Tensor:
+    return module(pixel_values=images).last_hidden_state[:, 0]
+
+
+def _projected(module: nn.Module, images: Tensor) -> Tensor:
+    return module(pixel_values=images).image_embeds
+
+
+def _pooled(module: nn.Module, images: Tensor) -> Tensor:
+    return module(pixel_values=images).pooler_output
+
+
+_NO_POOLER = {"add_pooling_layer": False}
+_KINDS: dict[str, tuple[str, Embed, dict[str, Any]]] = {
+    "vit": ("ViTModel", _cls, _NO_POOLER),
+    "deit": ("DeiTModel", _cls, _NO_POOLER),
+    "dinov2": ("Dinov2Model", _cls, {}),
+    "dinov2_with_registers": ("Dinov2WithRegistersModel", _cls, {}),
+    "clip": ("CLIPVisionModelWithProjection", _projected, {}),
+    "clip_vision_model": ("CLIPVisionModelWithProjection", _projected, {}),
+}
+
+
+@FAMILIES.register("vision (vit, deit, dinov2, clip)")
+class Vision(ClassifierFormat, Family):
+    """An encoder in float32 whatever the file's dtype, and the head that is beside it, if any.
+
+    Features: ViT, DeiT, DINO, DINOv2: the class token of `last_hidden_state` (after the final layer
+    norm, no pooler). CLIP: the projected image embedding; the pooled one where the file is a
+    `CLIPVisionModel`, which has no projection. What the file holds beyond the encoder (pooler,
+    classifier, text tower) is left out and logged.
+    """
+
+    def __init__(self, preprocessor: Path | None) -> None:
+        self.preprocessor = preprocessor
+
+    @classmethod
+    def claims(cls, config: "PretrainedConfig") -> bool:
+        return config.model_type in _KINDS
+
+    @classmethod
+    def load(cls, ref: str, config: "PretrainedConfig") -> Net:
+        config, kind, embed, how = _class_of(config)
+        module, rest = read_weights(ref, kind, config, dtype=torch.float32, **how)
+        if rest:
+            logger.info('model "%s": left out %s', ref, shorten(rest))
+        return cls._net(module, embed, config, ref, ref)
+
+    @classmethod
+    def new(cls, folder: str, config: "PretrainedConfig", generator: torch.Generator) -> Net:
+        """Of a ViT the linear and patch weights and the embeddings are normal(0, 0.02), truncated at 2
+        deviations, biases 0, layer norms (1, 0); others are drawn as transformers does.
+        """
+        config, kind, embed, how = _class_of(config)
+        with torch.random.fork_rng(devices=[]), quiet():
+            torch.random.default_generator.manual_seed(generator.initial_seed())
+            module = attempt(folder, kind, config, **how)
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                if config.model_type != "vit":
+                    break
+                if name.endswith("bias"):
+                    parameter.zero_()
+                elif "layernorm" in name:
+                    parameter.fill_(1)
+                else:
+                    nn.init.trunc_normal_(parameter, std=0.02, a=-0.04, b=0.04, generator=generator)
+        return cls._net(module, embed, config, folder, "")
+
+    @classmethod
+    def _net(cls, module: nn.Module, embed: Embed, config: Any, ref: str, origin: str) -> Net:
+        """Size and channels from the configuration; mean and std from the preprocessor file, 0.5
+        (ViT's own) without one.
+        """
+        preprocessor = _preprocessor(ref) if ref else None
+        found = json.loads(preprocessor.read_text()) if preprocessor else {}
+        if not preprocessor:
+            logger.info('model "%s" has no %s: mean 0.5 and std 0.5 are assumed', ref, PREPROCESSOR)
+        size, half = config.image_size, [0.5] * config.num_channels
+        inputs = ImageInput(
+            size if isinstance(size, int) else size[0],
+            config.num_channels,
+            tuple(found.get("image_mean", half)),
+            tuple(found.get("image_std", half)),
+        )
+        return Net(Classifier(module, embed, inputs, origin), inputs, cls(preprocessor), origin)
+
+    def save_encoder(self, encoder: nn.Module, folder: Path) -> None:
+        """config.json, model.safetensors and, where the origin has one, its preprocessor file, copied."""
+        with quiet():
+            encoder.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
+        if self.preprocessor is not None:
+            shutil.copyfile(self.preprocessor, folder / PREPROCESSOR)
+
+
+def _class_of(config: Any) -> tuple[Any, Any, Embed, dict[str, Any]]:
+    """The encoder's own configuration, its class, how features come of it, and the class's options."""
+    import transformers
+
+    name, embed, how = _KINDS[config.model_type]
+    if config.model_type == "clip_vision_model" and "CLIPVisionModel" in (
+        config.architectures or ()
+    ):
+        name, embed = "CLIPVisionModel", _pooled
+    if config.model_type == "clip":
+        config.vision_config.projection_dim = config.projection_dim
+        config = config.vision_config
+    return config, getattr(transformers, name), embed, how
+
+
+def _preprocessor(ref: str) -> Path | None:
+    from transformers.utils import cached_file
+
+    found = cached_file(
+        ref,
+        PREPROCESSOR,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return Path(found) if found else None
