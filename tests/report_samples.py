@@ -122,7 +122,8 @@ def federated_result(**changes: Any) -> tuple[dict[str, Any], list[dict[str, Any
         "title": "digits: 20 clients, fedavg", "metric": "accuracy", "test_score": 0.73, "test_examples": 200,
         "val_score": 0.793, "best_round": 100, "rounds": 100, "failed_updates": 0,
         "bytes_up_total": 150_000_000, "dense_bytes_up_total": 300_000_000, "setup_bytes_up": 300_000,
-        "setup_bytes_down": 52_000, "config": {**config, "sparse": {"sparsity_ratio": 0.5}},
+        "setup_bytes_down": 52_000,
+        "config": {**config, "sparse": {"sparsity_ratio": 0.5}, "class_names": ["digit"] * 100},
     }  # fmt: skip
     return result | changes, rows
 

@@ -1,6 +1,5 @@
 """One round is the merge of the clients' checkpoints, bit for bit."""
 
-import dataclasses
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from deltafl.merge.run import run_merge
 from deltafl.models import LoadedEncoder, load_encoder
 from deltafl.rules.rule import load_rules
 from federated.worlds import assert_same, normed, plain
+from laws.worlds import EXAMPLES
 from tiny_models import tiny_task, vit_file
 
 RECIPE = FederatedRecipe(
@@ -27,20 +27,11 @@ RECIPE = FederatedRecipe(
 )  # fmt: skip
 
 
-def named(rule: Any) -> dict[str, Any]:
-    """The parameters of a rule as the command line gives them."""
-    params = {f.name: getattr(rule, f.name) for f in dataclasses.fields(rule)}
-    if "inner" in params:
-        inner = params.pop("inner")
-        params |= {"inner": name_of(type(inner)), **named(inner)}
-    return params
-
-
-def name_of(kind: type) -> str:
-    return next(name for name in load_rules() if load_rules()[name] is kind)
-
-
-CASES = [(name, named(rule)) for name in load_rules() for rule in load_rules()[name].examples()]
+CASES = [
+    (name, params)
+    for name in load_rules()
+    for params in EXAMPLES.get(name, [load_rules()[name].typical()])
+]
 
 
 def after_one_round(

@@ -8,14 +8,9 @@ import subprocess
 
 import pytest
 
-from deltafl.report import comparison_page, inspect_page, run_page, search_page
+import report_samples as samples
+from deltafl import report
 from deltafl.report.page import to_html
-from report_samples import (
-    comparison_result,
-    federated_result,
-    inspect_result,
-    quickstart_result,
-)
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -55,10 +50,10 @@ addEventListener("load", () => {{
 @pytest.fixture(scope="module")
 def pages() -> dict[str, str]:
     return {
-        "quickstart": to_html(search_page(quickstart_result(), story=True)),
-        "inspect": to_html(inspect_page(inspect_result())),
-        "federated": to_html(run_page(*federated_result())),
-        "comparison": to_html(comparison_page(comparison_result())),
+        "quickstart": to_html(report.search_page(samples.quickstart_result(), story=True)),
+        "inspect": to_html(report.inspect_page(samples.inspect_result())),
+        "federated": to_html(report.run_page(*samples.federated_result())),
+        "comparison": to_html(report.comparison_page(samples.comparison_result())),
     }
 
 
@@ -68,29 +63,12 @@ def measure(folder, page: str, width: int, height: int, dark: bool = False) -> d
         HARNESS.format(width=width, height=height, page=html.escape(page)), encoding="utf-8"
     )
     command = [
-        str(CHROMIUM),
-        *(
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-quic",
-            "--no-first-run",
-            "--disable-sync",
-        ),
-        *(
-            "--disable-background-networking",
-            "--disable-component-update",
-            f"--user-data-dir={folder / 'profile'}",
-        ),
-        *(
-            "--host-resolver-rules=MAP * ~NOTFOUND",
-            "--enable-logging=stderr",
-            "--window-size=1400,1000",
-        ),
-        f"--blink-settings=preferredColorScheme={0 if dark else 1}",
-        "--dump-dom",
-        harness.as_uri(),
-    ]
+        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-sync", "--disable-background-networking", "--disable-component-update",
+        f"--user-data-dir={folder / 'profile'}", "--host-resolver-rules=MAP * ~NOTFOUND",
+        "--enable-logging=stderr", "--window-size=1400,1000",
+        f"--blink-settings=preferredColorScheme={0 if dark else 1}", "--dump-dom", harness.as_uri(),
+    ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert "CONSOLE" not in done.stderr
     found = re.search(r"<pre>(.+?)</pre>\s*<script>", done.stdout, re.S)

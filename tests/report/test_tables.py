@@ -6,14 +6,14 @@ TABLE = Table(
         {"rule": "single_task", "mean": 0.99, "steps": 60, "loss": 0.1},
         {"rule": "a|b & <c>", "mean": 0.9124, "steps": 240, "loss": 0.123},
         {"rule": "fedgma", "mean": 0.91239, "steps": None, "loss": 0.5, "unseen": 1},
-        {"rule": "median", "mean": float("nan"), "steps": 5, "loss": 2.0},
+        {"rule": "median", "mean": None, "steps": 5, "loss": float("nan")},
     ],
     {
         "rule": Column("model"),
-        "mean": Column("mean", ".1%", "max"),
+        "mean": Column("mean", ".1%", best=True),
         "empty": Column("empty", ".1f"),
         "steps": Column("steps", ",d"),
-        "loss": Column("loss", ".2g", "min"),
+        "loss": Column("loss", ".2g"),
     },
     "Tested *once*, 50% each",
     reference=("single_task",),
@@ -26,9 +26,9 @@ def test_markdown_exactly():
         "| model | mean | steps | loss |\n"
         "| :-- | --: | --: | --: |\n"
         "| single\\_task | 99.0% | 60 | 0.1 |\n"
-        "| a\\|b & \\<c\\> | **91.2%** | 240 | **0.12** |\n"
+        "| a\\|b & \\<c\\> | **91.2%** | 240 | 0.12 |\n"
         "| fedgma | **91.2%** | – | 0.5 |\n"
-        "| median | – | 5 | 2 |\n"
+        "| median | – | 5 | – |\n"
     )
 
 
@@ -48,9 +48,9 @@ def test_latex_exactly():
             r"model & mean & steps & loss \\",
             r"\midrule",
             r"single\_task & 99.0\% & 60 & 0.1 \\",
-            r"a|b \& <c> & \textbf{91.2\%} & 240 & \textbf{0.12} \\",
+            r"a|b \& <c> & \textbf{91.2\%} & 240 & 0.12 \\",
             r"fedgma & \textbf{91.2\%} & -- & 0.5 \\",
-            r"median & -- & 5 & 2 \\",
+            r"median & -- & 5 & -- \\",
             r"\bottomrule",
             r"\end{tabular}",
             r"\end{table}",

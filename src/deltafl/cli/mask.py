@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from deltafl.cli.federate import HELP, load_model_and_task, recipe_of, task_options
+from deltafl.cli.results import as_text
 from deltafl.cli.settings import read_settings, recipe_options
-from deltafl.cli.text import as_text
 from deltafl.errors import DeltaflError
 from deltafl.federated.recipe import FederatedRecipe
 

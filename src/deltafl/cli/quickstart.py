@@ -5,8 +5,7 @@ from pathlib import Path
 import click
 
 from deltafl.cli.options import progress_by_stage
-from deltafl.cli.search import write_result
-from deltafl.cli.text import as_text
+from deltafl.cli.results import as_text, write_search
 
 
 @click.command()
@@ -27,7 +26,7 @@ def quickstart(out: str, seed: int, overwrite: bool, quiet: bool) -> None:
     ):
         result = run_quickstart(folder, seed=seed, on_stage=on_stage)
         command = f"deltafl quickstart --seed {seed}"
-        write_result(
+        write_search(
             result | {"command": command}, folder, {"command": command, "seed": seed}, story=True
         )
         for file in folder.rglob("*.json"):  # the records name the folder as it will be called

@@ -8,8 +8,7 @@ import click
 from deltafl.cli.command import command_line, dry_run, quiet, recipe_command
 from deltafl.cli.merge import describe_plan
 from deltafl.cli.progress import drawn_progress
-from deltafl.cli.text import as_text
-from deltafl.files import atomic_folder, check_output, write_files
+from deltafl.files import atomic_folder, check_output
 from deltafl.merge.plan import plan_merge
 from deltafl.merge.search_recipe import SearchRecipe
 
@@ -30,6 +29,7 @@ def search(recipe: SearchRecipe, dry_run: bool, quiet: bool) -> None:
     if dry_run:
         click.echo(describe_plan(plan))
         return
+    from deltafl.cli.results import as_text, write_search
     from deltafl.experiments.one_shot import run_search  # torch
     from deltafl.report import results_table
 
@@ -40,7 +40,7 @@ def search(recipe: SearchRecipe, dry_run: bool, quiet: bool) -> None:
             with atomic_folder(recipe.out, overwrite=recipe.overwrite) as folder:
                 scores = folder / "scores.safetensors"
                 result = run_search(recipe, folder / "merged", scores=scores, on_progress=show)
-                write_result(published(result, recipe), folder, recipe.resolved())
+                write_search(published(result, recipe), folder, recipe.resolved())
     if not quiet:
         click.echo(as_text(results_table(published(result, recipe))))
         if result["strategy"] == "racing":
@@ -56,22 +56,6 @@ def published(result: dict[str, Any], recipe: SearchRecipe) -> dict[str, Any]:
     """The result with the scores that were published, as shares."""
     reference = {name: round(value / 100, 6) for name, value in recipe.reference.items()}
     return result | {"reference": reference, "command": command_line()}
-
-
-def write_result(
-    result: dict[str, Any], folder: Path, config: dict[str, Any], *, story: bool = False
-) -> None:
-    """config.yaml, record.jsonl (one row for each candidate), result.json, table.md/.csv/.tex and report.html."""
-    from deltafl.report import page_files, search_page
-    from deltafl.training.record import RunRecord, write_json
-
-    record = RunRecord.create(folder, config)
-    for row in result["candidates"]:
-        record.append({"event": "candidate", **row})
-    for row in result["rows"]:
-        record.append({"event": "test", **row})
-    write_json(folder / "result.json", result)
-    write_files(folder, page_files(search_page(result, story=story)))
 
 
 def race_line(examples: dict[str, int]) -> str:

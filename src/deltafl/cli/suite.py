@@ -15,6 +15,7 @@ from deltafl.cli.federate import (
     workers_option,
 )
 from deltafl.cli.options import ManyValues, progress_by_stage, rule_options
+from deltafl.cli.results import as_text
 from deltafl.cli.settings import recipe_options
 from deltafl.cli.studies import (
     check_data,
@@ -25,7 +26,6 @@ from deltafl.cli.studies import (
     study_of,
     study_options,
 )
-from deltafl.cli.text import as_text
 from deltafl.errors import DeltaflError
 from deltafl.experiments.federated_suites import SUITES, SuiteOptions, check_suites
 from deltafl.experiments.studies.options import STUDY_NAMES, names_of
@@ -204,6 +204,7 @@ def run_suites(
     from deltafl.experiments.studies.study import save_base
     from deltafl.experiments.suite_runs import Bench, preflight, run_suite
     from deltafl.files import check_output, write_files
+    from deltafl.models.bridge import net_of
     from deltafl.report import comparison_page, page_files
     from deltafl.training.record import write_json
     from deltafl.training.tensorboard import METRICS, check_installed
@@ -233,7 +234,7 @@ def run_suites(
             _pretrain(out / "base", held["seed"], show)
             encoder = load_encoder_of(held)
         elif study is not None:
-            save_base(encoder, out / "base")
+            save_base(net_of(encoder), out / "base")
         bench = Bench(
             encoder,
             lambda seed: load_task_of(held, encoder, seed),

@@ -1,10 +1,6 @@
 """Plain text for the terminal."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from deltafl.report import Table
 
 
 def as_bytes(count: float) -> str:
@@ -27,7 +23,6 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(map(line, [columns, ["-" * w for w in widths], *rows]))
 
 
-def as_text(records: "Table") -> str:
-    """A table of the report as plain text."""
-    cells = records.cells()
-    return table(list(cells), cells.to_numpy().tolist())
+def as_score(score: float, ratio_scaled: bool) -> str:
+    """0.8321 -> "83.21%" where scores may be divided, as accuracies may; else "0.8321"."""
+    return f"{score:.2%}" if ratio_scaled else f"{score:.4f}"

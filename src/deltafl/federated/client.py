@@ -21,10 +21,9 @@ from deltafl.sparse.packed import KeptIndex, PackedDelta
 from deltafl.sparse.sgdm import SparseSGDM
 from deltafl.tasks.arrays import Split
 from deltafl.tasks.transforms import random_crop, random_flip
-from deltafl.training.finetune import keyed_dropout
 from deltafl.training.legacy import Batch, train_step
 from deltafl.training.recipe import PRECISIONS
-from deltafl.training.step import batches
+from deltafl.training.step import batches, keyed_dropout
 
 HEAD = "deltafl_head."
 """Before the names of a trained head's tensors, weight and bias, among the server's parameters."""

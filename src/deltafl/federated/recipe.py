@@ -6,7 +6,7 @@ from typing import Any
 
 from deltafl.errors import DeltaflError, did_you_mean
 from deltafl.federated.sharding import ShardingRecipe
-from deltafl.rules.rule import Rule, Source, build_rule, check_rule, load_rules, parameters
+from deltafl.rules.rule import Rule, Source, build_rule, check_rule, load_rules
 from deltafl.sparse.calibration import KINDS
 from deltafl.sparse.masks import MASK_STRATEGIES
 from deltafl.training.recipe import PRECISIONS
@@ -217,10 +217,8 @@ class FederatedRecipe:
 
         Raises DeltaflError if there is no such rule or parameter.
         """
-        params = dict(self.aggregator_params)
-        if "seed" in parameters(load_rules()[self.aggregator]):
-            params.setdefault("seed", self.seed + number)
-        return build_rule(self.aggregator, params)
+        rule = load_rules()[self.aggregator]
+        return build_rule(self.aggregator, rule.seeded(self.aggregator_params, self.seed + number))
 
     def check_clients(self) -> None:
         """Raise DeltaflError if the rule cannot work with the clients of a round, as `LocalTraining` describes them."""

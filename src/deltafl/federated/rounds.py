@@ -189,13 +189,10 @@ def _refuse_other_tensors(update: Update, client: int, params: Tensors) -> None:
 def aggregate(updates: Sequence[Update], recipe: FederatedRecipe, number: int = 0) -> Aggregate:
     """R of the updates, weighed by examples where the recipe says so and the rule (fedavg) does not do it itself."""
     sizes = [u.source.num_examples for u in updates]
-    weigh = (
-        recipe.client_weights == "examples"
-        and recipe.aggregator != "fedavg"
-        and len(set(sizes)) > 1
-    )
-    weights = [float(n or 0) for n in sizes] if weigh else None
-    return Aggregate(recipe.rule(number), updates, weights)
+    rule = recipe.rule(number)
+    by_size = recipe.client_weights == "examples" and not rule.core.weighs_examples
+    weigh = by_size and len(set(sizes)) > 1
+    return Aggregate(rule, updates, [float(n or 0) for n in sizes] if weigh else None)
 
 
 def finite(update: Update) -> bool:

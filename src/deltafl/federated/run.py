@@ -29,10 +29,10 @@ from deltafl.models.flat import FlatModel
 from deltafl.models.heads import LinearHead
 from deltafl.sparse.masks import model_hash, save_mask
 from deltafl.tasks.arrays import Split, Task
-from deltafl.training.legacy import predict_correct
+from deltafl.training.legacy import predict_correct, run_config
 from deltafl.training.recipe import PRECISIONS
 from deltafl.training.record import RunRecord, write_json
-from deltafl.training.state import require_same_config, run_config
+from deltafl.training.state import require_same_config
 from deltafl.usercode import find_callable
 
 OnRound = Callable[[Mapping[str, Any], int], None]
@@ -83,7 +83,7 @@ def federate(
     recipe.check_clients()
     where = device_named(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     count = count_workers(workers, recipe, where)
-    config = json.loads(json.dumps(run_config(encoder, task, recipe, None)))
+    config = json.loads(json.dumps(run_config(encoder, task, recipe)))
     shards = make_shards(task, recipe)
     record = _record_to_resume(out, config) if resume else None
     if record is not None and (out / "result.json").is_file():

@@ -29,8 +29,7 @@ from deltafl.sparse.eligible import eligible
 from deltafl.sparse.fisher import FisherSum, diagonal_fisher
 from deltafl.sparse.masks import Mask, load_mask, model_hash
 from deltafl.tasks.arrays import Task
-from deltafl.training.evaluation import zero_shot_for
-from deltafl.training.legacy import extract_features
+from deltafl.training.legacy import extract_features, zero_shot_for
 from deltafl.training.recipe import PRECISIONS
 
 MASK_FILE = "mask.safetensors"
@@ -137,7 +136,7 @@ def make_head(
             assert total is not None
             head = LinearHead.of(ridge_head(total, val, val_labels, names))
     elif recipe.head == ZERO_SHOT:
-        head = zero_shot_for(model.encoder, task, recipe.templates, model.device)
+        head = zero_shot_for(model.encoder, task, recipe.templates)
     else:
         head = load_head(Path(recipe.head))
         check_head(head, dim, names, recipe.head)

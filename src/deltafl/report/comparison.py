@@ -1,6 +1,8 @@
 """The page of a comparison: suites of federated runs, and studies of merges."""
 
+import tomllib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import pandas as pd
 
@@ -9,41 +11,32 @@ from deltafl.report.page import Page
 from deltafl.report.search import BASE, REFERENCES, task_map
 from deltafl.report.tables import Column, Record, Table, score_format
 
-_NORMALISED = (
-    "“Normalised” divides each task's score by that of its own model before averaging; ± is the standard deviation "
-    "over runs. λ = 0 is a candidate: a rule that validation puts below the base is the base."
-)
-_CAPTIONS = {
-    "training-heterogeneity": _NORMALISED.replace("over runs", "over merges")
-    + " The interval is Student's over all merges, of the gain over task arithmetic on the same models; merges of one "
-    "seed share models, so that it is a little too narrow.",
-    "negation": "Mean over targets; the control task is {control}. λ is chosen on validation data: least score on the "
-    "target with at least 95 % of the base's on the control task.",
-    "analogy": "Mean over both domains and both halves of the classes. λ is chosen on validation data of D.",
-}
+_TEXTS = tomllib.loads(Path(__file__).with_name("questions.toml").read_text(encoding="utf-8"))
 _REFERENCES = (*REFERENCES, "base", "fine-tuned", "fine-tuned on D")
 
 
 def comparison_page(result: Record) -> Page:
-    """All suites and studies of one run of the command: for each its question, tables and figures."""
+    """All suites and studies of a command: for each its question, tables and figures."""
     metric = result["metric"]
     parts = {name: _suite(name, rows, metric) for name, rows in result["suites"].items()}
     parts |= {name: _study(name, study, metric) for name, study in result["studies"].items()}
-    return Page("comparison", {"result": result, "parts": parts})
+    return Page("comparison", {"result": result, "parts": parts, "texts": _TEXTS})
 
 
 def _suite(name: str, summaries: Sequence[Record], metric: str) -> dict[str, object]:
     """What failed, the table, the score by round and by bytes."""
     score = score_format(metric)
     columns = {key: Column(key) for key in summaries[0]["labels"]} | {
-        "test": Column(f"test {metric}", score, "max"),
+        "test": Column(f"test {metric}", score, best=True),
         "spread": Column("±", score),
         "runs": Column("runs", "d"),
         "val": Column("validation", score),
         "best_round": Column("best round", ".0f"),
         "megabytes_up": Column("MB up", ",.2f"),
     }
-    caption = "Test score once per run, at the round chosen on validation; ± is the standard deviation over runs."
+    caption = (
+        "Test score once per run, at the round chosen on validation; ± is the standard deviation."
+    )
     if any(s.get("best_round") == 0 for s in summaries):
         caption += " Best round 0: no round was better than the model before training."
     rows = [{**s, **s["labels"]} for s in summaries]
@@ -64,7 +57,7 @@ def _suite(name: str, summaries: Sequence[Record], metric: str) -> dict[str, obj
 
 def _study(name: str, study: Record, metric: str) -> dict[str, object]:
     """What was left out, the tables, the figures."""
-    caption = _CAPTIONS.get(name, _NORMALISED).format(**study)
+    caption = _TEXTS[name]["caption"].format(**study)
     columns = _columns(name, metric)
     relations = {
         "rule": Column("rule"),
@@ -72,7 +65,9 @@ def _study(name: str, study: Record, metric: str) -> dict[str, object]:
         "norm": Column("with norms", ".2f"),
         "points": Column("merges", "d"),
     }
-    correlation = "Pearson's r between the gain of a merge and the logarithm of its largest over its smallest value."
+    correlation = (
+        "Pearson's r of a merge's gain and the logarithm of its largest over smallest value."
+    )
     tables = [
         Table(study["rows"], columns, caption, _REFERENCES, f"{name}/table"),
         Table(study.get("relations", []), relations, correlation, file=f"{name}/relations"),
@@ -99,7 +94,7 @@ def _columns(name: str, metric: str) -> dict[str, Column]:
         "mean": Column(
             means.get(name, "normalised test"),
             show,
-            "max" if name in ("scaling-coef", "analogy") else "",
+            name in ("scaling-coef", "analogy"),
         ),
         "spread": Column("±", show),
         "control": Column(f"control test {metric}", score),
@@ -150,12 +145,13 @@ def _gains(file: str, study: Record, key: str, word: str) -> Figure:
 
 
 def _by_size(rows: Sequence[Record]) -> dict[str, list[tuple[float, float]]]:
+    """Score by number of models; all tasks together are the end of near and far."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         for subset in ("near", "far") if row["subset"] == "all" else (row["subset"],):
             if row["rule"] in (BASE, "task_arithmetic"):
-                line = lines.setdefault(f"{row['rule'].replace('_', ' ')}, {subset}", [])
-                line.append((row["size"], row["mean"]))
+                point = row["size"], row["mean"]
+                lines.setdefault(f"{row['rule']}, {subset}", []).append(point)
     return lines
 
 

@@ -20,7 +20,7 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
 
 
 def inspect_page(result: Record) -> Page:
-    """How different several fine-tuned models are: advice first, then the numbers it follows from."""
+    """How different several fine-tuned models are: advice, and the numbers it follows from."""
     profiles = {model: dict(profile) for model, profile in result["layers"].items()}
     layers, title = pd.DataFrame(profiles), "Length of the delta in every layer"
     signs = "Share of weights that two deltas move the same way; 0.5 is what chance gives."
@@ -66,7 +66,7 @@ def training_table(training: Sequence[Record]) -> Table:
 
 
 def differences(training: Sequence[Record]) -> list[str]:
-    """How far the trainings are apart: the ratios of the largest to the smallest that are at least 1.05."""
+    """How far trainings are apart: ratios of largest to smallest that are at least 1.05."""
     found = []
     for key, column in training_table(training).shown.items():
         values = [row[key] for row in training if column.show and row.get(key)]
@@ -76,7 +76,7 @@ def differences(training: Sequence[Record]) -> list[str]:
 
 
 def mask_page(result: Record) -> Page:
-    """Which coordinates of a model train: in numbers, by layer and kind, what is excluded, every tensor."""
+    """Which coordinates train: in numbers, by layer and kind, what is excluded, every tensor."""
     tensors = _by_kind(result)
     shares = tensors.assign(share=tensors["share"].fillna(inf)).pivot(
         index="kind", columns="layer", values="share"
@@ -108,7 +108,7 @@ def mask_page(result: Record) -> Page:
 
 
 def kinds_table(result: Record) -> Table:
-    """Kept and eligible coordinates of each kind of tensor (layers.*.q_proj.weight) over all its layers."""
+    """Kept and eligible coordinates of each kind of tensor over all its layers."""
     kinds = _by_kind(result).groupby("kind", sort=False)
     sums = kinds.agg(tensors=("kept", "size"), kept=("kept", "sum"), eligible=("eligible", "sum"))
     sums["share"] = sums["kept"] / sums["eligible"]
@@ -117,7 +117,7 @@ def kinds_table(result: Record) -> Table:
 
 
 def _by_kind(result: Record) -> pd.DataFrame:
-    """The tensors with the first number of their names as `layer`, -1 without one, and * in its place as `kind`."""
+    """The tensors; the first number of a name is its layer, or -1; with * for it, its kind."""
     frame = pd.DataFrame(result["tensors"])
     numbers = [_NUMBER.search(name) for name in frame["name"]]
     kinds = [_NUMBER.sub("*", name, count=1) for name in frame["name"]]

@@ -1,4 +1,4 @@
-"""A page: a template filled with a record and what was made of it; as one HTML file, with files of its items."""
+"""A page: a template filled with a record and what was made of it; one HTML file, and others."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -9,14 +9,13 @@ import jinja2
 from jinja2.filters import do_filesizeformat
 from markupsafe import Markup
 
-from deltafl.report.figures import Figure, to_png, to_svg
+from deltafl.report.figures import TONES, Figure, to_png, to_svg
 from deltafl.report.tables import Table, score_format, to_csv, to_latex, to_markdown
-from deltafl.report.theme import TONES
 
 
 @dataclass(frozen=True)
 class Page:
-    """A template by its name, and the values in it: tables, figures, and the record `result` itself."""
+    """A template, and the values in it: tables, figures, and the record `result` itself."""
 
     template: str
     values: Mapping[str, Any]
@@ -44,7 +43,7 @@ def page_files(page: Page) -> dict[str, bytes]:
 
 
 def to_html(page: Page) -> str:
-    """No script, no external resource, light and dark, from a phone to paper; equal pages give equal bytes."""
+    """No script, nothing external, light and dark, phone to paper; equal pages, equal bytes."""
     numbers = count(1)
     loader = jinja2.PackageLoader("deltafl.report")
     look = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)

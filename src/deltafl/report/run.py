@@ -16,8 +16,9 @@ SHOWN = 40
 def run_page(result: Record, rows: Sequence[Record]) -> Page:
     """What came out, how it learned, every round or epoch, the settings.
 
-    result: what result.json holds: title, metric, test_score, val_score, best_round or best_epoch, config, and what
-    else is known of bytes, memory and time. rows: of record.jsonl, the first of them the model before training.
+    result: what result.json holds: title, metric, test_score, val_score, best_round or best_epoch,
+    config, and what else is known of bytes and time. rows: of record.jsonl, the first of them the
+    model before training.
     """
     unit = "round" if "best_round" in result else "epoch"
     values = {
@@ -35,7 +36,8 @@ def run_page(result: Record, rows: Sequence[Record]) -> Page:
 
 def settings_table(config: Mapping[str, object]) -> Table:
     """Every setting that decides the result, nested ones by their path."""
-    settings = pd.json_normalize(dict(config)).astype(str).T.reset_index(names="key")
+    shown = {key: value for key, value in config.items() if key != "class_names"}
+    settings = pd.json_normalize(shown).astype(str).T.reset_index(names="key")
     columns = {"key": Column("setting"), 0: Column("value")}
     return Table(settings.to_dict("records"), columns)
 
@@ -61,7 +63,7 @@ def _steps(result: Record, rows: Sequence[Record], unit: str) -> Table:
     columns = {
         unit: Column(unit, ".0f"),
         "lr": Column("learning rate at its end", ".3g"),
-        "val_score": Column("validation", score_format(result["metric"]), "max"),
+        "val_score": Column("validation", score_format(result["metric"]), best=True),
         "loss": Column("loss", ".3f"),
         "train_loss": Column("training loss", ".4f"),
         "num_steps": Column("steps", ",.0f"),

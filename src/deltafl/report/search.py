@@ -13,7 +13,7 @@ SINGLE, BASE = REFERENCES = "single-task models", "base (unmerged)"
 
 
 def search_page(result: Record, *, story: bool = False) -> Page:
-    """What a search tried on validation data, and the table tested once; `story` tells it to a newcomer."""
+    """What a search tried, and the table tested once; `story` tells it to a newcomer."""
     rows = {row["rule"]: row for row in result["rows"]}
     scored = [
         row for rule, row in rows.items() if rule not in REFERENCES and row["val"] is not None
@@ -33,27 +33,28 @@ def search_page(result: Record, *, story: bool = False) -> Page:
         "scores": task_map(
             {rule: row["test"] for rule, row in rows.items()},
             result["metric"],
-            caption="The same in short; the stronger a cell, the better among the models of its column.",
+            caption="The same in short; the stronger a cell, the better in its column.",
         ),
     }
     return Page("search", values)
 
 
 def results_table(result: Record) -> Table:
-    """Every rule with its chosen setting, score per task, mean and normalised mean, references first."""
+    """Every rule with its setting, score per task, mean and normalised mean; references first."""
     score, published = score_format(result["metric"]), result.get("reference") or {}
     rows = [
-        {**row, **row["test"], "published": published.get(row["rule"]), "setting": _setting(row)}
+        {**row, "published": published.get(row["rule"]), "setting": _setting(row)}
+        | {f"test {task}": value for task, value in row["test"].items()}
         for row in result["rows"]
     ]
     names = {row["rule"] for row in rows}
     others = [{"rule": n, "published": mean} for n, mean in published.items() if n not in names]
     columns = {
         "rule": Column("model"),
-        "mean": Column("mean", score, "max"),
+        "mean": Column("mean", score, best=True),
         "published": Column("published", score),
-        "normalized": Column("normalised", ".1%", "max"),
-        **{task: Column(task, score, "max") for task in result["tasks"]},
+        "normalized": Column("normalised", ".1%", best=True),
+        **{f"test {task}": Column(task, score, best=True) for task in result["tasks"]},
         "val": Column("validation", _judged(result)[1]),
         "setting": Column("setting"),
     }
@@ -69,7 +70,7 @@ def results_table(result: Record) -> Table:
 
 
 def task_map(scores: Record, metric: str, caption: str, file: str = "") -> Figure:
-    """Test scores of models (down) on tasks; in each column the strength goes from the worst to the best."""
+    """Test scores of models (down) on tasks, in each column from the worst to the best."""
     frame = pd.DataFrame(scores).T
     show = score_format(metric)
     return heat_map(
@@ -103,8 +104,9 @@ def _curves(result: Record) -> Figure:
     title, show = _judged(result)
     base = next((row["val"] for row in result["rows"] if row["rule"] == BASE), None)
     caption = (
-        "How much of every delta to add: too little and the merged model stays the base, too much and the deltas "
-        "drown each other. The rings mark what was chosen. Rules with one curve merge to the same model here."
+        "How much of every delta to add: too little and the merged model stays the base, too much "
+        "and the deltas drown each other. The rings mark what was chosen; rules with one curve "
+        "merge to the same model here."
     )
     return chart(
         dict(zip(names, groups, strict=True)),

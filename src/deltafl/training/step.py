@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from deltafl.errors import DeltaflError, did_you_mean
 from deltafl.models.net import Net
 from deltafl.seeding import keyed_generator
-from deltafl.tasks.task import Batch, Split, Task
+from deltafl.tasks.task import Batch, Split, Task, check_values
 
 SCHEDULES = ("cosine", "constant", "linear", "step")
 
@@ -38,11 +39,6 @@ def batches(
             ids.device
         )
         yield from ids[order].split(batch_size)[: steps - epoch * per_epoch]
-
-
-def default_warmup(total: int) -> int:
-    """min(500, 10 % of the steps)."""
-    return min(500, total // 10)
 
 
 def lr_at(step: int, total: int, warmup: int, base_lr: float, schedule: str = "cosine") -> float:
@@ -120,6 +116,21 @@ def train_step(
     return loss
 
 
+@contextmanager
+def keyed_dropout(device: torch.device, seed: int, step: int, rank: int) -> Iterator[None]:
+    """Dropout as a function of (seed, step, rank), so that a resumed run draws the same; global state
+    is kept. A federated client has its round and its own number for the last two.
+    """
+    key = keyed_generator(seed, "dropout", step, rank).initial_seed()
+    cuda = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if cuda else []):
+        torch.random.default_generator.manual_seed(key)
+        if cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(key)
+        yield
+
+
 @torch.inference_mode()
 def scores(
     net: Net,
@@ -131,6 +142,9 @@ def scores(
 ) -> Tensor:
     """`task.score` of the examples at `ids`, int64 (n,), or of all; float32 (n,) on the CPU, in eval
     mode.
+
+    Raises:
+        DeltaflError: a score of the task is no finite number, or not one for each example.
     """
     ids = torch.arange(task.size(split)) if ids is None else ids.cpu()
     was_training = net.module.training
@@ -143,7 +157,9 @@ def scores(
                 parts.append(task.score(net, batch).float().cpu())
     finally:
         net.module.train(was_training)
-    return torch.cat(parts) if parts else torch.empty(0)
+    found = torch.cat(parts) if parts else torch.empty(0)
+    check_values(task, "score", found, len(ids))
+    return found
 
 
 @dataclass(frozen=True)
