@@ -74,11 +74,13 @@ def recipe_command(
     argument: str | None = None,
     only: type[Recipe] | None = None,
     load: Callable[[str | Path], dict[str, Any]] = load_yaml,
+    read: Callable[[str | None, dict[str, Any]], Any] | None = None,
 ) -> Callable[[Callable[..., Any]], RecipeCommand]:
     """Decorator: f(recipe, **what click options below the decorator say) as a command with the options of a recipe.
 
     argument: the option that may also be given without its name: config, or that of a setting. load: reads the file.
     only: a recipe whose settings are those of which there are options; the others may be in the file.
+    read: makes of the file and the settings what the command is called with; None: the recipe.
     """
     shown = {
         leaf.name: leaf for leaf in leaves(recipe).values() if leaf.name in leaves(only or recipe)
@@ -95,7 +97,8 @@ def recipe_command(
             settings = {
                 name: value for name in shown if (value := given.pop(name, None)) not in (None, ())
             }
-            return function(read_recipe(recipe, config, settings, load=load), **given)
+            made = read(config, settings) if read else None
+            return function(made or read_recipe(recipe, config, settings, load=load), **given)
 
         for leaf in reversed(shown.values()):
             if names := option_names(leaf):

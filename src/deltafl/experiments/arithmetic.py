@@ -13,11 +13,11 @@ from deltafl.errors import DeltaflError
 from deltafl.experiments.statistics import by_seed, summary
 from deltafl.experiments.study import Data, FineTune, Study, base_net
 from deltafl.experiments.sweep import Cell, Result, Store, Sweep, Work
-from deltafl.merge import TaskVector
-from deltafl.models import Net
+from deltafl.merge.task_vector import TaskVector
+from deltafl.models import HeadRecipe, Net
 from deltafl.seeding import keyed_generator
 from deltafl.tasks.task import Split
-from deltafl.training import HeadRecipe, scores
+from deltafl.training.step import scores
 
 KEPT = 0.95
 """The share of the base's control score that must remain."""

@@ -26,7 +26,7 @@ from deltafl.experiments.study import (
     rows_of,
 )
 from deltafl.experiments.sweep import Cell, Result, Store, Sweep, Work
-from deltafl.merge import TaskVector
+from deltafl.merge.task_vector import TaskVector
 from deltafl.rules.rule import Source
 from deltafl.rules.weights import as_weights
 from deltafl.seeding import keyed_generator

@@ -5,10 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deltafl.merge import SearchRecipe, run_search
+from deltafl.experiments.one_shot import run_search
+from deltafl.merge.search_recipe import SearchRecipe
 from deltafl.models import HEAD_FILE, Net, load_net, new_net
 from deltafl.pool import one_thread
-from deltafl.progress import OnProgress, ignore
+from deltafl.progress import OnProgress, Progress, ignore
 from deltafl.seeding import keyed_generator
 from deltafl.tasks import load_task
 from deltafl.training import TrainingRecipe, finetune
@@ -89,13 +90,16 @@ def fine_tune(folder: Path, variant: Variant, seed: int, on_progress: OnProgress
 
 
 def _recipe(out: Path, data: str, seed: int, **settings: Any) -> TrainingRecipe:
-    shared = {"model": "", "batch_size": 32, "save_every": 0}
+    shared = {"model": "a new ViT", "batch_size": 32, "save_every": 0}
     return TrainingRecipe.of(out=str(out), data=data, seed=seed, **shared, **settings)
 
 
 def _train(net: Net, recipe: TrainingRecipe, name: str, on_progress: OnProgress) -> None:
-    task = load_task(recipe.data, net.inputs, recipe.seed)
-    finetune(net, task, recipe, on_progress=lambda p: on_progress(replace(p, name=name)))
+    def show(progress: Progress) -> None:
+        if progress.name == "steps":
+            on_progress(replace(progress, name=name))
+
+    finetune(net, load_task(recipe.data, net.inputs, recipe.seed), recipe, on_progress=show)
 
 
 def search_recipe(folder: Path, seed: int) -> SearchRecipe:

@@ -167,12 +167,23 @@ class SuiteRecipe(FederatedRecipe):
 
     renamed: ClassVar = FederatedRecipe.renamed | {"sparsity_ratio": "values.sparsity_ratios"}
 
+    quick: Annotated[bool, Incidental] = Field(
+        False, description="small settings: minutes on two cores"
+    )
+    full: Annotated[bool, Incidental] = Field(
+        False, description="the settings of the course work: hours on a GPU"
+    )
     num_runs: Annotated[int, Incidental] = Field(1, ge=1, description="seeds of every row")
     tensorboard: Annotated[bool, Incidental] = Field(
         False, description="write OUT/metrics for TensorBoard too, a folder for each run"
     )
     values: ValuesRecipe = ValuesRecipe()
     study: StudyRecipe = StudyRecipe()
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if self.quick and self.full:
+            yield "--quick and --full are two sizes; give one of them"
 
     @property
     def bundled(self) -> bool:
@@ -181,7 +192,7 @@ class SuiteRecipe(FederatedRecipe):
 
 
 def read_suite(
-    path: str | Path | None, settings: Mapping[str, Any], *, quick: bool, full: bool
+    path: str | Path | None, settings: Mapping[str, Any]
 ) -> tuple[SuiteRecipe, TrainingRecipe]:
     """The recipe of a suite, and how its fine-tunes are trained: by those of the given settings that
     fine-tunes have too. Without model, data and tasks it is about the bundled ones.
@@ -189,17 +200,17 @@ def read_suite(
     Raises:
         DeltaflError: every mistake.
     """
-    if quick and full:
-        raise DeltaflError("--quick and --full are two sizes; give one of them")
     given = dict(_leaf_values(load_yaml(path) if path else {})) | dict(settings)
     bundled = not {"model", "data", "tasks"} & given.keys()
-    defaults = {**(QUICK if quick else FULL if full else {}), **(BUNDLED if bundled else {})}
-    base = {"model": "", "data": "", "out": "deltafl-suite"}
-    recipe = read_recipe(SuiteRecipe, path, settings, defaults=base | defaults)
-    shared = leaves(TrainingRecipe).keys() - {"model", "data", "out", "lr", "epochs", "momentum"}
-    small = {"batch_size": 32} if bundled else {}
-    chosen = small | {name: given[name] for name in shared & given.keys()}
-    return recipe, TrainingRecipe.of(model=recipe.model, data="", steps=0, **chosen)
+    size = QUICK if given.get("quick") else FULL if given.get("full") else {}
+    base = {"model": "", "data": "", "out": "deltafl-suite"} | dict(size)
+    defaults = base | (dict(BUNDLED) if bundled else {})
+    recipe = read_recipe(SuiteRecipe, path, settings, defaults=defaults)
+    other = {"model", "data", "out", "lr", "lr_schedule", "momentum", "eval_every", "patience"}
+    small = {"batch_size": 32, "steps": 0} if bundled else {"steps": 0}
+    chosen = {name: given[name] for name in given.keys() & leaves(TrainingRecipe) - other}
+    training = TrainingRecipe.of(model=recipe.model, data="", **small | chosen)
+    return recipe, training
 
 
 def _leaf_values(data: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -1,7 +1,6 @@
 """The works of one-shot studies: heads, fine-tunes, and searches over merges of these."""
 
 import inspect
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,15 +15,19 @@ from deltafl.checkpoints.layout import file_hash
 from deltafl.errors import DeltaflError
 from deltafl.experiments.sweep import Result, Store, Work
 from deltafl.files import atomic_folder
-from deltafl.merge import SearchRecipe, grid_of, run_search
+from deltafl.experiments.one_shot import run_search
+from deltafl.merge.candidates import grid_of
+from deltafl.merge.search_recipe import SearchRecipe
 from deltafl.models import HEAD_FILE, HeadFit, Net, load_net
+from deltafl.models.fit import head_of
+from deltafl.models.head import save_head
 from deltafl.rules.rule import Source, build_rule, check_rule, load_rules
 from deltafl.seeding import keyed_generator
 from deltafl.tasks import DataRecipe, Task, load_task
 from deltafl.tasks.classes import class_groups, only_classes
 from deltafl.tasks.selection import stratified
 from deltafl.tasks.task import hash_of
-from deltafl.training import TRAINING_JSON, TrainingRecipe, finetune
+from deltafl.training import TrainingRecipe, finetune
 
 Method = tuple[str, Mapping[str, Any]]
 """A rule by name and its parameters; a list is a grid."""
@@ -146,7 +149,7 @@ class Head(Work):
         task = self.study.task(Data(self.spec), self.seed)
         net.prepare(task, self.study.training.head, HeadFit(self.seed))
         with atomic_folder(folder, overwrite=True) as scratch:
-            net.save_head(scratch / HEAD_FILE)
+            save_head(head_of(net), scratch / HEAD_FILE)
         return {}
 
 
@@ -174,8 +177,9 @@ class FineTune(Work):
     def recipe(self, store: Store) -> TrainingRecipe:
         """How it is trained."""
         head = str(store.place(self.head) / HEAD_FILE)
+        own = {"lr": self.lr, "steps": self.steps, "seed": self.seed, "data": self.data.spec}
         return self.study.training.replace(
-            lr=self.lr, steps=self.steps, seed=self.seed, head=head, few_shot=None, templates=None
+            **own, head=head, few_shot=None, templates=None, overwrite=True
         )
 
     def needs(self) -> Iterable[Work]:
@@ -193,10 +197,9 @@ class FineTune(Work):
         return f"{self.task.name}-lr{self.lr:g}-steps{self.steps}-seed{self.seed}"
 
     def run(self, folder: Path, store: Store) -> Result:
-        recipe = self.recipe(store)
-        net, device = base_net(self.study.base), self.study.device
-        finetune(net, self.task, recipe, folder, resume=True, overwrite=True, device=device)
-        return json.loads((folder / TRAINING_JSON).read_text())
+        net = base_net(self.study.base)
+        done = finetune(net, self.task, self.recipe(store), folder, resume=True)
+        return done.training
 
     def judging(self) -> Task:
         """The task that a merge with it is judged on."""
