@@ -96,7 +96,10 @@ class Whole(Recipe):
             {"sparse": {"strategy": "randm"}},
             'sparse.strategy: unknown "randm"; did you mean "random"?',
         ),
-        ({"sparsity_rato": 0}, 'unknown key "sparsity_rato"; did you mean "sparsity_ratio"?'),
+        (
+            {"sparsity_rato": 0},
+            'unknown key "sparsity_rato"; did you mean "sparse.sparsity_ratio"?',
+        ),
         ({"server": {"rule": "tis"}}, 'server.rule: unknown "tis"; did you mean "ties"?'),
         ({"server": {"rho": "x"}}, "server.rho: must be a valid number, not 'x'"),
         ({"server": {"density": "x"}}, "server.density: must be a valid number, not 'x'"),

@@ -398,10 +398,11 @@ def _meant(kind: type[Recipe], keys: Sequence[str]) -> str:
     for key in (key for key in keys[:-1] if not key.isdigit()):
         fields = [k.model_fields[key] for k in kinds if key in k.model_fields]
         kinds = [k for field in fields for k in recipes_in(field.annotation)]
-    here = {key for k in kinds for key in leaves(k)}
-    here |= {field.alias or name for k in kinds for name, field in k.model_fields.items()}
-    close = [difflib.get_close_matches(keys[-1], names, 1) for names in (here, leaves(kind))]
-    return did_you_mean(keys[-1], leaves(kind) if close[1] and not close[0] else here)
+    here, known = {leaf.path[0] for k in kinds for leaf in leaves(k).values()}, leaves(kind)
+    close = difflib.get_close_matches(keys[-1], known, 1)
+    if close and not difflib.get_close_matches(keys[-1], here, 1):
+        return f'did you mean "{".".join(known[close[0]].path)}"?'
+    return did_you_mean(keys[-1], here)
 
 
 def recipes_in(annotation: Any) -> list[type[Recipe]]:

@@ -37,7 +37,7 @@ class Whole(Recipe):
     server: Server = Server()
 
 
-@recipe_command(Whole, argument=True)
+@recipe_command(Whole, argument="config")
 @quiet
 @click.pass_context
 def command(ctx: click.Context, recipe: Whole, quiet: bool) -> None:
@@ -114,7 +114,7 @@ def test_every_parameter_of_every_rule_is_an_option():
         (["--K", "3"], "--K is now --num-clients"),
         (["--engine", "vmap"], "--engine is gone; clients run one by one"),
         (["--num-cleints", "3"], "No such option"),
-        (["a.yaml", "--config", "b.yaml"], "give one file"),
+        (["a.yaml", "--config", "b.yaml"], "config is given twice"),
     ],
 )
 def test_a_mistake_is_named(args: list[str], told: str):

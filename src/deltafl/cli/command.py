@@ -71,35 +71,45 @@ class RecipeCommand(click.Command):
 def recipe_command(
     recipe: type[Recipe],
     *,
-    argument: bool = False,
+    argument: str | None = None,
     only: type[Recipe] | None = None,
     load: Callable[[str | Path], dict[str, Any]] = load_yaml,
 ) -> Callable[[Callable[..., Any]], RecipeCommand]:
     """Decorator: f(recipe, **what click options below the decorator say) as a command with the options of a recipe.
 
-    argument: the file may also be given without --config. load: reads it. only: a recipe whose settings are those of
-    which there are options; the others may be in the file.
+    argument: the option that may also be given without its name: config, or that of a setting. load: reads the file.
+    only: a recipe whose settings are those of which there are options; the others may be in the file.
     """
+    shown = {
+        leaf.name: leaf for leaf in leaves(recipe).values() if leaf.name in leaves(only or recipe)
+    }
 
     def decorate(function: Callable[..., Any]) -> RecipeCommand:
         @functools.wraps(function)
-        def call(config: str | None, file: str | None = None, **given: Any) -> Any:
-            if config and file:
-                raise click.UsageError(f'"{file}" and --config "{config}": give one file')
-            settings = {name: given.pop(name) for name in leaves(recipe) if name in given}
-            settings = {name: v for name, v in settings.items() if v not in (None, ())}
-            return function(read_recipe(recipe, config or file, settings, load=load), **given)
+        def call(bare: Any = None, **given: Any) -> Any:
+            if argument and bare:
+                if given[argument]:
+                    raise click.UsageError(f"{argument} is given twice; give it once")
+                given[argument] = bare
+            config = given.pop("config")
+            settings = {
+                name: value for name in shown if (value := given.pop(name, None)) not in (None, ())
+            }
+            return function(read_recipe(recipe, config, settings, load=load), **given)
 
-        shown = leaves(only or recipe)
-        for leaf in reversed(leaves(recipe).values()):
-            if leaf.name in shown and (names := option_names(leaf)):
+        for leaf in reversed(shown.values()):
+            if names := option_names(leaf):
                 call = click.option(*names, leaf.name, **_looks(leaf))(call)
         text = (
             "A YAML file with the same names, num_clients for --num-clients; options go before it."
         )
         call = click.option("--config", metavar="FILE", help=text)(call)
         if argument:
-            call = click.argument("file", required=False, metavar="[FILE]")(call)
+            many = argument in shown and _looks(shown[argument]).get("multiple")
+            name = f"[{argument.upper()}]"
+            call = click.argument("bare", nargs=-1 if many else 1, required=False, metavar=name)(
+                call
+            )
         return click.command(cls=RecipeCommand, recipe=recipe)(call)
 
     return decorate

@@ -15,7 +15,7 @@ from deltafl.merge.plan import plan_merge
 from deltafl.merge.recipe import DeltaRecipe, MergeRecipe
 
 
-@recipe_command(MergeRecipe, argument=True, load=load_recipe, only=DeltaRecipe)
+@recipe_command(MergeRecipe, argument="config", load=load_recipe, only=DeltaRecipe)
 @quiet
 def inspect(recipe: MergeRecipe, quiet: bool) -> None:
     """How much fine-tunes of one base differ, and which rule that suggests.

@@ -28,7 +28,7 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
     return data
 
 
-@recipe_command(MergeRecipe, argument=True, load=load_recipe)
+@recipe_command(MergeRecipe, argument="config", load=load_recipe)
 @dry_run
 @quiet
 def merge(recipe: MergeRecipe, dry_run: bool, quiet: bool) -> None:

@@ -15,25 +15,29 @@ from deltafl.recipes import Leaf, Recipe, is_flattened, leaves, recipes_in, sect
 
 
 @click.command()
-@click.argument("command")
+@click.argument("command", required=False)
 @click.option("--schema", is_flag=True, help="A JSON schema, for completion in editors.")
-@click.option("--markdown", is_flag=True, help="A table of all keys.")
+@click.option("--markdown", is_flag=True, help="Tables of all keys, of one or of all commands.")
 @click.pass_context
-def recipe(ctx: click.Context, command: str, schema: bool, markdown: bool) -> None:
+def recipe(ctx: click.Context, command: str | None, schema: bool, markdown: bool) -> None:
     """Print a file with every setting of COMMAND, its default and what it is.
 
     \b
     deltafl recipe federate > run.yaml
     deltafl recipe federate --schema > federate.json
     """
-    found = app.get_command(ctx, command) if command in COMMANDS else None
-    if not isinstance(found, RecipeCommand):
-        raise DeltaflError(f'no recipe of a command "{command}"; {did_you_mean(command, COMMANDS)}')
-    if schema:
-        click.echo(json.dumps(found.recipe.model_json_schema(), indent=2))
+    commands = {name: app.get_command(ctx, name) for name in COMMANDS if command in (None, name)}
+    found = {name: c.recipe for name, c in commands.items() if isinstance(c, RecipeCommand)}
+    if markdown and found:
+        tables = [[f"## {name}", "", *table(kind), ""] for name, kind in found.items()]
+        click.echo("\n".join(line for lines in tables for line in lines).rstrip())
+    elif command not in found:
+        hint = f"; {did_you_mean(command, COMMANDS)}" if command else ""
+        raise DeltaflError(f"name a command that has a recipe{hint}")
+    elif schema:
+        click.echo(json.dumps(found[command].model_json_schema(), indent=2))
     else:
-        lines = table(found.recipe) if markdown else template(found.recipe)
-        click.echo("\n".join(lines))
+        click.echo("\n".join(template(found[command])))
 
 
 def template(kind: type[Recipe], indent: str = "") -> Iterator[str]:

@@ -14,7 +14,7 @@ from deltafl.merge.plan import plan_merge
 from deltafl.merge.search_recipe import SearchRecipe
 
 
-@recipe_command(SearchRecipe, argument=True)
+@recipe_command(SearchRecipe, argument="config")
 @dry_run
 @quiet
 def search(recipe: SearchRecipe, dry_run: bool, quiet: bool) -> None:

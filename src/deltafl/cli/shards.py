@@ -6,102 +6,62 @@ from typing import Any
 
 import click
 
-from deltafl.cli.options import table
+from deltafl.cli.command import recipe_command
+from deltafl.cli.text import table
 from deltafl.errors import shorten
+from deltafl.federated.sharding import describe, shard
+from deltafl.federated.sharding.recipe import ShardsRecipe
+from deltafl.files import atomic_folder, check_output
+from deltafl.report import render
+from deltafl.report.shards import shards_figure, shards_page, span
+from deltafl.seeding import keyed_generator
+from deltafl.tasks.images import ImageTask
+from deltafl.tasks.inputs import ImageInput
+from deltafl.tasks.loading import load_task
 
 
-@click.command()
-@click.argument("task")
-@click.option(
-    "--data-dir", help="The folder that holds tasks by name; without it they come from the hub."
-)
-@click.option(
-    "--num-clients",
-    type=int,
-    default=100,
-    show_default=True,
-    help="Clients to divide the samples among.",
-)
-@click.option("--sharding", default="iid", show_default=True, help="iid, non_iid or dirichlet.")
-@click.option("--nc", type=int, help="For non_iid: classes per client.")
-@click.option(
-    "--allow-missing-classes",
-    is_flag=True,
-    default=None,
-    help="For non_iid: leave classes out if need be.",
-)
-@click.option("--alpha", type=float, help="For dirichlet: small is uneven, large is even.")
-@click.option(
-    "--seed",
-    type=int,
-    default=0,
-    show_default=True,
-    help="Of the validation split and of the shards.",
-)
-@click.option(
-    "--image-size", type=int, default=8, show_default=True, help="Shards do not depend on it."
-)
-@click.option(
-    "--channels", type=int, default=3, show_default=True, help="Shards do not depend on it."
-)
-@click.option("--out", help="A folder for report.html, figure.png and shards.json.")
-@click.option("--overwrite", is_flag=True, help="Replace an existing output.")
-def shards(
-    task: str,
-    data_dir: str | None,
-    num_clients: int,
-    sharding: str,
-    seed: int,
-    image_size: int,
-    channels: int,
-    out: str | None,
-    overwrite: bool,
-    **options: Any,
-) -> None:
-    """Which client would hold which training samples of TASK: digits, a folder, a name, hub:owner/name, module:attr.
+@recipe_command(ShardsRecipe, argument="data")
+def shards(recipe: ShardsRecipe) -> None:
+    """Which client would hold which training samples of a task: digits, a folder, a name, hub:owner/name, module:attr.
 
     \b
     deltafl shards digits --num-clients 10 --sharding non_iid --nc 2 --out DIR
     """
-    from deltafl.federated.sharding import ShardingRecipe, describe, shard
-    from deltafl.files import check_output
-    from deltafl.seeding import keyed_generator
-    from deltafl.tasks.arrays import load_arrays
-
-    given = {key: value for key, value in options.items() if value is not None}
-    chosen = ShardingRecipe.of(num_clients=num_clients, sharding=sharding, **given)
-    if out is not None:
-        check_output(out, overwrite=overwrite)
-    loaded = load_arrays(
-        task, image_size=image_size, channels=channels, seed=seed, data_dir=data_dir
-    )
-    labels = loaded.train.labels
-    positions = shard(labels, chosen, keyed_generator(seed, "shards"))
-    told = describe(positions, labels, len(loaded.class_names))
+    if recipe.out is not None:
+        check_output(recipe.out, overwrite=recipe.overwrite)
+    task = load_task(recipe.data, ImageInput(recipe.image_size, recipe.channels), recipe.seed)
+    groups = task.groups("train")
+    names = task.class_names if isinstance(task, ImageTask) else [str(i) for i in groups.unique()]
+    positions = shard(groups, recipe.sharding, keyed_generator(recipe.seed, "shards"))
+    found = describe(positions, groups, len(names))
+    sharding, clients = recipe.sharding.sharding, recipe.sharding.num_clients
+    given = recipe.sharding.model_dump(exclude_defaults=True, exclude={"sharding", "num_clients"})
     result = {
-        "task": loaded.name,
-        "seed": seed,
+        "task": task.name,
+        "seed": recipe.seed,
         "sharding": {"name": sharding, **given},
         "how": f"{sharding}({', '.join(f'{key}={value}' for key, value in given.items())})",
-        "num_clients": num_clients,
-        "class_names": list(loaded.class_names),
-        "sizes": told.sizes.tolist(),
-        "classes": told.classes.tolist(),
-        "left_out": told.left_out.tolist(),
-        "duplicates": told.duplicates,
-        "counts": told.counts.tolist(),
+        "num_clients": clients,
+        "class_names": list(names),
+        "sizes": found.sizes.tolist(),
+        "classes": found.classes.tolist(),
+        "left_out": found.left_out.tolist(),
+        "duplicates": found.duplicates,
+        "counts": found.counts.tolist(),
         "positions": [rows.tolist() for rows in positions],
     }
     click.echo(text(result))
-    if out is not None:
-        write(result, out, overwrite)
-        click.echo(f"report: {Path(out) / 'report.html'}")
+    if recipe.out is not None:
+        with atomic_folder(recipe.out, overwrite=recipe.overwrite) as folder:
+            (folder / "report.html").write_text(render(shards_page(result)), encoding="utf-8")
+            (folder / "figure.png").write_bytes(shards_figure(result, "png"))
+            data = json.dumps(result, ensure_ascii=False) + "\n"
+            (folder / "shards.json").write_text(data, encoding="utf-8")
+        click.echo(f"report: {Path(recipe.out) / 'report.html'}")
 
 
 def text(result: dict[str, Any]) -> str:
     """A line in all, then every client; of more than 20 the first and last five."""
-    from deltafl.report.shards import span
-
     sizes, classes, names = result["sizes"], result["classes"], result["class_names"]
     lines = [
         f"{result['task']}, {result['how']}: {len(sizes)} clients, {sum(sizes)} samples; "
@@ -123,17 +83,3 @@ def text(result: dict[str, Any]) -> str:
     return "\n".join(
         [*lines, "", table(["client", "samples", "classes", "held".ljust(width)], rows)]
     )
-
-
-def write(result: dict[str, Any], out: str, overwrite: bool) -> None:
-    """report.html, figure.png, shards.json, whole or not at all."""
-    from deltafl.files import atomic_folder
-    from deltafl.report import render
-    from deltafl.report.shards import shards_figure, shards_page
-
-    with atomic_folder(out, overwrite=overwrite) as folder:
-        (folder / "report.html").write_text(render(shards_page(result)), encoding="utf-8")
-        (folder / "figure.png").write_bytes(shards_figure(result, "png"))
-        (folder / "shards.json").write_text(
-            json.dumps(result, ensure_ascii=False) + "\n", encoding="utf-8"
-        )

@@ -6,8 +6,9 @@ from typing import Annotated, TypeAlias
 import numpy as np
 from pydantic import Field
 
-from deltafl.recipes import OneOf, Recipe
+from deltafl.recipes import Incidental, OneOf, Recipe
 from deltafl.registry import Registry
+from deltafl.tasks.recipe import DataRecipe
 
 
 class ShardingRecipe(Recipe):
@@ -32,6 +33,20 @@ class ShardingRecipe(Recipe):
                 yield f"{name} is of sharding {sharding}, not of {self.sharding}; leave it out"
             if needed and not given and self.sharding == sharding:
                 yield f"sharding {sharding} needs {name}"
+
+
+class ShardsRecipe(Recipe):
+    """Which client would hold which training examples of a task."""
+
+    data: DataRecipe
+    sharding: ShardingRecipe = Field(default_factory=ShardingRecipe.of)
+    image_size: int = Field(8, ge=1, description="size of images, for a task of your own")
+    channels: int = Field(3, ge=1, description="channels of images, for a task of your own")
+    seed: int = Field(0, description="of the validation split and of the shards")
+    out: Annotated[str | None, Incidental] = Field(
+        None, description="a folder for report.html, figure.png and shards.json"
+    )
+    overwrite: Annotated[bool, Incidental] = Field(False, description="replace an existing output")
 
 
 _PARAMETERS = {

@@ -8,13 +8,13 @@ of a slice (1 if it has one layer) and is 0 outside the layers.
 import glob
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from deltafl.checkpoints.layout import read_layout
 from deltafl.errors import DeltaflError
-from deltafl.merge.mergekit.format import METHODS, Mergekit, OfAll, OfModel, scopes_of
+from deltafl.merge.mergekit.format import METHODS, Mergekit, OfModel
 from deltafl.merge.plan import entries_in
 from deltafl.recipes import parse
 
@@ -28,17 +28,21 @@ BEFORE_LAYERS = ("embed", "wte", "wpe")
 
 @dataclass(frozen=True)
 class Span:
-    """Layers [start, stop) with the parameters of each model, and of all in the order that they are looked up in."""
+    """Layers [start, stop); for each model, and for "" (all), the parameters in the order they are looked up in."""
 
     start: int
     stop: float
-    models: Mapping[str, OfModel]
-    shared: tuple[OfAll, ...]
+    scopes: Mapping[str, Sequence[OfModel]]
 
-    def value(self, key: str, model: str | None, name: str, t: float, default: Any) -> Any:
-        """A parameter of one tensor, of one model or of all."""
-        for scope in (*([self.models[model]] if model else []), *self.shared):
-            for part, values in getattr(scope, key, ()):
+    @property
+    def models(self) -> list[str]:
+        """The models, in order."""
+        return [model for model in self.scopes if model]
+
+    def value(self, key: str, model: str, name: str, t: float, default: Any) -> Any:
+        """A parameter of one tensor at t."""
+        for scope in self.scopes[model]:
+            for part, values in dict(scope).get(key, ()):
                 if part in name:
                     return interpolated(values, t)
         return default
@@ -57,34 +61,35 @@ def interpolated(values: Sequence[float], t: float) -> float:
 class Values:
     """What holds for one tensor: a weight and a density for each model beside the base, lambda, and normalize."""
 
-    weights: tuple[float, ...]
-    densities: tuple[float, ...]
+    weights: list[float]
+    densities: list[float]
     scale: float
     normalize: bool
 
 
-def translate(held: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def translate(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The keys of a `MergeRecipe`, and notes on what has no effect. Reads the base's headers where names matter.
 
     Raises DeltaflError with one line for each key that is wrong or not supported.
     """
-    config = parse(Mergekit, held)
-    spans = spans_of(config)
-    models = list(spans[0].models)
+    config = parse(Mergekit, data)
+    spans = list(_spans(config))
+    if bool(config.models) == bool(config.slices):
+        raise DeltaflError("models: give models, or slices")
+    models = spans[0].models
     base = config.base_model or (models[0] if config.merge_method == "linear" else "")
-    problems = _conflicts(config, base, models)
-    if problems:
+    if problems := list(_conflicts(config, base, spans)):
         raise DeltaflError(*problems)
-    layers, names = {}, [""]
-    parts = [part for _, _, given in scopes_of(config) for _, setting in given for part in setting]
-    if config.slices or any(name or len(values) > 1 for name, values in parts):
+    names, layers = [""], {}
+    parts = [part for _, _, given in config.scopes() for value in given.values() for part in value]
+    if config.slices or any(part or len(values) > 1 for part, values in parts):
         names = [name for name, entry in entries_in(read_layout(base)).items() if entry.floating]
         layers = layers_of(names)
     if config.slices and {depth for _, depth in layers.values()} != {spans[-1].stop}:
         raise DeltaflError(
             f'slices: they end at layer {spans[-1].stop}, and the layers of "{base}" do not'
         )
-    table = {}
+    table: dict[str, Values] = {}
     for name in names:
         span, t = place_of(name, spans, layers)
         table[name] = _values(config.merge_method, span, base, name, t, problems)
@@ -93,60 +98,42 @@ def translate(held: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     if problems:
         raise DeltaflError(*dict.fromkeys(problems))
     others = [model for model in models if model != base]
-    return {"base": base, "models": others, **_recipe(config, table, layers)}, _notes(config, base)
+    return {"base": base, "models": others, **_recipe(config, table)}, _notes(config, base)
 
 
-def spans_of(config: Mergekit) -> list[Span]:
-    """The slices, or all layers as one. Raises DeltaflError unless they are all models' same layers, in order."""
-    if bool(config.models) == bool(config.slices):
-        raise DeltaflError("models: give models, or slices")
-    of_all = config.parameters or OfAll()
+def _spans(config: Mergekit) -> Iterator[Span]:
+    """The slices, or all layers as one."""
+    shared = [config.parameters]
     if config.models:
-        return [
-            Span(
-                0, math.inf, {x.model: x.parameters or OfModel() for x in config.models}, (of_all,)
-            )
-        ]
-    spans, problems, at = [], [], 0
-    for i, part in enumerate(config.slices or ()):
-        start, stop = part.sources[0].layer_range
-        models = {x.model: x.parameters or OfModel() for x in part.sources}
-        spans.append(Span(start, stop, models, (part.parameters or OfAll(), of_all)))
-        same = (
-            all(x.layer_range == (start, stop) for x in part.sources)
-            and models.keys() == spans[0].models.keys()
-        )
-        if not (same and start == at < stop):
-            problems.append(
-                f"slices.{i}: must hold the same layers of all models, from layer {at} on"
-            )
-        at = stop
-    if problems:
-        raise DeltaflError(*problems)
-    return spans
+        models = {x.model: [x.parameters, *shared] for x in config.models}
+        yield Span(0, math.inf, models | {"": shared})
+    for part in config.slices:
+        both = [part.parameters, *shared]
+        scopes = {x.model: [x.parameters, *both] for x in part.sources}
+        yield Span(*part.sources[0].layer_range, scopes | {"": both})
 
 
-def _conflicts(config: Mergekit, base: str, models: Sequence[str]) -> list[str]:
-    """What the method cannot do, known before any tensor's name is."""
-    name, method, problems = config.merge_method, METHODS[config.merge_method], []
+def _conflicts(config: Mergekit, base: str, spans: Sequence[Span]) -> Iterator[str]:
+    """What the method, or a merge as ours, cannot do, known before any tensor's name is."""
+    name, method, models = config.merge_method, METHODS[config.merge_method], spans[0].models
     if not base:
-        problems.append(f"base_model: is missing; {name} merges differences from it")
+        yield f"base_model: is missing; {name} merges differences from it"
     elif name == "linear" and base not in models:
-        problems.append(
-            "base_model: linear merges the models alone; list it among them with its weight"
-        )
+        yield "base_model: linear merges the models alone; list it among them with its weight"
     if not any(model != base for model in models):
-        problems.append("models: there is none beside the base")
+        yield "models: there is none beside the base"
     if config.models and len(models) < len(config.models):
-        problems.append("models: one is given twice")
+        yield "models: one is given twice"
+    stops = [0, *(span.stop for span in spans)]
+    for i, (part, span) in enumerate(zip(config.slices, spans, strict=False)):
+        same = {x.layer_range for x in part.sources} == {(span.start, span.stop)}
+        if not (same and {*span.models} == {*models} and span.start == stops[i] < span.stop):
+            yield f"slices.{i}: must hold the same layers of all models, from layer {stops[i]} on"
     wanted = method.sparsify == "drop"
-    for path, _, given in scopes_of(config):
-        rescale = dict(given).get("rescale", ())
-        if method.sparsify and any(value != wanted for _, values in rescale for value in values):
-            problems.append(
-                f"{path}.rescale: must be {str(wanted).lower()} with {name}, as it is by default"
-            )
-    return problems
+    for path, _, given in config.scopes():
+        rescale = given.get("rescale", ()) if method.sparsify else ()
+        if any(value != wanted for _, values in rescale for value in values):
+            yield f"{path}.rescale: must be {str(wanted).lower()} with {name}, as it is by default"
 
 
 def layers_of(names: Iterable[str]) -> dict[str, tuple[int, int]]:
@@ -158,7 +145,7 @@ def layers_of(names: Iterable[str]) -> dict[str, tuple[int, int]]:
     stacks: dict[str, set[int]] = {}
     for match in found.values():
         stacks.setdefault(match[1], set()).add(int(match[2]))
-    depths = {prefix: len(held) for prefix, held in stacks.items() if held == set(range(len(held)))}
+    depths = {prefix: len(stack) for prefix, stack in stacks.items() if max(stack) < len(stack)}
     least = min(2, max(depths.values(), default=0))
     return {n: (int(m[2]), depths[m[1]]) for n, m in found.items() if depths.get(m[1], 0) >= least}
 
@@ -177,23 +164,21 @@ def _values(method: str, span: Span, base: str, name: str, t: float, problems: l
     """What holds for one tensor, the weights divided by their sum where that is what normalise means."""
     kind = METHODS[method]
     models = [m for m in span.models if m != base]
-    merged = list(span.models) if method == "linear" else models
-    weights = {m: span.value("weight", m, name, t, None) for m in merged}
-    densities = (
-        tuple(span.value("density", m, name, t, 1.0) for m in models) if kind.sparsify else ()
-    )
-    normalize = bool(span.value("normalize", None, name, t, kind.normalize))
+    weights: dict[str, float] = {}
+    for model in span.models if method == "linear" else models:
+        weights[model] = span.value("weight", model, name, t, 0.0)
+        if span.value("weight", model, name, t, None) is None:
+            problems.append(f'weight: is missing for model "{model}"')
+    densities = [span.value("density", m, name, t, 1.0) for m in models if kind.sparsify]
+    normalize = bool(span.value("normalize", "", name, t, kind.normalize))
+    low = "(" if kind.sparsify == "drop" else "["
     problems += [
-        f'weight: is missing for model "{m}"' for m, weight in weights.items() if weight is None
-    ]
-    problems += [
-        f'density: {d:g} of model "{m}" is not in {"(" if kind.sparsify == "drop" else "["}0, 1]'
+        f'density: {d:g} of model "{m}" is not in {low}0, 1]'
         for m, d in zip(models, densities, strict=False)
-        if not 0 <= d <= 1 or (d == 0 and kind.sparsify == "drop")
+        if not 0 <= d <= 1 or (d == 0 and low == "(")
     ]
-    held = {m: weight or 0.0 for m, weight in weights.items()}
-    total = sum(held.values())
-    if kind.elect and normalize and min(held.values()) < 0:
+    total = sum(weights.values())
+    if kind.elect and normalize and min(weights.values()) < 0:
         problems.append(f"weight: must not be negative with {method} and normalize")
     if method == "linear" and normalize and total == 0:
         problems.append("weight: the weights of linear sum to 0; give others, or normalize: false")
@@ -202,68 +187,43 @@ def _values(method: str, span: Span, base: str, name: str, t: float, problems: l
             f"parameters.normalize: false needs weights of sum 1 with linear, not {total:g}"
         )
     divisor = total if normalize and not kind.elect and abs(total) >= 1e-8 else 1.0
-    scale = 1.0 if method == "linear" else span.value("lambda_", None, name, t, 1.0)
-    return Values(tuple(held[m] / divisor for m in models), densities, scale, normalize)
+    scale = 1.0 if method == "linear" else span.value("lambda_", "", name, t, 1.0)
+    return Values([weights[m] / divisor for m in models], densities, scale, normalize)
 
 
-def _recipe(config: Mergekit, table: Mapping[str, Values], layers: Layers) -> dict[str, Any]:
+def _recipe(config: Mergekit, table: Mapping[str, Values]) -> dict[str, Any]:
     """The method with its parameters, weights and scale."""
+    method, default = METHODS[config.merge_method], table[min(table, key=_is_layered)]
 
-    def by_name(of: Callable[[Values], Any]) -> tuple[Any, dict[str, Any]]:
-        return patterns_of({name: of(values) for name, values in table.items()}, layers)
+    def by_name(of: Callable[[Values], Any]) -> dict[str, Any]:
+        named = {glob.escape(name): of(values) for name, values in table.items()}
+        return {name: value for name, value in named.items() if value != of(default)}
 
-    method, values = METHODS[config.merge_method], next(iter(table.values()))
-    weights, weight_patterns = by_name(lambda v: list(v.weights))
-    scale, scale_patterns = by_name(lambda v: v.scale)
-    mean = method.elect and values.normalize
+    def per_model(of: Callable[[Values], list[float]]) -> Any:
+        patterns, row = by_name(of), of(default)
+        return {**patterns, "*": row} if patterns or len(set(row)) > 1 else row[0]
+
+    mean = method.elect and default.normalize
     recipe: dict[str, Any] = {"method": "task_arithmetic"}
     election = {"merge": "mean" if mean else "sum", "zero_sum": "positive"} if method.elect else {}
     if method.sparsify == "trim":
-        density, patterns = by_name(lambda v: list(v.densities))
-        recipe = {
-            "method": "ties",
-            "density": _per_model(density, patterns),
-            "per_tensor": True,
-            **election,
-        }
+        density = per_model(lambda v: v.densities)
+        recipe = {"method": "ties", "density": density, "per_tensor": True, **election}
     elif method.sparsify == "drop":
-        rate, patterns = by_name(lambda v: [1 - density for density in v.densities])
+        rate = per_model(lambda v: [1 - density for density in v.densities])
         inner = {"inner": "ties", "density": 1.0, **election} if method.elect else {}
-        recipe = {"method": "dare", "drop_rate": _per_model(rate, patterns), **inner}
+        recipe = {"method": "dare", "drop_rate": rate, **inner}
     return recipe | {
-        "weights": weights,
-        "weight_patterns": weight_patterns,
-        "server_lr" if mean else "scaling_coef": scale,
-        "scale_patterns": scale_patterns,
+        "weights": default.weights,
+        "weight_patterns": by_name(lambda v: v.weights),
+        "server_lr" if mean else "scaling_coef": default.scale,
+        "scale_patterns": by_name(lambda v: v.scale),
         "dtype": config.out_dtype or config.dtype,
     }
 
 
-def _per_model(default: Sequence[float], patterns: Mapping[str, Any]) -> Any:
-    """One number where all are equal, or every pattern's, of which the last is of all other tensors."""
-    return {**patterns, "*": default} if patterns or len(set(default)) > 1 else default[0]
-
-
-def patterns_of(table: Mapping[str, Any], layers: Layers) -> tuple[Any, dict[str, Any]]:
-    """The value of what is outside the layers, and glob -> value of the others: for a whole layer where it is one."""
-    default = next(
-        (value for name, value in table.items() if name not in layers), next(iter(table.values()))
-    )
-    groups: dict[str, dict[str, Any]] = {}
-    for name, value in table.items():
-        match = LAYER.match(name) if name in layers else None
-        groups.setdefault(match[0] if match else name, {})[name] = value
-    found = {}
-    for group, held in groups.items():
-        first = next(iter(held.values()))
-        whole = group not in held and all(value == first for value in held.values())
-        named = (
-            {glob.escape(group) + "*": first}
-            if whole
-            else {glob.escape(n): value for n, value in held.items()}
-        )
-        found |= {pattern: value for pattern, value in named.items() if value != default}
-    return default, found
+def _is_layered(name: str) -> bool:
+    return LAYER.match(name) is not None
 
 
 def _notes(config: Mergekit, base: str) -> list[str]:
@@ -273,8 +233,8 @@ def _notes(config: Mergekit, base: str) -> list[str]:
     used |= {"density", "rescale"} if method.sparsify else set()
     notes = [
         f"{path}.{key}: makes no difference" + (" for the base" if of_base else f" with {name}")
-        for path, model, given in scopes_of(config)
-        for key, _ in given
+        for path, model, given in config.scopes()
+        for key in given
         if (of_base := model == base and name != "linear") or key not in used
     ]
     if method.sparsify == "drop":
