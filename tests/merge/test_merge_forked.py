@@ -12,6 +12,7 @@ import torch
 
 from checkpoint_files import cli, files_in, make_world, problems_of, refusal, save, succeed
 from deltafl.algebra import streaming
+from deltafl.pool import Pool
 from deltafl.rules.rule import load_rules
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork")
@@ -27,15 +28,15 @@ PARAMS = {
 def forks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Every block is a unit of work, and the test runner's threads do not matter; how many workers each pass forked."""
     asked: list[int] = []
-    forked = streaming.forked
 
-    def counted(work, count, workers, begin):
-        asked.append(workers)
-        return forked(work, count, workers, begin)
+    class Counted(Pool):
+        def __init__(self, work, workers, **options) -> None:
+            asked.append(workers)
+            super().__init__(work, workers, **options)
 
     monkeypatch.setattr(streaming.chunks, "__defaults__", (1,))
     monkeypatch.setattr(streaming, "can_fork", lambda: True)
-    monkeypatch.setattr(streaming, "forked", counted)
+    monkeypatch.setattr(streaming, "Pool", Counted)
     return asked
 
 
@@ -120,7 +121,7 @@ def test_a_worker_that_is_killed_is_one_clear_line_and_leaves_nothing(
 
     monkeypatch.setattr(os, "pwrite", killed)
     problem = refusal(world.root, *world.args, "--threads", 2)
-    assert problem.startswith("a worker process ended early (signal SIGKILL)")
+    assert problem.endswith("free some, or use fewer processes")
     assert forks
 
 

@@ -6,8 +6,9 @@ from typing import TypeAlias, TypeVar
 
 import torch
 
-from deltafl.algebra.processes import can_fork, forked
 from deltafl.algebra.tensors import blocks
+from deltafl.forking import can_fork
+from deltafl.pool import Pool
 
 G = TypeVar("G")
 T = TypeVar("T")
@@ -73,7 +74,8 @@ def in_order(
     workers = min(threads, len(groups))
     if processes and workers > 1 and can_fork():
         _keep_freed_memory()
-        yield from forked(lambda number: work(groups[number]), len(groups), workers, _one_thread)
+        with Pool(lambda number: work(groups[number]), workers) as pool:
+            yield from pool.map(range(len(groups)))
         return
     mine = torch.get_num_threads()
     _keep_freed_memory()

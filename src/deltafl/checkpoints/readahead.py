@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from deltafl.algebra.processes import can_fork, fork
+from deltafl.forking import can_fork, fork
 
 STEP = 1 << 17
 """Bytes asked for at once: Linux reads no more than a disk's readahead setting, by default 128 KiB, of one call."""

@@ -304,10 +304,11 @@ def _pretrain(base: Path, seed: int, show: Any) -> None:
     """The quickstart's base, made once, on one core as there. Raises DeltaflError if it was made with another seed."""
     import json
 
-    from deltafl.experiments.quickstart import on_one_thread, pretrain
+    from deltafl.experiments.quickstart import pretrain
+    from deltafl.pool import one_thread
 
     if not (base / "training.json").is_file():
-        with on_one_thread():
+        with one_thread():
             pretrain(base, seed, show)
     elif (made := json.loads((base / "training.json").read_text())["seed"]) != seed:
         raise DeltaflError(

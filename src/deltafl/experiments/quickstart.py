@@ -1,18 +1,16 @@
 """The whole story on scikit-learn's digits, offline: pre-train, fine-tune, merge, search, test once."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
-
-import torch
 
 from deltafl.experiments.one_shot import run_search
 from deltafl.merge.search_recipe import SearchRecipe
 from deltafl.models import HEAD_FILE, load_encoder, new_net
 from deltafl.models.encoder import encoder_of
+from deltafl.pool import one_thread
 from deltafl.seeding import keyed_generator
 from deltafl.tasks.arrays import load_arrays
 from deltafl.training import FinetuneRecipe, finetune
@@ -65,20 +63,9 @@ def run_quickstart(
     One thread: a model this small gains nothing from more, and sums then have one order on every machine.
     """
     started = time.perf_counter()
-    with on_one_thread():
+    with one_thread():
         result = _story(folder, seed, on_stage)
     return {**result, "seconds": time.perf_counter() - started}
-
-
-@contextmanager
-def on_one_thread() -> Iterator[None]:
-    """Within the block torch uses one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _story(folder: Path, seed: int, on_stage: OnStage) -> dict[str, Any]:

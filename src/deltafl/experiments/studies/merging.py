@@ -1,6 +1,5 @@
 """The work of studies: fine-tunes and searches, each made once and kept by content, a few at a time."""
 
-import contextlib
 import inspect
 import json
 import math
@@ -11,14 +10,14 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 
-from deltafl.algebra.processes import can_fork, forked
 from deltafl.checkpoints.layout import file_hash
 from deltafl.errors import DeltaflError
 from deltafl.experiments.one_shot import BASE, SINGLE, run_search
-from deltafl.experiments.quickstart import on_one_thread
 from deltafl.experiments.studies.study import Data, Study, Training
+from deltafl.forking import can_fork
 from deltafl.merge.search import grid_of
 from deltafl.merge.search_recipe import SearchRecipe
+from deltafl.pool import Pool
 from deltafl.rules.rule import Source, build_rule, check_rule, load_rules, parameters
 from deltafl.training.finetune import TRAINING_JSON
 
@@ -74,19 +73,10 @@ class Work:
     def each(self, stage: str, function: Callable[[Study, T], R], items: Sequence[T]) -> list[R]:
         """function(study, item) of every item, in order."""
 
-        def done(at: int) -> R:
-            with on_one_thread():  # sums then have one order, however many jobs there are
-                return function(self.study, items[at])
-
         count, found = len(items), []
-        together = self.jobs > 1 and count > 1 and can_fork() and not torch.cuda.is_initialized()
-        results = (
-            forked(done, count, min(self.jobs, count))
-            if together
-            else (done(at) for at in range(count))
-        )
-        with contextlib.closing(results):
-            for result in results:
+        workers = min(self.jobs, count) if can_fork() and not torch.cuda.is_initialized() else 1
+        with Pool(lambda at: function(self.study, items[at]), workers) as pool:
+            for result in pool.map(range(count)):
                 found.append(result)
                 self.on_stage(stage, len(found), count)
         return found
