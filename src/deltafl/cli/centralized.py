@@ -8,10 +8,14 @@ from typing import Any
 
 import click
 
-from deltafl.cli.federate import EXTRA as RUN_SETTINGS
-from deltafl.cli.federate import load_model_and_task, task_options
 from deltafl.cli.options import progress_by_stage, table
-from deltafl.cli.settings import read_settings, recipe_options
+from deltafl.cli.settings import EXTRA as RUN_SETTINGS
+from deltafl.cli.settings import (
+    load_model_and_task,
+    read_settings,
+    recipe_options,
+    task_options,
+)
 from deltafl.errors import DeltaflError
 from deltafl.training.centralized_recipe import CentralizedRecipe
 

@@ -67,3 +67,70 @@ def read_settings(
     if lacking:
         raise DeltaflError(*(f"{name} is missing; name it with --{name}" for name in lacking))
     return parse(kind, held).model_dump()
+
+
+EXTRA: dict[str, tuple[Any, Any]] = {
+    "model": (str, ...),
+    "data": (str, ...),
+    "data_dir": (str | None, None),
+    "out": (str, ...),
+    "limit": (int | None, None),
+    "device": (str | None, None),
+}
+
+
+def task_options(command: Any) -> Any:
+    """Decorator: model, data and where to run."""
+    options = [
+        click.option(
+            "--model",
+            "--base",
+            "model",
+            help="Folder, hub id, module:attr, or a config.json for a new one.",
+        ),
+        click.option(
+            "--data",
+            help="The task: digits, a folder, a name (cifar100), hub:owner/name, module:attr.",
+        ),
+        click.option(
+            "--data-dir",
+            help="The folder that holds tasks by name; without it they come from the hub.",
+        ),
+        click.option("--limit", type=int, help="Keep at most so many examples of each split."),
+        click.option("--device", help="cpu, cuda, cuda:1. Default: the GPU where there is one."),
+        click.option(
+            "--config",
+            help="A YAML file with the same names (num_clients: 100); options go before it.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def load_model_and_task(held: Mapping[str, Any], seed: int) -> tuple[Any, Any]:
+    """The encoder, and the task in the size that it takes."""
+    encoder = load_encoder_of(held)
+    return encoder, load_task_of(held, encoder, seed)
+
+
+def load_encoder_of(held: Mapping[str, Any]) -> Any:
+    """The encoder that the settings name."""
+    from deltafl.models import load_encoder
+
+    return load_encoder(held["model"])
+
+
+def load_task_of(held: Mapping[str, Any], encoder: Any, seed: int) -> Any:
+    """The task that the settings name, in the size that the encoder takes, with the validation split of a seed."""
+    from deltafl.tasks.arrays import load_arrays
+
+    size, channels = encoder.input.image_size, encoder.input.channels
+    return load_arrays(
+        held["data"],
+        image_size=size,
+        channels=channels,
+        seed=seed,
+        limit=held["limit"],
+        data_dir=held["data_dir"],
+    )

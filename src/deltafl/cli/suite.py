@@ -2,20 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
+from pydantic import create_model
 
-from deltafl.cli.federate import (
-    EXTRA,
-    HELP,
-    federate_settings,
-    recipe_of,
-    task_options,
-    workers_option,
-)
-from deltafl.cli.options import ManyValues, progress_by_stage, rule_options, write_table
-from deltafl.cli.settings import recipe_options
+from deltafl.cli.command import recipe_options
+from deltafl.cli.options import ManyValues, progress_by_stage, write_table
 from deltafl.cli.studies import (
     check_data,
     make_study,
@@ -29,7 +22,8 @@ from deltafl.errors import DeltaflError
 from deltafl.experiments.federated_suites import SUITES, SuiteOptions, check_suites
 from deltafl.experiments.studies.options import STUDY_NAMES, names_of
 from deltafl.federated.recipe import FederatedRecipe
-from deltafl.models.heads import HEAD_FILE
+from deltafl.models.head import HEAD_FILE
+from deltafl.recipes import leaves, load_yaml, read_recipe
 
 QUICK: dict[str, Any] = {
     "num_clients": 20,
@@ -80,13 +74,9 @@ def value_options(command: Any) -> Any:
 
 @click.command(cls=ManyValues)
 @click.argument("names", nargs=-1)
-@task_options
-@click.option("--out", help="The folder to write. Default: deltafl-suite.")
 @value_options
 @study_options
-@recipe_options(FederatedRecipe, HELP, skip=("aggregator_params", "sparsity_ratio"))
-@rule_options("seed")
-@workers_option
+@recipe_options(FederatedRecipe, skip=("sparsity_ratio",))
 @click.option("--quick", is_flag=True, help="Small settings: minutes on 2 cores.")
 @click.option("--full", is_flag=True, help="The settings of the assignment: hours on a GPU.")
 @click.option(
@@ -102,7 +92,6 @@ def value_options(command: Any) -> Any:
     help="Write OUT/metrics for TensorBoard too, a folder for each run.",
 )
 @click.option("--resume", is_flag=True, help="Continue a suite: finished runs are kept.")
-@click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @click.option("--quiet", is_flag=True, help="No progress, no tables.")
 def suite(
     names: tuple[str, ...],
@@ -112,7 +101,6 @@ def suite(
     num_runs: int,
     tensorboard: bool,
     resume: bool,
-    overwrite: bool,
     quiet: bool,
     nc_values: tuple[int, ...],
     j_values: tuple[int, ...],
@@ -133,20 +121,22 @@ def suite(
     if quick and full:
         raise DeltaflError("--quick and --full are two sizes; give one of them")
     chosen = names_of(names, (*SUITES, *STUDY_NAMES))
-    from deltafl.recipes import load_yaml
-
     options = {k: v for k, v in options.items() if v not in (None, ())}
-    explicit = (load_yaml(config) if config else {}) | options
+    kind = cast(
+        type[FederatedRecipe], create_model("SuiteRecipe", __base__=FederatedRecipe, **study_keys())
+    )
+    explicit = _leaves_of(kind, load_yaml(config) if config else {}) | options
     bundled = not {"model", "data", "tasks"} & explicit.keys()
     sizes = QUICK if quick else FULL if full else {}
     defaults = {"out": "deltafl-suite", **sizes, **study_defaults(quick=quick, bundled=bundled)}
-    extra = EXTRA | study_keys()
     if not set(chosen) & set(SUITES):
-        extra |= {"data": (str | None, None)}
+        defaults |= {"data": ""}
     if bundled:
         defaults |= {"model": "", "data": BUNDLED, "head": ""}
-    lists = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
-    held = federate_settings(config, lists, defaults, extra)
+    found = read_recipe(kind, config, options, defaults=defaults)
+    held = _leaves_of(kind, found.resolved())
+    own = {name: getattr(found, name) for name in FederatedRecipe.model_fields}
+    recipe = FederatedRecipe.model_validate(own)
     given = {"nc_values": nc_values, "j_values": j_values, "sparsity_ratios": sparsity_ratios}
     given |= {"calibration_values": calibration_values}
     small: dict[str, Any] = (
@@ -160,95 +150,101 @@ def suite(
     studies = [name for name in chosen if name in STUDY_NAMES and name not in lacking]
     run_suites(
         [name for name in chosen if name in SUITES],
-        held,
+        recipe,
         values,
         make_study(studies, held, explicit, num_runs, bundled=bundled) if studies else None,
         studies,
+        jobs=held["jobs"],
         num_runs=num_runs,
         tensorboard=tensorboard,
         resume=resume,
-        overwrite=overwrite,
         quiet=quiet,
     )
 
 
+def _leaves_of(kind: type[FederatedRecipe], data: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a file gives, by their names."""
+    found: dict[str, Any] = {}
+    for leaf in leaves(kind).values():
+        section: Any = data
+        for key in leaf.path[:-1]:
+            section = section.get(key, {}) if isinstance(section, Mapping) else {}
+        if isinstance(section, Mapping) and leaf.path[-1] in section:
+            found[leaf.name] = section[leaf.path[-1]]
+    return found
+
+
 def run_suites(
     names: list[str],
-    held: dict[str, Any],
+    recipe: FederatedRecipe,
     values: SuiteOptions | None = None,
     study: Any = None,
     studies: Sequence[str] = (),
     *,
+    jobs: int | None = None,
     num_runs: int = 1,
     tensorboard: bool = False,
     resume: bool,
-    overwrite: bool,
     quiet: bool,
 ) -> None:
-    """Run the suites `names` with the settings `held`, and the `studies`; write tables, figures and the report.
+    """Run the suites `names` around `recipe`, and the `studies`; write tables, figures and the report.
 
     Raises:
         DeltaflError: what can be told before anything runs, and then nothing has changed; or no run could be made.
     """
-    out = Path(held["out"])
-    bundled = not held["model"]
+    out = Path(recipe.out or "")
+    bundled = not recipe.model
     if bundled:
-        held = held | {
-            "model": str(out / "base"),
-            "head": held["head"] or str(out / "base" / HEAD_FILE),
-        }
-    cells = check_suites(names, recipe_of(held), values or SuiteOptions()) if names else {}
-    from deltafl.cli.federate import load_encoder_of, load_task_of
+        head = recipe.head.head or str(out / "base" / HEAD_FILE)
+        recipe = recipe.replace(model=str(out / "base"), head=head)
+    cells = check_suites(names, recipe, values or SuiteOptions()) if names else {}
     from deltafl.experiments.quickstart import IMAGE_SIZE
     from deltafl.experiments.studies.study import save_base
     from deltafl.experiments.suite_runs import Bench, preflight, run_suite
     from deltafl.files import check_output
+    from deltafl.models import load_net
+    from deltafl.models.encoder import encoder_of
+    from deltafl.tasks import ImageInput, load_task
     from deltafl.training.tensorboard import METRICS, check_installed
 
     if tensorboard:
         check_installed()
     if not resume:
-        check_output(out, overwrite=overwrite)
-    encoder = None if bundled else load_encoder_of(held)
-    size, channels = (
-        (IMAGE_SIZE, 1) if encoder is None else (encoder.input.image_size, encoder.input.channels)
-    )
+        check_output(out, overwrite=recipe.overwrite)
+    net = None if bundled else load_net(recipe.model)
+    inputs = ImageInput(IMAGE_SIZE, 1) if net is None else net.inputs
     if names:
-        preflight(
-            cells,
-            _bundled_task(held) if encoder is None else load_task_of(held, encoder, held["seed"]),
-            held["device"],
-        )
-    if study is not None:
-        check_data(study, studies, size, channels)
+        preflight(cells, load_task(recipe.data, inputs, recipe.seed), recipe.device)
+    if study is not None and isinstance(inputs, ImageInput):
+        check_data(study, studies, inputs.image_size, inputs.channels)
     if not resume:
         _clear(out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "suite.json").touch()
     with progress_by_stage(quiet=quiet) as show:
-        if encoder is None:
-            _pretrain(out / "base", held["seed"], show)
-            encoder = load_encoder_of(held)
+        if net is None:
+            _pretrain(out / "base", recipe.seed, show)
+            net = load_net(recipe.model)
         elif study is not None:
-            save_base(encoder, out / "base")
+            save_base(encoder_of(net), out / "base")
         bench = Bench(
-            encoder,
-            lambda seed: load_task_of(held, encoder, seed),
+            net,
+            lambda seed: load_task(recipe.data, inputs, seed),
             out / "runs",
             num_runs,
-            held["device"],
             out / METRICS if tensorboard else None,
-            held["workers"],
         )
         suites = {name: run_suite(name, cells[name], bench, show) for name in names}
-        found = run_studies(studies, study, held["jobs"], out, show) if study is not None else {}
+        found = run_studies(studies, study, jobs, out, show) if study is not None else {}
     if names and not any(s["runs"] for summaries in suites.values() for s in summaries):
         raise DeltaflError(
             *dict.fromkeys(s["failed"] for summaries in suites.values() for s in summaries)
         )
-    model = "A small ViT, pre-trained on digits," if bundled else held["model"]
+    model = "A small ViT, pre-trained on digits," if bundled else recipe.model
     data = ", ".join(
-        dict.fromkeys([held["data"]] * bool(names) + list(study.tasks if study is not None else []))
+        dict.fromkeys(
+            [recipe.data.data] * bool(names) + list(study.tasks if study is not None else [])
+        )
     )
     write_suites(
         {"model": model, "task": data, "num_runs": num_runs, "suites": suites, "studies": found},
@@ -288,16 +284,6 @@ def _show(suites: Mapping[str, Any], studies: Mapping[str, Any]) -> None:
     ]
     for table in tables:
         click.echo(to_markdown(table))
-
-
-def _bundled_task(held: dict[str, Any]) -> Any:
-    """The task in the size of the base model that is not there yet."""
-    from deltafl.experiments.quickstart import IMAGE_SIZE
-    from deltafl.tasks.arrays import load_arrays
-
-    return load_arrays(
-        held["data"], image_size=IMAGE_SIZE, channels=1, seed=held["seed"], limit=held["limit"]
-    )
 
 
 def _pretrain(base: Path, seed: int, show: Any) -> None:

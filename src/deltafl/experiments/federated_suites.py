@@ -1,27 +1,41 @@
 """The suites of "Federated Learning Under the Lens of Task Arithmetic": which runs each one compares."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
 
 from deltafl.errors import DeltaflError
 from deltafl.federated.recipe import FederatedRecipe
 from deltafl.rules.rule import load_rules
 from deltafl.sparse.masks import MASK_STRATEGIES
 
+Labels: TypeAlias = Mapping[str, str | float | int]
+Changes: TypeAlias = Mapping[str, Any]
+"""Leaves of the recipe -> their values."""
+
+
+class Row(NamedTuple):
+    """What sets a row of a suite's table apart, in words and in settings."""
+
+    labels: Labels
+    changes: Changes
+
 
 @dataclass(frozen=True)
 class Cell:
     """One row of a suite's table: what sets it apart (column -> value) and the recipe, its seed aside."""
 
-    labels: Mapping[str, str | float | int]
+    labels: Labels
     recipe: FederatedRecipe
 
     @property
     def name(self) -> str:
-        """The labels in one line, numbers with what they are of."""
-        return ", ".join(
-            v if isinstance(v, str) else f"{key} = {v}" for key, v in self.labels.items()
-        )
+        return _name(self.labels)
+
+
+def _name(labels: Labels) -> str:
+    """The labels in one line, numbers with what they are of."""
+    return ", ".join(v if isinstance(v, str) else f"{key} = {v}" for key, v in labels.items())
 
 
 @dataclass(frozen=True)
@@ -45,94 +59,90 @@ class SuiteOptions:
         return self.sparsity_ratios[len(self.sparsity_ratios) // 2]
 
 
-def _iid(base: FederatedRecipe) -> FederatedRecipe:
-    return replace(base, sharding="iid", nc=None, alpha=None)
+IID: Changes = {"sharding": "iid", "nc": None, "alpha": None, "allow_missing_classes": False}
 
 
-def _classes(base: FederatedRecipe, nc: int) -> FederatedRecipe:
-    return replace(base, sharding="non_iid", nc=nc, alpha=None)
+def _classes(nc: int) -> Changes:
+    return {"sharding": "non_iid", "nc": nc, "alpha": None}
 
 
-def heterogeneity(base: FederatedRecipe, options: SuiteOptions) -> list[Cell]:
+def heterogeneity(base: FederatedRecipe, options: SuiteOptions) -> list[Row]:
     """FedAvg as clients hold fewer classes."""
-    cells = [Cell({"sharding": f"Nc = {nc}"}, _classes(base, nc)) for nc in options.nc_values]
-    return [Cell({"sharding": "IID"}, _iid(base)), *cells]
+    rows = [Row({"sharding": f"Nc = {nc}"}, _classes(nc)) for nc in options.nc_values]
+    return [Row({"sharding": "IID"}, IID), *rows]
 
 
-def local_steps(base: FederatedRecipe, options: SuiteOptions) -> list[Cell]:
+def local_steps(base: FederatedRecipe, options: SuiteOptions) -> list[Row]:
     """More local steps and fewer rounds, the product being the same."""
     work = base.num_rounds * options.j_values[0]
-    cells = []
-    for label, recipe in (("IID", _iid(base)), (f"Nc = {options.nc}", _classes(base, options.nc))):
+    rows = []
+    for label, sharding in (("IID", IID), (f"Nc = {options.nc}", _classes(options.nc))):
         for j in options.j_values:
             rounds = max(1, work // j)
             labels = {"sharding": label, "J": j, "rounds": rounds}
-            cells.append(Cell(labels, replace(recipe, local_steps=j, num_rounds=rounds)))
-    return cells
+            rows.append(Row(labels, {**sharding, "local_steps": j, "num_rounds": rounds}))
+    return rows
 
 
-def sparsity(base: FederatedRecipe, options: SuiteOptions) -> list[Cell]:
+def sparsity(base: FederatedRecipe, options: SuiteOptions) -> list[Row]:
     """Dense training and masks of growing sparsity."""
-    recipe = _classes(base, options.nc)
-    cells = [
-        Cell({"sparsity": ratio}, replace(recipe, sparsity_ratio=ratio))
-        for ratio in sorted(options.sparsity_ratios)
-    ]
-    return [Cell({"sparsity": 0.0}, replace(recipe, sparsity_ratio=0.0)), *cells]
+    sharding = _classes(options.nc)
+    ratios = (0.0, *sorted(options.sparsity_ratios))
+    return [Row({"sparsity": ratio}, {**sharding, "sparsity_ratio": ratio}) for ratio in ratios]
 
 
-def calibration_rounds(base: FederatedRecipe, options: SuiteOptions) -> list[Cell]:
+def calibration_rounds(base: FederatedRecipe, options: SuiteOptions) -> list[Row]:
     """Masks from one and from several rounds of scoring."""
-    recipe = replace(_classes(base, options.nc), sparsity_ratio=options.sparsity)
+    shared = {**_classes(options.nc), "sparsity_ratio": options.sparsity}
     return [
-        Cell({"calibration": kind, "R": R}, replace(recipe, calibration=kind, calibration_rounds=R))
+        Row(
+            {"calibration": kind, "R": R},
+            {**shared, "calibration": kind, "calibration_rounds": R},
+        )
         for kind in ("average", "progressive")
         for R in options.calibration_values
     ]
 
 
-def mask_strategies(base: FederatedRecipe, options: SuiteOptions) -> list[Cell]:
+def mask_strategies(base: FederatedRecipe, options: SuiteOptions) -> list[Row]:
     """Which coordinates to train, at one sparsity, against training all."""
-    recipe = _classes(base, options.nc)
-    cells = [
-        Cell(
-            {"strategy": name}, replace(recipe, sparsity_ratio=options.sparsity, mask_strategy=name)
-        )
+    sharding, ratio = _classes(options.nc), options.sparsity
+    rows = [
+        Row({"strategy": name}, {**sharding, "sparsity_ratio": ratio, "mask_strategy": name})
         for name in MASK_STRATEGIES
     ]
-    return [Cell({"strategy": "dense"}, replace(recipe, sparsity_ratio=0.0)), *cells]
+    return [Row({"strategy": "dense"}, {**sharding, "sparsity_ratio": 0.0}), *rows]
 
 
-def aggregators(base: FederatedRecipe, options: SuiteOptions) -> list[Cell]:
+def aggregators(base: FederatedRecipe, options: SuiteOptions) -> list[Row]:
     """Every rule as the server, IID and not, with equal and unequal local steps.
 
     cclip clips at the median norm; fedgma's rho is 0.6, dare drops half.
     """
-    needed = {
+    needed: dict[str, Changes] = {
         "cclip": {"rho": 0.5, "unit": "quantile"},
         "fedgma": {"rho": 0.6},
         "dare": {"drop_rate": 0.5},
     }
+    none = dict.fromkeys(base.server.params)
     return [
-        Cell(
+        Row(
             {"rule": rule, "sharding": label, "local steps": steps},
-            replace(
-                recipe,
-                aggregator=rule,
-                aggregator_params=needed.get(rule, {}),
-                local_steps_spread=spread,
-            ),
+            {
+                **none,
+                **sharding,
+                "aggregator": rule,
+                "local_steps_spread": spread,
+                **needed.get(rule, {}),
+            },
         )
-        for label, recipe in (
-            ("IID", _iid(base)),
-            (f"Nc = {options.nc}", _classes(base, options.nc)),
-        )
+        for label, sharding in (("IID", IID), (f"Nc = {options.nc}", _classes(options.nc)))
         for steps, spread in (("equal", 1.0), ("unequal", options.steps_spread))
         for rule in load_rules()
     ]
 
 
-SUITES: Mapping[str, Callable[[FederatedRecipe, SuiteOptions], Sequence[Cell]]] = {
+SUITES: Mapping[str, Callable[[FederatedRecipe, SuiteOptions], Sequence[Row]]] = {
     "heterogeneity": heterogeneity,
     "local-steps": local_steps,
     "sparsity": sparsity,
@@ -151,22 +161,17 @@ def check_suites(
         DeltaflError: every mistake of every recipe, before anything runs. That a rule which the suite itself chooses
             needs more clients (krum) is none: its row says so.
     """
-    cells = {name: list(SUITES[name](base, options)) for name in names}
-    problems = [
-        f"{name}, {cell.name}: {problem}"
-        for name in names
-        for cell in cells[name]
-        for problem in cell.recipe.problems()
-        or ([] if name == "aggregators" else _refusals(cell.recipe))
-    ]
+    cells: dict[str, list[Cell]] = {name: [] for name in names}
+    problems = []
+    for name in names:
+        for labels, changes in SUITES[name](base, options):
+            try:
+                recipe = base.replace(**changes)
+                if name != "aggregators":
+                    recipe.check_rule()
+                cells[name].append(Cell(labels, recipe))
+            except DeltaflError as error:
+                problems += [f"{name}, {_name(labels)}: {line}" for line in error.problems]
     if problems:
         raise DeltaflError(*dict.fromkeys(problems))
     return cells
-
-
-def _refusals(recipe: FederatedRecipe) -> Sequence[str]:
-    try:
-        recipe.check_clients()
-    except DeltaflError as error:
-        return error.problems
-    return ()

@@ -4,7 +4,7 @@ import hashlib
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,13 @@ from deltafl.algebra.tensors import device_named
 from deltafl.errors import DeltaflError
 from deltafl.experiments.federated_suites import Cell
 from deltafl.federated import federate
+from deltafl.federated.recipe import FederatedRecipe
+from deltafl.federated.setup import config_of
 from deltafl.federated.sharding import ShardingRecipe, shard
-from deltafl.models import LoadedEncoder
+from deltafl.models.net import Net
 from deltafl.seeding import keyed_generator
-from deltafl.tasks.arrays import Task
+from deltafl.tasks.task import Task
 from deltafl.training.record import read_rows
-from deltafl.training.state import run_config
 from deltafl.training.tensorboard import write_rows
 from deltafl.usercode import find_callable
 
@@ -26,16 +27,14 @@ from deltafl.usercode import find_callable
 class Bench:
     """What every run of a suite shares: the model, the task of a seed, where runs are kept, how many of each cell.
 
-    metrics: a folder for event files, SUITE/CELL/seed-N; None writes none. workers: see `federate`.
+    metrics: a folder for event files, SUITE/CELL/seed-N; None writes none.
     """
 
-    encoder: LoadedEncoder
+    net: Net
     task: Callable[[int], Task]
     folder: Path
     num_runs: int
-    device: str | None = None
     metrics: Path | None = None
-    workers: int | None = None
 
 
 OnRun = Callable[[str, int, int], None]
@@ -53,13 +52,13 @@ def preflight(suites: Mapping[str, Sequence[Cell]], task: Task, device: str | No
     for name, cells in suites.items():
         for cell in cells:
             r = cell.recipe
-            if r.client is not None:
-                find_callable(r.client, "client")
-            shardings.setdefault((r.shards(), r.seed), f"{name}, {cell.name}")
+            if r.local.client is not None:
+                find_callable(r.local.client, "client")
+            shardings.setdefault((r.sharding, r.seed), f"{name}, {cell.name}")
     problems = []
     for (sharding, seed), where in shardings.items():
         try:
-            shard(task.train.labels.cpu(), sharding, keyed_generator(seed, "shards"))
+            shard(task.groups("train"), sharding, keyed_generator(seed, "shards"))
         except DeltaflError as error:
             problems += [f"{where}: {problem}" for problem in error.problems]
     if problems:
@@ -81,7 +80,7 @@ def run_suite(
         failed = None
         for seed in range(cell.recipe.seed, cell.recipe.seed + bench.num_runs):
             try:
-                runs.append(_one(replace(cell.recipe, seed=seed), bench))
+                runs.append(_one(cell.recipe.replace(seed=seed), bench))
                 if bench.metrics is not None:
                     write_rows(runs[-1][1], bench.metrics / name / cell.name / f"seed-{seed}")
             except DeltaflError as error:
@@ -92,16 +91,17 @@ def run_suite(
     return summaries
 
 
-def _one(recipe: Any, bench: Bench) -> tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]]:
+def _one(
+    recipe: FederatedRecipe, bench: Bench
+) -> tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]]:
     """Result and rows of one run, from disk where it was finished before."""
     task = bench.task(recipe.seed)
-    config = run_config(bench.encoder, task, recipe, None)
+    config = config_of(bench.net, task, recipe)
     key = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
     folder = bench.folder / key
     if (folder / "result.json").is_file():
         return json.loads((folder / "result.json").read_text()), read_rows(folder / "record.jsonl")
-    how = {"device": bench.device, "workers": bench.workers}
-    run = federate(bench.encoder, task, recipe, folder, resume=True, overwrite=True, **how)
+    run = federate(bench.net, task, recipe.replace(out=str(folder), overwrite=True), resume=True)
     return run.result, run.rows
 
 

@@ -20,8 +20,8 @@ from deltafl.federated.sparse_bridge import count_eligible
 from deltafl.federated.state import Best, StateWriter
 from deltafl.progress import OnProgress, Progress
 from deltafl.tasks.task import Split
-from deltafl.training.record import RunRecord
 from deltafl.training.recipe import PRECISIONS
+from deltafl.training.record import RunRecord
 from deltafl.training.step import scores
 
 Row = dict[str, Any]

@@ -73,9 +73,7 @@ class LocalTraining:
             loss = self._train(round, optimiser, algorithm)
         control = algorithm.control()
         delta = Difference(params, self._after(params, optimiser))
-        source = local.source(
-            f"client {round.client}", len(round.ids), round.num_steps, round.lr
-        )
+        source = local.source(f"client {round.client}", len(round.ids), round.num_steps, round.lr)
         mean = float(loss) / round.num_steps  # a GPU finishes: the time is then the client's
         return ClientUpdate(delta, source, mean, time.perf_counter() - started, control)
 

@@ -120,7 +120,10 @@ class FederatedRecipe(ClientsRecipe):
         steps, spread = self.local.local_steps, self.local.local_steps_spread
         if spread == 1:
             return steps
-        u = 2 * torch.rand((), generator=keyed_generator(self.seed, "local steps", client)).item() - 1
+        u = (
+            2 * torch.rand((), generator=keyed_generator(self.seed, "local steps", client)).item()
+            - 1
+        )
         return max(1, round(steps * spread**u))
 
     def lr_in(self, number: int) -> float:

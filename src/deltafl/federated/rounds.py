@@ -99,9 +99,7 @@ def run_round(
     trained = {names[n] for n in federation.net.slices}
     total = aggregate([u for _, u in updates], recipe, number)
     stepped = replace(server_step(state, total, recipe.server, trained), round=number)
-    stepped = with_controls(
-        stepped, updates, federation.controls, recipe.sharding.num_clients
-    )
+    stepped = with_controls(stepped, updates, federation.controls, recipe.sharding.num_clients)
     losses = [u.loss for _, u in updates if isinstance(u, ClientUpdate) and u.loss is not None]
     result = RoundResult(
         tuple(chosen),
@@ -141,9 +139,7 @@ class Workers(AbstractContextManager["Workers"]):
             known=known,
         )
 
-    def train(
-        self, state: ServerState, clients: Sequence[int]
-    ) -> Iterator[tuple[Update, float]]:
+    def train(self, state: ServerState, clients: Sequence[int]) -> Iterator[tuple[Update, float]]:
         """The update of each client and the seconds that it took, in order; valid until the next call."""
         if self._shared:
             for name, tensor in state.params.items():
@@ -166,9 +162,7 @@ class Workers(AbstractContextManager["Workers"]):
         started = time.perf_counter()
         if control is not None:
             control = correction(fed.controls, control, k, own)
-        part = Round(
-            number, k, fed.shards[k], recipe.steps_of(k), recipe.lr_in(number), control
-        )
+        part = Round(number, k, fed.shards[k], recipe.steps_of(k), recipe.lr_in(number), control)
         update = fed.client(self._params, fed.mask, part)
         took = update.seconds if isinstance(update, ClientUpdate) else time.perf_counter() - started
         return update, took

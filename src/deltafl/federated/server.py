@@ -11,14 +11,16 @@ from torch import Tensor
 from deltafl.algebra.aggregate import Aggregate, Stepped
 from deltafl.errors import DeltaflError
 from deltafl.recipes import OneOf, Recipe
-from deltafl.rules.parameters import RuleName, RuleParameters
+from deltafl.rules.parameters import RuleParameters
 from deltafl.rules.rule import Rule, build_rule, load_rules, parameters
 
 
 class ServerRecipe(Recipe):
     """How the server turns the updates of a round into a step."""
 
-    aggregator: RuleName = Field("fedavg", description="any method of `deltafl rules`")
+    aggregator: Annotated[str, OneOf(load_rules)] = Field(
+        "fedavg", description="any method of `deltafl rules`"
+    )
     params: RuleParameters = Field({}, description="parameters of the rule, beside its name")
     client_weights: Literal["examples", "uniform"] = Field(
         "examples", description="what a rule weighs clients by"

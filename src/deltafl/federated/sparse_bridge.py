@@ -35,10 +35,14 @@ def of_net(net: Net, mask: Mask) -> dict[str, Tensor]:
     return {n: mask.get(names[n], ones[n]) for n in names}
 
 
+def of_encoder(mask: Mask) -> dict[str, Tensor]:
+    """The mask of a net's encoder by its own names."""
+    return {n.removeprefix("encoder."): m for n, m in mask.items() if n.startswith("encoder.")}
+
+
 def save_net_mask(net: Net, mask: Mask, path: Path, about: Mapping[str, Any]) -> None:
     """As `save_mask`, by the names of the encoder."""
-    own = {n.removeprefix("encoder."): m for n, m in mask.items() if n.startswith("encoder.")}
-    save_mask(own, path, model_hash(encoder_view(net)), about)
+    save_mask(of_encoder(mask), path, model_hash(encoder_view(net)), about)
 
 
 def count_eligible(net: Net) -> int:

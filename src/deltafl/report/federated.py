@@ -56,8 +56,8 @@ def _told(result: Mapping[str, Any], start: Mapping[str, Any]) -> str:
     )
     before = f" Before the first round the server sent {_bytes(result.get('setup_bytes_down', 0))}."
     return (
-        f"{config['num_clients']} clients, {100 * config['participation_rate']:g} % of them in each of "
-        f"{result['rounds']} rounds, about {config['local_steps']} local steps each. The round was chosen on "
+        f"{config['sharding']['num_clients']} clients, {100 * config['participation_rate']:g} % of them in each of "
+        f"{result['rounds']} rounds, about {config['local']['local_steps']} local steps each. The round was chosen on "
         f"validation data; the test images were used once, for that round's model.{before}{share}{left_out}"
     )
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ def require_same_config(found: Mapping[str, Any], wanted: Mapping[str, Any], whe
     Raises:
         DeltaflError: one line for each key that differs.
     """
+    found, wanted = dict(_leaves(found)), dict(_leaves(wanted))
     different = [
         f'"{where}" was made with {key} = {found.get(key)!r}, now it is {wanted.get(key)!r}'
         for key in sorted(found.keys() | wanted.keys())
@@ -61,6 +62,15 @@ def require_same_config(found: Mapping[str, Any], wanted: Mapping[str, Any], whe
         raise DeltaflError(
             *different, "resume with the same configuration, or start again with --overwrite"
         )
+
+
+def _leaves(config: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted path and value of every setting in the sections of a configuration."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
 
 
 def write_state(file: Path, config: Mapping[str, Any], state: State) -> None:
