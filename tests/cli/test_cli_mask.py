@@ -23,7 +23,7 @@ from tiny_models import tiny_task, vit_file
 
 TASK = "tiny_models:tiny_task_factory"
 VIT = vit_file()
-RECIPE = FederatedRecipe(
+RECIPE = FederatedRecipe.of(
     num_clients=8, participation_rate=0.25, num_rounds=2, local_steps=2, batch_size=4, lr=0.05, head="linear",
     sharding="dirichlet", alpha=0.5, sparsity_ratio=0.8, mask_strategy="most_sensitive",
     mask_scope="per_layer", calibration="progressive", calibration_rounds=3, calibration_examples=5, fisher_draws=2,
@@ -90,7 +90,7 @@ def test_it_is_the_mask_of_the_federated_run_and_serves_it(made: Path, tmp_path:
     )
     assert ours.keys() == theirs.keys()
     assert all((ours[name] == theirs[name]).all() for name in ours)
-    given = replace(RECIPE, mask_file=str(made / "mask.safetensors"), sparsity_ratio=0.0)
+    given = RECIPE.replace(mask_file=str(made / "mask.safetensors"), sparsity_ratio=0.0)
     federate(load_encoder(VIT), tiny_task(), given, tmp_path / "given", device="cpu")
     assert weights(tmp_path / "given") == weights(tmp_path / "calibrated")
 

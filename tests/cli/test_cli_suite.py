@@ -62,8 +62,8 @@ def test_the_table_is_the_mean_and_spread_of_the_runs(suite: Path) -> None:
 
 
 def test_a_cell_that_cannot_run_says_why_and_the_others_go_on(tmp_path: Path) -> None:
-    base = FederatedRecipe(num_clients=4, participation_rate=0.5, num_rounds=1, head="linear")
-    cells = [Cell({"rule": rule}, replace(base, aggregator=rule)) for rule in ("krum", "median")]
+    base = FederatedRecipe.of(num_clients=4, participation_rate=0.5, num_rounds=1, head="linear")
+    cells = [Cell({"rule": rule}, base.replace(aggregator=rule)) for rule in ("krum", "median")]
     bench = Bench(plain(), lambda seed: tiny_task(), tmp_path / "runs", 2, "cpu", None)
     krum, median = run_suite("aggregators", cells, bench, lambda *told: None)
     assert (krum["runs"], median["runs"]) == (0, 2)
@@ -75,7 +75,7 @@ def test_a_cell_that_cannot_run_says_why_and_the_others_go_on(tmp_path: Path) ->
 
 def test_event_files_of_every_run_lie_under_its_suite_and_cell(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    cells = [Cell({"rule": "median"}, FederatedRecipe(4, 0.5, num_rounds=1, head="linear"))]
+    cells = [Cell({"rule": "median"}, FederatedRecipe.of(4, 0.5, num_rounds=1, head="linear"))]
     bench = Bench(
         plain(), lambda seed: tiny_task(), tmp_path / "runs", 2, "cpu", tmp_path / "metrics"
     )
@@ -172,7 +172,9 @@ def test_the_spellings_of_the_course_work_start_a_suite(
 
 
 def test_equal_work_for_every_number_of_local_steps() -> None:
-    cells = SUITES["local-steps"](FederatedRecipe(num_rounds=40), SuiteOptions(j_values=(4, 8, 16)))
+    cells = SUITES["local-steps"](
+        FederatedRecipe.of(num_rounds=40), SuiteOptions(j_values=(4, 8, 16))
+    )
     assert {c.recipe.local_steps * c.recipe.num_rounds for c in cells} == {160}
 
 
@@ -200,7 +202,7 @@ def test_a_best_round_of_zero_is_explained() -> None:
 
 
 def test_every_strategy_and_rule_is_compared() -> None:
-    base = FederatedRecipe(num_clients=100)
+    base = FederatedRecipe.of(num_clients=100)
     strategies = [
         c.recipe.mask_strategy for c in SUITES["mask-strategies"](base, SuiteOptions())[1:]
     ]

@@ -1,7 +1,11 @@
 """Small federated worlds: plug-in networks, tasks, and a run's parts before its first round."""
 
-from collections.abc import Callable
+import atexit
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from deltafl.algebra.deltas import Update
-from deltafl.federated import FederatedRecipe, FederatedRun
+from deltafl.federated import Callback, FederatedRecipe, FederatedRun
 from deltafl.federated import federate as run_federated
 from deltafl.federated.rounds import Federation, RoundResult, Workers, run_round
 from deltafl.federated.server import ServerState
-from deltafl.federated.setup import initial_state, make_shards
 from deltafl.federated.setup import begin as begin_run
+from deltafl.federated.setup import initial_state, make_shards
 from deltafl.models import Net, load_net
-from deltafl.tasks import ImageTask, Task
+from deltafl.progress import OnProgress, ignore
+from deltafl.tasks import ImageTask, Task, load_task
 from deltafl.tasks.arrays import image_task
-from tiny_models import tiny_task
+from tiny_models import tiny_llama, tiny_task, write_lines
 
 RECIPE = FederatedRecipe.of(
     model="federated.worlds:Plain",
@@ -85,13 +90,23 @@ def halves(train: int = 50) -> ImageTask:
     return image_task(tiny_task(train))
 
 
+@cache
+def language() -> tuple[Net, Task]:
+    """A tiny Llama and lines of two sources."""
+    folder = Path(tempfile.mkdtemp(prefix="deltafl-language-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    net = tiny_llama(folder / "model")
+    return net, load_task(str(write_lines(folder / "text")), net.inputs)
+
+
 def federate(
     net: Net, task: Task, recipe: FederatedRecipe, out: Path, *, resume: bool = False,
-    on_progress: Callable[..., None] = lambda progress: None, **settings: Any,
+    on_progress: OnProgress = ignore, callbacks: Sequence[Callback] = (), **settings: Any,
 ) -> FederatedRun:  # fmt: skip
     """A run into `out` with other settings than the recipe's."""
     recipe = recipe.replace(out=str(out), **settings)
-    return run_federated(net, task, recipe, resume=resume, on_progress=on_progress)
+    how: dict[str, Any] = {"on_progress": on_progress, "callbacks": callbacks}
+    return run_federated(net, task, recipe, resume=resume, **how)
 
 
 @dataclass(frozen=True)
@@ -106,9 +121,7 @@ def begin(
     """A run's parts, as `federate` makes them."""
     task = task or halves()
     recipe = recipe.replace(out=str(folder / "run"))
-    federation = begin_run(
-        net or plain(), task, recipe, make_shards(task, recipe), begun=False
-    )
+    federation = begin_run(net or plain(), task, recipe, make_shards(task, recipe), begun=False)
     return Begun(federation, initial_state(federation))
 
 

@@ -1,7 +1,6 @@
 """One round: the chosen clients train, their updates become one by a rule, the server steps."""
 
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -19,6 +18,7 @@ from deltafl.federated.local import Round
 from deltafl.federated.recipe import FederatedRecipe
 from deltafl.federated.scaffold import Controls, correction, with_controls
 from deltafl.federated.server import ServerState, server_step
+from deltafl.forking import can_fork
 from deltafl.models.net import Net
 from deltafl.pool import Pool, SharedMemory
 from deltafl.sparse.masks import Mask
@@ -183,7 +183,7 @@ def count_workers(recipe: FederatedRecipe, device: torch.device) -> int:
     asked = recipe.workers
     reasons = {
         f"they are for CPUs, and the device is {device}": device.type != "cpu",
-        f"they need Linux, and this is {sys.platform}": sys.platform != "linux",
+        "they need Linux, and no other thread in this process": not can_fork(),
         "torch does not train in forked processes where there is a GPU": torch.cuda.is_available(),
     }
     reason = next((text for text, holds in reasons.items() if holds), None)

@@ -17,7 +17,7 @@ from deltafl.federated.server import ServerState
 from deltafl.federated.sharding import shard
 from deltafl.federated.sparse_bridge import encoder_view, head_view, of_net, save_net_mask
 from deltafl.files import atomic_folder
-from deltafl.models import HEAD_FILE, HeadFit, Net
+from deltafl.models import HEAD_FILE, HeadFit, HeadRecipe, Net
 from deltafl.seeding import keyed_generator
 from deltafl.sparse.calibration import calibrate
 from deltafl.sparse.eligible import eligible
@@ -38,10 +38,16 @@ def make_shards(task: Task, recipe: ClientsRecipe) -> tuple[Tensor, ...]:
     return shard(task.groups("train"), recipe.sharding, generator)
 
 
-def fit_head(net: Net, task: Task, shards: Sequence[Tensor], recipe: ClientsRecipe) -> None:
-    """Make the net ready for the task: the head that the recipe names, fitted on what the clients hold."""
+def fit_head(
+    net: Net,
+    task: Task,
+    shards: Sequence[Tensor],
+    recipe: ClientsRecipe,
+    head: HeadRecipe | None = None,
+) -> None:
+    """Make the net ready for the task: the head that the recipe names, or another, fitted on what clients hold."""
     fit = HeadFit(recipe.seed, shards, PRECISIONS[recipe.mixed_precision])
-    net.prepare(task, recipe.head, fit)
+    net.prepare(task, head or recipe.head, fit)
 
 
 def begin(
@@ -49,11 +55,10 @@ def begin(
 ) -> Federation:
     """Net, mask and client; of a run that has begun those that it keeps in its folder."""
     out = Path(recipe.out or "")
-    head = out / "state" / HEAD_FILE
-    if begun and head.is_file():
-        kept = recipe.head.replace(head=str(head), few_shot=None, templates=None)
-        recipe = recipe.model_copy(update={"head": kept})
-    fit_head(net, task, shards, recipe)
+    head, file = recipe.head, out / "state" / HEAD_FILE
+    if begun and file.is_file():
+        head = head.replace(head=str(file), few_shot=None, templates=None)
+    fit_head(net, task, shards, recipe, head)
     mask = make_mask(net, task, shards, recipe, out / MASK_FILE if begun else None)
     own = recipe.local.client
     client = (LocalTraining if own is None else find_callable(own, "client"))(net, task, recipe)
