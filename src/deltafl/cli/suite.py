@@ -122,10 +122,8 @@ def suite(
         raise DeltaflError("--quick and --full are two sizes; give one of them")
     chosen = names_of(names, (*SUITES, *STUDY_NAMES))
     options = {k: v for k, v in options.items() if v not in (None, ())}
-    kind = cast(
-        type[FederatedRecipe], create_model("SuiteRecipe", __base__=FederatedRecipe, **study_keys())
-    )
-    explicit = _leaves_of(kind, load_yaml(config) if config else {}) | options
+    kind = suite_kind()
+    explicit = leaves_of(kind, load_yaml(config) if config else {}) | options
     bundled = not {"model", "data", "tasks"} & explicit.keys()
     sizes = QUICK if quick else FULL if full else {}
     defaults = {"out": "deltafl-suite", **sizes, **study_defaults(quick=quick, bundled=bundled)}
@@ -134,7 +132,7 @@ def suite(
     if bundled:
         defaults |= {"model": "", "data": BUNDLED, "head": ""}
     found = read_recipe(kind, config, options, defaults=defaults)
-    held = _leaves_of(kind, found.resolved())
+    held = leaves_of(kind, found.resolved())
     own = {name: getattr(found, name) for name in FederatedRecipe.model_fields}
     recipe = FederatedRecipe.model_validate(own)
     given = {"nc_values": nc_values, "j_values": j_values, "sparsity_ratios": sparsity_ratios}
@@ -162,7 +160,13 @@ def suite(
     )
 
 
-def _leaves_of(kind: type[FederatedRecipe], data: Mapping[str, Any]) -> dict[str, Any]:
+def suite_kind() -> type[FederatedRecipe]:
+    """The recipe of a file for `deltafl suite`: of federated runs, with the settings of studies."""
+    made = create_model("SuiteRecipe", __base__=FederatedRecipe, **study_keys())
+    return cast(type[FederatedRecipe], made)
+
+
+def leaves_of(kind: type[FederatedRecipe], data: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that a file gives, by their names."""
     found: dict[str, Any] = {}
     for leaf in leaves(kind).values():
