@@ -28,9 +28,12 @@ def quickstart_result() -> dict[str, Any]:
         for rule, (at, top) in peaks.items()
     ]
     rows[4]["params"] = {"rho": 0.6}
-    rows.append({**rows[2], "rule": "fedavg", "same_as": "task_arithmetic"})
+    rows.append({**rows[2], "rule": "fedavg"})
     return {
         "title": "Four fine-tuned models, merged into one",
+        "metric": "accuracy",
+        "criterion": "normalized",
+        "strategy": "exhaustive",
         "seed": 0,
         "seconds": 71.3,
         "tasks": TASKS,
@@ -43,7 +46,14 @@ def quickstart_result() -> dict[str, Any]:
             "matrix": [[1.0 if i == j else (i + j) / 10 - 0.2 for j in range(4)] for i in range(4)],
         },
         "training": [
-            {"task": task, "lr": lr, "num_steps": steps, "num_examples": 719, "norm": norm}
+            {
+                "model": task,
+                "task": task,
+                "lr": lr,
+                "num_steps": steps,
+                "num_examples": 719,
+                "norm": norm,
+            }
             for task, lr, steps, norm in zip(
                 TASKS, [1e-3, 3e-4, 1e-3, 1e-4], [60, 240, 120, 480], [1, 2, 3, 4], strict=True
             )
@@ -62,7 +72,6 @@ def inspect_result() -> dict[str, Any]:
     layers = ["embeddings", *(f"layer {i}" for i in range(12)), "layernorm"]
     return {
         "models": models,
-        "norms": {model: 2.0 + i for i, model in enumerate(models)},
         "cosine": {
             "names": models,
             "matrix": [[1.0 if i == j else (i * j % 7) / 30 - 0.03 for j in count] for i in count],
@@ -76,10 +85,10 @@ def inspect_result() -> dict[str, Any]:
             for i, m in enumerate(models)
         },
         "training": [
-            {"task": m, "lr": 1e-5, "num_steps": 500 * (1 + i % 4), "num_examples": 20000}
+            {"model": m, "num_steps": 500 * (1 + i % 4), "num_examples": 20000, "norm": 2.0 + i}
             for i, m in enumerate(models)
         ],
-        "advice": ["Norms differ 4.5x and steps differ 4x: try `fednova` or `cclip`."],
+        "advice": ["Norms differ 4.5x and steps differ 4x: try fednova or cclip."],
     }
 
 
@@ -97,3 +106,123 @@ def _row(
         "mean": mean,
         "normalized": val,
     }
+
+
+def federated_result(**changes: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """result.json and record.jsonl of a run of 100 rounds, validated after every fifth."""
+    start = {"event": "start", "round": 0, "val_score": 0.1, "parameters": 1000, "kept": 500}
+    rows: list[dict[str, Any]] = [start | {"setup_bytes_up": 300_000, "setup_bytes_down": 52_000}]
+    for i in range(1, 101):
+        row = {"event": "round", "round": i, "val_score": None if i % 5 else 0.8 - 0.7 / i}
+        row |= {"loss": 2 / i, "num_steps": 40, "failed": [], "bytes_up": 1_500_000}
+        row |= {"bytes_down": 1_600_000, "bytes_up_total": 1_500_000 * i, "peak_memory_bytes": 6e8}
+        rows.append(row | {"client_seconds": 0.5, "server_seconds": 0.01})
+    config = {"num_clients": 20, "participation_rate": 0.25, "local_steps": 8, "patience": None}
+    result = {
+        "title": "digits: 20 clients, fedavg", "metric": "accuracy", "test_score": 0.73, "test_examples": 200,
+        "val_score": 0.793, "best_round": 100, "rounds": 100, "failed_updates": 0,
+        "bytes_up_total": 150_000_000, "dense_bytes_up_total": 300_000_000, "setup_bytes_up": 300_000,
+        "setup_bytes_down": 52_000,
+        "config": {**config, "sparse": {"sparsity_ratio": 0.5}, "class_names": ["digit"] * 100},
+    }  # fmt: skip
+    return result | changes, rows
+
+
+def centralized_result() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    rows: list[dict[str, Any]] = [{"event": "start", "epoch": 0, "val_score": -3.0}]
+    for i in range(1, 5):
+        row = {"event": "epoch", "epoch": i, "lr": 1e-3, "train_loss": 3 / i, "val_score": -3 / i}
+        rows.append({**row, "seconds": 1.0})
+    result = {
+        "title": "lines: centralised training", "metric": "log-likelihood", "test_score": -0.8125,
+        "test_examples": 31, "val_score": -0.75, "best_epoch": 4, "epochs": 4, "stopped_early": False,
+        "seconds": 4.0, "config": {"epochs": 4, "patience": None},
+    }  # fmt: skip
+    return result, rows
+
+
+def mask_result(tensors: dict[str, tuple[int, int]], **changes: Any) -> dict[str, Any]:
+    """Of tensors by name: how many coordinates are kept, and how many are eligible."""
+    result = {
+        "made": {"mask_strategy": "random"}, "model_hash": "0", "parameters": 1000,
+        "excluded": {f"layers.{i}.k.bias": "softmax is shift-invariant" for i in range(2)},
+        "eligible": sum(n for _, n in tensors.values()), "kept": sum(k for k, _ in tensors.values()),
+        "tensors": [{"name": name, "kept": k, "eligible": n} for name, (k, n) in tensors.items()],
+    }  # fmt: skip
+    return result | changes
+
+
+def shards_result(counts: list[list[int]]) -> dict[str, Any]:
+    """Of counts of examples, clients down, classes across."""
+    return {
+        "task": "t", "seed": 0, "how": "iid()", "num_clients": len(counts),
+        "class_names": [f"class <{c}>" for c in range(len(counts[0]))], "sizes": [sum(row) for row in counts],
+        "classes": [sum(n > 0 for n in row) for row in counts], "left_out": [0] * len(counts[0]), "counts": counts,
+    }  # fmt: skip
+
+
+def suite_summaries(number: int = 3, **changes: Any) -> list[dict[str, Any]]:
+    """Cells of a suite; of each next one the clients send twice as much."""
+    rows = []
+    for i in range(number):
+        by_round = [(r, 0.1 + 0.05 * r - 0.01 * i) for r in range(5)]
+        row = {"labels": {"sharding": f"Nc = {i}"}, "name": f"Nc = {i}", "runs": 2, "failed": None}
+        row |= {"test": 0.5 - 0.01 * i, "spread": 0.01, "val": 0.5, "best_round": 4}
+        row |= {"megabytes_up": 4.0, "by_round": by_round}
+        rows.append(row | {"by_bytes": [(1e6 * 2**i * r, y) for r, y in by_round]} | changes)
+    return rows
+
+
+def study_results() -> dict[str, dict[str, Any]]:
+    """One result for each study."""
+    single, base, rules = "single-task models", "base (unmerged)", ["task_arithmetic", "median"]
+    gain = {"gain": 0.01, "low": -0.02, "high": 0.04}
+
+    def rows(**more: Any) -> list[dict[str, Any]]:
+        told = [
+            {"rule": rule, "mean": 0.8, "spread": 0.02, "runs": 2}
+            for rule in (single, base, *rules)
+        ]
+        return [{**row, **more, **(gain if row["rule"] == "median" else {})} for row in told]
+
+    def ways(names: list[str], *keys: str) -> list[dict[str, Any]]:
+        scores = dict.fromkeys(keys, 0.5)
+        return [{"way": way, "task": t, "seed": 0, **scores} for way in names for t in TASKS[:2]]
+
+    forget, relate = (
+        ["base", "fine-tuned", "negated task vector"],
+        ["base", "C + (B - A)", "fine-tuned on D"],
+    )
+    means = {"mean": 0.5, "spread": None, "scaling_coef": 0.5, "runs": 1}
+    points = [
+        {"rule": r, "gain": 0.01 * i, "steps_ratio": i, "norm_ratio": 1.1 * i}
+        for r in rules
+        for i in (1, 5)
+    ]
+    relations = [{"rule": "median", "points": 2, "steps": 0.3}]
+    curves = {rule: [(0.0, 0.4), (0.5, 0.9), (1.0, 0.2)] for rule in rules}
+    sizes = [
+        row | {"subset": s, "size": n, "cosine": 0.1}
+        for s, n in (("near", 2), ("far", 2), ("all", 3))
+        for row in rows()
+    ]
+    forgotten = [{"way": w, **means, "control": 0.9, "control_spread": None} for w in forget]
+    none: dict[str, Any] = {"notes": []}
+    return {
+        "training-heterogeneity": {
+            "rows": rows(kind="alike", accuracy=0.7), "points": points, "relations": relations,
+            "notes": ["krum: too few"],
+        },
+        "data-heterogeneity": none | {"rows": sizes},
+        "scaling-coef": none | {"rows": rows(accuracy=0.7, scaling_coef=0.3), "curves": curves},
+        "negation": none | {
+            "rows": forgotten, "points": ways(forget, "target", "control"), "control": "digits",
+        },
+        "analogy": none | {"rows": [{"way": w, **means} for w in relate], "points": ways(relate, "test")},
+    }  # fmt: skip
+
+
+def comparison_result(**changes: Any) -> dict[str, Any]:
+    suites = {"heterogeneity": suite_summaries()}
+    told = {"model": "m", "task": "digits", "metric": "accuracy", "num_runs": 2}
+    return {**told, "suites": suites, "studies": study_results()} | changes

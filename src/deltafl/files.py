@@ -6,7 +6,7 @@ import re
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from deltafl.errors import DeltaflError
@@ -45,6 +45,12 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def write_files(folder: str | Path, contents: Mapping[str, bytes]) -> None:
+    """Write each of `contents`, by its path in `folder`, as `write_atomically` does."""
+    for name, data in contents.items():
+        write_atomically(Path(folder) / name, data)
 
 
 def clear_unfinished(folder: Path) -> None:

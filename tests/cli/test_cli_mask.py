@@ -3,7 +3,6 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,8 +15,6 @@ from deltafl.cli.mask import mask
 from deltafl.errors import DeltaflError
 from deltafl.federated import FederatedRecipe, federate
 from deltafl.models import load_net
-from deltafl.report import render
-from deltafl.report.mask import kinds, kinds_table, mask_figure, mask_page
 from federated.worlds import halves
 from tiny_models import vit_file
 
@@ -135,7 +132,7 @@ def test_the_file_and_the_table_tell_what_is_kept(made: Path):
     assert (
         "k_proj.bias</code> in 2 layers: an attention key bias: softmax is shift-invariant" in page
     )
-    assert page.count('class="wide"') == page.count('class="narrow"') == 1
+    assert page.count("<svg") == 1
 
 
 def test_describe_tells_the_same_with_the_model_and_counts_all_without(made: Path, tmp_path: Path):
@@ -152,7 +149,7 @@ def test_describe_tells_the_same_with_the_model_and_counts_all_without(made: Pat
         if line.startswith("layers.*.attention.q_proj.weight")
     )
     kept, eligible = sum(t["kept"] for t in q), sum(t["eligible"] for t in q)
-    assert row[1:] == ["2", str(kept), str(eligible), f"{100 * kept / eligible:.2f}"]
+    assert row[1:] == ["2", str(kept), str(eligible), f"{kept / eligible:.2%}"]
     alone = run("--describe", file).output
     assert f"{told['kept']:,} of {told['parameters']:,} coordinates" in alone
     assert "mask_strategy most_sensitive" in " ".join(alone.split())
@@ -212,44 +209,3 @@ def test_a_mask_is_kept_unless_told_otherwise(tmp_path: Path):
     assert (tmp_path / "out" / "mask.safetensors").read_bytes() == before
     run(*given, "--seed", 1, "--overwrite")
     assert (tmp_path / "out" / "mask.safetensors").read_bytes() != before
-
-
-def result_of(tensors: dict[str, tuple[int, int]]) -> dict[str, Any]:
-    return {
-        "made": {}, "model_hash": "0", "parameters": 1000, "excluded": {},
-        "eligible": sum(n for _, n in tensors.values()), "kept": sum(k for k, _ in tensors.values()),
-        "tensors": [{"name": name, "kept": k, "eligible": n} for name, (k, n) in tensors.items()],
-    }  # fmt: skip
-
-
-def test_tensors_that_differ_in_their_layer_are_one_kind():
-    tensors = {
-        "stem.weight": (1, 8),
-        "layer1.0.conv2.weight": (2, 8),
-        "layer1.1.conv2.weight": (3, 8),
-        "0.bias": (0, 0),
-    }
-    result = result_of(tensors)
-    assert kinds(result["tensors"]) == {
-        "stem.weight": [(None, 1, 8)],
-        "layer1.*.conv2.weight": [(0, 2, 8), (1, 3, 8)],
-        "*.bias": [(0, 0, 0)],
-    }
-    assert [list(row) for row in kinds_table(result).rows] == [
-        ["stem.weight", 1, 1, 8, 1 / 8],
-        ["layer1.*.conv2.weight", 2, 5, 16, 5 / 16],
-        ["*.bias", 1, 0, 0, None],
-    ]
-
-
-@pytest.mark.parametrize(("layers", "count"), [(0, 1), (1, 3), (24, 16), (2, 90)])
-def test_the_page_draws_models_of_any_depth(layers: int, count: int):
-    names = [f"blocks.{i}.part<{k}>.weight" for i in range(layers) for k in range(count)] or [
-        "weight"
-    ]
-    result = result_of({name: (i % 8, 8) for i, name in enumerate(names)})
-    page = render(mask_page(result))
-    assert page.count('class="wide"') == page.count('class="narrow"') == 1
-    assert ("The first 60 of 90 kinds" in page) == (count == 90)
-    assert "part<" not in page
-    assert mask_figure(result, "svg").startswith(b"<svg")

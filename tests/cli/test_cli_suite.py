@@ -9,8 +9,6 @@ import pytest
 from checkpoint_files import cli, problems_of, refused, succeed
 from deltafl.experiments.federated_suites import SUITES, Cell, SuiteOptions, check_suites
 from deltafl.experiments.suite_runs import Bench, run_suite
-from deltafl.report.page import Figure
-from deltafl.report.suites import apart, suite_section, suite_table
 from deltafl.rules.rule import load_rules
 from deltafl.sparse.masks import MASK_STRATEGIES
 from federated.worlds import RECIPE, halves, plain
@@ -55,8 +53,8 @@ def test_the_table_is_the_mean_and_spread_of_the_runs(suite: Path) -> None:
             and c["sparse"]["sparsity_ratio"] == 0
         ]
         assert len(found) == 2
-        assert float(row["test %"]) == pytest.approx(sum(found) / 2)
-        assert float(row["± %"]) == pytest.approx(abs(found[0] - found[1]) / 2**0.5)
+        assert float(row["test accuracy"]) == pytest.approx(sum(found) / 2)
+        assert float(row["±"]) == pytest.approx(abs(found[0] - found[1]) / 2**0.5)
         assert row["runs"] == "2"
 
 
@@ -67,8 +65,7 @@ def test_a_cell_that_cannot_run_says_why_and_the_others_go_on(tmp_path: Path) ->
     krum, median = run_suite("aggregators", cells, bench, lambda *told: None)
     assert (krum["runs"], median["runs"]) == (0, 2)
     assert "needs at least 2f + 3 = 3 models" in krum["failed"]
-    section = suite_section("aggregators", [krum, median])
-    assert "krum: krum: 2 models" in section.text
+    assert krum["failed"].startswith("krum: 2 models")
     assert check_suites(["aggregators"], base, SuiteOptions())["aggregators"]
 
 
@@ -118,20 +115,6 @@ def test_a_suite_none_of_whose_runs_can_be_made_is_an_error(tmp_path: Path) -> N
     )
     assert len(problems_of(outcome)) == 1
     assert "no/such/head" in outcome.err
-
-
-def test_bytes_that_differ_much_are_drawn_over_a_logarithmic_axis() -> None:
-    dense, sparse = [(0.0, 0.1), (4.0, 0.3), (8.0, 0.4)], [(0.0, 0.1), (0.4, 0.3), (0.8, 0.35)]
-    assert apart({"dense": dense, "sparse": sparse})
-    assert not apart({"dense": dense, "other": dense})
-    assert not apart({"dense": dense})
-    labels = {"labels": {"sparsity": 0.9}, "runs": 1, "by_round": dense, "failed": None}
-    rows = [{**labels, "name": n, "test": 0.4, "by_bytes": [(1e6 * x, y) for x, y in c]}
-            for n, c in (("dense", dense), ("sparse", sparse))]  # fmt: skip
-    drawings = [
-        item.svg for item in suite_section("sparsity", rows).items if isinstance(item, Figure)
-    ]
-    assert ["(logarithmic)" in svg for svg in drawings] == [False, True]
 
 
 def test_a_resumed_suite_repeats_no_run_and_gives_the_same_tables(suite: Path) -> None:
@@ -187,14 +170,6 @@ def test_the_quick_suite_divides_its_work_evenly(monkeypatch: pytest.MonkeyPatch
     (rounds, quick), (_, given) = asked
     assert [rounds * quick[0] % j for j in quick] == [0] * len(quick)
     assert given == (2, 3)
-
-
-def test_a_best_round_of_zero_is_explained() -> None:
-    row = {"labels": {"sharding": "IID"}, "test": 0.5, "runs": 1, "val": 0.5, "megabytes_up": 1.0}
-    captions = [
-        suite_table("heterogeneity", [row | {"best_round": number}]).caption for number in (0, 3)
-    ]
-    assert ["before training" in caption for caption in captions] == [True, False]
 
 
 def test_every_strategy_and_rule_is_compared() -> None:

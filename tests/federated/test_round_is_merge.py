@@ -1,6 +1,5 @@
 """One round is the merge of the clients' checkpoints, bit for bit."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from deltafl.models import Net, load_net
 from deltafl.rules.rule import load_rules
 from federated import worlds
 from federated.worlds import assert_same, federate, halves, normed, plain
+from laws.worlds import EXAMPLES
 from tiny_models import vit_file
 
 RECIPE = worlds.RECIPE.replace(
@@ -28,21 +28,11 @@ RECIPE = worlds.RECIPE.replace(
 )  # fmt: skip
 
 
-def named(rule: Any) -> dict[str, Any]:
-    """The parameters of a rule as the command line gives them."""
-    fields = [f.name for f in dataclasses.fields(rule) if f.name != "seed"]
-    params = {name: getattr(rule, name) for name in fields}
-    if "inner" in params:
-        inner = params.pop("inner")
-        params |= {"inner": name_of(type(inner)), **named(inner)}
-    return params
-
-
-def name_of(kind: type) -> str:
-    return next(name for name in load_rules() if load_rules()[name] is kind)
-
-
-CASES = [(name, named(rule)) for name in load_rules() for rule in load_rules()[name].examples()]
+CASES = [
+    (name, params)
+    for name in load_rules()
+    for params in EXAMPLES.get(name, [load_rules()[name].typical()])
+]
 
 
 class LastState(Callback):

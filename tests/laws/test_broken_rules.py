@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
@@ -11,30 +10,24 @@ from torch import Tensor
 from deltafl.algebra.deltas import Deltas
 from deltafl.algebra.tensors import lazy
 from deltafl.errors import DeltaflError
-from deltafl.rules.rule import NO_TRANSFORMS, Traits
+from deltafl.rules.rule import CoordinateRule, Transform
 from laws import laws
 from laws.worlds import make, registered, rules
 
 
 @dataclass(frozen=True)
-class Coordinate:
+class Coordinate(CoordinateRule):
     """A coordinate rule that promises everything."""
 
     function: Callable[[Tensor, Sequence[float]], Tensor]
-
-    traits = Traits()
-    transforms = NO_TRANSFORMS
 
     def combine(self, block: Tensor, weights: Sequence[float]) -> Tensor:
         return self.function(block, weights)
 
 
 @dataclass(frozen=True)
-class Forgiving:
+class Forgiving(Transform):
     """A transform that hides NaN and Inf."""
-
-    density = None
-    per_tensor = False
 
     def apply(self, block: Tensor, model: int, name: str, start: int, threshold: float) -> Tensor:
         return block.nan_to_num_(0.0, 0.0, 0.0)
@@ -80,15 +73,8 @@ def test_a_broken_rule_fails_its_law(law):
 
 def test_a_rule_is_held_to_the_laws_by_being_registered():
     @dataclass(frozen=True)
-    class Largest:
+    class Largest(CoordinateRule):
         """Not odd, though its traits say so."""
-
-        traits = Traits()
-        transforms = NO_TRANSFORMS
-
-        @classmethod
-        def examples(cls) -> Any:
-            return (cls(),)
 
         def combine(self, block: Tensor, weights: Sequence[float]) -> Tensor:
             return block.amax(0)

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from deltafl.algebra.aggregate import core_of
 from laws import laws
+from laws.tensor_rules import TENSOR_RULES
 from laws.worlds import make, rules, worlds
 
 EXACT_TIES_BY_ORDER = {laws.order_free, laws.float64_agrees, laws.coordinate_symmetric}
@@ -17,28 +17,31 @@ WITHOUT_SHRINKING = settings(
 """A world is a seed and a few choices: nothing to shrink, and trying would take minutes."""
 
 
+ALL = [*rules(), *TENSOR_RULES]
+
+
 def named(value: object) -> str:
     return getattr(value, "__name__", repr(value))
 
 
-@pytest.mark.parametrize("rule", rules(), ids=named)
+@pytest.mark.parametrize("rule", ALL, ids=named)
 @pytest.mark.parametrize("law", laws.LAWS, ids=named)
 @WITHOUT_SHRINKING
 @given(data=st.data())
 def test_every_rule_keeps_the_law(law, rule, data):
-    by_distance = getattr(core_of(rule), "needs_gram", False) and law in EXACT_TIES_BY_ORDER
+    by_distance = (rule.core.needs_gram or rule in TENSOR_RULES) and law in EXACT_TIES_BY_ORDER
     law(
         rule,
         data.draw(worlds(kinds=("normal",) if by_distance else ("normal", "grid", "bfloat16"))),
     )
 
 
-@pytest.mark.parametrize("rule", rules(), ids=named)
+@pytest.mark.parametrize("rule", ALL, ids=named)
 def test_blocks_memory_and_threads_give_the_same_bits(rule):
     laws.streams(rule, replace(laws.large_world(), weights=(1.0, 2.0, 1.0, -0.5)))
 
 
-@pytest.mark.parametrize("rule", rules(), ids=named)
+@pytest.mark.parametrize("rule", ALL, ids=named)
 def test_nan_and_inf_are_refused(rule):
     for weights in (None, (1.0, 2.0, 2.0)):
         laws.refuses_nonfinite(rule, replace(make(3, seed=3), weights=weights))

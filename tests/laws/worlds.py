@@ -13,7 +13,7 @@ from deltafl.algebra.aggregate import Aggregate, WeightsLike, check_rule
 from deltafl.algebra.deltas import Update
 from deltafl.algebra.tensors import BLOCK, Lazy, Spec
 from deltafl.errors import DeltaflError
-from deltafl.rules.rule import RULES, Rule, Source, load_rules
+from deltafl.rules.rule import RULES, Rule, Source, build_rule, load_rules
 
 SHAPES = {"layer.weight": (5, 7), "layer.bias": (33,), "scale": (), "nothing": (0, 3)}
 LARGE = {"head": (3,), "embedding": (BLOCK + 3,), "scale": ()}
@@ -21,10 +21,31 @@ LARGE = {"head": (3,), "embedding": (BLOCK + 3,), "scale": ()}
 Delta = dict[str, Tensor]
 
 
+EXAMPLES: dict[str, list[dict[str, Any]]] = {
+    "cclip": [{"rho": 1.0}, {"rho": 0.5, "unit": "quantile"},
+              {"rho": 0.5, "unit": "quantile", "iterations": 3}],
+    "dare": [{"drop_rate": 0.5, "seed": 0},
+             {"drop_rate": 0.9, "inner": "ties", "density": 0.5, "seed": 0}],
+    "fedgma": [{"rho": 0.0}, {"rho": 0.6}, {"rho": 1.0}],
+    "fednova": [{}, {"normalizer": "momentum"}, {"normalizer": "prox"}],
+    "median": [{}, {"middle": "lower"}],
+    "multi_krum": [{}, {"num_selected": 2}],
+    "ties": [{}, {"density": 0.5, "merge": "sum"}, {"density": 0.5, "per_tensor": True},
+             {"density": 1.0}, {"density": 0.5, "zero_sum": "positive"}],
+    "trimmed_mean": [{"trim": 0}, {"trim": 1}],
+}  # fmt: skip
+"""Parameters that rules are tried with; the other rules, and new ones, with their typical ones."""
+
+
+def examples(name: str) -> list[Rule]:
+    """Instances of one rule."""
+    rule = load_rules()[name]
+    return [build_rule(name, params) for params in EXAMPLES.get(name, [rule.typical()])]
+
+
 def rules() -> list[Rule]:
-    """Every example of every registered rule, those of a rule that is registered later included."""
-    registry = load_rules()
-    return [example for name in registry for example in registry[name].examples()]
+    """Examples of every registered rule, those of a rule that is registered later included."""
+    return [example for name in load_rules() for example in examples(name)]
 
 
 @contextmanager

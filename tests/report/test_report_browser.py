@@ -8,8 +8,9 @@ import subprocess
 
 import pytest
 
-from deltafl.report import inspect_page, quickstart_page, render
-from report_samples import inspect_result, quickstart_result
+import report_samples as samples
+from deltafl import report
+from deltafl.report.page import to_html
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -29,7 +30,7 @@ addEventListener("load", () => {{
   const seen = [...d.querySelectorAll("svg")].filter(e => e.getClientRects().length).map(e => {{
     const box = e.getBoundingClientRect();
     const texts = [...e.querySelectorAll("text")].map(t => t.getBoundingClientRect());
-    return {{width: box.width, height: box.height, label: e.getAttribute("aria-label"),
+    return {{width: box.width, height: box.height, label: e.parentElement.getAttribute("aria-label"),
       left: Math.min(...texts.map(t => t.left)) - box.left, right: box.right - Math.max(...texts.map(t => t.right)),
       smallest: Math.min(...[...e.querySelectorAll("text")].map(t =>
         parseFloat(w.getComputedStyle(t).fontSize) * box.width / e.viewBox.baseVal.width))}};
@@ -38,7 +39,8 @@ addEventListener("load", () => {{
     e => parseFloat(w.getComputedStyle(e).fontSize));
   document.querySelector("pre").textContent = JSON.stringify({{
     inner: w.innerWidth, scroll: d.documentElement.scrollWidth, figures: d.querySelectorAll("figure").length,
-    seen, smallest: Math.min(...sizes), background: w.getComputedStyle(d.documentElement).backgroundColor,
+    seen, cut: [...d.querySelectorAll(".scroll")].filter(e => e.scrollWidth > e.clientWidth).length,
+    smallest: Math.min(...sizes), background: w.getComputedStyle(d.documentElement).backgroundColor,
     ink: w.getComputedStyle(d.querySelector("figure svg text")).fill,
     fetched: w.performance.getEntriesByType("resource").map(e => e.name)}});
 }});
@@ -48,8 +50,10 @@ addEventListener("load", () => {{
 @pytest.fixture(scope="module")
 def pages() -> dict[str, str]:
     return {
-        "quickstart": render(quickstart_page(quickstart_result())),
-        "inspect": render(inspect_page(inspect_result())),
+        "quickstart": to_html(report.search_page(samples.quickstart_result(), story=True)),
+        "inspect": to_html(report.inspect_page(samples.inspect_result())),
+        "federated": to_html(report.run_page(*samples.federated_result())),
+        "comparison": to_html(report.comparison_page(samples.comparison_result())),
     }
 
 
@@ -59,29 +63,12 @@ def measure(folder, page: str, width: int, height: int, dark: bool = False) -> d
         HARNESS.format(width=width, height=height, page=html.escape(page)), encoding="utf-8"
     )
     command = [
-        str(CHROMIUM),
-        *(
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-quic",
-            "--no-first-run",
-            "--disable-sync",
-        ),
-        *(
-            "--disable-background-networking",
-            "--disable-component-update",
-            f"--user-data-dir={folder / 'profile'}",
-        ),
-        *(
-            "--host-resolver-rules=MAP * ~NOTFOUND",
-            "--enable-logging=stderr",
-            "--window-size=1400,1000",
-        ),
-        f"--blink-settings=preferredColorScheme={0 if dark else 1}",
-        "--dump-dom",
-        harness.as_uri(),
-    ]
+        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-sync", "--disable-background-networking", "--disable-component-update",
+        f"--user-data-dir={folder / 'profile'}", "--host-resolver-rules=MAP * ~NOTFOUND",
+        "--enable-logging=stderr", "--window-size=1400,1000",
+        f"--blink-settings=preferredColorScheme={0 if dark else 1}", "--dump-dom", harness.as_uri(),
+    ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert "CONSOLE" not in done.stderr
     found = re.search(r"<pre>(.+?)</pre>\s*<script>", done.stdout, re.S)
@@ -89,14 +76,15 @@ def measure(folder, page: str, width: int, height: int, dark: bool = False) -> d
     return json.loads(html.unescape(found[1]))
 
 
-@pytest.mark.parametrize("size", [(360, 780), (390, 844), (1280, 900)])
-@pytest.mark.parametrize("name", ["quickstart", "inspect"])
+@pytest.mark.parametrize("size", [(360, 780), (1280, 900)])
+@pytest.mark.parametrize("name", ["quickstart", "inspect", "federated", "comparison"])
 def test_a_page_fits_and_shows_every_figure(tmp_path, pages, name, size):
     got = measure(tmp_path, pages[name], *size)
     assert got["inner"] == size[0]
     assert got["scroll"] <= got["inner"]
     assert got["smallest"] >= 16
     assert got["fetched"] == []
+    assert size[0] < 1000 or got["cut"] == 0
     assert len(got["seen"]) == got["figures"] > 0
     for chart in got["seen"]:
         assert chart["width"] > 300

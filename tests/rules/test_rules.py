@@ -8,9 +8,18 @@ from deltafl.errors import DeltaflError
 from deltafl.registry import Registry
 from deltafl.rules.cclip import CClip
 from deltafl.rules.dare import Dare
-from deltafl.rules.rule import RULES, CoordinateRule, LinearRule, build_rule, load_rules, parameters
+from deltafl.rules.rule import (
+    RULES,
+    CoordinateRule,
+    LinearRule,
+    TensorRule,
+    build_rule,
+    load_rules,
+    parameters,
+)
 from deltafl.rules.task_arithmetic import TaskArithmetic
 from deltafl.rules.ties import Ties
+from laws.worlds import examples
 
 METHODS = [
     "cclip",
@@ -32,11 +41,13 @@ def test_every_method_is_registered():
     assert set(METHODS) <= set(load_rules())
 
 
+KINDS = (LinearRule, CoordinateRule, TensorRule)
+
+
 @pytest.mark.parametrize("name", METHODS)
-def test_a_rule_is_frozen_and_linear_or_by_coordinates(name):
-    for rule in load_rules()[name].examples():
-        core = rule.inner if name == "dare" else rule
-        assert isinstance(core, LinearRule) != isinstance(core, CoordinateRule)
+def test_a_rule_is_frozen_and_of_one_kind(name):
+    for rule in examples(name):
+        assert sum(isinstance(rule.core, kind) for kind in KINDS) == 1
         field = next(iter(dataclasses.fields(rule)), None)
         if field:
             with pytest.raises(dataclasses.FrozenInstanceError):

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltafl.tasks.selection import hold_out, select, stratified
+from deltafl.tasks.selection import select, stratified
 
 
 @settings(deadline=None, max_examples=60)
@@ -30,7 +30,8 @@ def test_every_row_can_be_chosen():
 @given(st.lists(st.integers(0, 5), min_size=12, max_size=80), st.floats(0.01, 0.9))
 def test_held_out_rows_divide_train_and_empty_no_class(labels, fraction):
     labels = np.array(labels)
-    train, val = hold_out(labels, round(fraction * len(labels)), np.random.default_rng(0))
+    rows = select({"train": labels, "test": labels}, 0, fraction)
+    train, val = rows["train"][1], rows["val"][1]
     assert np.array_equal(np.sort(np.concatenate([train, val])), np.arange(len(labels)))
     assert set(labels[train]) == set(labels)
 

@@ -67,11 +67,11 @@ def test_limit_holds_for_it_too():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("floats", r'split train of task "mine": images are torch.float32 \(8, 3, 8, 8\); images'),
-        ("wrong_labels", "split train .*labels are torch.float32"),
+        ("floats", 'split train of task "mine" must be Images of uint8'),
+        ("wrong_labels", "split train .* must be Images of uint8"),
         ("outside", "label of row 2 is 2, but there are 2 class names"),
         ("empty", 'split train of task "mine" is empty'),
-        ("no_test", 'task "mine" has no test split'),
+        ("no_test", 'split test of task "mine" must be Images'),
         ("nothing", r"returned NoneType, not a deltafl.tasks.Task; return ImageTask\(name,"),
         ("old", r"is called with \(inputs, seed\); inputs has image_size and channels"),
         ("goood", 'no callable "goood"; did you mean "good"'),

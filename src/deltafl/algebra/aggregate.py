@@ -6,8 +6,8 @@ in-memory and federated results are the same bits by construction.
 """
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from deltafl.algebra.reductions import gram_matrix, magnitude_thresholds
 from deltafl.algebra.streaming import OnElements, ignore
 from deltafl.algebra.tensors import Lazy, Spec, Tensors, lazy, memory_like, round_once
 from deltafl.errors import DeltaflError, shorten
-from deltafl.rules.rule import LinearRule, Rule, Stats, check_rule, core_of
+from deltafl.rules.rule import CoordinateRule, LinearRule, Rule, Stats, TensorRule, check_rule
 from deltafl.rules.weights import Weights, WeightsLike, as_weights, shares
 
 
@@ -42,7 +42,9 @@ class Aggregate(Lazy):
         check_rule(rule, sources)
         self.weights = as_weights(weights, len(updates))
         self.report: dict[str, object] = {}
-        self._core = core_of(rule)
+        self._core = rule.core
+        self.whole = isinstance(self._core, TensorRule)
+        self._last = _LastTensor()
         self._deltas = Deltas(updates, self.weights, dtype)
         self.names = self._deltas.weights_of
         for transform in rule.transforms:
@@ -54,14 +56,14 @@ class Aggregate(Lazy):
                 names = (s.name for s in sources)
                 self.report["kept_fraction"] = dict(zip(names, kept, strict=True))
             self._deltas.transform(transform, thresholds)
-        self._stats = Stats(sources)
         self._coefficients: dict[tuple[float, ...], tuple[float, ...]] = {}
-        self._is_linear = isinstance(self._core, LinearRule)  # asked once: it takes long
         if isinstance(self._core, LinearRule):
+            gram = torch.empty(0, 0, dtype=torch.float64)
             if self._core.needs_gram:
-                self._stats = Stats(sources, gram_matrix(self._deltas, threads, on_elements))
+                gram = gram_matrix(self._deltas, threads, on_elements)
+            self._stats = Stats(sources, gram)
             if any(self.weights.default):
-                self.report["coefficients"] = list(self._linear(self.weights.default))
+                self.report["coefficients"] = list(self._linear(self._core, self.weights.default))
 
     def spec(self, name: str) -> Spec:
         return self._deltas.spec(name)
@@ -71,23 +73,45 @@ class Aggregate(Lazy):
         if not any(weights):
             out.zero_()
             return
-        if self._is_linear:
+        if isinstance(self._core, LinearRule):
             total = memory_like(out, spec.dtype, spec.device)
-            self._combine(self._linear(weights), name, start, total)
-            checked = total.sum()
-        else:
+            self._combine(self._linear(self._core, weights), name, start, total)
+            self._check(total, name, start, stop)
+        elif isinstance(self._core, CoordinateRule):
             stack = self._deltas.stack(name, start, stop)
-            checked = stack.sum()
-            total = self._core.combine(stack, shares(weights))  # type: ignore[union-attr]
-            if total.shape != out.shape or total.dtype != spec.dtype:
-                raise DeltaflError(
-                    f"{type(self._core).__name__}: combine gives {tuple(total.shape)} {total.dtype} "
-                    f"for a block of {tuple(out.shape)} {spec.dtype}; a rule keeps both"
-                )
-        if not math.isfinite(checked):
-            self._deltas.refuse_nonfinite(name, start, stop)
+            self._check(stack, name, start, stop)
+            total = self._core.combine(stack, shares(weights))
+            self._refuse_other(total, out.shape, spec.dtype)
+        else:
+            total = self._whole(name, weights)[start:stop]
+            if stop == spec.numel:
+                self._last.name = self._last.tensor = None
         if total is not out:
             out.copy_(total)
+
+    def _whole(self, name: str, weights: Sequence[float]) -> Tensor:
+        """R of a whole tensor, flat; held until its end is read."""
+        last, spec = self._last, self.spec(name)
+        if last.name != name or last.tensor is None:
+            last.name = last.tensor = None
+            stack = self._deltas.stack(name, 0, spec.numel)
+            self._check(stack, name, 0, spec.numel)
+            assert isinstance(self._core, TensorRule)
+            tensor = self._core.combine(stack.view(len(stack), *spec.shape), shares(weights))
+            self._refuse_other(tensor, spec.shape, spec.dtype)
+            last.name, last.tensor = name, tensor.reshape(-1)
+        return last.tensor
+
+    def _check(self, values: Tensor, name: str, start: int, stop: int) -> None:
+        if not math.isfinite(values.sum()):
+            self._deltas.refuse_nonfinite(name, start, stop)
+
+    def _refuse_other(self, result: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        if result.shape != shape or result.dtype != dtype:
+            raise DeltaflError(
+                f"{type(self._core).__name__}: combine gives {tuple(result.shape)} {result.dtype} "
+                f"for deltas of {tuple(shape)} {dtype}; a rule keeps both"
+            )
 
     def _combine(self, coefficients: Sequence[float], name: str, start: int, total: Tensor) -> None:
         """total = sum_i c_i delta_i in the order of the models; equal coefficients multiply once."""
@@ -103,12 +127,18 @@ class Aggregate(Lazy):
         if equal:
             total.mul_(coefficients[0])
 
-    def _linear(self, weights: tuple[float, ...]) -> tuple[float, ...]:
+    def _linear(self, core: LinearRule, weights: tuple[float, ...]) -> tuple[float, ...]:
         if weights not in self._coefficients:
-            core = cast(LinearRule, self._core)
             p = torch.tensor(shares(weights), dtype=torch.float64)
             self._coefficients[weights] = tuple(core.coefficients(self._stats, p).tolist())
         return self._coefficients[weights]
+
+
+class _LastTensor(threading.local):
+    """The tensor that a thread combined last."""
+
+    name: str | None = None
+    tensor: Tensor | None = None
 
 
 class Stepped(Lazy):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deltafl.algebra.tensors import Lazy, Spec, Tensors, lazy, memory_like
+from deltafl.algebra.tensors import Lazy, Spec, Tensors, blocks, lazy, memory_like
 from deltafl.errors import DeltaflError, shorten
 from deltafl.rules.rule import Source, Transform
 from deltafl.rules.weights import Weights
@@ -153,8 +153,9 @@ class Deltas:
         """All deltas, (n, stop - start); the caller's own."""
         shape = (len(self.updates), stop - start)
         stack = torch.empty(shape, dtype=self.dtype, device=self.spec(name).device)
-        for i, row in enumerate(stack.unbind()):
-            self.read(i, name, start, row)
+        for first, last in blocks(stop - start):
+            for i, row in enumerate(stack[:, first:last].unbind()):
+                self.read(i, name, start + first, row)
         return stack
 
     def refuse_nonfinite(self, name: str, start: int, stop: int) -> None:

@@ -32,15 +32,20 @@ def length(group: Sequence[Piece]) -> int:
     return sum(stop - start for _, start, stop in group)
 
 
-def chunks(sizes: Sequence[tuple[str, int]], chunk: int = CHUNK) -> Iterator[list[Piece]]:
-    """Blocks (name, start, stop) of all tensors in order, grouped into units of about `chunk` elements."""
+def chunks(
+    sizes: Sequence[tuple[str, int]], chunk: int = CHUNK, *, whole: bool = False
+) -> Iterator[list[Piece]]:
+    """Blocks (name, start, stop) of all tensors in order, in units of about `chunk` elements.
+
+    whole: all blocks of a tensor are in one unit.
+    """
     group: list[Piece] = []
     held = 0
     for name, numel in sizes:
         for start, stop in blocks(numel):
             group.append((name, start, stop))
             held += stop - start
-            if held >= chunk:
+            if held >= chunk and (stop == numel or not whole):
                 yield group
                 group, held = [], 0
     if group:

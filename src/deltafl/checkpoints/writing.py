@@ -128,7 +128,7 @@ def write_tensors(
                 _write_all(handles[entry.file], data, entry.start + start * SIZES[entry.dtype])
 
         sizes = [(name, entries[name].numel) for name in tensors]
-        groups = list(chunks(sizes))
+        groups = list(chunks(sizes, whole=source.whole))
         with ThreadPoolExecutor(1) as background:
             sent, unsent = Future[None](), 0
             sent.set_result(None)

@@ -108,12 +108,10 @@ def centralized(
 
 def write_report(out: Path, result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
     """OUT/report.html and OUT/figure.png."""
-    from deltafl.files import write_atomically
-    from deltafl.report import render
-    from deltafl.report.training import training_figure, training_page
+    from deltafl.files import write_files
+    from deltafl.report import page_files, run_page
 
-    write_atomically(out / "report.html", render(training_page(result, rows)).encode())
-    write_atomically(out / "figure.png", training_figure(result, rows))
+    write_files(out, page_files(run_page(result, rows)))
 
 
 def summary(result: Mapping[str, Any], out: Path) -> str:

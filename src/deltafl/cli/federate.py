@@ -12,10 +12,9 @@ from deltafl.cli.text import as_bytes, table
 from deltafl.errors import DeltaflError
 from deltafl.federated import FederatedRecipe
 from deltafl.federated import federate as run
-from deltafl.files import check_output, write_atomically
+from deltafl.files import check_output, write_files
 from deltafl.models import load_net
-from deltafl.report import render
-from deltafl.report.federated import federated_figure, federated_page
+from deltafl.report import page_files, run_page
 from deltafl.tasks import load_task
 from deltafl.training.tensorboard import check_installed, write_scalars
 
@@ -71,8 +70,7 @@ def federate(
 
 def write_report(out: Path, result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
     """OUT/report.html and OUT/figure.png."""
-    write_atomically(out / "report.html", render(federated_page(result, rows)).encode())
-    write_atomically(out / "figure.png", federated_figure(rows))
+    write_files(out, page_files(run_page(result, rows)))
 
 
 def summary(result: Mapping[str, Any], out: Path) -> str:

@@ -1,6 +1,6 @@
 """`deltafl inspect`."""
 
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -10,7 +10,7 @@ from deltafl.cli.command import quiet, recipe_command
 from deltafl.cli.merge import load_recipe, outside
 from deltafl.cli.progress import drawn_progress
 from deltafl.cli.text import table
-from deltafl.files import atomic_folder, check_output
+from deltafl.files import check_output
 from deltafl.merge.plan import plan_merge
 from deltafl.merge.recipe import DeltaRecipe, MergeRecipe
 
@@ -33,47 +33,25 @@ def inspect(recipe: MergeRecipe, quiet: bool) -> None:
 
         with drawn_progress(quiet=quiet) as show, open_updates(plan) as opened:
             result = inspect_models(plan, opened, show)
+        from deltafl.cli.results import as_text, write_result
+        from deltafl.report import inspect_page
+        from deltafl.report.inspection import training_table
+    click.echo(as_text(training_table(result["training"])))
     click.echo(text(result))
     click.echo("\n".join(outside(plan)))
     if recipe.out is not None:
-        write(result, recipe.out, recipe.overwrite)
-        click.echo(f"report: {Path(recipe.out) / 'report.html'}")
+        page = inspect_page(result)
+        write_result(recipe.out, recipe.overwrite, page, "inspect.json", result)
 
 
-def text(result: dict[str, Any]) -> str:
-    """Norms, training and cosines as plain tables, then notes and advice."""
-    names = result["models"]
-
-    def known(value: Any) -> str:
-        return "?" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-
-    facts = [
-        (
-            t["model"],
-            f"{t['norm']:.4g}",
-            *(known(t[k]) for k in ("num_steps", "num_examples", "lr", "task")),
-        )
-        for t in result["training"]
-    ]
-    parts = [table(("model", "norm", "steps", "examples", "lr", "task"), facts)]
+def text(result: Mapping[str, Any]) -> str:
+    """Cosines and signs as plain tables, then notes and advice."""
+    parts, names = [], result["models"]
     for key, title in (("cosine", "cosine"), ("sign_agreement", "same sign")):
         rows = [
             (name, *("-" if v is None else f"{v:.3f}" for v in row))
             for name, row in zip(names, result[key]["matrix"], strict=True)
         ]
         parts.append(table((title, *names), rows))
-    said = [f"note: {note}" for note in result["notes"]] + [
-        f"- {line}" for line in result["advice"]
-    ]
-    return "\n\n".join([*parts, "\n".join(said)])
-
-
-def write(result: dict[str, Any], out: str, overwrite: bool) -> None:
-    """report.html, figure.png, inspect.json, whole or not at all."""
-    from deltafl.report import inspect_figure, inspect_page, render
-    from deltafl.training.record import write_json
-
-    with atomic_folder(out, overwrite=overwrite) as folder:
-        (folder / "report.html").write_text(render(inspect_page(result)))
-        (folder / "figure.png").write_bytes(inspect_figure(result, "png"))
-        write_json(folder / "inspect.json", result)
+    lines = [f"note: {note}" for note in result["notes"]] + [f"- {a}" for a in result["advice"]]
+    return "\n\n".join(["", *parts, "\n".join(lines)])

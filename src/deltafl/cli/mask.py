@@ -11,17 +11,15 @@ from pydantic import Field
 
 from deltafl.algebra.tensors import device_named
 from deltafl.cli.command import recipe_options
-from deltafl.cli.text import table
+from deltafl.cli.results import as_text
 from deltafl.errors import DeltaflError
 from deltafl.federated.recipe import ClientsRecipe
 from deltafl.federated.setup import MASK_FILE, fit_head, make_mask, make_shards
 from deltafl.federated.sparse_bridge import encoder_view, of_encoder
-from deltafl.files import atomic_folder, check_output
+from deltafl.files import atomic_folder, check_output, write_files
 from deltafl.models import load_net
 from deltafl.recipes import Incidental, read_recipe
-from deltafl.report import render
-from deltafl.report.mask import kinds_table, mask_figure, mask_page
-from deltafl.report.tables import show
+from deltafl.report import kinds_table, mask_page, page_files
 from deltafl.sparse.eligible import Eligible, eligible
 from deltafl.sparse.masks import (
     Mask,
@@ -182,11 +180,7 @@ def text(result: Mapping[str, Any]) -> str:
     if reasons:
         excluded = "; ".join(f"{count} tensors, {why}" for why, count in reasons.items())
         lines.append(f"excluded: {result['parameters'] - eligible:,} coordinates ({excluded})")
-    shown = kinds_table(result)
-    rows = [
-        [show(c, cell) for c, cell in zip(shown.columns, row, strict=True)] for row in shown.rows
-    ]
-    return "\n".join([*lines, "", table([column.name for column in shown.columns], rows)])
+    return "\n".join([*lines, "", as_text(kinds_table(result))])
 
 
 def write(made: Mask | None, result: Mapping[str, Any], out: str, overwrite: bool) -> None:
@@ -196,5 +190,4 @@ def write(made: Mask | None, result: Mapping[str, Any], out: str, overwrite: boo
         if made is not None:
             save_mask(of_encoder(made), folder / MASK_FILE, result["model_hash"], result["made"])
         write_json(folder / "mask.json", result)
-        (folder / "figure.png").write_bytes(mask_figure(result))
-        (folder / "report.html").write_text(render(mask_page(result)), encoding="utf-8")
+        write_files(folder, page_files(mask_page(result)))

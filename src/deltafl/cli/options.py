@@ -6,7 +6,6 @@ import time
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import click
@@ -202,12 +201,3 @@ def progress_by_stage(*, quiet: bool) -> Iterator[Callable[[str, int, int], None
             draw()
 
         yield show
-
-
-def write_table(numbers: Any, stem: Path) -> None:
-    """STEM.md, .csv and .tex of a report's table."""
-    from deltafl.files import write_atomically
-    from deltafl.report import to_csv, to_latex, to_markdown
-
-    for suffix, write in (("md", to_markdown), ("csv", to_csv), ("tex", to_latex)):
-        write_atomically(stem.with_name(f"{stem.name}.{suffix}"), write(numbers).encode())

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from deltafl.cli.options import progress_by_stage
-from deltafl.cli.search import results, write_result
+from deltafl.cli.results import as_text, write_search
 
 
 @click.command()
@@ -17,6 +17,7 @@ def quickstart(out: str, seed: int, overwrite: bool, quiet: bool) -> None:
     """Pre-train, fine-tune, merge, search and test on real digits, offline, in about a minute."""
     from deltafl.experiments.quickstart import run_quickstart
     from deltafl.files import atomic_folder, check_output
+    from deltafl.report import results_table
 
     check_output(out, overwrite=overwrite)
     with (
@@ -25,13 +26,13 @@ def quickstart(out: str, seed: int, overwrite: bool, quiet: bool) -> None:
     ):
         result = run_quickstart(folder, seed=seed, on_stage=on_stage)
         command = f"deltafl quickstart --seed {seed}"
-        write_result(
+        write_search(
             result | {"command": command}, folder, {"command": command, "seed": seed}, story=True
         )
         for file in folder.rglob("*.json"):  # the records name the folder as it will be called
             file.write_text(file.read_text().replace(str(folder), str(Path(out).absolute())))
     if not quiet:
-        click.echo(results(result))
+        click.echo(as_text(results_table(result)))
         merged = Path(out) / "merged"
         made = (
             f"one model for all tasks: {merged}"

@@ -25,8 +25,8 @@ def rules(name: str | None) -> None:
             )
             shown = "default task_arithmetic" if parameter == "inner" else shown
             click.echo(f"  --{parameter.replace('_', '-')}  {shown}")
-        traits = dataclasses.asdict(next(iter(rule.examples())).traits)
+        traits = dataclasses.asdict(rule(**rule.typical()).traits)
         click.echo(
             f"  native scale: {traits.pop('native_scale')}; {', '.join(k for k, v in traits.items() if v)}"
         )
-        click.echo(f"  file: aggregators/{rule.__module__.rsplit('.', 1)[-1]}.py\n")
+        click.echo(f"  file: rules/{rule.__module__.rsplit('.', 1)[-1]}.py\n")

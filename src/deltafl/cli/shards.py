@@ -1,19 +1,18 @@
 """`deltafl shards`."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import click
 
 from deltafl.cli.command import recipe_command
+from deltafl.cli.results import write_result
 from deltafl.cli.text import table
 from deltafl.errors import shorten
 from deltafl.federated.sharding import describe, shard
 from deltafl.federated.sharding.recipe import ShardsRecipe
-from deltafl.files import atomic_folder, check_output
-from deltafl.report import render
-from deltafl.report.shards import shards_figure, shards_page, span
+from deltafl.files import check_output
+from deltafl.report import shards_page
+from deltafl.report.inspection import span
 from deltafl.seeding import keyed_generator
 from deltafl.tasks.images import ImageTask
 from deltafl.tasks.inputs import ImageInput
@@ -52,12 +51,8 @@ def shards(recipe: ShardsRecipe) -> None:
     }
     click.echo(text(result))
     if recipe.out is not None:
-        with atomic_folder(recipe.out, overwrite=recipe.overwrite) as folder:
-            (folder / "report.html").write_text(render(shards_page(result)), encoding="utf-8")
-            (folder / "figure.png").write_bytes(shards_figure(result, "png"))
-            data = json.dumps(result, ensure_ascii=False) + "\n"
-            (folder / "shards.json").write_text(data, encoding="utf-8")
-        click.echo(f"report: {Path(recipe.out) / 'report.html'}")
+        page = shards_page(result)
+        write_result(recipe.out, recipe.overwrite, page, "shards.json", result)
 
 
 def text(result: dict[str, Any]) -> str:

@@ -199,17 +199,4 @@ def run_studies(
             lambda stage, done, total, name=name: show(f"{name}: {stage}", done, total),
         )
         found[name] = STUDIES[name](study, work)
-        write_study(name, found[name], out)
     return found
-
-
-def write_study(name: str, result: Mapping[str, Any], out: Path) -> None:
-    """OUT/NAME/table.md, .csv, .tex, and the study's figures."""
-    from deltafl.cli.options import write_table
-    from deltafl.files import write_atomically
-    from deltafl.report.studies import study_figures, study_tables
-
-    for title, table in study_tables(name, result).items():
-        write_table(table, out / name / title)
-    for file, data in study_figures(name, result).items():
-        write_atomically(out / name / file, data)

@@ -8,7 +8,8 @@ import click
 from pydantic import create_model
 
 from deltafl.cli.command import recipe_options
-from deltafl.cli.options import ManyValues, progress_by_stage, write_table
+from deltafl.cli.options import ManyValues, progress_by_stage
+from deltafl.cli.results import as_text
 from deltafl.cli.studies import (
     check_data,
     make_study,
@@ -205,10 +206,12 @@ def run_suites(
     from deltafl.experiments.quickstart import IMAGE_SIZE
     from deltafl.experiments.studies.study import save_base
     from deltafl.experiments.suite_runs import Bench, preflight, run_suite
-    from deltafl.files import check_output
+    from deltafl.files import check_output, write_files
     from deltafl.models import load_net
     from deltafl.models.encoder import encoder_of
+    from deltafl.report import comparison_page, page_files
     from deltafl.tasks import ImageInput, load_task
+    from deltafl.training.record import write_json
     from deltafl.training.tensorboard import METRICS, check_installed
 
     if tensorboard:
@@ -250,44 +253,14 @@ def run_suites(
             [recipe.data.data] * bool(names) + list(study.tasks if study is not None else [])
         )
     )
-    write_suites(
-        {"model": model, "task": data, "num_runs": num_runs, "suites": suites, "studies": found},
-        out,
-    )
+    result = {"model": model, "task": data, "metric": "accuracy", "num_runs": num_runs}
+    page = comparison_page(result | {"suites": suites, "studies": found})
+    write_files(out, page_files(page))
+    write_json(out / "suite.json", result | {"suites": suites, "studies": found})
     if not quiet:
-        _show(suites, found)
+        for table in page.tables:
+            click.echo(f"{table.caption}\n\n{as_text(table)}\n")
         click.echo(f"report: {out / 'report.html'}")
-
-
-def write_suites(result: dict[str, Any], out: Path) -> None:
-    """suite.json, report.html, and SUITE/table.md, .csv, .tex and figures of the federated suites."""
-    from deltafl.files import write_atomically
-    from deltafl.report import render
-    from deltafl.report.suites import best, suite_figure, suite_table, suites_page
-    from deltafl.training.record import write_json
-
-    for name, summaries in result["suites"].items():
-        table = suite_table(name, summaries)
-        write_table(table, out / name / "table")
-        if best(summaries):
-            for key in ("by_round", "by_bytes"):
-                write_atomically(out / name / f"{key}.png", suite_figure(summaries, key))
-    write_atomically(out / "report.html", render(suites_page(result)).encode())
-    write_json(out / "suite.json", result)
-
-
-def _show(suites: Mapping[str, Any], studies: Mapping[str, Any]) -> None:
-    """All tables on the terminal."""
-    from deltafl.report import to_markdown
-    from deltafl.report.studies import study_tables
-    from deltafl.report.suites import suite_table
-
-    tables = [suite_table(name, summaries) for name, summaries in suites.items()]
-    tables += [
-        table for name, result in studies.items() for table in study_tables(name, result).values()
-    ]
-    for table in tables:
-        click.echo(to_markdown(table))
 
 
 def _pretrain(base: Path, seed: int, show: Any) -> None:

@@ -115,15 +115,8 @@ def mask_strategies(base: FederatedRecipe, options: SuiteOptions) -> list[Row]:
 
 
 def aggregators(base: FederatedRecipe, options: SuiteOptions) -> list[Row]:
-    """Every rule as the server, IID and not, with equal and unequal local steps.
-
-    cclip clips at the median norm; fedgma's rho is 0.6, dare drops half.
-    """
-    needed: dict[str, Changes] = {
-        "cclip": {"rho": 0.5, "unit": "quantile"},
-        "fedgma": {"rho": 0.6},
-        "dare": {"drop_rate": 0.5},
-    }
+    """Every rule as the server with its typical parameters, IID and not, local steps equal and not."""
+    rules = load_rules()
     none = dict.fromkeys(base.server.params)
     return [
         Row(
@@ -133,12 +126,12 @@ def aggregators(base: FederatedRecipe, options: SuiteOptions) -> list[Row]:
                 **sharding,
                 "aggregator": rule,
                 "local_steps_spread": spread,
-                **needed.get(rule, {}),
+                **rules[rule].typical(),
             },
         )
         for label, sharding in (("IID", IID), (f"Nc = {options.nc}", _classes(options.nc)))
         for steps, spread in (("equal", 1.0), ("unequal", options.steps_spread))
-        for rule in load_rules()
+        for rule in rules
     ]
 
 

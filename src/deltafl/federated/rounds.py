@@ -197,13 +197,10 @@ def count_workers(recipe: FederatedRecipe, device: torch.device) -> int:
 def aggregate(updates: Sequence[Update], recipe: FederatedRecipe, number: int) -> Aggregate:
     """R of the updates, weighed by examples where the recipe says so and the rule does not do it itself."""
     sizes = [u.source.num_examples for u in updates]
-    weigh = (
-        recipe.server.client_weights == "examples"
-        and recipe.server.aggregator != "fedavg"
-        and len(set(sizes)) > 1
-    )
-    weights = [float(n or 0) for n in sizes] if weigh else None
-    return Aggregate(recipe.server.rule(recipe.seed + number), updates, weights)
+    rule = recipe.server.rule(recipe.seed + number)
+    by_size = recipe.server.client_weights == "examples" and not rule.core.weighs_examples
+    weigh = by_size and len(set(sizes)) > 1
+    return Aggregate(rule, updates, [float(n or 0) for n in sizes] if weigh else None)
 
 
 def is_finite(update: Update) -> bool:

@@ -12,7 +12,7 @@ from deltafl.algebra.aggregate import Aggregate, Stepped
 from deltafl.errors import DeltaflError
 from deltafl.recipes import OneOf, Recipe
 from deltafl.rules.parameters import RuleParameters
-from deltafl.rules.rule import Rule, build_rule, load_rules, parameters
+from deltafl.rules.rule import Rule, build_rule, load_rules
 
 
 class ServerRecipe(Recipe):
@@ -47,10 +47,8 @@ class ServerRecipe(Recipe):
         Raises:
             DeltaflError: no such rule or parameter.
         """
-        params = dict(self.params)
-        if "seed" in parameters(load_rules()[self.aggregator]):
-            params.setdefault("seed", seed)
-        return build_rule(self.aggregator, params)
+        rule = load_rules()[self.aggregator]
+        return build_rule(self.aggregator, rule.seeded(self.params, seed))
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,7 @@ from torch import Tensor
 from deltafl.algebra.aggregate import Aggregate, Weights
 from deltafl.algebra.streaming import chunks, in_order
 from deltafl.errors import DeltaflError
-from deltafl.rules.rule import Rule, Source, build_rule, check_rule
-
-RHOS = tuple(round(0.1 * i, 1) for i in range(1, 10))
-NORM_LEVELS = 10
+from deltafl.rules.rule import Rule, Source, build_rule, check_rule, load_rules
 
 
 @dataclass(frozen=True)
@@ -66,20 +63,12 @@ class Row:
 
 
 def grid_of(method: str, params: Mapping[str, Any], norms: Sequence[float]) -> list[dict[str, Any]]:
-    """All combinations of a method's parameters: a list is a grid; rho has the paper's grid where it is not given.
+    """All combinations of a method's parameters: a list is a grid; the rule adds its own (`Rule.grid`).
 
-    fedgma: 0.1 .. 0.9; cclip: `NORM_LEVELS` values from the smallest to the largest norm, both included: the largest
-    clips nothing. Raises DeltaflError if a list is empty.
+    Raises DeltaflError if a list is empty.
     """
-    given = dict(params)
-    if method == "fedgma":
-        given.setdefault("rho", list(RHOS))
-    if method == "cclip" and given.get("unit", "absolute") == "absolute":
-        low, high = min(norms), max(norms)
-        levels = [low + (high - low) * i / (NORM_LEVELS - 1) for i in range(NORM_LEVELS - 1)]
-        given.setdefault(
-            "rho", [*levels, high * (1 + 1e-12)]
-        )  # rounding must not clip the longest delta
+    tried = load_rules()[method].grid(params, norms)
+    given = {**params, **{k: v for k, v in tried.items() if k not in params}}
     for key, value in given.items():
         if value == []:
             raise DeltaflError(
@@ -219,7 +208,8 @@ def materialize(aggregate: Aggregate, threads: int) -> tuple[dict[str, Tensor], 
         for name, start, stop in group:
             aggregate.read(name, start, stop, flat[name][start:stop])
 
-    for _ in in_order(fill, list(chunks([(n, t.numel()) for n, t in flat.items()])), threads):
+    sizes = [(name, tensor.numel()) for name, tensor in flat.items()]
+    for _ in in_order(fill, list(chunks(sizes, whole=aggregate.whole)), threads):
         pass
     digest = hashlib.sha256()
     for tensor in flat.values():

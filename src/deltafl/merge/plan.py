@@ -1,39 +1,76 @@
 """The preflight of a merge: everything that headers and metadata tell, compared before any tensor is read."""
 
-import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
+
+from pydantic import ConfigDict
 
 from deltafl.checkpoints import layout as layouts
 from deltafl.checkpoints.align import Alignment, align
 from deltafl.checkpoints.layout import SIZES, Layout
 from deltafl.errors import DeltaflError
 from deltafl.merge.recipe import MergeRecipe, ModelEntry
-from deltafl.rules.rule import Rule, Source, build_rule, check_rule, core_of
+from deltafl.recipes import Recipe, parse
+from deltafl.rules.rule import Rule, Source, TensorRule, build_rule, check_rule
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A merge that has passed the preflight. `num_elements`: of one delta; `passes`: over all inputs."""
+    """A merge that has passed the preflight. `entries`: the base's tensors by name; `layouts`: the models' files."""
 
     recipe: MergeRecipe
     rule: Rule
     base: Layout
+    entries: Mapping[str, Any]
     layouts: Mapping[str, Layout]
     alignment: Alignment
     sources: tuple[Source, ...]
-    num_elements: int
-    passes: int
-    bytes_read: int
-    bytes_written: int
-    working_memory: int
-    threads: int
     notes: tuple[str, ...]
+
+    @property
+    def num_elements(self) -> int:
+        """Of one delta."""
+        return sum(self.entries[name].numel for name in self.alignment.merged)
+
+    @property
+    def passes(self) -> int:
+        """How often all inputs are read."""
+        thresholds = sum(t.density is not None for t in self.rule.transforms)
+        return 1 + thresholds + self.rule.core.needs_gram
+
+    @property
+    def bytes_read(self) -> int:
+        """In all passes."""
+        layouts = (self.base, *self.layouts.values())
+        return self.passes * sum(layout.num_bytes for layout in layouts)
+
+    @property
+    def bytes_written(self) -> int:
+        """Of the output's weights."""
+        width = SIZES.get(self.recipe.stored_dtype or "", 0)
+        return sum(
+            entry.numel * (width if width and entry.floating else SIZES[entry.dtype])
+            for entry in self.entries.values()
+        )
+
+    @property
+    def threads(self) -> int:
+        """As the recipe says, or one for each core, at most 8."""
+        return self.recipe.threads or min(8, os.cpu_count() or 1)
+
+    @property
+    def working_memory(self) -> int:
+        """Bytes of the blocks, or of a `TensorRule` the tensors, that are in work at a time."""
+        elements, merged = 1 << 18, self.alignment.merged
+        if isinstance(self.rule.core, TensorRule):
+            elements = max(self.entries[name].numel for name in merged)
+        width = 8 if self.recipe.exact else 4
+        return self.threads * elements * width * (2 * len(self.layouts) + 6)
 
     @property
     def files(self) -> list[Path]:
@@ -103,47 +140,8 @@ def plan_merge(recipe: MergeRecipe) -> Plan:
     ]
     if problems:
         raise DeltaflError(*problems)
-    notes = [*alignment.notes, *notes]
-    return _plan(recipe, rule, base, found, entries[""], alignment, tuple(sources), notes)
-
-
-def _plan(
-    recipe: MergeRecipe,
-    rule: Rule,
-    base: Layout,
-    found: Mapping[str, Layout],
-    entries: Mapping[str, Any],
-    alignment: Alignment,
-    sources: tuple[Source, ...],
-    notes: Sequence[str],
-) -> Plan:
-    num_elements = sum(entries[n].numel for n in alignment.merged)
-    passes = (
-        1
-        + sum(t.density is not None for t in rule.transforms)
-        + bool(getattr(core_of(rule), "needs_gram", False))
-    )
-    width = SIZES.get(recipe.stored_dtype or "", 0)
-    written = sum(
-        e.numel * (width if width and e.floating else SIZES[e.dtype]) for e in entries.values()
-    )
-    threads = recipe.threads or min(8, os.cpu_count() or 1)
-    block = (8 if recipe.exact else 4) << 18
-    return Plan(
-        recipe=recipe,
-        rule=rule,
-        base=base,
-        layouts=found,
-        alignment=alignment,
-        sources=sources,
-        num_elements=num_elements,
-        passes=passes,
-        bytes_read=passes * (base.num_bytes + sum(x.num_bytes for x in found.values())),
-        bytes_written=written,
-        working_memory=threads * block * (2 * len(found) + 6),
-        threads=threads,
-        notes=tuple(notes),
-    )
+    told = (*alignment.notes, *notes)
+    return Plan(recipe, rule, base, entries[""], found, alignment, tuple(sources), told)
 
 
 def entries_in(layout: Layout) -> Mapping[str, Any]:
@@ -155,41 +153,43 @@ def entries_in(layout: Layout) -> Mapping[str, Any]:
     return entries_of(open_tensors(layout))
 
 
+class _Training(Recipe):
+    """What of a training.json must be right where it is there."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    num_examples: int | None = None
+    num_steps: int | None = None
+    seed: int | None = None
+    lr: float | None = None
+    momentum: float | None = None
+    prox_mu: float | None = None
+    base: dict[str, Any] | None = None
+
+
 def read_training(layout: Layout) -> dict[str, Any]:
-    """What training.json beside the weights says; {} if there is none. Raises DeltaflError if it cannot be read."""
+    """What training.json beside the weights says; {} if there is none. Raises DeltaflError if it cannot be right."""
     file = layout.folder / "training.json"
     if not file.is_file():
         return {}
     try:
-        held = json.loads(file.read_text())
+        data = json.loads(file.read_text())
+        problems = [] if isinstance(data, dict) else ["is not a JSON object"]
+        parse(_Training, data if isinstance(data, dict) else {})
     except ValueError:
-        raise DeltaflError(f'"{file}": is not valid JSON; mend or remove it') from None
-    if not isinstance(held, dict):
-        raise DeltaflError(f'"{file}": is not a JSON object; mend or remove it')
-    wrong = [
-        f'"{file}": {key} is {value!r}; it must be {wanted}; mend or remove it'
-        for key, (kind, wanted) in _KINDS.items()
-        if (value := held.get(key)) is not None
-        and (isinstance(value, bool) or not isinstance(value, kind))
-    ]
-    if wrong:
-        raise DeltaflError(*wrong)
-    return held
-
-
-_KINDS: dict[str, tuple[Any, str]] = {
-    **dict.fromkeys(("num_examples", "num_steps", "seed"), (int, "a whole number")),
-    **dict.fromkeys(("lr", "momentum", "prox_mu"), ((int, float), "a number")),
-    "base": (dict, "an object"),
-}
+        problems = ["is not valid JSON"]
+    except DeltaflError as error:
+        problems = list(error.problems)
+    if problems:
+        raise DeltaflError(*(f'"{file}": {line}; mend or remove it' for line in problems))
+    return data
 
 
 def source_of(name: str, model: ModelEntry, trained: Mapping[str, Any]) -> Source:
     """The Source of a model: what the user says goes before what training.json says."""
-    known = {f.name: trained.get(f.name) for f in dataclasses.fields(Source) if f.name != "name"}
-    told = {"num_steps": model.num_steps, "num_examples": model.num_examples}
-    known |= {key: value for key, value in told.items() if value is not None}
-    return Source(name, **known)
+    told = {k: v for k, v in model if v is not None and k in ("num_steps", "num_examples")}
+    known = {k: trained.get(k) for k in _Training.model_fields if k not in ("seed", "base")}
+    return Source(name, **known | told)
 
 
 def other_base(name: str, trained: Mapping[str, Any], base: Layout) -> str | None:

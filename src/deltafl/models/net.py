@@ -15,7 +15,7 @@ from deltafl.checkpoints.naming import match
 from deltafl.errors import DeltaflError, shorten
 from deltafl.models.head_recipe import HeadFit, HeadRecipe
 from deltafl.tasks.inputs import ImageInput, TextInput
-from deltafl.tasks.task import Task
+from deltafl.tasks.task import Task, check_task
 
 WEIGHTS = "model.safetensors"
 
@@ -171,13 +171,16 @@ class Net:
         the head that `recipe` names, and a causal language model needs none.
 
         Raises:
-            DeltaflError: a head of another model or task, or one that this model cannot have.
+            DeltaflError: a head of another model or task, one that this model cannot have, or a task
+                that does not keep what `Task` promises.
         """
         self.format.prepare(self, task, recipe, fit or HeadFit())
+        check_task(task, self, self.device)
 
     def check(self, task: Task) -> None:
         """Raise DeltaflError where the model cannot do `task` as it is: it has no head, or another's."""
         self.format.check(self, task)
+        check_task(task, self, self.device)
 
     def save(self, folder: Path) -> None:
         """Write the model into the existing `folder`, so that `load_net(folder)` gives it back."""

@@ -1,28 +1,23 @@
 """Zero-shot heads: what CLIP's text tower says of the classes' names. transformers is imported late."""
 
 import json
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from deltafl.checkpoints.layout import Layout, read_layout
 from deltafl.errors import DeltaflError, shorten
-from deltafl.files import write_atomically
 from deltafl.models.families import attempt, quiet, read_config
 from deltafl.models.fit import HEADS
 from deltafl.models.head import Head
 from deltafl.models.head_recipe import HeadFit, HeadRecipe
 from deltafl.models.net import Net
-from deltafl.tasks.cache import content_hash, default_cache_dir, key_of, writing_to
+from deltafl.tasks.cache import Made, kept, stamps
 from deltafl.tasks.catalogue import prompt_names, prompt_templates
 from deltafl.tasks.images import ImageTask
-
-logger = logging.getLogger(__name__)
 
 FORMAT = 1
 """Raise it when the same inputs should give other embeddings: cached ones are then not found."""
@@ -53,7 +48,6 @@ def zero_shot_head(
     *,
     templates: Sequence[str] | None = None,
     device: torch.device | str = "cpu",
-    cache_dir: Path | None = None,
 ) -> Head:
     """A head on L2-normalised image embeddings of the CLIP model `ref`, made from its text tower.
 
@@ -64,8 +58,8 @@ def zero_shot_head(
 
     ref: a directory or hub id of a whole CLIP model with its tokenizer. task, class_names: of the
     data; the prompts speak of `prompt_names` of them. templates: prompts with {} for the class; None:
-    the catalogue's. Embeddings are kept under `cache_dir`/zero-shot (default: the data's cache) by
-    the content of the model, task, names and templates.
+    the catalogue's. Embeddings are kept in the data's cache by the model's files, names and
+    templates.
 
     Raises:
         DeltaflError: no CLIP model, no text tower, no tokenizer, another number of classes than the
@@ -82,16 +76,14 @@ def zero_shot_head(
             "no templates; write one on each line, with {} for the name of the class"
         )
     layout = _clip_layout(ref)
-    folder = cache_dir or default_cache_dir()
-    with writing_to(folder):
-        content = content_hash(_files(layout), folder)
-    made_of = {"model": content, "task": task, "names": names, "templates": chosen}
-    file = folder / "zero-shot" / f"{key_of(made_of | {'format': FORMAT})}.safetensors"
-    weight = _cached(file, len(names))
-    if weight is None:
-        weight = _weights(str(layout.folder), ref, names, chosen, device)
-        with writing_to(file.parent):
-            write_atomically(file, save({"weight": weight}))
+    files = [*layout.files, *sorted(layout.folder.glob("*.json")), *layout.folder.glob("*.txt")]
+
+    def make(scratch: Path) -> Made:
+        weight = _weights(str(layout.folder), ref, names, chosen, device).numpy()
+        return Made({}, weight.shape, [weight], "float32")
+
+    made_of = {"model": stamps(files), "names": names, "templates": chosen, "zero-shot": FORMAT}
+    _, weight = kept(made_of, make)
     return Head(weight, torch.zeros(len(names)), class_names, normalised=True)
 
 
@@ -136,27 +128,6 @@ def _clip_layout(ref: str) -> Layout:
             "zero-shot head needs; copy it from the model's origin"
         )
     return layout
-
-
-def _files(layout: Layout) -> list[Path]:
-    """Weights, configuration and tokenizer: all that decides an embedding."""
-    texts = {*layout.folder.glob("*.json"), *layout.folder.glob("*.txt")}
-    return [*layout.files, *sorted(texts - set(layout.files))]
-
-
-def _cached(file: Path, classes: int) -> Tensor | None:
-    """The weights in a cache file; None where there is none or not an intact one."""
-    if not file.is_file():
-        return None
-    try:
-        weight = load_file(file)["weight"]
-        if len(weight) != classes:
-            raise ValueError(f"{len(weight)} rows for {classes} classes")
-    except Exception as error:  # safetensors has its own and the file system's
-        logger.warning("cached head %s is damaged (%s); it is made again", file, error)
-        return None
-    logger.info("zero-shot head from the cache, %s", file)
-    return weight
 
 
 @torch.no_grad()

@@ -1,37 +1,23 @@
-"""Records to tables, figures and one self-contained HTML page.
+"""Records to tables, figures and one self-contained HTML page. Imports no torch."""
 
-Imports no torch, and matplotlib only when a chart is drawn.
-"""
-
-from deltafl.report.bars import task_bars
-from deltafl.report.grids import heat_map, layer_profile
-from deltafl.report.html import render
-from deltafl.report.inspection import inspect_figure, inspect_page
-from deltafl.report.lines import lambda_curves, rounds_curve
-from deltafl.report.page import Code, Column, Facts, Figure, Listing, Page, Section, Table
-from deltafl.report.story import quickstart_page, search_page
-from deltafl.report.tables import to_csv, to_latex, to_markdown
+from deltafl.report.comparison import comparison_page
+from deltafl.report.inspection import inspect_page, kinds_table, mask_page, shards_page
+from deltafl.report.page import Page, page_files
+from deltafl.report.run import run_page
+from deltafl.report.search import results_table, search_page
+from deltafl.report.tables import Column, Table
 
 __all__ = [
-    "Code",
     "Column",
-    "Facts",
-    "Figure",
-    "Listing",
     "Page",
-    "Section",
     "Table",
-    "heat_map",
-    "inspect_figure",
+    "comparison_page",
     "inspect_page",
-    "lambda_curves",
-    "layer_profile",
-    "quickstart_page",
-    "render",
-    "rounds_curve",
+    "kinds_table",
+    "mask_page",
+    "page_files",
+    "results_table",
+    "run_page",
     "search_page",
-    "task_bars",
-    "to_csv",
-    "to_latex",
-    "to_markdown",
+    "shards_page",
 ]

@@ -1,93 +1,68 @@
-"""The words a report is written in: a page of sections, each with text, tables and figures."""
+"""A page: a template filled with a record and what was made of it; one HTML file, and others."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from itertools import count
+from typing import Any
 
-Cell = str | float | int | None
+import jinja2
+from jinja2.filters import do_filesizeformat
+from markupsafe import Markup
 
-
-@dataclass(frozen=True)
-class Column:
-    """One column of a table.
-
-    `kind` says how a number is shown: "text" as it is, "percent" as a share times 100, "number" with `digits`
-    decimals, "significant" with `digits` significant digits. `best` marks the largest or smallest value.
-    """
-
-    name: str
-    kind: Literal["text", "percent", "number", "significant"] = "text"
-    digits: int = 1
-    best: Literal["max", "min"] | None = None
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of cells under named columns; `None` is an empty cell.
-
-    The rows in `reference` (their positions) are there to compare with: set apart, and never marked as the best.
-    """
-
-    columns: Sequence[Column]
-    rows: Sequence[Sequence[Cell]]
-    caption: str
-    reference: Sequence[int] = ()
-
-    def __post_init__(self) -> None:
-        for number, row in enumerate(self.rows):
-            if len(row) != len(self.columns):
-                raise ValueError(
-                    f'table "{self.caption}": row {number} has {len(row)} cells, not {len(self.columns)}'
-                )
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A chart as SVG text; `narrow` is the same chart drawn for a phone. `alt` says in words what it shows."""
-
-    svg: str
-    caption: str
-    alt: str
-    narrow: str = ""
-
-
-@dataclass(frozen=True)
-class Facts:
-    """A few numbers worth seeing first: (what it is, value) pairs."""
-
-    pairs: Sequence[tuple[str, str]]
-
-
-@dataclass(frozen=True)
-class Listing:
-    """A bulleted list; text between backticks is set as code."""
-
-    items: Sequence[str]
-
-
-@dataclass(frozen=True)
-class Code:
-    """Lines to type or to copy."""
-
-    text: str
-
-
-Item = Table | Figure | Facts | Listing | Code
-
-
-@dataclass(frozen=True)
-class Section:
-    """A heading, paragraphs (blank lines part them; text between backticks is set as code) and items."""
-
-    heading: str
-    text: str = ""
-    items: Sequence[Item] = ()
+from deltafl.report.figures import TONES, Figure, to_png, to_svg
+from deltafl.report.tables import Table, score_format, to_csv, to_latex, to_markdown
 
 
 @dataclass(frozen=True)
 class Page:
-    """A title, a lead paragraph and sections."""
+    """A template, and the values in it: tables, figures, and the record `result` itself."""
 
-    title: str
-    lead: str
-    sections: Sequence[Section]
+    template: str
+    values: Mapping[str, Any]
+
+    @property
+    def tables(self) -> list[Table]:
+        """The tables that are written beside the page."""
+        return [item for item in _items(self.values) if isinstance(item, Table)]
+
+
+def page_files(page: Page) -> dict[str, bytes]:
+    """File name -> content: report.html, and each table and figure that has a file.
+
+    A table is FILE.md, FILE.csv and FILE.tex, the figures of one file are one image FILE.png.
+    """
+    files = {"report.html": to_html(page).encode()}
+    figures: dict[str, list[Figure]] = {}
+    for item in _items(page.values):
+        if isinstance(item, Figure):
+            figures.setdefault(f"{item.file}.png", []).append(item)
+        else:
+            for suffix, write in (("md", to_markdown), ("csv", to_csv), ("tex", to_latex)):
+                files[f"{item.file}.{suffix}"] = write(item).encode()
+    return files | {name: to_png(group) for name, group in figures.items()}
+
+
+def to_html(page: Page) -> str:
+    """No script, nothing external, light and dark, phone to paper; equal pages, equal bytes."""
+    numbers = count(1)
+    loader = jinja2.PackageLoader("deltafl.report")
+    look = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    metric = page.values["result"].get("metric", "")
+    look.globals |= {
+        "tones": TONES,
+        "bytes": do_filesizeformat,
+        "metric": metric,
+        "score": f"{{:{score_format(metric)}}}".format,
+        "strong": Markup("<strong>{}</strong>").format,
+        "svg": lambda figure: Markup(to_svg(figure, f"{next(numbers)}")),
+    }
+    return look.get_template(f"{page.template}.html").render(page.values)
+
+
+def _items(value: object) -> Iterator[Table | Figure]:
+    """What is written beside the page, anywhere in its values."""
+    if isinstance(value, Table | Figure):
+        yield from [value] if value.file else []
+    elif isinstance(value, Mapping | list):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            yield from _items(one)

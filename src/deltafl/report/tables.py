@@ -1,126 +1,116 @@
-"""One table, four ways to write it: shown cells (for HTML), Markdown, CSV and LaTeX."""
+"""Records as a table, and the ways to write it: HTML (by the page), Markdown, CSV, LaTeX."""
 
-import csv
-import io
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from deltafl.report.page import Cell, Column, Table
+import pandas as pd
 
-EMPTY = "–"
-
-
-def show(column: Column, value: Cell) -> str:
-    """The text of one cell: a number in the column's format, an en dash for nothing."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return EMPTY
-    if isinstance(value, str) or column.kind == "text":
-        return str(value)
-    if column.kind == "percent":
-        return f"{100 * value:.{column.digits}f}"
-    return f"{value:.{column.digits}f}" if column.kind == "number" else f"{value:.{column.digits}g}"
+Record = Mapping[Any, Any]
+NOTHING = "–"
 
 
-def best_cells(table: Table) -> set[tuple[int, int]]:
-    """(row, column) of every cell that shows its column's best value; equal as shown is equally good."""
-    best: set[tuple[int, int]] = set()
-    for c, column in enumerate(table.columns):
-        values = {
-            r: value
-            for r, row in enumerate(table.rows)
-            if isinstance(value := row[c], int | float)
-            and not math.isnan(value)
-            and r not in table.reference
-        }
-        if column.best is None or len(values) < 2:
-            continue
-        top = show(column, (max if column.best == "max" else min)(values.values()))
-        best |= {(r, c) for r, value in values.items() if show(column, value) == top}
-    return best
+class Column(NamedTuple):
+    """How one key of the records is shown.
+
+    show: a format specification of numbers (".1%", ",.0f") or a function of the value; "" is text.
+    best: whether the largest value is marked, among the rows that are no reference.
+    """
+
+    title: str
+    show: str | Callable[[Any], str] = ""
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """Records under the columns of their keys; a column that is empty in every record is left out.
+
+    reference: texts; a row with one of them as a cell is there to compare with, and never the best.
+    file: where the table is written beside the page, without suffix; "" is nowhere.
+    """
+
+    rows: Sequence[Record]
+    columns: Mapping[Hashable, Column]
+    caption: str = ""
+    reference: Collection[str] = ()
+    file: str = ""
+
+    @property
+    def shown(self) -> dict[Hashable, Column]:
+        """The columns that are not empty."""
+        known = {key for row in self.rows for key, value in row.items() if value is not None}
+        return {key: column for key, column in self.columns.items() if key in known}
+
+    @property
+    def references(self) -> list[bool]:
+        """For each row whether it is a reference."""
+        texts = [key for key, column in self.columns.items() if not column.show]
+        return [any(row.get(key) in self.reference for key in texts) for row in self.rows]
+
+    def cells(
+        self, mark: Callable[[str], str] = str, escape: Callable[[str], str] = str
+    ) -> pd.DataFrame:
+        """The texts of the cells, escaped; those that show their column's best value are marked."""
+        cells = []
+        for key, column in self.shown.items():
+            texts = [_show(column, row.get(key)) for row in self.rows]
+            rivals = {
+                row[key]: text
+                for row, text, reference in zip(self.rows, texts, self.references, strict=True)
+                if column.best and not reference and text != NOTHING
+            }
+            best = rivals[max(rivals)] if rivals else None
+            cells.append(
+                [
+                    mark(escape(text)) if text == best and not reference else escape(text)
+                    for text, reference in zip(texts, self.references, strict=True)
+                ]
+            )
+        titles = [escape(column.title) for column in self.shown.values()]
+        return pd.DataFrame(cells, index=titles, dtype=object).T
 
 
 def to_markdown(table: Table) -> str:
     """A GitHub table with the caption above it, numbers to the right, the best in bold."""
-    lines = [f"{table.caption}\n"] if table.caption else []
-    lines.append(_markdown_row([column.name for column in table.columns]))
-    lines.append(
-        "|"
-        + "|".join(" :-- " if column.kind == "text" else " --: " for column in table.columns)
-        + "|"
-    )
-    lines += [_markdown_row(row) for row in _shown(table, _escape_markdown, "**{}**")]
-    return "\n".join(lines) + "\n"
+    cells = table.cells("**{}**".format, lambda text: text.translate(_MARKDOWN))
+    sides = [" --: " if column.show else " :-- " for column in table.shown.values()]
+    head, *rows = [f"| {' | '.join(row)} |" for row in (cells, *cells.to_numpy())]
+    lines = [*[table.caption, ""] * bool(table.caption), head, f"|{'|'.join(sides)}|", *rows, ""]
+    return "\n".join(lines)
 
 
 def to_csv(table: Table) -> str:
-    """RFC 4180 with a header; numbers are written in full (shares, not percent), nothing is an empty field."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(column.name for column in table.columns)
-    writer.writerows(["" if value is None else value for value in row] for row in table.rows)
-    return out.getvalue()
+    """RFC 4180 with a header; numbers in full (shares, not percent), nothing is an empty field."""
+    frame = pd.DataFrame(table.rows, columns=list(table.shown), dtype=object)
+    titles = [column.title for column in table.shown.values()]
+    return frame.to_csv(index=False, header=titles, lineterminator="\n")
 
 
 def to_latex(table: Table) -> str:
-    """A `table` environment for the booktabs package, the best in bold, a rule under the reference rows."""
-    rows = [" & ".join(row) + r" \\" for row in _shown(table, _escape_latex, r"\textbf{{{}}}")]
-    if 0 < len(table.reference) < len(rows) and set(table.reference) == set(
-        range(len(table.reference))
-    ):
-        rows.insert(len(table.reference), r"\midrule")
-    header = " & ".join(_escape_latex(column.name) for column in table.columns) + r" \\"
-    shape = "".join("l" if column.kind == "text" else "r" for column in table.columns)
-    return "\n".join(
-        [
-            r"\begin{table}",
-            r"\centering",
-            rf"\caption{{{_escape_latex(table.caption)}}}",
-            rf"\begin{{tabular}}{{{shape}}}",
-            r"\toprule",
-            header,
-            r"\midrule",
-            *rows,
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\end{table}",
-            "",
-        ]
-    )
+    """A `table` environment for the booktabs package, the best in bold."""
+    sides = "".join("r" if column.show else "l" for column in table.shown.values())
+    cells = table.cells(r"\textbf{{{}}}".format, lambda text: text.translate(_LATEX))
+    caption = table.caption.translate(_LATEX)
+    return cells.to_latex(index=False, caption=caption, column_format=sides)
 
 
-def _shown(table: Table, escape: Callable[[str], str], bold: str) -> list[list[str]]:
-    best = best_cells(table)
-    return [
-        [
-            bold.format(text) if (r, c) in best else text
-            for c, (column, value) in enumerate(zip(table.columns, row, strict=True))
-            if (text := escape(show(column, value))) is not None
-        ]
-        for r, row in enumerate(table.rows)
-    ]
+def score_format(metric: str) -> str:
+    """How a score is written: accuracy in percent, what has no such scale with four digits."""
+    return ".1%" if metric == "accuracy" else "#.4g"
 
 
-def _markdown_row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+def _show(column: Column, value: Any) -> str:
+    if value is None or value != value:  # NaN
+        return NOTHING
+    if isinstance(value, str) or not column.show:
+        return str(value)
+    return format(value, column.show) if isinstance(column.show, str) else column.show(value)
 
 
-def _escape_markdown(text: str) -> str:
-    for special in "\\`*_[]<>|":
-        text = text.replace(special, "\\" + special)
-    return text.replace("\n", " ")
-
-
-_LATEX = {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "–": "--",
-    "λ": r"$\lambda$",
-    "ρ": r"$\rho$",
-    "η": r"$\eta$",
-    **{special: "\\" + special for special in "&%$#_{}"},
-}
-
-
-def _escape_latex(text: str) -> str:
-    return "".join(_LATEX.get(letter, letter) for letter in text)
+_MARKDOWN = str.maketrans({letter: f"\\{letter}" for letter in "\\`*_[]<>|"} | {"\n": " "})
+_LATEX = str.maketrans(
+    {letter: f"\\{letter}" for letter in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    | {"–": "--", "±": r"$\pm$", "λ": r"$\lambda$", "ρ": r"$\rho$", "η": r"$\eta$"}
+)

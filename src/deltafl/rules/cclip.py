@@ -1,26 +1,32 @@
 """Centered clipping (arXiv 2012.10333)."""
 
-from __future__ import annotations
-
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Any, ClassVar, Literal
 
-from deltafl.errors import DeltaflError
-from deltafl.rules.rule import NO_TRANSFORMS, RULES, Stats, Traits
+from deltafl.rules.rule import (
+    RULES,
+    LinearRule,
+    Stats,
+    Tensor,
+    Traits,
+    refuse_other,
+    refuse_outside,
+)
 
-if TYPE_CHECKING:
-    from torch import Tensor
+LEVELS = 10
 
 
 @RULES.register("cclip")
 @dataclass(frozen=True)
-class CClip:
+class CClip(LinearRule):
     """v <- v + sum_i p_i clip(delta_i - v, rho), clip(x, rho) = x min(1, rho / ||x||), from v = 0.
 
-    One iteration (the form of arXiv 2411.18607) is c_i = p_i min(1, rho / ||delta_i||). v stays a combination of the
-    deltas, so every norm comes from the Gram matrix. `unit`: rho is an "absolute" norm, or a "quantile" in [0, 1] of
-    the norms of the deltas of weight above 0. A zero delta has factor 1.
+    One iteration (the form of arXiv 2411.18607) is c_i = p_i min(1, rho / ||delta_i||). v stays a
+    combination of the deltas, so every norm comes from the Gram matrix. `unit`: rho is an "absolute"
+    norm, or a "quantile" in [0, 1] of the norms of the deltas of weight above 0. A zero delta has
+    factor 1. A search tries ten absolute values from the smallest norm to the largest, both included:
+    the largest clips nothing.
     """
 
     rho: float
@@ -28,34 +34,32 @@ class CClip:
     iterations: int = 1
 
     traits = Traits(fixed_point=False, native_scale="sum")
-    transforms = NO_TRANSFORMS
     needs_gram = True
+    values: ClassVar = {"unit": "quantile", "rho": [0.0, 0.25, 0.5, 0.75, 1.0]}
 
     def __post_init__(self) -> None:
-        if self.unit not in ("absolute", "quantile"):
-            raise DeltaflError(f'cclip: unit is "{self.unit}"; it must be absolute or quantile')
-        if not self.rho >= 0 or (self.unit == "quantile" and self.rho > 1):
-            raise DeltaflError(
-                f"cclip: rho is {self.rho:g}; it must be >= 0, and at most 1 as a quantile"
-            )
-        if self.iterations < 1:
-            raise DeltaflError(f"cclip: iterations is {self.iterations}; it must be 1 or more")
+        refuse_other("cclip", "unit", self.unit, "absolute", "quantile")
+        high = 1 if self.unit == "quantile" else float("inf")
+        refuse_outside("cclip", "rho", self.rho, 0, high)
+        refuse_outside("cclip", "iterations", self.iterations, 1, float("inf"))
 
     @classmethod
-    def examples(cls) -> Iterable[CClip]:
-        return (cls(1.0), cls(0.5, "quantile"), cls(0.5, "quantile", iterations=3))
+    def grid(cls, given: Mapping[str, Any], norms: Sequence[float]) -> Mapping[str, Any]:
+        if given.get("unit", "absolute") != "absolute":
+            return {}
+        low, high = min(norms), max(norms)
+        levels = [low + (high - low) * i / (LEVELS - 1) for i in range(LEVELS - 1)]
+        return {"rho": [*levels, high * (1 + 1e-12)]}  # rounding must not clip the longest delta
 
     def coefficients(self, stats: Stats, weights: Tensor) -> Tensor:
         gram = stats.gram
-        assert gram is not None
         norms = gram.diagonal()[weights > 0].sqrt()
         radius = norms.quantile(self.rho) if self.unit == "quantile" else self.rho
         centre = weights * 0
         for _ in range(self.iterations):
             squares = gram.diagonal() - 2 * (gram @ centre) + centre @ gram @ centre
             norms = squares.clamp_min(0).sqrt()
-            factors = weights * ((norms * 0 + radius) / norms).nan_to_num(
-                nan=1.0, posinf=1.0
-            ).clamp_max(1.0)
+            shrink = ((norms * 0 + radius) / norms).nan_to_num(nan=1.0, posinf=1.0)
+            factors = weights * shrink.clamp_max(1.0)
             centre = centre * (1 - factors.sum()) + factors
         return centre

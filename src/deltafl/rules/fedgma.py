@@ -1,39 +1,35 @@
 """FedGMA (arXiv 2201.11986): soften the coordinates on whose sign the models disagree."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any, ClassVar
 
-from deltafl.rules.rule import NO_TRANSFORMS, RULES, Traits, in_range
+from deltafl.rules.rule import RULES, CoordinateRule, Tensor, Traits, refuse_outside
 from deltafl.rules.weighted import weighted_sum
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @RULES.register("fedgma")
 @dataclass(frozen=True)
-class FedGMA:
+class FedGMA(CoordinateRule):
     """R = m * sum_i p_i delta_i, A = |sum_i p_i sign(delta_i)|, m = 1 where A >= rho, else A.
 
-    With equal weights A = |sum_i sign| / n is compared in integers, |sum_i sign| >= ceil(n rho - 1e-9): in floats
-    the comparison goes wrong, for n = 10 for example.
+    With equal weights A = |sum_i sign| / n is compared in integers, |sum_i sign| >=
+    ceil(n rho - 1e-9): in floats the comparison goes wrong, for n = 10 for example. A search tries
+    the paper's grid, rho in 0.1 .. 0.9.
     """
 
     rho: float
 
     traits = Traits(native_scale="sum")
-    transforms = NO_TRANSFORMS
+    values: ClassVar = {"rho": [0.3, 0.6, 0.9]}
 
     def __post_init__(self) -> None:
-        in_range("fedgma", "rho", self.rho, 0, 1)
+        refuse_outside("fedgma", "rho", self.rho, 0, 1)
 
     @classmethod
-    def examples(cls) -> Iterable[FedGMA]:
-        return (cls(0.0), cls(0.6), cls(1.0))
+    def grid(cls, given: Mapping[str, Any], norms: Sequence[float]) -> Mapping[str, Any]:
+        return {"rho": [round(0.1 * i, 1) for i in range(1, 10)]}
 
     def combine(self, block: Tensor, weights: Sequence[float]) -> Tensor:
         n = len(weights)

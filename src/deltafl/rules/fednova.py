@@ -1,65 +1,49 @@
 """FedNova (arXiv 2007.07481): normalise each delta by the amount of local work behind it."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from deltafl.errors import DeltaflError
-from deltafl.rules.rule import NO_TRANSFORMS, RULES, Source, Stats, Traits
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from deltafl.rules.rule import RULES, LinearRule, Source, Stats, Tensor, Traits, refuse_other
 
 
 @RULES.register("fednova")
 @dataclass(frozen=True)
-class FedNova:
+class FedNova(LinearRule):
     """c_i = p_i a_eff / a_i with a_eff = sum_j p_j a_j and a_i = ||a||_1 of FedNova's local solver.
 
-    `normalizer` says what a_i is for tau = num_steps local steps: "sgd": tau (with equal weights the form of arXiv
-    2411.18607, c_i = mean(tau) / (n tau_i)); "momentum": (tau - m (1 - m^tau) / (1 - m)) / (1 - m) for heavy-ball
-    momentum m; "prox": (1 - (1 - lr mu)^tau) / (lr mu) for FedProx with coefficient mu.
+    `normalizer` says what a_i is for tau = num_steps local steps: "sgd": tau (with equal weights the
+    form of arXiv 2411.18607, c_i = mean(tau) / (n tau_i)); "momentum": (tau - m (1 - m^tau) / (1 - m))
+    / (1 - m) for heavy-ball momentum m; "prox": (1 - (1 - lr mu)^tau) / (lr mu) for FedProx with
+    coefficient mu.
     """
 
     normalizer: Literal["sgd", "momentum", "prox"] = "sgd"
 
     traits = Traits(fixed_point=False)
-    transforms = NO_TRANSFORMS
-    needs_gram = False
 
     def __post_init__(self) -> None:
-        if self.normalizer not in ("sgd", "momentum", "prox"):
-            raise DeltaflError(
-                f'fednova: normalizer is "{self.normalizer}"; it must be sgd, momentum or prox'
-            )
+        refuse_other("fednova", "normalizer", self.normalizer, "sgd", "momentum", "prox")
 
-    @classmethod
-    def examples(cls) -> Iterable[FedNova]:
-        return (cls(), cls("momentum"), cls("prox"))
-
-    def check(self, sources: Sequence[Source]) -> None:
+    def problems(self, sources: Sequence[Source]) -> list[str]:
         problems = []
         for s in sources:
+            model = f'fednova: model "{s.name}"'
             if s.num_steps is None or s.num_steps <= 0:
                 problems.append(
-                    f'model "{s.name}": number of local steps is {s.num_steps}; give it with --num-steps'
+                    f"{model}: number of local steps is {s.num_steps}; give it with --num-steps"
                 )
             if self.normalizer == "momentum" and (s.momentum is None or not 0 <= s.momentum < 1):
                 problems.append(
-                    f'model "{s.name}": momentum is {s.momentum}; it must be in [0, 1), in training.json'
+                    f"{model}: momentum is {s.momentum}; it must be in [0, 1), in training.json"
                 )
-            if self.normalizer == "prox" and (
-                not s.prox_mu or not s.lr or not 0 < s.lr * s.prox_mu < 1
-            ):
+            if self.normalizer == "prox" and not 0 < (s.lr or 0) * (s.prox_mu or 0) < 1:
                 problems.append(
-                    f'model "{s.name}": lr is {s.lr}, prox_mu is {s.prox_mu}; '
+                    f"{model}: lr is {s.lr}, prox_mu is {s.prox_mu}; "
                     "their product must be in (0, 1), in training.json"
                 )
-        if problems:
-            raise DeltaflError(*(f"fednova: {p}" for p in problems))
+        return problems
 
     def work(self, source: Source) -> float:
         """a_i, the accumulated local gradient weight of one source, in local steps."""

@@ -1,33 +1,24 @@
 """Geometric median by smoothed Weiszfeld iterations (RFA, arXiv 1912.13445)."""
 
-from __future__ import annotations
-
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from deltafl.errors import DeltaflError
-from deltafl.rules.rule import NO_TRANSFORMS, RULES, Stats, Traits
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from deltafl.rules.rule import RULES, LinearRule, Stats, Tensor
 
 
 @RULES.register("geometric_median")
 @dataclass(frozen=True)
-class GeometricMedian:
-    """argmin_z sum_i p_i ||delta_i - z||, z = sum_i c_i delta_i, c_i proportional to p_i / max(nu, ||delta_i - z||).
+class GeometricMedian(LinearRule):
+    """argmin_z sum_i p_i ||delta_i - z||, z = sum_i c_i delta_i, c_i ~ p_i / max(nu, ||delta_i - z||).
 
-    nu = `smoothing` times the largest norm where p_i > 0 (RFA takes an absolute nu; a relative one serves every
-    scale). Distances come from the Gram matrix. Ends after `iterations`, or when no coefficient moves by more than
-    1e-12.
+    nu = `smoothing` times the largest norm where p_i > 0 (RFA takes an absolute nu; a relative one
+    serves every scale). Distances come from the Gram matrix. Ends after `iterations`, or when no
+    coefficient moves by more than 1e-12.
     """
 
     iterations: int = 100
     smoothing: float = 1e-6
 
-    traits = Traits()
-    transforms = NO_TRANSFORMS
     needs_gram = True
 
     def __post_init__(self) -> None:
@@ -36,13 +27,8 @@ class GeometricMedian:
                 "geometric_median: iterations must be 1 or more and smoothing above 0"
             )
 
-    @classmethod
-    def examples(cls) -> Iterable[GeometricMedian]:
-        return (cls(),)
-
     def coefficients(self, stats: Stats, weights: Tensor) -> Tensor:
         gram = stats.gram
-        assert gram is not None
         nu = self.smoothing * gram.diagonal()[weights > 0].max().sqrt()
         if nu == 0:
             return weights

@@ -1,13 +1,9 @@
 """Order statistics over a few models by min/max networks: vector instructions instead of a sort for each coordinate."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from deltafl.rules.rule import Tensor
 
 
 @functools.cache

@@ -1,18 +1,17 @@
-"""What an aggregation rule is: the types that every file in `aggregators/` is written against.
+"""What an aggregation rule is: the types that every file of this room is written against.
 
-Nothing here or in `aggregators/` imports torch, so that the command line knows every rule and its parameters before
-the heavy imports begin; rules speak to tensors through the tensors' own methods.
+Nothing here imports torch, so that the command line knows every rule and its parameters before the
+heavy imports begin; rules speak to tensors through the tensors' own methods.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import importlib
 import pkgutil
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from deltafl.errors import DeltaflError, did_you_mean
 from deltafl.registry import Registry
@@ -20,6 +19,8 @@ from deltafl.rules.weights import PerModel
 
 if TYPE_CHECKING:
     from torch import Tensor
+else:
+    Tensor = object
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,10 @@ class Source:
 class Traits:
     """What a rule promises; the law tests hold it to every promise.
 
-    fixed_point: identical deltas come back as they are. odd: R(-d) = -R(d). coordinate_symmetric: permuting
-    coordinates commutes. order_free: the order of models matters only by rounding. native_scale: whether the paper
-    states the rule as a sum or as a mean of deltas; the code returns a mean either way.
+    fixed_point: identical deltas come back as they are. odd: R(-d) = -R(d). coordinate_symmetric:
+    permuting coordinates commutes. order_free: the order of models matters only by rounding.
+    native_scale: whether the paper states the rule as a sum or as a mean of deltas; the code returns
+    a mean either way.
     """
 
     fixed_point: bool = True
@@ -52,97 +54,112 @@ class Traits:
 
 @dataclass(frozen=True)
 class Stats:
-    """What a linear rule may see: the sources, and the Gram matrix (n, n) in float64 if the rule declares it."""
+    """What a linear rule sees: the sources, and if it declares `needs_gram` the Gram matrix.
 
-    sources: tuple[Source, ...]
-    gram: Tensor | None = None
-
-
-class Transform(Protocol):
-    """A per-delta, block-wise change before anything is reduced or combined (trimming, random dropping).
-
-    `density`: kept fraction whose magnitude threshold the engine finds exactly, or None if no threshold is needed;
-    by tensor only if `per_tensor`.
-    `per_tensor`: one threshold for each tensor instead of one for the whole delta.
+    gram: <delta_i, delta_j>, (n, n) float64; (0, 0) for other rules.
     """
 
-    @property
-    def density(self) -> PerModel | None: ...
+    sources: tuple[Source, ...]
+    gram: Tensor
 
-    @property
-    def per_tensor(self) -> bool: ...
 
+class Transform(ABC):
+    """A change of each delta, block by block, before anything is reduced or combined.
+
+    density: the fraction kept, whose magnitude threshold the engine finds exactly; None: no threshold
+    is needed. per_tensor: one threshold for each tensor, not for the whole delta; only then may the
+    density differ by tensor.
+    """
+
+    density: PerModel | None = None
+    per_tensor: bool = False
+
+    @abstractmethod
     def apply(self, block: Tensor, model: int, name: str, start: int, threshold: float) -> Tensor:
         """The changed block, (m,), of the same dtype; the argument may be overwritten."""
-        ...
 
 
-class Rule(Protocol):
-    """Common to all rules. A rule is a frozen dataclass: its fields are its parameters."""
+@dataclass(frozen=True)
+class Rule:
+    """n deltas -> one update, at mean scale. A frozen dataclass, whose fields are its parameters.
+
+    A rule is of one kind: a `LinearRule`, a `CoordinateRule` or a `TensorRule`. What it does not say
+    has a default. needs_gram: it wants the Gram matrix. weighs_examples: it weighs the deltas by their
+    numbers of examples itself. values: parameters to compare where none are named, a value or a list.
+    """
+
+    traits: ClassVar[Traits] = Traits()
+    transforms: ClassVar[tuple[Transform, ...]] = ()
+    needs_gram: ClassVar[bool] = False
+    weighs_examples: ClassVar[bool] = False
+    values: ClassVar[Mapping[str, Any]] = {}
 
     @property
-    def traits(self) -> Traits: ...
+    def core(self) -> "Rule":
+        """The rule that combines: the innermost of a wrapper such as `Dare(inner=Ties())`."""
+        return self
 
-    @property
-    def transforms(self) -> tuple[Transform, ...]: ...
+    def problems(self, sources: Sequence[Source]) -> list[str]:
+        """Why it cannot work with these sources, as far as they alone tell, one line each."""
+        return []
 
     @classmethod
-    def examples(cls) -> Iterable[Rule]:
-        """Instances that the law tests run."""
-        ...
+    def grid(cls, given: Mapping[str, Any], norms: Sequence[float]) -> Mapping[str, Any]:
+        """Parameters that a search tries beside the given ones; norms: of the deltas, (n,)."""
+        return {}
+
+    @classmethod
+    def typical(cls) -> dict[str, Any]:
+        """One value of each of `values`, that in the middle."""
+        return {
+            k: v[(len(v) - 1) // 2] if isinstance(v, list) else v for k, v in cls.values.items()
+        }
+
+    @classmethod
+    def seeded(cls, params: Mapping[str, Any], seed: int) -> dict[str, Any]:
+        """The parameters, with the seed of a run for a rule that draws and is given none."""
+        return dict(params)
 
 
-@runtime_checkable
-class LinearRule(Rule, Protocol):
+class LinearRule(Rule, ABC):
     """R = sum_i c_i delta_i."""
 
-    needs_gram: bool
-
+    @abstractmethod
     def coefficients(self, stats: Stats, weights: Tensor) -> Tensor:
         """c, (n,) float64, from weights p, (n,) float64, that are >= 0 and sum to 1."""
-        ...
 
 
-@runtime_checkable
-class CoordinateRule(Rule, Protocol):
+class CoordinateRule(Rule, ABC):
     """R is computed for each coordinate on its own."""
 
+    @abstractmethod
     def combine(self, block: Tensor, weights: Sequence[float]) -> Tensor:
         """(n, m), p >= 0 with sum 1 -> (m,), same dtype; the block may be overwritten."""
-        ...
 
 
-@runtime_checkable
-class Checked(Protocol):
-    """A rule that can tell from the sources alone that it cannot work."""
+class TensorRule(Rule, ABC):
+    """R is computed for each tensor on its own, which must fit into memory n times.
 
-    def check(self, sources: Sequence[Source]) -> None:
-        """Raise DeltaflError."""
-        ...
+    Rules of matrices (by SVD) and of whole directions (slerp) are of this kind; they tell matrices
+    from vectors by the number of dimensions.
+    """
 
-
-def core_of(rule: Rule) -> LinearRule | CoordinateRule:
-    """The rule that combines: the innermost one of a wrapper such as `Dare(inner=Ties(...))`."""
-    while hasattr(rule, "inner"):
-        rule = rule.inner  # type: ignore[attr-defined]
-    return cast("LinearRule | CoordinateRule", rule)
+    @abstractmethod
+    def combine(self, tensors: Tensor, weights: Sequence[float]) -> Tensor:
+        """(n, *shape), p >= 0 with sum 1 -> (*shape), same dtype; the argument may be overwritten."""
 
 
 def check_rule(rule: Rule, sources: Sequence[Source]) -> None:
     """Raise DeltaflError if the rule cannot work with these sources."""
-    if not sources:
-        raise DeltaflError("no models to merge")
-    part: Any = rule
-    while part is not None:
-        if isinstance(part, Checked):
-            part.check(sources)
-        part = getattr(part, "inner", None)
+    problems = rule.problems(sources) if sources else ["no models to merge"]
+    if problems:
+        raise DeltaflError(*problems)
 
 
-RULES: Registry[Any] = Registry("method")
+RULES: Registry[type[Rule]] = Registry("method")
 
 
-def load_rules() -> Registry[Any]:
+def load_rules() -> Registry[type[Rule]]:
     """RULES with every file of `deltafl.rules` imported."""
     package = importlib.import_module("deltafl.rules")
     for module in pkgutil.iter_modules(package.__path__):
@@ -150,19 +167,18 @@ def load_rules() -> Registry[Any]:
     return RULES
 
 
-def parameters(rule: type) -> dict[str, tuple[Any, Any]]:
+def parameters(rule: type[Rule]) -> dict[str, tuple[Any, Any]]:
     """Parameter name -> (type, default or dataclasses.MISSING) of a rule class."""
     hints = typing.get_type_hints(rule)
-
-    def default(field: dataclasses.Field[Any]) -> Any:
-        made = field.default_factory is not dataclasses.MISSING
-        return field.default_factory() if made else field.default  # type: ignore[misc]
-
-    return {f.name: (hints[f.name], default(f)) for f in dataclasses.fields(rule)}
+    found = {}
+    for f in dataclasses.fields(rule):
+        made = None if f.default_factory is dataclasses.MISSING else f.default_factory()
+        found[f.name] = hints[f.name], made or f.default
+    return found
 
 
 def build_rule(name: str, params: Mapping[str, Any]) -> Rule:
-    """The rule called `name` with these parameters; a rule that wraps another hands on what is not its own.
+    """The rule called `name`; a rule that wraps another hands on the parameters it does not have.
 
     Raises DeltaflError for unknown and for missing parameters, all at once.
     """
@@ -186,25 +202,24 @@ def build_rule(name: str, params: Mapping[str, Any]) -> Rule:
     return rule(**own)
 
 
-NO_TRANSFORMS: tuple[Transform, ...] = ()
+def refuse_outside(rule: str, name: str, value: PerModel, low: float, high: float) -> None:
+    """Raise DeltaflError unless low <= value <= high, each number if it is by model and tensor.
 
-
-def all_in_range(rule: str, name: str, value: PerModel, low: float, high: float) -> None:
-    """`in_range` of every number; raise DeltaflError too unless the last of the patterns is "*"."""
+    By tensor the last pattern must be "*".
+    """
     if isinstance(value, Mapping) and list(value)[-1:] != ["*"]:
         raise DeltaflError(
             f'{rule}: {name} by tensor needs "*" as its last pattern, for all the others'
         )
     for row in value.values() if isinstance(value, Mapping) else [[value]]:
         for one in row:
-            in_range(rule, name, one, low, high)
+            if not low <= one <= high:
+                limits = f"in [{low:g}, {high:g}]" if high < float("inf") else f"{low:g} or more"
+                raise DeltaflError(f"{rule}: {name} is {one:g}; it must be {limits}")
 
 
-def in_range(
-    rule: str, name: str, value: float, low: float, high: float, *, open_high: bool = False
-) -> None:
-    """Raise DeltaflError unless low <= value <= high (or < high)."""
-    if not (low <= value and (value < high if open_high else value <= high)):
-        raise DeltaflError(
-            f"{rule}: {name} is {value:g}; it must be in [{low:g}, {high:g}{')' if open_high else ']'}"
-        )
+def refuse_other(rule: str, name: str, value: str, *choices: str) -> None:
+    """Raise DeltaflError unless the value is one of the choices."""
+    if value not in choices:
+        known = f"{', '.join(choices[:-1])} or {choices[-1]}"
+        raise DeltaflError(f'{rule}: {name} is "{value}"; it must be {known}')

@@ -1,23 +1,27 @@
 """TIES-Merging (arXiv 2306.01708): trim, elect a sign, merge what agrees with it."""
 
-from __future__ import annotations
-
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import ClassVar, Literal
 
 from deltafl.errors import DeltaflError
-from deltafl.rules.rule import RULES, Source, Traits, Transform, all_in_range
+from deltafl.rules.rule import (
+    RULES,
+    CoordinateRule,
+    Source,
+    Tensor,
+    Traits,
+    Transform,
+    refuse_other,
+    refuse_outside,
+)
 from deltafl.rules.weighted import weighted_sum
-from deltafl.rules.weights import PerModel, check_per_model
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from deltafl.rules.weights import PerModel, numbers_missing
 
 
 @dataclass(frozen=True)
-class Trim:
+class Trim(Transform):
     """Keep the `density` fraction largest in magnitude; values equal to the threshold are all kept."""
 
     density: PerModel | None
@@ -30,20 +34,21 @@ class Trim:
 
 
 def below(threshold: float) -> float:
-    """The largest float32 under a positive one: hardshrink keeps what is greater, and has vector instructions."""
+    """The largest float32 under a positive one: hardshrink, which is fast, keeps what is greater."""
     bits = int.from_bytes(struct.pack("<f", threshold), "little")
     return struct.unpack("<f", max(0, bits - 1).to_bytes(4, "little"))[0]
 
 
 @RULES.register("ties")
 @dataclass(frozen=True)
-class Ties:
+class Ties(CoordinateRule):
     """Trim each delta to `density`; s = sign(sum_i p_i delta_i); merge the deltas whose sign is s.
 
-    merge "mean" (the paper): sum_{agree} p_i delta_i / sum_{agree} p_i; "sum": sum_{agree} p_i delta_i. A zero sum
-    elects nothing: no update; with zero_sum "positive", as in mergekit, it elects +. The threshold is over the whole
-    delta, or `per_tensor`; `density` may be one for each model, and then by tensor. The election counts weights in
-    units of the least one, so that with equal weights (or small integer ratios) deltas that cancel sum to exactly 0.
+    merge "mean" (the paper): sum_{agree} p_i delta_i / sum_{agree} p_i; "sum": sum_{agree} p_i delta_i.
+    A zero sum elects nothing: no update; with zero_sum "positive", as in mergekit, it elects +. The
+    threshold is over the whole delta, or `per_tensor`; `density` may be one for each model, and then by
+    tensor. The election counts weights in units of the least one, so that with equal weights (or small
+    integer ratios) deltas that cancel sum to exactly 0.
     """
 
     density: PerModel = 0.2
@@ -51,12 +56,12 @@ class Ties:
     per_tensor: bool = False
     zero_sum: Literal["none", "positive"] = "none"
 
+    values: ClassVar = {"density": [0.2, 0.5]}
+
     def __post_init__(self) -> None:
-        all_in_range("ties", "density", self.density, 0, 1)
-        if self.merge not in ("mean", "sum"):
-            raise DeltaflError(f'ties: merge is "{self.merge}"; it must be mean or sum')
-        if self.zero_sum not in ("none", "positive"):
-            raise DeltaflError(f'ties: zero_sum is "{self.zero_sum}"; it must be none or positive')
+        refuse_outside("ties", "density", self.density, 0, 1)
+        refuse_other("ties", "merge", self.merge, "mean", "sum")
+        refuse_other("ties", "zero_sum", self.zero_sum, "none", "positive")
         if isinstance(self.density, Mapping) and len(self.density) > 1 and not self.per_tensor:
             raise DeltaflError("ties: density by tensor needs per_tensor")
 
@@ -71,18 +76,8 @@ class Ties:
     def transforms(self) -> tuple[Transform, ...]:
         return () if self.density == 1 else (Trim(self.density, self.per_tensor),)
 
-    @classmethod
-    def examples(cls) -> Iterable[Ties]:
-        return (
-            cls(),
-            cls(0.5, "sum"),
-            cls(0.5, per_tensor=True),
-            cls(1.0),
-            cls(0.5, zero_sum="positive"),
-        )
-
-    def check(self, sources: Sequence[Source]) -> None:
-        check_per_model("ties: density", self.density, len(sources))
+    def problems(self, sources: Sequence[Source]) -> list[str]:
+        return numbers_missing("ties: density", self.density, len(sources))
 
     def combine(self, block: Tensor, weights: Sequence[float]) -> Tensor:
         least = min(w for w in weights if w > 0)

@@ -1,12 +1,8 @@
 """The weighted sum over models that several rules share, in the order given."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from deltafl.rules.rule import Tensor
 
 
 def weighted_sum(rows: Tensor | Sequence[Tensor], weights: Sequence[float]) -> Tensor:

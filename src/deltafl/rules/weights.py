@@ -10,7 +10,10 @@ from deltafl.errors import DeltaflError
 T = TypeVar("T")
 
 PerModel: TypeAlias = float | Mapping[str, Sequence[float]]
-"""One number for all models, or glob on tensor names -> one for each model: the first match counts, "*" is the last."""
+"""One number for all models, or glob on tensor names -> one for each model.
+
+The first glob that matches counts, "*" is the last.
+"""
 
 
 def first_match(name: str, patterns: Iterable[tuple[str, T]], default: T) -> T:
@@ -20,26 +23,22 @@ def first_match(name: str, patterns: Iterable[tuple[str, T]], default: T) -> T:
 
 def numbers_of(value: PerModel, name: str, n: int) -> tuple[float, ...]:
     """The numbers (n,) of one tensor."""
-    return (
-        tuple(first_match(name, value.items(), ())) if isinstance(value, Mapping) else (value,) * n
-    )
-
-
-def check_per_model(what: str, value: PerModel, n: int) -> None:
-    """Raise DeltaflError unless every pattern has a number for each of n models."""
     if isinstance(value, Mapping):
-        wrong = [
-            f'{what} of "{k}": {len(row)} numbers for {n} models'
-            for k, row in value.items()
-            if len(row) != n
-        ]
-        if wrong:
-            raise DeltaflError(*wrong)
+        return tuple(first_match(name, value.items(), ()))
+    return (value,) * n
+
+
+def numbers_missing(what: str, value: PerModel, n: int) -> list[str]:
+    """A line for each pattern that has not a number for each of n models."""
+    rows = value.items() if isinstance(value, Mapping) else ()
+    return [
+        f'{what} of "{k}": {len(row)} numbers for {n} models' for k, row in rows if len(row) != n
+    ]
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Per-model weights: `default`, or the first of `patterns` (glob on the tensor name, weights) that matches.
+    """Per-model weights: `default`, or the first of `patterns` (glob, weights) that matches a name.
 
     A negative weight negates its delta. The rule sees p_i = |w_i| / sum_j |w_j|.
     """

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from deltafl.errors import DeltaflError
 from deltafl.tasks.recipe import Augmentation
-from deltafl.tasks.task import SPLITS, Batch, Model, Split, Task, hash_of
+from deltafl.tasks.task import SPLITS, Batch, Device, Model, Split, Task, hash_of
 from deltafl.tasks.transforms import random_crop, random_flip
 
 
@@ -22,12 +22,17 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def is_sound(self) -> bool:
+        """Whether dtypes and shapes are those."""
+        dtypes = (self.images.dtype, self.labels.dtype) == (torch.uint8, torch.int64)
+        return dtypes and self.images.ndim == 4 and self.labels.shape == self.images.shape[:1]
+
     def at(self, rows: Tensor) -> "Images":
         """Those at `rows`, int64; whole images are copied, not pixels."""
         rows = rows.to(self.images.device)
         return Images(self.images.index_select(0, rows), self.labels.index_select(0, rows))
 
-    def to(self, device: torch.device | str) -> "Images":
+    def to(self, device: Device) -> "Images":
         """The same on another device."""
         return Images(self.images.to(device), self.labels.to(device))
 
@@ -55,19 +60,10 @@ class ImageTask(Task):
     ratio_scaled = True
 
     def __post_init__(self) -> None:
-        if missing := [split for split in SPLITS if split not in self.splits]:
-            raise DeltaflError(f'task "{self.name}" has no {missing[0]} split')
         for split in SPLITS:
-            part, where = self.splits[split], f'split {split} of task "{self.name}"'
-            for name, tensor, dtype, shape in (
-                ("images", part.images, torch.uint8, (len(part), *part.images.shape[-3:])),
-                ("labels", part.labels, torch.int64, (len(part.images),)),
-            ):
-                if tensor.dtype != dtype or tensor.shape != shape:
-                    raise DeltaflError(
-                        f"{where}: {name} are {tensor.dtype} {tuple(tensor.shape)}; images must be "
-                        "uint8 (N, C, H, W), labels int64 (N,), one for each"
-                    )
+            where, part = f'split {split} of task "{self.name}"', self.splits.get(split)
+            if part is None or not part.is_sound():
+                raise DeltaflError(f"{where} must be Images of uint8 (N, C, H, W) and int64 (N,)")
             check_labels(part.labels, len(self.class_names), where)
 
     def size(self, split: Split) -> int:
@@ -80,7 +76,7 @@ class ImageTask(Task):
         self,
         split: Split,
         ids: Tensor,
-        device: torch.device | str = "cpu",
+        device: Device = "cpu",
         generator: torch.Generator | None = None,
     ) -> Batch:
         part = self.splits[split].at(ids).to(device)
@@ -127,7 +123,7 @@ class ImageTask(Task):
         splits = {split: self.splits[split].at(rows[split]) for split in SPLITS}
         return replace(self, name=name, splits=splits)
 
-    def to(self, device: torch.device | str) -> "ImageTask":
+    def to(self, device: Device) -> "ImageTask":
         if torch.device(device).type == "cpu":
             return self
         return replace(self, splits={s: part.to(device) for s, part in self.splits.items()})

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from deltafl.errors import DeltaflError
 from deltafl.tasks.inputs import TextInput
-from deltafl.tasks.recipe import DataRecipe
 from deltafl.tasks.selection import select
-from deltafl.tasks.task import SPLITS, Batch, Model, Split, Task, hash_of
+from deltafl.tasks.task import SPLITS, Batch, Device, Model, Split, Task, hash_of
 
 log = logging.getLogger(__name__)
 
@@ -38,28 +37,23 @@ class Lines:
         return Lines([self.ids[row] for row in rows.tolist()], self.sources[rows])
 
 
-def tokenised(texts: Sequence[str], inputs: TextInput, sources: Sequence[int] = ()) -> Lines:
+def tokenised(texts: Sequence[str], inputs: TextInput, source: int = 0) -> Lines:
     """Lines of text, with the tokenizer's BOS token before and its EOS after each where it has them.
 
     Blank ones are left out, and those longer than the model takes are cut; both are counted in the
-    log. sources: where each line is from; all from one place by default.
+    log. source: where all of them are from.
     """
-    tokenizer, kept, ids = inputs.tokenizer, [], []
-    first, last = (
-        [] if token is None else [token]
-        for token in (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    tokenizer, most = inputs.tokenizer, inputs.max_length
+    first, last = tokenizer.bos_token_id, tokenizer.eos_token_id
+    given = [text for text in texts if text.strip()]
+    encoded = (
+        tokenizer(given, add_special_tokens=False, verbose=False)["input_ids"] if given else []
     )
-    encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-    for row, (text, tokens) in enumerate(zip(texts, encoded, strict=True)):
-        line = torch.tensor([*first, *tokens, *last], dtype=torch.int64)
-        if text.strip() and len(line) > 1:
-            kept.append(row)
-            ids.append(line[: inputs.max_length])
-    cut = sum(len(encoded[row]) + len(first) + len(last) > inputs.max_length for row in kept)
-    if cut or len(kept) < len(texts):
-        blank = len(texts) - len(kept)
-        log.info("%d blank lines left out, %d cut to %d tokens", blank, cut, inputs.max_length)
-    return Lines(ids, torch.tensor(sources or [0] * len(texts))[kept])
+    lines = [[token for token in (first, *ids, last) if token is not None] for ids in encoded]
+    lines = [line for line in lines if len(line) > 1]
+    cut = sum(len(line) > most for line in lines)
+    log.info("%d lines, %d left out, %d cut", len(lines), len(texts) - len(lines), cut)
+    return Lines([torch.tensor(x[:most]) for x in lines], torch.full((len(lines),), source))
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,21 +82,19 @@ class LineTask(Task):
         self,
         split: Split,
         ids: Tensor,
-        device: torch.device | str = "cpu",
+        device: Device = "cpu",
         generator: torch.Generator | None = None,
     ) -> Batch:
         lines = [self.splits[split].ids[row] for row in ids.tolist()]
-        pad = nn.utils.rnn.pad_sequence
-        return {
-            "input_ids": pad(lines, batch_first=True).to(device),
-            "attention_mask": pad([torch.ones_like(x) for x in lines], batch_first=True).to(device),
-            "labels": pad(lines, batch_first=True, padding_value=IGNORED).to(device),
-        }
+        labels = nn.utils.rnn.pad_sequence(lines, batch_first=True, padding_value=IGNORED)
+        labels = labels.to(device)
+        mask = (labels != IGNORED).long()
+        return {"input_ids": labels * mask, "attention_mask": mask, "labels": labels}
 
     def loss(self, model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
-        logits, labels = _logits(model, batch)[:, :-1], batch["labels"][:, 1:]
+        labels = batch["labels"][:, 1:]
         losses = nn.functional.cross_entropy(
-            logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
+            _logits(model, batch).transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
         )
         return losses.sum(1), (labels != IGNORED).sum(1).to(losses.dtype)
 
@@ -112,16 +104,15 @@ class LineTask(Task):
 
     def sampled(self, model: Model, batch: Batch, generator: torch.Generator) -> Batch:
         """Each next token drawn from the model's distribution after the true ones before it."""
-        chances = _logits(model, batch)[:, :-1].softmax(2).to(generator.device)
+        chances = _logits(model, batch).softmax(2).to(generator.device)
         drawn = torch.multinomial(chances.flatten(0, 1), 1, generator=generator)
-        labels = batch["labels"].clone()
-        drawn = drawn.view_as(labels[:, 1:]).to(labels.device)
-        labels[:, 1:] = torch.where(labels[:, 1:] == IGNORED, IGNORED, drawn)
-        return {**batch, "labels": labels}
+        first, labels = batch["labels"].tensor_split([1], dim=1)
+        drawn = drawn.view_as(labels).to(labels.device).where(labels != IGNORED, labels)
+        return {**batch, "labels": torch.cat([first, drawn], 1)}
 
     def fingerprint(self) -> str:
         lines = [line for split in SPLITS for line in self.splits[split].ids]
-        sizes = [*(self.size(split) for split in SPLITS), *map(len, lines)]
+        sizes = [*map(self.size, SPLITS), *map(len, lines)]
         return hash_of(torch.cat(lines), torch.tensor(sizes))
 
     def only(self, rows: Mapping[str, Tensor], name: str) -> "LineTask":
@@ -131,11 +122,12 @@ class LineTask(Task):
 
 
 def _logits(model: Model, batch: Batch) -> Tensor:
+    """Of the tokens after the first, float32 (B, T - 1, V)."""
     ids, mask = batch["input_ids"], batch["attention_mask"]
-    return model(input_ids=ids, attention_mask=mask).logits.float()
+    return model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
 
 
-def load_lines(folder: Path, inputs: TextInput, recipe: DataRecipe, seed: int) -> LineTask:
+def load_lines(folder: Path, inputs: TextInput, val_fraction: float, seed: int) -> LineTask:
     """The task of a folder with `train*.txt`, `test*.txt` and perhaps `val*.txt`: a line an example.
 
     Each file is a source (see `groups`), known by its name without the split: `train-news.txt` and
@@ -145,28 +137,26 @@ def load_lines(folder: Path, inputs: TextInput, recipe: DataRecipe, seed: int) -
         DeltaflError: no such folder or file, a file that is not UTF-8, a split without a line.
     """
     files = {split: sorted(folder.glob(f"{split}*.txt")) for split in SPLITS}
-    if missing := [split for split in ("train", "test") if not files[split]]:
-        raise DeltaflError(
-            f'"{folder}" has no {missing[0]}*.txt; lines of text come from train*.txt and test*.txt'
-        )
     names = sorted({p.stem.removeprefix(s) for s, paths in files.items() for p in paths})
     read: dict[str, Lines] = {}
-    for split in (split for split in SPLITS if files[split]):
-        texts, sources = [], []
-        for path in files[split]:
-            lines = _lines(path)
-            texts += lines
-            sources += [names.index(path.stem.removeprefix(split))] * len(lines)
-        read[split] = tokenised(texts, inputs, sources)
-        if not len(read[split]):
-            raise DeltaflError(f'"{folder}": the {split} split has no line of text')
-    labels = {split: lines.sources.numpy() for split, lines in read.items()}
-    chosen = select(labels, seed, recipe.val_fraction, recipe.limit)
+    for split in (split for split in SPLITS if files[split] or split != "val"):
+        parts = [
+            tokenised(_texts(path), inputs, names.index(path.stem.removeprefix(split)))
+            for path in files[split]
+        ]
+        if not any(map(len, parts)):
+            raise DeltaflError(
+                f'"{folder}" has no line of text in {split}*.txt; lines come from train*.txt and '
+                "test*.txt"
+            )
+        lines = [line for part in parts for line in part.ids]
+        read[split] = Lines(lines, torch.cat([part.sources for part in parts]))
+    chosen = select({s: lines.sources.numpy() for s, lines in read.items()}, seed, val_fraction)
     splits = {s: read[origin].at(torch.from_numpy(rows)) for s, (origin, rows) in chosen.items()}
     return LineTask(folder.resolve().name, splits)
 
 
-def _lines(path: Path) -> list[str]:
+def _texts(path: Path) -> list[str]:
     try:
         return path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -3,16 +3,17 @@
 import logging
 import re
 from dataclasses import replace
+from inspect import signature
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from urllib.parse import parse_qsl
 
 import numpy as np
 import PIL
 import torch
 
-from deltafl.errors import DeltaflError, shorten
-from deltafl.tasks.cache import Array, Made, content_hash, default_cache_dir, kept, writing_to
+from deltafl.errors import DeltaflError, did_you_mean, shorten
+from deltafl.tasks.cache import Made, kept
 from deltafl.tasks.decoding import decoded
 from deltafl.tasks.find import find
 from deltafl.tasks.images import Images, ImageTask, check_labels
@@ -22,7 +23,7 @@ from deltafl.tasks.raw import FAMILIES, RawTask, Source
 from deltafl.tasks.recipe import DataRecipe, TrainingDataRecipe
 from deltafl.tasks.selection import select
 from deltafl.tasks.task import SPLITS, Task
-from deltafl.tasks.user import user_task
+from deltafl.usercode import find_callable, importable
 
 log = logging.getLogger(__name__)
 
@@ -44,34 +45,24 @@ def load_task(data: DataRecipe | str, inputs: ImageInput | TextInput, seed: int 
     """
     recipe = DataRecipe.of(data=data) if isinstance(data, str) else data
     spec = recipe.data
-    kind, colon, target = spec.partition(":")
-    location, mark, query = spec.partition("?")
-    if mark:
-        keys = {"image": "image_column", "label": "label_column"}
-        moved = [f"{keys.get(key, key)}: {value}" for key, value in parse_qsl(query)]
+    if "?" in spec:
         raise DeltaflError(
-            f'data "{spec}": what follows "?" has keys and options of its own; write data: '
-            f"{location}, {', '.join(moved)} (options: --image-column ..)"
+            f'data "{spec}": what follows "?" has keys of its own now: image_column (for image), '
+            "label_column (for label), revision, data_dir; and options, --image-column .."
         )
-    builtin = kind in ("hub", "parquet", "folder", "lines", *FAMILIES) or Path(spec).exists()
+    kind, colon, target = spec.partition(":")
+    is_lines, is_text = kind == "lines" and bool(colon), isinstance(inputs, TextInput)
+    path = Path(target if is_lines else spec).expanduser()
+    builtin = kind in ("hub", "parquet", "folder", "lines", *FAMILIES) or path.exists()
     if MODULE_ATTR.fullmatch(spec) and not builtin:
-        task = _limited(user_task(spec, inputs, seed), recipe, seed)
-    elif isinstance(inputs, TextInput):
-        if kind != "lines" and (colon or "/" not in spec) and not Path(spec).is_dir():
-            raise DeltaflError(
-                f'data "{spec}" holds images, and the model takes text; name a folder with '
-                "train*.txt and test*.txt, lines:FOLDER"
-            )
-        folder = Path(target if kind == "lines" and colon else spec).expanduser()
-        task = load_lines(folder, inputs, recipe, seed)
-    elif kind == "lines" and colon:
-        raise DeltaflError(f'data "{spec}" holds lines of text, and the model takes images')
+        task = _limited(_user_task(spec, inputs, seed), recipe, seed)
+    elif is_text and (is_lines or path.is_dir() or ("/" in spec and not colon)):
+        task = _limited(load_lines(path, inputs, recipe.val_fraction, seed), recipe, seed)
+    elif is_text or is_lines:
+        holds, takes = ("lines of text", "images") if is_lines else ("images", "text, lines:FOLDER")
+        raise DeltaflError(f'data "{spec}" holds {holds}, and the model takes {takes}')
     else:
         task = _images(find(recipe), inputs, recipe, seed)
-    return _trained_as(task, recipe)
-
-
-def _trained_as(task: Task, recipe: DataRecipe) -> Task:
     if not isinstance(recipe, TrainingDataRecipe):
         return task
     if isinstance(task, ImageTask):
@@ -81,8 +72,31 @@ def _trained_as(task: Task, recipe: DataRecipe) -> Task:
     return task
 
 
+def _user_task(spec: str, inputs: ImageInput | TextInput, seed: int) -> Task:
+    """What `attr` of `module` returns; the working directory is importable meanwhile."""
+    try:
+        function = find_callable(spec, "data")
+    except DeltaflError as error:
+        hint = did_you_mean(spec.partition(":")[0], FAMILIES)
+        raise DeltaflError(f"{error}; {hint}") from error
+    try:
+        signature(function).bind(inputs, seed)
+    except TypeError as error:
+        raise DeltaflError(
+            f'data "{spec}" is called with (inputs, seed); inputs has image_size and channels, or '
+            f"tokenizer and max_length: {error}"
+        ) from error
+    with importable():
+        task = function(inputs, seed)
+    if not isinstance(task, Task):
+        raise DeltaflError(
+            f'data "{spec}" returned {type(task).__name__}, not a deltafl.tasks.Task; return '
+            'ImageTask(name, {"train": Images(images, labels), "val": .., "test": ..}, class_names)'
+        )
+    return task
+
+
 def _limited(task: Task, recipe: DataRecipe, seed: int) -> Task:
-    """A user's own task, less what `limit` leaves out."""
     if recipe.limit is None:
         return task
     groups = {split: task.groups(split).numpy() for split in SPLITS}
@@ -91,36 +105,31 @@ def _limited(task: Task, recipe: DataRecipe, seed: int) -> Task:
 
 
 def _images(source: Source, inputs: ImageInput, recipe: DataRecipe, seed: int) -> ImageTask:
-    shape = (inputs.channels, inputs.image_size, inputs.image_size)
     if inputs.channels not in (1, 3):
         raise DeltaflError(f"images have 1 or 3 channels, not {inputs.channels}")
+    shape = (inputs.channels, inputs.image_size, inputs.image_size)
 
     def make(scratch: Path) -> Made:
         raw = source.open(scratch)
         _check_raw(source.name, raw)
-        labels = {split: own.labels for split, own in raw.splits.items()}
-        rows = select(labels, seed, recipe.val_fraction, recipe.limit)
-        arrays = {}
-        for split, (origin, some) in rows.items():
-            images = decoded(raw.splits[origin], some, inputs)
-            arrays[f"{split}_images"] = Array((len(some), *shape), np.uint8, images)
-            arrays[f"{split}_labels"] = Array((len(some),), np.int64, [labels[origin][some]])
-        return {"class_names": raw.class_names}, arrays
+        groups = {split: own.labels for split, own in raw.splits.items()}
+        rows = select(groups, seed, recipe.val_fraction, recipe.limit)
+        chosen = [rows[split] for split in SPLITS]
+        labels = [groups[origin][some].tolist() for origin, some in chosen]
+        parts = (decoded(raw.splits[origin], some, inputs) for origin, some in chosen)
+        about = {"class_names": raw.class_names, "labels": labels}
+        return Made(about, (sum(map(len, labels)), *shape), chain.from_iterable(parts))
 
-    if source.files or source.fingerprint:
-        folder = default_cache_dir()
-        with writing_to(folder):
-            content = content_hash(source.files, folder) if source.files else ""
-        of = {"name": source.name, "content": content, "fingerprint": source.fingerprint}
-        how = {"shape": shape, "seed": seed, "val": recipe.val_fraction, "limit": recipe.limit}
-        about, arrays = kept(of | how | {"pillow": PIL.__version__}, make)
+    if source.key:
+        how = [shape, seed, recipe.val_fraction, recipe.limit, PIL.__version__]
+        about, images = kept({"source": source.key, "how": how}, make)
     else:
         with TemporaryDirectory() as scratch:
-            about, made = make(Path(scratch))
-            arrays = {name: np.concatenate([*array.parts]) for name, array in made.items()}
-    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    splits = {s: Images(tensors[f"{s}_images"], tensors[f"{s}_labels"]) for s in SPLITS}
-    return ImageTask(source.name, splits, tuple(about["class_names"]))
+            made = make(Path(scratch))
+            about, images = made.about, torch.from_numpy(np.concatenate([*made.parts]))
+    labels = about["labels"]
+    parts = map(Images, images.split([*map(len, labels)]), map(torch.tensor, labels))
+    return ImageTask(source.name, dict(zip(SPLITS, parts, strict=True)), (*about["class_names"],))
 
 
 def _check_raw(name: str, raw: RawTask) -> None:
@@ -133,7 +142,6 @@ def _check_raw(name: str, raw: RawTask) -> None:
             )
     for own in raw.splits.values():
         check_labels(torch.from_numpy(own.labels), len(raw.class_names), own.where)
-    if empty := sorted(set(range(len(raw.class_names))) - set(raw.splits["train"].labels.tolist())):
-        log.warning(
-            "%s: no training example of %s", name, shorten([raw.class_names[c] for c in empty])
-        )
+    trained = set(raw.splits["train"].labels.tolist())
+    if empty := [own for label, own in enumerate(raw.class_names) if label not in trained]:
+        log.warning("%s: no training example of %s", name, shorten(empty))

@@ -1,6 +1,4 @@
-"""Data in folders: Parquet files in the Hugging Face layout, images in `train/CLASS/` and
-`test/CLASS/`, or lines of text.
-"""
+"""Images in folders: Parquet files in the Hugging Face layout, or `train/CLASS/` and `test/CLASS/`."""
 
 import json
 import re
@@ -8,8 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from deltafl.errors import DeltaflError, did_you_mean
+from deltafl.tasks.cache import stamps
 from deltafl.tasks.raw import SPLIT_NAMES, Columns, RawSplit, RawTask, Source
 
 PARQUET_NAME = re.compile(
@@ -28,29 +28,24 @@ def local_source(path: Path, columns: Columns) -> Source:
     Raises:
         DeltaflError: there is no such folder or set, the folder holds several sets, or it holds none.
     """
-    if path.is_dir():
-        sets = parquet_sets(path) or parquet_sets(path / "data")
-        if len(sets) > 1:
-            known = ", ".join(f'"{path / name}"' for name in sorted(sets))
+    if not path.is_dir():
+        sets = _parquet_sets(path.parent)
+        if path.name not in sets:
             raise DeltaflError(
-                f'folder "{path}" holds several data sets; name one of them: {known}.'
+                f'there is no folder "{path}" and no Parquet file of that name; '
+                f"{did_you_mean(path.name, sets)}"
             )
-        for prefix, files in sets.items():
-            return _parquet_source(prefix or path.resolve().name, files, columns)
-        return _image_folder(path)
-    sets = parquet_sets(path.parent)
-    if path.name in sets:
-        return _parquet_source(path.name, sets[path.name], columns)
-    if sets:
-        raise DeltaflError(
-            f'folder "{path.parent}" has no data set "{path.name}"; {did_you_mean(path.name, sets)}'
-        )
-    raise DeltaflError(
-        f'there is no folder "{path}", and no Parquet file of that name. Check the path.'
-    )
+        return _parquet(path.name, sets[path.name], columns)
+    sets = _parquet_sets(path) or _parquet_sets(path / "data")
+    if len(sets) > 1:
+        known = ", ".join(f'"{path / name}"' for name in sorted(sets))
+        raise DeltaflError(f'folder "{path}" holds several data sets; name one of them: {known}.')
+    for prefix, files in sets.items():
+        return _parquet(prefix or path.resolve().name, files, columns)
+    return _image_folder(path)
 
 
-def parquet_sets(folder: Path) -> dict[str, dict[str, list[Path]]]:
+def _parquet_sets(folder: Path) -> dict[str, dict[str, list[Path]]]:
     """The Parquet files of a folder by set and split: {prefix or "": {split in the name: files}}."""
     sets: dict[str, dict[str, list[Path]]] = {}
     for path in sorted(folder.glob("*.parquet")):
@@ -59,36 +54,36 @@ def parquet_sets(folder: Path) -> dict[str, dict[str, list[Path]]]:
     return sets
 
 
-def _parquet_source(name: str, files: Mapping[str, list[Path]], columns: Columns) -> Source:
+def _parquet(name: str, files: Mapping[str, list[Path]], columns: Columns) -> Source:
     every = [path for paths in files.values() for path in paths]
     sidecars = [every[0].with_name(file) for file in (f"{name}_classes.json", "classes.json")]
     sidecars = [path for path in sidecars if path.is_file()][:1]
-    places = {
-        split: str(paths[0]) + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
-        for split, paths in files.items()
-    }
 
     def opened(scratch: Path) -> RawTask:
-        from deltafl.tasks.tables import raw_task, read_parquet
+        """From a copy that `datasets` makes under `scratch`: what stays on disk is the pixels."""
+        from deltafl.tasks.tables import raw_task, read_tables
 
-        names = _class_names(sidecars[0]) if sidecars else None
-        return raw_task(read_parquet(files, scratch), places, columns, names)
+        paths = {split: [str(path) for path in some] for split, some in files.items()}
+        where = {split: " and ".join(some) for split, some in paths.items()}
+        tables = read_tables(
+            "parquet", ", ".join(where.values()), data_files=paths, cache_dir=str(scratch)
+        )
+        return raw_task(tables, where, columns, _class_names(sidecars[0]) if sidecars else None)
 
-    return Source(name, opened, (*every, *sidecars), fingerprint=repr(columns))
+    return Source(name, opened, repr((columns, stamps([*every, *sidecars]))))
 
 
 def _class_names(sidecar: Path) -> list[str]:
     """A JSON list of names, or an object with such a list under "classes"."""
     try:
-        content = json.loads(sidecar.read_text())
-    except ValueError as error:
-        raise DeltaflError(f'"{sidecar}" is not JSON ({error}). Repair or remove it.') from error
-    names = content.get("classes") if isinstance(content, dict) else content
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise DeltaflError(
-            f'"{sidecar}" must hold a list of class names, or an object with one under "classes".'
+        names = json.loads(sidecar.read_text())
+        return TypeAdapter(list[str]).validate_python(
+            names["classes"] if isinstance(names, dict) else names
         )
-    return names
+    except (ValueError, KeyError) as error:
+        raise DeltaflError(
+            f'"{sidecar}" must hold a JSON list of class names, or an object with one under "classes".'
+        ) from error
 
 
 def _image_folder(path: Path) -> Source:
@@ -96,24 +91,24 @@ def _image_folder(path: Path) -> Source:
     decoding.
     """
     files = {
-        folder.name: sorted(p for p in folder.glob("*/*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        for folder in sorted(path.iterdir())
-        if folder.name in SPLIT_NAMES and folder.is_dir()
+        split: sorted(p for p in path.glob(f"{split}/*/*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        for split in SPLIT_NAMES
+        if (path / split).is_dir()
     }
-    every = [p for paths in files.values() for p in paths]
+    every = [image for images in files.values() for image in images]
     if not every:
         raise DeltaflError(
-            f'folder "{path}" holds neither Parquet files (train.parquet, test.parquet), images '
-            "(train/CLASS/*.png, test/CLASS/*.png) nor text (train.txt, test.txt)."
+            f'folder "{path}" holds neither Parquet files (train.parquet, test.parquet) nor images '
+            "(train/CLASS/*.png, test/CLASS/*.png)."
         )
-    class_names = sorted({p.parent.name for p in every})
+    classes = sorted({image.parent.name for image in every})
 
     def raw_split(split: str) -> RawSplit:
-        labels = np.array([class_names.index(p.parent.name) for p in files[split]], np.int64)
+        labels = [classes.index(image.parent.name) for image in files[split]]
         where = f'image folder "{path / split}"'
-        return RawSplit(labels, lambda rows: [files[split][row] for row in rows], where)
+        return RawSplit(np.array(labels, np.int64), np.array(files[split]).__getitem__, where)
 
     def opened(scratch: Path) -> RawTask:
-        return RawTask({SPLIT_NAMES[s]: raw_split(s) for s in files}, tuple(class_names))
+        return RawTask({SPLIT_NAMES[split]: raw_split(split) for split in files}, tuple(classes))
 
-    return Source(path.resolve().name, opened, files=tuple(every))
+    return Source(path.resolve().name, opened, repr(stamps(every)))

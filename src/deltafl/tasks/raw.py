@@ -48,14 +48,13 @@ class Source:
     """Image data that were found but not yet opened.
 
     `open(scratch)` may put files into the folder `scratch`, which lives as long as the raw task is
-    used. `files` or `fingerprint` say which content it has: the cache is keyed by them, so that a
-    warm cache never opens the source. A source with neither is decoded afresh each time.
+    used. `key` says which content it has, for the cache, so that a warm start never opens the source;
+    without one it is decoded afresh each time.
     """
 
     name: str
     open: Callable[[Path], RawTask]
-    files: tuple[Path, ...] = ()
-    fingerprint: str = ""
+    key: str = ""
 
 
 FAMILIES: Registry[Callable[[str], Source]] = Registry("data set family")

@@ -15,14 +15,16 @@ def select(
     ascending.
 
     labels: int64 (N,) for "train", "test" and, where the data have it, "val"; else
-    min(val_fraction N, `MOST_HELD_OUT`) rows are held out of train. limit: rows of each split, at
+    min(val_fraction N, `MOST_HELD_OUT`) rows, at least one, are held out of train; no
+    class is emptied. limit: rows of each split, at
     most, in which every class has its share.
     """
     rows = {split: (split, np.arange(len(own))) for split, own in labels.items()}
     if "val" not in labels:
-        most = min(round(val_fraction * len(labels["train"])), MOST_HELD_OUT)
-        train, val = hold_out(labels["train"], most, np.random.default_rng([seed, 0]))
-        rows |= {"train": ("train", train), "val": ("train", val)}
+        train, every = labels["train"], rows["train"][1]
+        count = max(1, min(round(val_fraction * len(train)), MOST_HELD_OUT))
+        val = stratified(train, count, np.random.default_rng([seed, 0]), leave=1)
+        rows |= {"train": ("train", np.setdiff1d(every, val)), "val": ("train", val)}
     if limit is not None:
         for number, split in enumerate(("train", "val", "test"), 1):
             origin, own = rows[split]
@@ -51,11 +53,3 @@ def stratified(
         missing -= len(chosen)
     rows = [rng.permutation(np.flatnonzero(inverse == c))[: quotas[c]] for c in range(len(classes))]
     return np.sort(np.concatenate(rows)) if rows else np.empty(0, np.int64)
-
-
-def hold_out(
-    labels: np.ndarray, count: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """Rows (train, val) with `count` rows, at least one, held out; no class is emptied."""
-    val = stratified(labels, max(1, count), rng, leave=1)
-    return np.setdiff1d(np.arange(len(labels)), val, assume_unique=True), val

@@ -3,75 +3,38 @@
 To be imported where data are opened: `datasets` takes a second.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
-from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
-from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from datasets import ClassLabel, Dataset, DatasetDict, Image, disable_progress_bars, load_dataset
+from datasets.exceptions import DatasetsError
 
 from deltafl.errors import DeltaflError, did_you_mean
 from deltafl.tasks.raw import SPLIT_NAMES, Columns, Encoded, RawSplit, RawTask
 
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars of the library's own."""
-    disabled = are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        if not disabled:
-            enable_progress_bars()
+disable_progress_bars()
 
 
-def read_parquet(files: Mapping[str, Sequence[Path]], scratch: Path) -> DatasetDict:
-    """The tables by split, from a copy under `scratch`: what stays on disk is the pixels.
+def read_tables(path: str, where: str, **options: Any) -> DatasetDict:
+    """`load_dataset(path, **options)`, tables by split; `where` names the place in errors.
 
     Raises:
-        DeltaflError: a file is no Parquet, or not all of it.
+        DeltaflError: nothing there, or not all of it; no network and nothing downloaded before.
     """
-    paths = {split: [str(path) for path in some] for split, some in files.items()}
     try:
-        with _quiet():
-            return load_dataset("parquet", data_files=paths, cache_dir=str(scratch))
-    except (DatasetGenerationError, pyarrow.ArrowException, ValueError) as error:
-        names = ", ".join(f'"{path}"' for some in files.values() for path in some)
+        tables = load_dataset(path, **options)
+    except (DatasetsError, pyarrow.ArrowException, ValueError, OSError) as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise DeltaflError(
-            f"{names} cannot be read: {error.__cause__ or error}. Is the download complete?"
-        ) from error
-
-
-def read_hub(target: str, revision: str | None) -> tuple[DatasetDict, str]:
-    """The tables of `owner/name[:config]`, downloaded once into the library's own cache, and a
-    fingerprint of their content.
-
-    Raises:
-        DeltaflError: no such set or configuration, or no network and nothing downloaded before.
-    """
-    repo, _, config = target.partition(":")
-    try:
-        with _quiet():
-            tables = load_dataset(repo, config or None, revision=revision)
-    except ConnectionError as error:
-        raise DeltaflError(
-            f'data "hub:{target}": the hub cannot be reached and nothing is downloaded yet '
-            f"({error}). Connect once, or download it elsewhere and name its folder."
-        ) from error
-    except (DatasetNotFoundError, ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise DeltaflError(
-            f'data "hub:{target}" cannot be loaded: {reason} Check owner/name and configuration.'
+            f"{where} cannot be read: {reason} Is the name right and the download complete? Where "
+            "the hub is not reached, name a folder of copies: --data-dir (data_dir)."
         ) from error
     if not isinstance(tables, DatasetDict):
-        raise DeltaflError(
-            f'data "hub:{target}" has no named splits; a task needs "train" and "test".'
-        )
-    return tables, " ".join(table._fingerprint for table in tables.values())
+        raise DeltaflError(f'{where} has no named splits; a task needs "train" and "test".')
+    return tables
 
 
 def raw_task(
@@ -90,24 +53,22 @@ def raw_task(
             differ in length.
     """
     splits: dict[str, RawSplit] = {}
-    names = tuple(class_names) if class_names is not None else None
     for key in (key for key in SPLIT_NAMES if key in tables):
         table, place = tables[key], where[key]
         image = _present(table, columns.image, "image", place)
         label = _present(table, columns.label, "label", place)
-        feature = table.features[label]
-        if isinstance(feature, ClassLabel):
-            if names is not None and len(feature.names) != len(names):
+        if isinstance(feature := table.features[label], ClassLabel):
+            class_names = class_names or feature.names
+            if len(feature.names) != len(class_names):
                 raise DeltaflError(
                     f'{place}: column "{label}" declares {len(feature.names)} classes, but there '
-                    f"are {len(names)} class names. Correct the list of class names."
+                    f"are {len(class_names)} class names. Correct the list of class names."
                 )
-            names = names or tuple(feature.names)
         splits[SPLIT_NAMES[key]] = _raw_split(table, place, image, label)
-    if names is None:
-        largest = max((int(split.labels.max(initial=0)) for split in splits.values()), default=0)
-        names = tuple(map(str, range(largest + 1)))
-    return RawTask(splits, names)
+    if class_names is None:
+        most = max((split.labels.max(initial=0) for split in splits.values()), default=0)
+        class_names = [str(label) for label in range(most + 1)]
+    return RawTask(splits, tuple(class_names))
 
 
 def _present(table: Dataset, wanted: Sequence[str], kind: str, where: str) -> str:
@@ -135,9 +96,8 @@ def _raw_split(table: Dataset, where: str, image: str, label: str) -> RawSplit:
     return RawSplit(labels.astype(np.int64), read, where)
 
 
-def _encoded(cell: Mapping[str, bytes | str | None] | None) -> Encoded:
+def _encoded(cell: Mapping[str, Any] | None) -> Encoded:
     """Bytes where the file holds them, else the path; empty for a null, which then fails to decode."""
-    content, path = (cell["bytes"], cell["path"]) if cell else (b"", None)
-    if isinstance(content, bytes):
-        return content
-    return Path(str(path)) if path else b""
+    if cell and cell["bytes"] is None and cell["path"]:
+        return Path(cell["path"])
+    return (cell and cell["bytes"]) or b""

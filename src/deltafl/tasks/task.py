@@ -16,6 +16,8 @@ SPLITS: tuple[Split, ...] = ("train", "val", "test")
 Batch = Mapping[str, Tensor]
 """Named tensors (B, ...) on the model's device."""
 
+Device = torch.device | str
+
 Model = Callable[..., Any]
 """A module, a `Net` or anything called like it: a function of other parameters, under vmap."""
 
@@ -40,7 +42,7 @@ class Task(ABC):
         self,
         split: Split,
         ids: Tensor,
-        device: torch.device | str = "cpu",
+        device: Device = "cpu",
         generator: torch.Generator | None = None,
     ) -> Batch:
         """The examples at `ids`, int64 (B,), in that order.
@@ -87,7 +89,7 @@ class Task(ABC):
         """
         raise DeltaflError(f'task "{self.name}" cannot be divided; give its parts as tasks')
 
-    def to(self, device: torch.device | str) -> "Task":
+    def to(self, device: Device) -> "Task":
         """The task with its data on `device`; itself where that gains nothing."""
         return self
 
@@ -96,48 +98,38 @@ def hash_of(*parts: Tensor | str) -> str:
     """sha256 of the bytes of tensors and texts, in order."""
     digest = hashlib.sha256()
     for part in parts:
-        if isinstance(part, str):
-            digest.update(part.encode())
-        else:
-            digest.update(part.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(part.encode() if isinstance(part, str) else part.cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
-def check_task(task: Task, model: Model, device: torch.device | str = "cpu") -> None:
-    """Judge `model`, which is in eval mode, on two training examples, so that a task of a user's own
-    that breaks a promise is found before anything is trained.
+def check_task(task: Task, model: Model, device: Device = "cpu") -> None:
+    """Let `model`, in eval mode, do two training examples, so that a task of a user's own that breaks a
+    promise is found before anything trains.
 
     Raises:
         DeltaflError: which field of the task is of another shape or dtype, or not finite.
     """
-    for split in SPLITS:
-        count, groups = task.size(split), task.groups(split)
-        if count < 1 or groups.dtype != torch.int64 or groups.shape != (count,):
-            raise DeltaflError(
-                f'task "{task.name}": size("{split}") is {count}, groups("{split}") is '
-                f"{groups.dtype} {tuple(groups.shape)}; they must be N > 0 and int64 (N,)"
-            )
     ids = torch.arange(min(2, task.size("train")))
     batch = task.batch("train", ids, device)
-    for name, tensor in batch.items():
-        if not len(tensor) == len(ids):
-            raise DeltaflError(
-                f'task "{task.name}": batch["{name}"] is {tuple(tensor.shape)}, its first dimension '
-                f"must be {len(ids)}, the examples asked for"
-            )
+    wrong = [f"batch[{name}]" for name, tensor in batch.items() if len(tensor) != len(ids)]
+    wrong += [f"groups({s})" for s in SPLITS if task.groups(s).shape != (task.size(s),)]
+    if wrong:
+        raise DeltaflError(
+            f'task "{task.name}": {", ".join(wrong)} must hold one row for each example'
+        )
     with torch.no_grad():
         sums, weights = task.loss(model, batch)
-        score = task.score(model, batch)
-    for what, values in (("loss sums", sums), ("loss weights", weights), ("score", score)):
-        check_values(values, len(ids), f'{what} of task "{task.name}"')
+        check_values(task, "the sums of loss", sums, len(ids))
+        check_values(task, "the weights of loss", weights, len(ids))
+        check_values(task, "score", task.score(model, batch).float(), len(ids))
 
 
-def check_values(values: Tensor, count: int, what: str) -> None:
-    """Raise DeltaflError if `values` are not `count` finite float numbers."""
+def check_values(task: Task, field: str, values: Tensor, count: int) -> None:
+    """Raise DeltaflError if `values`, a field of `task`, are not `count` finite float numbers."""
     if not values.is_floating_point() or values.shape != (count,):
         raise DeltaflError(
-            f"{what} must be float ({count},), one for each example, not "
+            f'task "{task.name}": {field} must be float ({count},), a number for each example, not '
             f"{values.dtype} {tuple(values.shape)}"
         )
-    if len(wrong := (~values.isfinite()).nonzero().flatten()):
-        raise DeltaflError(f"{what}: {values[wrong[0]]} for example {wrong[0]} of {count}")
+    if not values.isfinite().all():
+        raise DeltaflError(f'task "{task.name}": {field} is not finite: {values.tolist()[:9]}')

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from deltafl.errors import DeltaflError, did_you_mean
 from deltafl.models.net import Net
 from deltafl.seeding import keyed_generator
-from deltafl.tasks.task import Batch, Split, Task
+from deltafl.tasks.task import Batch, Split, Task, check_values
 
 SCHEDULES = ("cosine", "constant", "linear", "step")
 
@@ -131,6 +131,9 @@ def scores(
 ) -> Tensor:
     """`task.score` of the examples at `ids`, int64 (n,), or of all; float32 (n,) on the CPU, in eval
     mode.
+
+    Raises:
+        DeltaflError: a score of the task is no finite number, or not one for each example.
     """
     ids = torch.arange(task.size(split)) if ids is None else ids.cpu()
     was_training = net.module.training
@@ -143,7 +146,9 @@ def scores(
                 parts.append(task.score(net, batch).float().cpu())
     finally:
         net.module.train(was_training)
-    return torch.cat(parts) if parts else torch.empty(0)
+    found = torch.cat(parts) if parts else torch.empty(0)
+    check_values(task, "score", found, len(ids))
+    return found
 
 
 @dataclass(frozen=True)

@@ -92,17 +92,22 @@ def test_a_merge_in_the_table_is_what_merge_and_evaluate_give(done: Path) -> Non
 
 def test_gains_are_differences_on_the_same_models(done: Path) -> None:
     rows = table(done, "training-heterogeneity")
-    assert {row["models"] for row in rows} == {"alike", "steps differ", "lr differs", "both differ"}
+    assert {row["trainings"] for row in rows} == {
+        "alike",
+        "steps differ",
+        "lr differs",
+        "both differ",
+    }
     for row in rows:
         reference = next(
-            r for r in rows if r["models"] == row["models"] and r["rule"] == "task_arithmetic"
+            r for r in rows if r["trainings"] == row["trainings"] and r["rule"] == "task_arithmetic"
         )
         assert row["merges"] == "2"
         if row["gain, points"]:
-            gain = float(row["normalised test %"]) - float(reference["normalised test %"])
+            gain = float(row["normalised test"]) - float(reference["normalised test"])
             assert float(row["gain, points"]) == pytest.approx(gain)
             assert float(row["95 % from"]) <= gain <= float(row["to"])
-    alike = {r["rule"]: float(r["normalised test %"]) for r in rows if r["models"] == "alike"}
+    alike = {r["rule"]: float(r["normalised test"]) for r in rows if r["trainings"] == "alike"}
     assert alike["fednova"] == pytest.approx(alike["task_arithmetic"])  # equal steps: the same rule
 
 
@@ -219,7 +224,7 @@ def test_the_base_is_one_of_the_candidates(tmp_path: Path) -> None:
     succeed("suite", "scaling-coef", *wild, "--out", out)
     rows = {row["rule"]: row for row in table(out, "scaling-coef")}
     for rule in ("task_arithmetic", "median"):
-        assert rows[rule]["normalised test %"] == rows["base (unmerged)"]["normalised test %"]
+        assert rows[rule]["normalised test"] == rows["base (unmerged)"]["normalised test"]
         assert float(rows[rule]["λ"]) == 0
 
 

@@ -18,7 +18,7 @@ from deltafl.forking import can_fork
 from deltafl.merge.search import grid_of
 from deltafl.merge.search_recipe import SearchRecipe
 from deltafl.pool import Pool
-from deltafl.rules.rule import Source, build_rule, check_rule, load_rules, parameters
+from deltafl.rules.rule import Source, build_rule, check_rule, load_rules
 from deltafl.training.finetune import TRAINING_JSON
 
 T = TypeVar("T")
@@ -130,10 +130,7 @@ def searched(study: Study, merge: Merge) -> dict[str, Any]:
 def seeded(methods: Sequence[Method], seed: int) -> list[Method]:
     """The methods, with the seed of the run for those that draw at random."""
     rules = load_rules()
-    return [
-        (n, {"seed": seed, **params} if "seed" in parameters(rules[n]) else params)
-        for n, params in methods
-    ]
+    return [(n, rules[n].seeded(params, seed)) for n, params in methods]
 
 
 def _code(method: str) -> str:

@@ -16,14 +16,6 @@ STUDY_NAMES = (
     "analogy",
 )
 
-PARAMETERS: Mapping[str, Mapping[str, Any]] = {
-    "cclip": {"unit": "quantile", "rho": [0.0, 0.25, 0.5, 0.75, 1.0]},
-    "fedgma": {"rho": [0.3, 0.6, 0.9]},
-    "ties": {"density": [0.2, 0.5]},
-    "dare": {"drop_rate": 0.5},
-}
-"""Of rules that need one, or gain from a grid; cclip's rho is a quantile of the norms, 1 clips nothing."""
-
 QUICK: Mapping[str, Any] = {
     "draws": 2,
     "methods": ["task_arithmetic", "fednova", "fedgma", "median", "cclip", "ties"],
@@ -98,8 +90,9 @@ class StudyOptions:
 
     def grids(self) -> tuple[tuple[str, Mapping[str, Any]], ...]:
         """(method, parameters) of the methods that are compared; task arithmetic, which gains refer to, goes first."""
-        named = self.methods or tuple(load_rules())
-        return tuple((m, PARAMETERS.get(m, {})) for m in dict.fromkeys(("task_arithmetic", *named)))
+        rules = load_rules()
+        named = self.methods or tuple(rules)
+        return tuple((m, rules[m].values) for m in dict.fromkeys(("task_arithmetic", *named)))
 
 
 def names_of(asked: Sequence[str], known: Sequence[str]) -> list[str]:

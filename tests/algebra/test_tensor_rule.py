@@ -1,0 +1,125 @@
+"""Rules of whole tensors: each tensor is combined once, by whoever reads it, one after the other."""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from checkpoint_files import files_in, make_world, succeed
+from deltafl.algebra import streaming
+from deltafl.algebra.aggregate import Aggregate, Stepped
+from deltafl.algebra.deltas import Update
+from deltafl.algebra.streaming import chunks, in_order
+from deltafl.algebra.tensors import BLOCK, Zeros
+from deltafl.errors import DeltaflError
+from deltafl.rules.rule import Source, TensorRule
+from laws.tensor_rules import FlatSpectrum, MeanDirection
+from laws.worlds import ByBlocks, assert_same, make, registered
+
+SHAPES = {"long": (2 * BLOCK + 3,), "matrix": (5, 7), "none": (0, 3), "scale": ()}
+
+
+@dataclass(frozen=True)
+class Counted(TensorRule):
+    """The mean, and the shapes that it was given."""
+
+    seen: list[tuple[int, ...]] = field(default_factory=list)
+
+    def combine(self, tensors: Tensor, weights: Sequence[float]) -> Tensor:
+        self.seen.append(tuple(tensors.shape))
+        return tensors.mean(0)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_tensor_is_combined_once_however_it_is_read(threads: int) -> None:
+    world = make(3, seed=0, shapes=SHAPES)
+    updates = [Update(ByBlocks(d), s) for d, s in zip(world.deltas, world.sources, strict=True)]
+    rule = Counted()
+    aggregate = Aggregate(rule, updates)
+    stepped = Stepped(Zeros(world.deltas[0]), aggregate, 1.0)
+    out = {name: torch.empty(shape).reshape(-1) for name, shape in SHAPES.items()}
+    units = list(chunks([(n, len(t)) for n, t in out.items()], 1, whole=stepped.whole))
+
+    def fill(unit: list[tuple[str, int, int]]) -> None:
+        for name, start, stop in unit:
+            stepped.read(name, start, stop, out[name][start:stop])
+
+    for _ in in_order(fill, units, threads):
+        pass
+    assert sorted(rule.seen) == sorted((3, *s) for n, s in SHAPES.items() if n != "none")
+    assert_same(out, {n: t.reshape(-1) for n, t in dict(aggregate).items()})
+
+
+@pytest.mark.parametrize("rule", [MeanDirection, FlatSpectrum])
+def test_a_merge_from_files_is_the_same_by_any_number_of_processes(
+    tmp_path: Path, rule: type[TensorRule], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "can_fork", lambda: True)
+    world = make_world(tmp_path, 3, torch.bfloat16)
+    with registered("whole", rule):
+        succeed(*world.args, "--method", "whole", "--threads", 1)
+        wanted = files_in(world.out)
+        succeed(*world.args, "--method", "whole", "--threads", 3, "--overwrite")
+        assert files_in(world.out) == wanted
+
+
+def test_a_result_of_another_shape_is_refused() -> None:
+    @dataclass(frozen=True)
+    class Flat(TensorRule):
+        def combine(self, tensors: Tensor, weights: Sequence[float]) -> Tensor:
+            return tensors.mean(0).reshape(-1)
+
+    with pytest.raises(
+        DeltaflError, match=r"Flat: combine gives \(6,\) torch.float32 for deltas of"
+    ):
+        dict(Aggregate(Flat(), [Update({"w": torch.ones(2, 3)}, Source("m"))]))
+
+
+MEMORY = """
+import torch
+from deltafl.algebra.aggregate import Aggregate
+from deltafl.algebra.deltas import Update
+from deltafl.algebra.tensors import Lazy, Spec, blocks
+from deltafl.rules.rule import Source, TensorRule
+
+class Ones(Lazy):
+    names = tuple(f"t{i}" for i in range(12))
+
+    def spec(self, name):
+        return Spec((2048, 1024), torch.float32)
+
+    def read(self, name, start, stop, out):
+        out.fill_(1)
+
+class Mean(TensorRule):
+    def combine(self, tensors, weights):
+        return tensors.mean(0)
+
+def megabytes(key):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
+
+torch.ones(8, 8).mean(0)
+aggregate = Aggregate(Mean(), [Update(Ones(), Source(str(i))) for i in range(4)])
+out = torch.empty(1 << 18)
+open("/proc/self/clear_refs", "w").write("5")  # the highest is counted anew
+before = megabytes("VmRSS")
+for name in aggregate:
+    for start, stop in blocks(aggregate.spec(name).numel):
+        aggregate.read(name, start, stop, out)
+print(megabytes("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="measured in /proc")
+def test_memory_is_n_times_the_largest_tensor() -> None:
+    """Twelve tensors of 8 MB of four models: 32 MB for one of them, 8 for its result, 384 for all."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True
+    )
+    assert 32 <= float(done.stdout) <= 56

@@ -1,0 +1,156 @@
+"""What a task of a user's own is told, and what the two kinds of task promise."""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from dataset_files import load, sizes
+
+from deltafl.errors import DeltaflError
+from deltafl.tasks import Task, load_task
+from deltafl.tasks.classes import only_classes
+from deltafl.tasks.lines import WORST, tokenised
+from deltafl.tasks.recipe import DataRecipe, TrainingDataRecipe
+from deltafl.tasks.task import check_task
+from tiny_models import tiny_llama, write_lines
+
+N = 5
+
+
+@dataclass
+class Wrong(Task):
+    """A task right in all but what is replaced."""
+
+    replaced: dict[str, torch.Tensor] = field(default_factory=dict)
+    name = "mine"
+
+    def size(self, split):
+        return N
+
+    def groups(self, split):
+        return self.replaced.get("groups", torch.zeros(N, dtype=torch.int64))
+
+    def batch(self, split, ids, device="cpu", generator=None):
+        return {"x": self.replaced.get("x", torch.zeros(len(ids), 3))}
+
+    def loss(self, model, batch):
+        ones = torch.ones(len(batch["x"]))
+        return self.replaced.get("sums", ones), self.replaced.get("weights", ones)
+
+    def score(self, model, batch):
+        return self.replaced.get("score", torch.zeros(len(batch["x"])))
+
+    def fingerprint(self):
+        return ""
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("sums", torch.ones(2, 3), r"the sums of loss must be float \(2,\).*\(2, 3\)"),
+        (
+            "sums",
+            torch.tensor([1.0, float("nan")]),
+            r"the sums of loss is not finite: \[1.0, nan\]",
+        ),
+        ("weights", torch.ones(2, dtype=torch.int64), "the weights of loss must be float"),
+        ("score", torch.tensor(0.5), r"score must be float \(2,\)"),
+        ("score", torch.tensor([0.0, float("-inf")]), "score is not finite"),
+        (
+            "groups",
+            torch.zeros(N - 1),
+            "groups.train., groups.val., groups.test. must hold one row",
+        ),
+        ("x", torch.zeros(3, 2), "batch.x. must hold one row for each example"),
+    ],
+)
+def test_a_field_that_breaks_its_promise_is_named(name, value, message):
+    check_task(Wrong(), lambda batch: batch)
+    with pytest.raises(DeltaflError, match=f'task "mine": {message}'):
+        check_task(Wrong({name: value}), lambda batch: batch)
+
+
+def test_some_classes_are_a_task_with_the_head_of_the_whole():
+    whole = load("digits", channels=1)
+    part = only_classes(whole, torch.tensor([2, 7]), "part")
+    assert part.name == "part"
+    assert part.class_names == whole.class_names
+    for split in ("train", "val", "test"):
+        keep = (whole.groups(split) == 2) | (whole.groups(split) == 7)
+        assert torch.equal(part.groups(split), whole.groups(split)[keep])
+        assert torch.equal(part.splits[split].images, whole.splits[split].images[keep])
+    with pytest.raises(DeltaflError, match='task "none" has no example in train, val, test'):
+        only_classes(whole, torch.tensor([11]), "none")
+
+
+@pytest.fixture
+def language(tmp_path):
+    return tiny_llama(tmp_path / "model"), write_lines(tmp_path / "text")
+
+
+@pytest.mark.parametrize("prefix", ["", "lines:"])
+def test_lines_are_found_by_themselves_or_by_name(language, prefix):
+    net, folder = language
+    task = load_task(f"{prefix}{folder}", net.inputs)
+    again = load_task(DataRecipe.of(data=f"{prefix}{folder}", limit=4), net.inputs)
+    assert task.metric == "log-likelihood"
+    assert max(sizes(again)) == 4
+    assert task.fingerprint() != again.fingerprint()
+    assert sizes(only_classes(task, torch.tensor([0]), "one source"))[2] < task.size("test")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("digits", 'data "digits" holds images, and the model takes text, lines:FOLDER'),
+        ("cifar100", 'data "cifar100" holds images, and the model takes text'),
+        ("nowhere/at/all", r'"nowhere/at/all" has no line of text in train\*.txt'),
+        ("lines:nowhere", r'"nowhere" has no line of text in train\*.txt'),
+    ],
+)
+def test_what_is_no_text_is_one_line(language, data, message):
+    with pytest.raises(DeltaflError, match=message):
+        load_task(data, language[0].inputs)
+
+
+def test_text_is_not_for_a_model_of_images(language):
+    with pytest.raises(DeltaflError, match="holds lines of text, and the model takes images"):
+        load(f"lines:{language[1]}")
+    recipe = TrainingDataRecipe.of(data=str(language[1]), augment="flip")
+    with pytest.raises(DeltaflError, match="augment and label_smoothing are for images"):
+        load_task(recipe, language[0].inputs)
+
+
+def test_blank_lines_are_left_out_and_long_ones_cut(language):
+    inputs = language[0].inputs
+    lines = tokenised(["a line", "", "  ", "x" * 5000], inputs, source=3)
+    assert lines.sources.tolist() == [3, 3]
+    assert len(lines.ids[1]) == inputs.max_length
+
+
+def test_a_file_that_is_no_text_is_named(language):
+    (language[1] / "test-bad.txt").write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(DeltaflError, match=r'test-bad\.txt" cannot be read as UTF-8'):
+        load_task(str(language[1]), language[0].inputs)
+
+
+def test_a_model_that_gives_no_number_scores_worst_and_not_nan(language):
+    net, folder = language
+    task = load_task(str(folder), net.inputs)
+    batch = task.batch("test", torch.arange(2))
+    with torch.no_grad():
+        net.flat.fill_(float("nan"))
+        assert task.score(net, batch).tolist() == [WORST] * 2
+
+
+def test_labels_are_drawn_from_the_models_own_distribution(language):
+    net, folder = language
+    task = load_task(str(folder), net.inputs)
+    batch = task.batch("train", torch.arange(4))
+    with torch.no_grad():
+        drawn = task.sampled(net, batch, torch.Generator().manual_seed(0))
+    same = (drawn["labels"] == -100) == (batch["labels"] == -100)
+    assert same.all()
+    assert torch.equal(drawn["labels"][:, 0], batch["labels"][:, 0])
+    assert torch.equal(drawn["input_ids"], batch["input_ids"])
+    assert not torch.equal(drawn["labels"], batch["labels"])
