@@ -3,15 +3,17 @@
 import json
 import os
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from deltafl.models import LoadedEncoder, Net, load_net, new_net
+from deltafl.models import HeadRecipe, LoadedEncoder, Net, load_net, new_net
 from deltafl.models.encoder import encoder_of
 from deltafl.models.heads import LinearHead, random_head
-from deltafl.tasks import ImageInput, ImageTask
+from deltafl.tasks import ImageInput, ImageTask, load_task
 from deltafl.tasks.arrays import Split, Task, image_task
+from deltafl.training import Evaluation, evaluate
 
 NAMES = ("dark", "left", "right")
 
@@ -59,6 +61,10 @@ def tiny_task(train: int = 50, val: int = 20, test: int = 31) -> Task:
     return Task("halves", split(train, 1), split(val, 2), split(test, 3), NAMES)
 
 
+def tiny_images(train: int = 50, val: int = 20, test: int = 31) -> ImageTask:
+    return image_task(tiny_task(train, val, test))
+
+
 def tiny_head(dim: int = 16) -> LinearHead:
     return random_head(dim, NAMES, torch.Generator().manual_seed(5))
 
@@ -94,7 +100,22 @@ def own_net(width: int = 6) -> Net:
 
 
 def tiny_task_factory(inputs: ImageInput, seed: int) -> ImageTask:
-    return image_task(tiny_task())
+    return tiny_images()
+
+
+def judged(
+    folder: Path,
+    data: str,
+    split: Literal["val", "test"] = "test",
+    head: Path | str | None = None,
+    seed: int = 0,
+) -> Evaluation:
+    """What a saved model scores on a task, with a head from a file or its own."""
+    net = load_net(folder)
+    task = load_task(data, net.inputs, seed)
+    if head is not None:
+        net.prepare(task, HeadRecipe(head=str(head)))
+    return evaluate(net, task, split)
 
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:'\"-"

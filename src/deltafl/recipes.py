@@ -45,11 +45,20 @@ class Recipe(BaseModel):
 
     renamed: path of an old key -> path of the new one, or a sentence that says why there is none.
     alternatives: groups of leaves that say one thing; an option of a group replaces all of the group in the file.
+    defaults: of fields that are those of the parent class but for their default.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
     renamed: ClassVar[Mapping[str, str]] = {}
     alternatives: ClassVar[Sequence[Collection[str]]] = ()
+    defaults: ClassVar[Mapping[str, Any]] = {}
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Set the defaults."""
+        for name, value in cls.defaults.items():
+            cls.model_fields[name].default = value
+        cls.model_rebuild(force=True)
 
     @classmethod
     def of(cls, **settings: Any) -> Self:

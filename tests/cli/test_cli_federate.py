@@ -71,7 +71,7 @@ def test_the_best_model_scores_what_the_result_says(run: Path, tmp_path: Path) -
             tmp_path / "x.json",
         )
         (scores,) = json.loads((tmp_path / "x.json").read_text())["results"]
-        assert scores["accuracy"] == pytest.approx(result[key], abs=1e-9)
+        assert scores["score"] == pytest.approx(result[key], abs=1e-9)
     accuracies = [r["val_score"] for r in read_rows(run / "record.jsonl")]
     assert result["val_score"] == max(accuracies)
     assert result["best_round"] == accuracies.index(max(accuracies))

@@ -21,7 +21,7 @@ every_recipe = pytest.mark.parametrize("name", RECIPES)
 
 def fill(kind: type[Recipe], command: str) -> dict[str, Any]:
     """A value for each required setting."""
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"steps": 1} if command == "finetune" else {}
     for leaf in leaves(kind).values():
         if leaf.field.is_required():
             found[leaf.name] = FILLED.get(command) or FILLED.get(leaf.name, "x")

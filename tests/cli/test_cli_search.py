@@ -74,7 +74,7 @@ def test_the_output_holds_everything_and_the_winner_scores_what_its_row_says(
             "--head", trained / "base" / HEAD_FILE, "--json", tmp_path / "scores.json",
         )  # fmt: skip
         (scores,) = json.loads((tmp_path / "scores.json").read_text())["results"]
-        assert scores["accuracy"] == best["val"][task]
+        assert scores["score"] == best["val"][task]
     with (out / "table.csv").open() as file:
         table = list(csv.reader(file))
     assert [line[0] for line in table[1:]] == [r["rule"] for r in result["rows"]]

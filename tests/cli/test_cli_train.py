@@ -6,16 +6,16 @@ from click.testing import CliRunner
 
 from deltafl.cli.train import evaluate, finetune
 from deltafl.errors import DeltaflError
-from deltafl.models import load_encoder, save_encoder
-from deltafl.training import FinetuneRecipe
-from deltafl.training import evaluate as evaluate_model
+from deltafl.models import load_net
+from deltafl.tasks import load_task
+from deltafl.training import TrainingRecipe
 from deltafl.training import finetune as finetune_model
-from tiny_models import tiny_task, tiny_vit
+from tiny_models import judged, tiny_llama, tiny_net, write_lines
 
 TASK = "tiny_models:tiny_task_factory"
 
 
-def run(command, *arguments: str, ok: bool = True):
+def run(command, *arguments: object, ok: bool = True):
     result = CliRunner().invoke(command, [str(a) for a in arguments])
     if ok and result.exception:
         raise result.exception
@@ -26,7 +26,7 @@ def run(command, *arguments: str, ok: bool = True):
 def base(tmp_path: Path) -> Path:
     folder = tmp_path / "base"
     folder.mkdir()
-    save_encoder(tiny_vit(), folder)
+    tiny_net().save(folder)
     return folder
 
 
@@ -36,40 +36,23 @@ def test_options_mean_what_the_library_means(base: Path, tmp_path: Path):
         finetune, "--base", base, "--data", TASK, "--out", out, "--steps", 6, "--lr", 1e-3, "--batch-size", 8,
         "--weight-decay", 0, "--warmup", 2, "--label-smoothing", 0.1, "--few-shot", 2, "--seed", 4, "--device", "cpu",
     )  # fmt: skip
-    recipe = FinetuneRecipe(
-        steps=6,
-        lr=1e-3,
-        batch_size=8,
-        weight_decay=0.0,
-        warmup=2,
-        label_smoothing=0.1,
-        few_shot=2,
-        seed=4,
-    )
-    finetune_model(load_encoder(base), tiny_task(), recipe, tmp_path / "direct", device="cpu")
+    recipe = TrainingRecipe.of(
+        model=str(base), data=TASK, steps=6, lr=1e-3, batch_size=8, weight_decay=0.0, warmup=2, label_smoothing=0.1,
+        few_shot=2, seed=4, device="cpu", out=str(tmp_path / "direct"),
+    )  # fmt: skip
+    net = load_net(base)
+    finetune_model(net, load_task(recipe.data, net.inputs, 4), recipe)
     for file in ("model.safetensors", "head.safetensors", "training.json"):
         assert (out / file).read_bytes() == (tmp_path / "direct" / file).read_bytes()
     assert "6 steps" in said.output
-    quiet = run(
-        finetune,
-        "--base",
-        base,
-        "--data",
-        TASK,
-        "--out",
-        out,
-        "--steps",
-        1,
-        "--overwrite",
-        "--quiet",
-    )
-    assert quiet.output == ""
+    short = ("--model", base, "--data", TASK, "--out", out, "--steps", 1, "--overwrite", "--quiet")
+    assert run(finetune, *short).output == ""
 
 
 def test_options_go_before_the_file(base: Path, tmp_path: Path):
     config = tmp_path / "c.yaml"
     config.write_text(
-        f"base: {base}\ndata: {TASK}\nout: {tmp_path / 'out'}\nepochs: 3\nlr: 0.5\nbatch_size: 7\n"
+        f"model: {base}\ndata: {TASK}\nout: {tmp_path / 'out'}\nepochs: 3\nlr: 0.5\nbatch_size: 7\n"
     )
     run(finetune, "--config", config, "--steps", 2, "--lr", 1e-3)
     recorded = json.loads((tmp_path / "out" / "training.json").read_text())["config"]
@@ -78,41 +61,37 @@ def test_options_go_before_the_file(base: Path, tmp_path: Path):
 
 
 def test_evaluate_prints_and_writes_every_model(base: Path, tmp_path: Path):
-    for seed in (0, 1):
-        run(
-            finetune,
-            "--base",
-            base,
-            "--data",
-            TASK,
-            "--out",
-            tmp_path / f"m{seed}",
-            "--steps",
-            3,
-            "--seed",
-            seed,
-        )
     models = [tmp_path / "m0", tmp_path / "m1"]
-    said = run(
-        evaluate,
-        "--models",
-        *models,
-        "--data",
-        TASK,
-        "--split",
-        "val",
-        "--json",
-        tmp_path / "x.json",
-    )
-    written = json.loads((tmp_path / "x.json").read_text())
+    for seed, model in enumerate(models):
+        tune = ("--base", base, "--data", TASK, "--steps", 3, "--seed", seed)
+        run(finetune, *tune, "--out", model)
+    file, shared = tmp_path / "x.json", ("--models", *models, "--data", TASK)
+    said = run(evaluate, *shared, "--split", "val", "--json", file)
+    written = json.loads(file.read_text())
+    assert (written["metric"], written["split"]) == ("accuracy", "val")
     for row, model in zip(written["results"], models, strict=True):
-        expected = evaluate_model(model, tiny_task(), "val")
-        assert (row["model"], row["accuracy"], row["n"]) == (str(model), expected.accuracy, 20)
-        assert row["correct"] == expected.correct.tolist()
-        assert f"{expected.accuracy:.2%}" in said.output
-    head = tmp_path / "m0" / "head.safetensors"
-    assert "test accuracy" in run(evaluate, "--models", base, "--data", TASK, "--head", head).output
-    assert run(evaluate, "--models", base, "--data", TASK, "--head", head, "--quiet").output == ""
+        expected = judged(model, TASK, "val")
+        assert (row["model"], row["score"], row["examples"]) == (str(model), expected.score, 20)
+        assert row["scores"] == expected.scores.tolist()
+        assert f"{expected.score:.2%}" in said.output
+    head = ("--models", base, "--data", TASK, "--head", models[0] / "head.safetensors")
+    assert "test accuracy" in run(evaluate, *head).output
+    assert run(evaluate, *head, "--quiet").output == ""
+
+
+def test_a_language_model_is_fine_tuned_and_evaluated(tmp_path: Path):
+    tiny_llama(tmp_path / "llama")
+    lines, out = write_lines(tmp_path / "lines"), tmp_path / "out"
+    data = ("--data", lines, "--device", "cpu")
+    said = run(
+        finetune, "--model", tmp_path / "llama" / "config.json", *data, "--out", out, "--epochs", 2, "--lr", 1e-2,
+        "--batch-size", 8,
+    ).output  # fmt: skip
+    facts = json.loads((out / "training.json").read_text())
+    assert f"log-likelihood {facts['val_score']:.4f} of" in said
+    said = run(evaluate, "--models", out, *data, "--split", "val").output
+    assert "val log-likelihood" in said
+    assert f"{facts['val_score']:.4f}" in said
 
 
 @pytest.mark.parametrize(
@@ -139,21 +118,27 @@ def test_mistakes_are_told_and_nothing_is_written(
 
 def test_mistakes_in_the_file_are_told_at_once(tmp_path: Path):
     config = tmp_path / "c.yaml"
-    config.write_text("base: b\ndata: d\nout: o\nbatchsize: 3\nlr: fast\n")
+    config.write_text(
+        "base: b\ndata: d\nout: o\nsteps: 1\nbatchsize: 3\nlr: fast\nschedule: step\n"
+    )
     result = run(finetune, "--config", config, ok=False)
     assert isinstance(result.exception, DeltaflError)
-    assert 'unknown key "batchsize"; did you mean "batch_size"' in str(result.exception)
-    assert "'fast'" in str(result.exception)
+    for told in (
+        '"base" is now "model"',
+        '"schedule" is now "lr_schedule"',
+        'unknown key "batchsize"; did you mean "batch_size"',
+        "'fast'",
+    ):
+        assert told in str(result.exception)
 
 
 def test_an_output_is_kept_unless_told_otherwise(base: Path, tmp_path: Path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "training.json").write_text("{}")
-    result = run(
-        finetune, "--base", base, "--data", TASK, "--out", tmp_path / "out", "--steps", 1, ok=False
-    )
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "training.json").write_text("{}")
+    result = run(finetune, "--base", base, "--data", TASK, "--out", out, "--steps", 1, ok=False)
     assert "--overwrite" in str(result.exception)
-    assert (tmp_path / "out" / "training.json").read_text() == "{}"
+    assert (out / "training.json").read_text() == "{}"
 
 
 def test_evaluate_without_a_head_or_a_readable_seed(base: Path):

@@ -15,12 +15,13 @@ from deltafl.checkpoints.checkpoint import Checkpoint
 from deltafl.errors import DeltaflError
 from deltafl.experiments.one_shot import BASE, SINGLE, most_rows, run_search
 from deltafl.merge.search_recipe import SearchRecipe
-from deltafl.models import load_encoder
+from deltafl.models import load_net
 from deltafl.models.heads import HEAD_FILE
 from deltafl.progress import Progress
+from deltafl.tasks import load_task
 from deltafl.tasks.arrays import load_arrays
-from deltafl.training import FinetuneRecipe, evaluate, finetune
-from tiny_models import vit_file
+from deltafl.training import TrainingRecipe, finetune
+from tiny_models import judged, vit_file
 
 VARIANTS = ("mirrored", "thick")
 METHODS: tuple[tuple[str, Mapping[str, Any]], ...] = (
@@ -39,18 +40,21 @@ def train_digits(factory: pytest.TempPathFactory) -> Path:
     root = factory.getbasetemp() / "trained-digits"
     if root.exists():
         return root
-    spec = vit_file(num_hidden_layers=1)
-    plain = load_arrays("digits:pretrain", image_size=8, channels=1)
-    finetune(
-        load_encoder(spec),
-        plain,
-        FinetuneRecipe(steps=30, lr=3e-3, head="linear", train_head=True),
-        root / "base",
-    )
-    for i, variant in enumerate(VARIANTS):
-        task = load_arrays(f"digits:{variant}", image_size=8, channels=1)
-        recipe = FinetuneRecipe(steps=10 + 10 * i, lr=1e-3, head=str(root / "base" / HEAD_FILE))
-        finetune(load_encoder(root / "base"), task, recipe, root / variant)
+    base = TrainingRecipe.of(
+        model=vit_file(num_hidden_layers=1), data="digits:pretrain", steps=30, lr=3e-3, head="linear",
+        train_head=True, out=str(root / "base"),
+    )  # fmt: skip
+    head = str(root / "base" / HEAD_FILE)
+    tunes = [
+        TrainingRecipe.of(
+            model=str(root / "base"), data=f"digits:{variant}", steps=10 + 10 * i, lr=1e-3, head=head,
+            out=str(root / variant),
+        )
+        for i, variant in enumerate(VARIANTS)
+    ]  # fmt: skip
+    for recipe in (base, *tunes):
+        net = load_net(recipe.model)
+        finetune(net, load_task(recipe.data, net.inputs), recipe)
     return root
 
 
@@ -77,15 +81,10 @@ def test_the_rows_are_singles_base_and_each_method_with_their_own_test_scores(
     result = run(search_recipe(trained))
     assert [r["rule"] for r in result["rows"]] == [SINGLE, BASE, *(m for m, _ in METHODS)]
     for i, variant in enumerate(VARIANTS):
-        task = load_arrays(f"digits:{variant}", image_size=8, channels=1)
-        name = result["tasks"][i]
-        assert result["single"][name] == evaluate(trained / variant, task, "test").accuracy
-        assert result["single_val"][name] == evaluate(trained / variant, task, "val").accuracy
-        head = str(trained / "base" / HEAD_FILE)
-        assert (
-            result["rows"][1]["test"][name]
-            == evaluate(trained / "base", task, "test", head=head).accuracy
-        )
+        data, name, head = f"digits:{variant}", result["tasks"][i], trained / "base" / HEAD_FILE
+        assert result["single"][name] == judged(trained / variant, data).score
+        assert result["single_val"][name] == judged(trained / variant, data, "val").score
+        assert result["rows"][1]["test"][name] == judged(trained / "base", data, head=head).score
     for row in result["rows"]:
         assert row["mean"] == pytest.approx(sum(row["test"].values()) / 2)
         normalized = sum(row["test"][t] / result["single"][t] for t in result["tasks"]) / 2
@@ -98,14 +97,12 @@ def test_the_merged_model_scores_what_its_row_says(trained: Path, tmp_path: Path
     result = run(search_recipe(trained), tmp_path / "merged")
     best = result["best"]
     assert best["method"] != "base"
-    head = str(trained / "base" / HEAD_FILE)
     tested = next(r for r in result["rows"] if r["rule"] == best["method"])
     for name, variant in zip(result["tasks"], VARIANTS, strict=True):
-        task = load_arrays(f"digits:{variant}", image_size=8, channels=1)
-        assert evaluate(tmp_path / "merged", task, "val", head=head).accuracy == best["val"][name]
-        assert (
-            evaluate(tmp_path / "merged", task, "test", head=head).accuracy == tested["test"][name]
-        )
+        for split, row in (("val", best), ("test", tested)):
+            head = trained / "base" / HEAD_FILE
+            found = judged(tmp_path / "merged", f"digits:{variant}", split, head)
+            assert found.score == pytest.approx(row[split][name])
     assert AutoModel.from_pretrained(tmp_path / "merged").config.hidden_size == 16
     record = json.loads((tmp_path / "merged/deltafl.json").read_text())
     assert (record["method"], record["params"]) == (best["method"], best["params"])

@@ -11,7 +11,7 @@ import pytest
 from checkpoint_files import refusal, succeed
 from deltafl.experiments import quickstart
 from deltafl.merge.search_recipe import SearchRecipe
-from deltafl.training import FinetuneRecipe
+from deltafl.training import Finetuned, TrainingRecipe
 from deltafl.training.record import read_rows
 
 RULES = ["task_arithmetic", "fednova", "fedgma", "median", "cclip"]
@@ -34,10 +34,10 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     tasks = tuple(
         quickstart.Finetune(t.variant, t.lr, 3 + i) for i, t in enumerate(quickstart.TASKS[:2])
     )
-    original = quickstart.FinetuneRecipe
+    original = quickstart.finetune
 
-    def shorter(*, steps: int, **rest: Any) -> FinetuneRecipe:
-        return original(steps=min(steps, 20), **rest)
+    def shorter(net: Any, task: Any, recipe: TrainingRecipe, **how: Any) -> Finetuned:
+        return original(net, task, recipe.replace(steps=min(recipe.steps or 0, 20)), **how)
 
     recipe = quickstart.search_recipe
     methods = [
@@ -52,7 +52,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
         patch.setattr(quickstart, "TASKS", tasks)
         patch.setattr(quickstart, "LAMBDAS", (0.3, 0.8))
         patch.setattr(quickstart, "search_recipe", smaller)
-        patch.setattr(quickstart, "FinetuneRecipe", shorter)
+        patch.setattr(quickstart, "finetune", shorter)
         said = succeed("quickstart", "--out", out, "--seed", 1).out
     return Story(out, said, json.loads((out / "result.json").read_text()), tasks)
 

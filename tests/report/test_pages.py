@@ -158,6 +158,14 @@ def test_the_quickstart_tells_the_numbers():
     assert "task_arithmetic = fedavg" in told
 
 
+def test_a_task_may_be_called_as_a_column_is():
+    result = samples.quickstart_result()
+    for row in result["rows"]:
+        row["test"] = {"mean" if t == "plain" else t: score for t, score in row["test"].items()}
+    table = report.results_table(result | {"tasks": ["mean", *result["tasks"][1:]]})
+    assert table.cells().iloc[0, [1, 3]].tolist() == ["97.3%", "98.4%"]
+
+
 def test_a_search_tells_of_its_race_and_of_what_others_publish():
     result = samples.quickstart_result() | {"strategy": "racing", "reference": {"RegMean": 0.71}}
     result |= {"examples": {"evaluated": 1500, "exhaustive": 6000}}

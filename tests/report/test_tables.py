@@ -6,7 +6,7 @@ TABLE = Table(
         {"rule": "single_task", "mean": 0.99, "steps": 60, "loss": 0.1},
         {"rule": "a|b & <c>", "mean": 0.9124, "steps": 240, "loss": 0.123},
         {"rule": "fedgma", "mean": 0.91239, "steps": None, "loss": 0.5, "unseen": 1},
-        {"rule": "median", "mean": float("nan"), "steps": 5, "loss": 2.0},
+        {"rule": "median", "mean": None, "steps": 5, "loss": float("nan")},
     ],
     {
         "rule": Column("model"),
@@ -28,7 +28,7 @@ def test_markdown_exactly():
         "| single\\_task | 99.0% | 60 | 0.1 |\n"
         "| a\\|b & \\<c\\> | **91.2%** | 240 | 0.12 |\n"
         "| fedgma | **91.2%** | – | 0.5 |\n"
-        "| median | – | 5 | 2 |\n"
+        "| median | – | 5 | – |\n"
     )
 
 
@@ -50,7 +50,7 @@ def test_latex_exactly():
             r"single\_task & 99.0\% & 60 & 0.1 \\",
             r"a|b \& <c> & \textbf{91.2\%} & 240 & 0.12 \\",
             r"fedgma & \textbf{91.2\%} & -- & 0.5 \\",
-            r"median & -- & 5 & 2 \\",
+            r"median & -- & 5 & -- \\",
             r"\bottomrule",
             r"\end{tabular}",
             r"\end{table}",

@@ -34,7 +34,7 @@ def png(image: Image.Image) -> bytes:
 
 
 def write_parquet(path: Path, images, labels, image="image", label="label", names=None) -> Path:
-    """A file as `datasets` writes it: image struct{bytes, path}, label a ClassLabel if `names`, else int64."""
+    """A file as `datasets` writes it: image struct{bytes, path}, label a ClassLabel if `names`, else int64 or bool."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -42,9 +42,8 @@ def write_parquet(path: Path, images, labels, image="image", label="label", name
         None if content is None else {"bytes": content, "path": f"{i}.png"}
         for i, content in enumerate(images)
     ]
-    kind = (
-        {"_type": "ClassLabel", "names": names} if names else {"_type": "Value", "dtype": "int64"}
-    )
+    dtype = "bool" if isinstance(labels[0], bool) else "int64"
+    kind = {"_type": "ClassLabel", "names": names} if names else {"_type": "Value", "dtype": dtype}
     features = {"info": {"features": {image: {"_type": "Image"}, label: kind}}}
     table = pa.table(
         {

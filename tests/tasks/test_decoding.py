@@ -18,22 +18,6 @@ def test_grey_and_colour_become_the_channels_asked_for(channels, mode):
     assert (pixels == 77).all()
 
 
-def test_colours_keep_their_channel():
-    pixels = decode(png(Image.new("RGB", (8, 8), (10, 20, 30))), ImageInput(8))
-    assert pixels[:, 0, 0].tolist() == [10, 20, 30]
-
-
-def test_an_image_of_the_right_size_keeps_its_bytes():
-    original = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    assert np.array_equal(decode(original, ImageInput(8)), original.transpose(2, 0, 1))
-
-
-def test_the_centre_is_taken():
-    wide = np.zeros((8, 24), np.uint8)
-    wide[:, 8:16] = 200
-    assert (decode(wide, ImageInput(8, 1)) == 200).all()
-
-
 def test_crop_agrees_with_the_clip_processor():
     from transformers.models.clip import CLIPImageProcessorPil
 

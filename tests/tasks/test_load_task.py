@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,20 +10,18 @@ from deltafl.errors import DeltaflError
 from deltafl.tasks import ImageInput, ImageTask, load_task
 from deltafl.tasks.recipe import TrainingDataRecipe
 
-CONFUSED = ["ant", "bee", "cat"]
 
-
-def write_set(folder, train=8, test=4, prefix="", labels=None, **options):
-    """Two files of flat pictures of two classes; `labels` replaces those of the training file."""
-    for split, count in (("train", train), ("test", test)):
-        own = labels if labels is not None and split == "train" else np.arange(count) % 2
-        write_parquet(
-            folder / f"{prefix}{split}.parquet",
-            [png(picture(i)) for i in range(count)],
-            own,
-            **options,
-        )
+def write_set(folder, prefix="", labels=None, names=None, **options):
+    """Two files of eight and four flat pictures of two classes, or of the `labels` given."""
+    for split, count in (("train", 8), ("test", 4)):
+        own = labels[:count] if labels else np.arange(count) % 2
+        pictures = [png(picture(i)) for i in range(count)]
+        write_parquet(folder / f"{prefix}{split}.parquet", pictures, own, names=names, **options)
     return folder
+
+
+def write_classes(folder, classes):
+    (folder / "classes.json").write_text(json.dumps(classes))
 
 
 def test_parquet_folder_becomes_a_task(parquet_folder):
@@ -58,26 +57,17 @@ def test_limit_is_stratified_and_by_split(parquet_folder):
 
 
 def test_a_validation_split_is_used_as_it_is(parquet_folder):
-    write_parquet(
-        parquet_folder / "validation.parquet",
-        [png(picture(200 + i)) for i in range(8)],
-        np.arange(8) % 4,
-    )
+    pictures = [png(picture(200 + i)) for i in range(8)]
+    write_parquet(parquet_folder / "validation.parquet", pictures, np.arange(8) % 4)
     task = load(parquet_folder)
-    assert len(task.splits["train"]) == 40
+    assert task.size("train") == 40
     assert task.splits["val"].images[:, 0, 0, 0].tolist() == list(range(200, 208))
 
 
 def test_shards_are_one_split_in_order(tmp_path):
-    for shard in range(2):
-        pictures = [png(picture(10 * shard + i)) for i in range(4)]
-        write_parquet(
-            tmp_path / "data" / f"train-0000{shard}-of-00002.parquet", pictures, np.arange(4) % 2
-        )
-    write_parquet(tmp_path / "data" / "test-00000-of-00001.parquet", [png(picture(9))] * 2, [0, 1])
-    write_parquet(
-        tmp_path / "data" / "validation-00000-of-00001.parquet", [png(picture(9))] * 2, [0, 1]
-    )
+    for name, first in (("train-00000", 0), ("train-00001", 10), ("test-00000", 0), ("dev", 0)):
+        pictures = [png(picture(first + i)) for i in range(4)]
+        write_parquet(tmp_path / "data" / f"{name}-of-2.parquet", pictures, [0, 1, 0, 1])
     task = load(tmp_path)
     assert task.splits["train"].images[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 10, 11, 12, 13]
     assert task.class_names == ("0", "1")
@@ -93,14 +83,12 @@ def test_one_set_of_a_folder_with_its_sidecar(tmp_path, kind):
     task = load(f"{kind}{tmp_path}/birds")
     assert (task.name, task.class_names) == ("birds", ("tit", "rook"))
     assert load(f"{kind}{tmp_path}/boats").class_names == ("0", "1")
-    with pytest.raises(
-        DeltaflError, match=r'holds several data sets; name one of them: ".*birds", ".*boats"'
+    for name, message in (
+        ("", r'holds several data sets; name one of them: ".*birds", ".*boats"'),
+        ("/bird", 'bird" and no Parquet file of that name; did you mean "birds"'),
     ):
-        load(f"{kind}{tmp_path}")
-    with pytest.raises(
-        DeltaflError, match='bird" and no Parquet file of that name; did you mean "birds"'
-    ):
-        load(f"{kind}{tmp_path}/bird")
+        with pytest.raises(DeltaflError, match=message):
+            load(f"{kind}{tmp_path}{name}")
 
 
 def test_columns_have_settings(tmp_path):
@@ -127,88 +115,58 @@ def test_image_folder(image_folder):
     task = load(image_folder)
     assert (task.name, task.class_names) == ("pictures", ("left", "right"))
     assert sizes(task) == [11, 1, 4]
-    assert torch.equal(
-        (task.splits["train"].images[:, 0, 0, 0] >= 100).long(), task.splits["train"].labels
-    )
+    train = task.splits["train"]
+    assert torch.equal((train.images[:, 0, 0, 0] >= 100).long(), train.labels)
 
 
-def test_a_broken_file_of_an_image_folder_is_named(image_folder):
+BAD = {
+    r'"set" has no test split \(it has: train\)': lambda set: (set / "test.parquet").unlink(),
+    r"test\.parquet.* cannot be read.*the download complete": lambda set: (
+        set / "test.parquet"
+    ).write_bytes((set / "test.parquet").read_bytes()[:500]),
+    r"train\.parquet: the label of row 4 is -1, but there are 3": lambda set: write_classes(
+        write_set(set, labels=[0, 1, 2, 0, -1, 1, 2, 0]), ["ant", "bee", "cat"]
+    ),
+    r"train\.parquet: the label of row 1 is 3, but there are 3": lambda set: write_classes(
+        write_set(set, labels=[0, 3, 2, 0, 1, 1, 2, 0]), ["ant", "bee", "cat"]
+    ),
+    "declares 4 classes, but there are 3 class names": lambda set: write_classes(set, ["a"] * 3),
+    "must hold a JSON list": lambda set: (set / "classes.json").write_text("{"),
+    "must hold a JSON list of class names": lambda set: write_classes(set, {"classes": 3}),
+    'column "label" holds .*, not one integer a row': lambda set: write_set(set, labels=["a"] * 8),
+    'column "label" holds float32, not one': lambda set: write_set(set, labels=[0.5] * 8),
+    'column "label" holds float': lambda set: write_set(set, labels=[None, *[0] * 7]),
+    r"row 1 of .*test\.parquet is not an 8-bit image": lambda set: write_parquet(
+        write_set(set) / "test.parquet", [png(picture(0)), None], [0, 1]
+    ),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_data_are_one_line(message, parquet_folder):
+    BAD[message](parquet_folder)
+    with pytest.raises(DeltaflError, match=message) as error:
+        load(parquet_folder)
+    assert "\n" not in str(error.value)
+
+
+def test_bad_images_in_a_folder_are_one_line(image_folder):
     (image_folder / "test" / "right" / "1.png").write_bytes(b"no image")
     with pytest.raises(
         DeltaflError, match=r"row 3 of image folder .*test.*right/1\.png\) is not an 8-bit image"
     ):
         load(image_folder)
-
-
-def test_missing_test_split(parquet_folder):
-    (parquet_folder / "test.parquet").unlink()
-    with pytest.raises(DeltaflError, match=r'"set" has no test split \(it has: train\)'):
-        load(parquet_folder)
-
-
-@pytest.mark.parametrize("label", [-1, 3])
-def test_a_label_outside_the_classes(tmp_path, label):
-    write_set(tmp_path, labels=[0, 1, 2, 0, label, 1, 2, 0])
-    (tmp_path / "classes.json").write_text(json.dumps(CONFUSED))
-    with pytest.raises(
-        DeltaflError, match=rf"train\.parquet: the label of row 4 is {label}, but there are 3 class"
-    ):
-        load(tmp_path)
-
-
-def test_two_lists_of_class_names_must_agree(tmp_path):
-    write_set(tmp_path, names=["ant", "bee"])
-    (tmp_path / "classes.json").write_text(json.dumps(CONFUSED))
-    with pytest.raises(DeltaflError, match="declares 2 classes, but there are 3 class names"):
-        load(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [("{", "must hold a JSON list"), ('{"classes": 3}', "must hold a JSON list")],
-)
-def test_a_bad_sidecar(tmp_path, content, message):
-    write_set(tmp_path)
-    (tmp_path / "classes.json").write_text(content)
-    with pytest.raises(DeltaflError, match=message):
-        load(tmp_path)
-
-
-@pytest.mark.parametrize("labels", [["a"] * 8, [0.5] * 8, [None, *[0] * 7]])
-def test_labels_that_are_no_integers(tmp_path, labels):
-    write_set(tmp_path, labels=labels)
-    # One file with other types than its sister cannot be loaded at all, so both have them.
-    write_parquet(tmp_path / "test.parquet", [png(picture(i)) for i in range(8)], labels)
-    with pytest.raises(DeltaflError, match=r'column "label" holds .*not one integer a row'):
-        load(tmp_path)
-
-
-def test_a_null_image_is_named(tmp_path):
-    write_set(tmp_path)
-    write_parquet(tmp_path / "test.parquet", [png(picture(0)), None], [0, 1])
-    with pytest.raises(DeltaflError, match=r"row 1 of .*test\.parquet is not an 8-bit image"):
-        load(tmp_path)
-
-
-def test_an_empty_split(image_folder):
     for file in (image_folder / "test").glob("*/*"):
         file.unlink()
     with pytest.raises(DeltaflError, match=r'image folder ".*test" is empty'):
         load(image_folder)
-
-
-def test_a_truncated_parquet_file(parquet_folder):
-    file = parquet_folder / "test.parquet"
-    file.write_bytes(file.read_bytes()[:500])
-    with pytest.raises(
-        DeltaflError, match=r"test\.parquet.* cannot be read.*the download complete"
-    ):
-        load(parquet_folder)
+    shutil.rmtree(image_folder / "train")
+    with pytest.raises(DeltaflError, match=r"holds neither Parquet files .* nor images"):
+        load(image_folder)
 
 
 def test_a_class_without_training_examples_is_reported(tmp_path, caplog):
-    write_set(tmp_path)
-    (tmp_path / "classes.json").write_text(json.dumps(CONFUSED))
+    write_classes(write_set(tmp_path), ["ant", "bee", "cat"])
     load(tmp_path)
     assert 'no training example of "cat"' in caplog.text
 
@@ -233,11 +191,6 @@ def test_what_cannot_be_found(spec, message, tmp_path, monkeypatch):
         load(spec)
 
 
-def test_an_empty_folder(tmp_path):
-    with pytest.raises(DeltaflError, match=r"holds neither Parquet files .* nor images"):
-        load(tmp_path)
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -260,18 +213,13 @@ def test_training_data_say_how_a_model_sees_them(parquet_folder):
     assert (task.augment, task.label_smoothing) == ("flip", 0.1)
 
 
-def test_a_hub_set_by_its_columns(tmp_path, parquet_folder, monkeypatch):
+def test_a_hub_set_by_its_columns(tmp_path, monkeypatch):
     """The hub's own layout on disk stands for a download: `datasets` reads both by the same code."""
     write_set(tmp_path / "owner" / "name" / "data", image="img", label="fine_label")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
     task = load("hub:owner/name", image_column="img", label_column="fine_label")
-    assert (task.name, len(task.splits["test"])) == ("name", 4)
-
-
-def test_a_hub_configuration_that_is_not_there(tmp_path, monkeypatch):
-    write_set(tmp_path / "owner" / "name" / "data")
-    monkeypatch.chdir(tmp_path)
+    assert (task.name, task.size("test")) == ("name", 4)
     with pytest.raises(DeltaflError, match=r'"hub:owner/name:other" cannot be read: .*other'):
         load("hub:owner/name:other")
 
@@ -280,10 +228,8 @@ def test_a_hub_configuration_that_is_not_there(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("name", "classes", "test"), [("dtd", 47, 1880), ("mnist", 10, 2000)])
 def test_real_sets(realdata, name, classes, test):
     task = load(str(realdata / "data" / name), size=24, channels=1)
-    assert (task.name, len(task.class_names), len(task.splits["test"])) == (name, classes, test)
-    assert len(task.splits["val"]) == round(
-        0.1 * (len(task.splits["train"]) + len(task.splits["val"]))
-    )
-    counts = torch.bincount(task.splits["val"].labels, minlength=classes)
+    assert (task.name, len(task.class_names), task.size("test")) == (name, classes, test)
+    assert task.size("val") == round(0.1 * (task.size("train") + task.size("val")))
+    counts = torch.bincount(task.groups("val"), minlength=classes)
     assert counts.max() - counts.min() <= 1
     assert 20 < task.splits["train"].images.float().mean() < 200

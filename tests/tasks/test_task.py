@@ -102,10 +102,9 @@ def test_lines_are_found_by_themselves_or_by_name(language, prefix):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ("digits", 'data "digits" holds images, and the model takes text, lines:FOLDER'),
-        ("cifar100", 'data "cifar100" holds images, and the model takes text'),
-        ("nowhere/at/all", r'"nowhere/at/all" has no line of text in train\*.txt'),
-        ("lines:nowhere", r'"nowhere" has no line of text in train\*.txt'),
+        ("digits", r'"digits" has no line of text in digits/train\*.txt, and the model takes text'),
+        ("cifar100", '"cifar100" has no line of text in .*, and the model takes text'),
+        ("lines:nowhere", r'"lines:nowhere" has no line of text in nowhere/train\*.txt'),
     ],
 )
 def test_what_is_no_text_is_one_line(language, data, message):

@@ -1,10 +1,12 @@
+"""Fine-tuning of image classifiers and language models: what it leaves, killed and resumed, by one process or two."""
+
 import json
 import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,47 +14,54 @@ from safetensors.torch import load_file
 
 from deltafl.checkpoints.layout import fingerprint, read_layout
 from deltafl.errors import DeltaflError
-from deltafl.models import LoadedEncoder, load_encoder, save_encoder
-from deltafl.models.flat import FlatModel
-from deltafl.models.heads import load_head, save_head
-from deltafl.tasks.arrays import Split
-from deltafl.training import FinetuneRecipe, evaluate, finetune, make_head, state_path
-from tiny_models import NAMES, tiny_head, tiny_task, tiny_vit
+from deltafl.models import HeadRecipe, Net, load_net
+from deltafl.models.fit import random_head
+from deltafl.models.head import load_head, save_head
+from deltafl.progress import OnProgress, Progress
+from deltafl.tasks import ImageTask, Task, load_task
+from deltafl.tasks.task import Split
+from deltafl.training import Finetuned, TrainingRecipe, evaluate, finetune
+from deltafl.training.state import state_path
+from tiny_models import NAMES, tiny_images, tiny_llama, tiny_net, write_lines
 
-RECIPE = FinetuneRecipe(steps=12, lr=1e-2, batch_size=16, head="linear", seed=7)
+RECIPE = TrainingRecipe.of(
+    model="tiny", data="halves", steps=12, lr=1e-2, batch_size=16, head="linear", seed=7
+)
 
 SCRIPT = """
 import os, signal, sys
-from tiny_models import tiny_task
-from deltafl.training import FinetuneRecipe, finetune
-from deltafl.models import load_encoder
+from deltafl.models import load_net
+from deltafl.tasks import load_task
+from deltafl.training import TrainingRecipe, finetune
+from tiny_models import tiny_images
 
-def on_progress(done, total, loss):
-    if done == int(os.environ.get("KILL_AT", 0)):
+def kill(progress):
+    if progress.name == "steps" and progress.done == int(os.environ.get("KILL_AT", 0)):
         os.kill(os.getpid(), signal.SIGKILL)
 
-recipe = FinetuneRecipe(steps=12, lr=1e-2, batch_size=16, head="linear", seed=7, train_head=True)
-finetune(load_encoder(sys.argv[1]), tiny_task(), recipe, sys.argv[2], save_every=4, resume=True, device="cpu",
-         on_progress=on_progress)
+model, data, out = sys.argv[1:]
+net = load_net(model)
+task = tiny_images() if data == "halves" else load_task(data, net.inputs, 7)
+recipe = TrainingRecipe.of(model=model, data=data, steps=12, lr=1e-2, batch_size=16, head="linear", seed=7,
+    train_head=True, save_every=4, device="cpu", out=out)
+finetune(net, task, recipe, resume=True, on_progress=kill)
 """
 
 
 def run_script(
-    *arguments: str, launcher: tuple[str, ...] = (), **environment: str
+    *arguments: Path | str, launcher: tuple[str, ...] = (), **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    env = (
-        os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"} | environment
-    )
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, *(launcher or ("-c", SCRIPT)), *arguments],
-        env=env,
+        [sys.executable, *(launcher or ("-c", SCRIPT)), *map(str, arguments)],
+        env=env | environment,
         capture_output=True,
         text=True,
     )
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors") | load_file(folder / "head.safetensors")
+    return {n: t for file in folder.glob("*.safetensors") for n, t in load_file(file).items()}
 
 
 def assert_same_bits(a: Path, b: Path) -> None:
@@ -61,11 +70,25 @@ def assert_same_bits(a: Path, b: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def run(
+    net: Net, out: Path, recipe: TrainingRecipe = RECIPE, *, task: Task | None = None, **how: Any
+) -> Finetuned:
+    return finetune(net, task or tiny_images(), recipe.replace(out=str(out)), **how)
+
+
+def stop_at(step: int) -> OnProgress:
+    def stop(progress: Progress) -> None:
+        if progress.name == "steps" and progress.done == step:
+            raise KeyboardInterrupt
+
+    return stop
+
+
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     folder = tmp_path / "base"
     folder.mkdir()
-    save_encoder(tiny_vit(), folder)
+    tiny_net().save(folder)
     (folder / "preprocessor_config.json").write_text('{"image_mean": [0.4], "image_std": [0.3]}')
     return folder
 
@@ -73,10 +96,10 @@ def base(tmp_path: Path) -> Path:
 def test_what_a_run_leaves(base: Path, tmp_path: Path):
     from transformers import AutoModel
 
-    encoder, task = load_encoder(base), tiny_task()
-    before = {n: p.detach().clone() for n, p in encoder.module.named_parameters()}
-    done = finetune(encoder, task, replace(RECIPE, steps=None, epochs=4), tmp_path / "out")
-    assert all(torch.equal(p, before[n]) for n, p in encoder.module.named_parameters())
+    net, task = load_net(base), tiny_images()
+    before = {n: p.detach().clone() for n, p in net.module.named_parameters()}
+    done = run(net, tmp_path / "out", RECIPE.replace(epochs=4.0), task=task)
+    assert all(torch.equal(p, before[n]) for n, p in net.module.named_parameters())
     assert sorted(f.name for f in done.out.iterdir()) == [
         "config.json", "head.safetensors", "model.safetensors", "preprocessor_config.json", "training.json",
     ]  # fmt: skip
@@ -85,121 +108,125 @@ def test_what_a_run_leaves(base: Path, tmp_path: Path):
     assert recorded == done.training
     wanted = {
         "base": {"id": str(base), "fingerprint": fingerprint(read_layout(base))},
-        "task": "halves", "seed": 7, "num_steps": 16, "num_examples": 50, "num_classes": 3, "lr": 1e-2,
-        "momentum": None, "optimizer": "adamw", "weight_decay": 0.1, "batch_size": 16, "epochs": 4,
-        "schedule": "cosine", "warmup_steps": 1, "grad_clip": 1.0, "label_smoothing": 0.0, "val_examples": 20,
+        "task": "halves", "seed": 7, "num_steps": 16, "num_examples": 50, "lr": 1e-2, "momentum": None,
+        "optimizer": "adamw", "weight_decay": 0.1, "batch_size": 16, "epochs": 4, "lr_schedule": "cosine",
+        "warmup_steps": 1, "grad_clip": 1.0, "metric": "accuracy", "val_examples": 20,
     }  # fmt: skip
     assert {key: recorded[key] for key in wanted} == wanted
-    assert recorded["val_score"] == evaluate(done.out, task, "val").accuracy
-    assert (
-        evaluate(done.out, task).accuracy
-        > evaluate(base, task, head=done.out / "head.safetensors").accuracy
-    )
+    tuned = load_net(done.out)
+    assert recorded["val_score"] == evaluate(tuned, task, "val").score
+    net.prepare(task, HeadRecipe(head=str(done.out / "head.safetensors")))
+    found = evaluate(tuned, task)
+    assert found.score > evaluate(net, task).score
 
     plain = AutoModel.from_pretrained(done.out, add_pooling_layer=False).eval()
-    head, split = load_head(done.out / "head.safetensors"), task.test
+    head, split = load_head(done.out / "head.safetensors"), task.splits["test"]
     with torch.no_grad():
         features = plain((split.images / 255 - 0.4) / 0.3).last_hidden_state[:, 0]
-    expected = (features @ head.weight.T + head.bias).argmax(1) == split.labels
-    assert torch.equal(evaluate(done.out, task).correct, expected.to(torch.uint8))
+        expected = head(features).argmax(1) == split.labels
+    assert torch.equal(found.scores, expected.float())
 
 
 def test_same_seed_same_bits_other_seed_other_bits(base: Path, tmp_path: Path):
-    head = tiny_head()
-    for name, recipe in (("a", RECIPE), ("b", RECIPE), ("c", replace(RECIPE, seed=8))):
-        finetune(load_encoder(base), tiny_task(), recipe, tmp_path / name, head=head)
+    head = tmp_path / "h.safetensors"
+    save_head(random_head(16, NAMES, torch.Generator()), head)
+    recipe = RECIPE.replace(head=str(head))
+    for name, seed in (("a", 7), ("b", 7), ("c", 8)):
+        run(load_net(base), tmp_path / name, recipe.replace(seed=seed))
     assert_same_bits(tmp_path / "a", tmp_path / "b")
-    assert not torch.equal(
-        weights(tmp_path / "a")["layernorm.weight"], weights(tmp_path / "c")["layernorm.weight"]
-    )
-    assert torch.equal(weights(tmp_path / "a")["weight"], head.weight)
+    a, c = (weights(tmp_path / name)["layernorm.weight"] for name in "ac")
+    assert not torch.equal(a, c)
+    assert torch.equal(weights(tmp_path / "a")["weight"], load_head(head).weight)
 
 
-def test_a_killed_run_resumes_to_the_same_bits(base: Path, tmp_path: Path):
-    whole = run_script(str(base), str(tmp_path / "whole"))
+@pytest.mark.parametrize("kind", ["images", "language"])
+def test_a_killed_run_resumes_to_the_same_bits(kind: str, base: Path, tmp_path: Path):
+    model, data = base, "halves"
+    if kind == "language":
+        tiny_llama(tmp_path / "llama")
+        model, data = tmp_path / "llama" / "config.json", str(write_lines(tmp_path / "lines"))
+    whole = run_script(model, data, tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
-    killed = run_script(str(base), str(tmp_path / "cut"), KILL_AT="7")
-    assert killed.returncode == -signal.SIGKILL
+    killed = run_script(model, data, tmp_path / "cut", KILL_AT="7")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert state_path(tmp_path / "cut").is_file()
     assert not (tmp_path / "cut").exists()
+    net = load_net(model)
+    task = tiny_images() if kind == "images" else load_task(data, net.inputs, 7)
     steps: list[int] = []
-    recipe = replace(RECIPE, train_head=True)
-    torch_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        done = finetune(
-            load_encoder(base), tiny_task(), recipe, tmp_path / "cut", resume=True, device="cpu",
-            on_progress=lambda done, total, loss: steps.append(done),
-        )  # fmt: skip
-    finally:
-        torch.set_num_threads(torch_threads)
+    recipe = RECIPE.replace(
+        model=str(model), data=data, train_head=True, device="cpu", out=str(tmp_path / "cut")
+    )
+    done = finetune(
+        net,
+        task,
+        recipe,
+        resume=True,
+        on_progress=lambda p: steps.append(p.done) if p.name == "steps" else None,
+    )
     assert steps == list(range(5, 13))
     assert_same_bits(tmp_path / "whole", done.out)
     assert not state_path(done.out).exists()
-
-
-def stop_at(step: int):
-    def on_progress(done: int, total: int, loss: torch.Tensor) -> None:
-        if done == step:
-            raise KeyboardInterrupt
-
-    return on_progress
+    if kind == "language":
+        assert done.training["metric"] == "log-likelihood"
+        assert done.training["val_score"] > evaluate(net, task, "val").score
+        again = evaluate(load_net(done.out), task, "val")
+        assert again.score == pytest.approx(done.training["val_score"], abs=1e-6)
+        assert len(again.scores) == task.size("val")
 
 
 @pytest.mark.parametrize("model", ["vit with dropout", "batch norm"])
 def test_dropout_and_buffers_resume_to_the_same_bits(model: str, tmp_path: Path):
-    def encoder() -> LoadedEncoder:
+    def net() -> Net:
         if model == "batch norm":
             torch.manual_seed(0)
-            return load_encoder("tiny_models:Convolution")
-        made = tiny_vit()
-        made.module.embeddings.dropout.p = 0.3
+            return load_net("tiny_models:Convolution")
+        made = tiny_net()
+        made.module.encoder.embeddings.dropout.p = 0.3
         return made
 
-    recipe = replace(RECIPE, optimizer="sgd", momentum=0.9)
-    finetune(encoder(), tiny_task(), recipe, tmp_path / "whole")
+    recipe = RECIPE.replace(optimizer="sgd", momentum=0.9, save_every=5)
+    run(net(), tmp_path / "whole", recipe)
     torch.rand(5)
     with pytest.raises(KeyboardInterrupt):
-        finetune(
-            encoder(), tiny_task(), recipe, tmp_path / "cut", save_every=5, on_progress=stop_at(8)
-        )
+        run(net(), tmp_path / "cut", recipe, on_progress=stop_at(8))
     state = torch.get_rng_state()
-    finetune(encoder(), tiny_task(), recipe, tmp_path / "cut", resume=True)
+    run(net(), tmp_path / "cut", recipe, resume=True)
     if model != "batch norm":  # whose factory draws from the global generator
         assert torch.equal(torch.get_rng_state(), state)
     assert_same_bits(tmp_path / "whole", tmp_path / "cut")
 
 
 def test_resuming_with_other_settings_names_them(base: Path, tmp_path: Path):
-    out = tmp_path / "out"
+    out, recipe = tmp_path / "out", RECIPE.replace(save_every=5)
     with pytest.raises(KeyboardInterrupt):
-        finetune(load_encoder(base), tiny_task(), RECIPE, out, save_every=5, on_progress=stop_at(6))
-    other = replace(RECIPE, lr=1e-3, batch_size=8)
+        run(load_net(base), out, recipe, on_progress=stop_at(6))
+    other = RECIPE.replace(lr=1e-3, few_shot=1, head="ridge")
     with pytest.raises(
-        DeltaflError, match=r"batch_size = 16, now it is 8(.|\n)*lr = 0.01, now it is 0.001"
+        DeltaflError,
+        match=r"head.few_shot = None, now it is 1(.|\n)*lr = 0.01, now it is 0.001",
     ):
-        finetune(load_encoder(base), tiny_task(), other, out, resume=True)
-    flipped = tiny_task()
-    flipped.train.images[0] = 255 - flipped.train.images[0]
+        run(load_net(base), out, other, resume=True)
+    flipped = tiny_images()
+    flipped.splits["train"].images[0] = 255 - flipped.splits["train"].images[0]
     with pytest.raises(DeltaflError, match="task_fingerprint"):
-        finetune(load_encoder(base), flipped, RECIPE, out, resume=True)
+        run(load_net(base), out, recipe, task=flipped, resume=True)
     with pytest.raises(DeltaflError, match="--resume"):
-        finetune(load_encoder(base), tiny_task(), RECIPE, out)
-    finetune(load_encoder(base), tiny_task(), other, out, overwrite=True)
-    with pytest.raises(DeltaflError, match="batch_size"):
-        finetune(load_encoder(base), tiny_task(), RECIPE, out, resume=True)
+        run(load_net(base), out, recipe)
+    run(load_net(base), out, other.replace(overwrite=True))
+    with pytest.raises(DeltaflError, match=r"head.few_shot"):
+        run(load_net(base), out, RECIPE, resume=True)
     with pytest.raises(DeltaflError, match="exists"):
-        finetune(load_encoder(base), tiny_task(), other, out)
-    again = finetune(
-        load_encoder(base), tiny_task(), other, out, resume=True, on_progress=stop_at(1)
-    )
+        run(load_net(base), out, other)
+    moved = base.rename(tmp_path / "moved")
+    again = run(load_net(moved), out, other, resume=True, on_progress=stop_at(1))
     assert again.training == json.loads((out / "training.json").read_text())
 
 
 def test_a_state_file_that_is_none(base: Path, tmp_path: Path):
     state_path(tmp_path / "out").write_bytes(b"torn")
     with pytest.raises(DeltaflError, match="is not the state of a run"):
-        finetune(load_encoder(base), tiny_task(), RECIPE, tmp_path / "out", resume=True)
+        run(load_net(base), tmp_path / "out", resume=True)
 
 
 def test_two_processes_are_one_up_to_rounding(base: Path, tmp_path: Path):
@@ -210,18 +237,11 @@ def test_two_processes_are_one_up_to_rounding(base: Path, tmp_path: Path):
         + "\nfrom accelerate import PartialState\nprint(f'<{PartialState().num_processes}>')\n"
     )
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script))
-    two = run_script(str(base), str(tmp_path / "two"), launcher=launcher)
+    two = run_script(base, "halves", tmp_path / "two", launcher=launcher)
     assert two.returncode == 0, two.stderr
-    assert (
-        two.stdout.count("<2>") == 2
-    )  # on CPUs `accelerate launch` starts one process, however many are asked for
-    finetune(
-        load_encoder(base),
-        tiny_task(),
-        replace(RECIPE, train_head=True),
-        tmp_path / "one",
-        device="cpu",
-    )
+    # on CPUs `accelerate launch` starts one process, however many are asked for
+    assert two.stdout.count("<2>") == 2
+    run(load_net(base), tmp_path / "one", RECIPE.replace(train_head=True, device="cpu"))
     ours, theirs = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name, tensor in ours.items():
         if not name.endswith("key.bias"):  # their gradient is rounding noise, which Adam scales up
@@ -229,92 +249,122 @@ def test_two_processes_are_one_up_to_rounding(base: Path, tmp_path: Path):
 
 
 def test_no_steps_write_the_base(base: Path, tmp_path: Path):
-    done = finetune(load_encoder(base), tiny_task(), replace(RECIPE, steps=0), tmp_path / "out")
+    done = run(load_net(base), tmp_path / "out", RECIPE.replace(steps=0))
     ours, theirs = load_file(base / "model.safetensors"), load_file(done.out / "model.safetensors")
     assert all(torch.equal(ours[n], theirs[n]) for n in ours)
     assert done.training["num_steps"] == 0
 
 
-@pytest.mark.parametrize("head", ["ridge", "few", "linear", "file"])
-def test_heads(head: str, tmp_path: Path):
-    model, task = FlatModel(tiny_vit()), tiny_task(train=300, val=90)
-    save_head(tiny_head(), tmp_path / "h.safetensors")
-    recipe = {
-        "ridge": FinetuneRecipe(steps=0),
-        "few": FinetuneRecipe(steps=0, few_shot=1),
-        "linear": FinetuneRecipe(steps=0, head="linear"),
-        "file": FinetuneRecipe(steps=0, head=str(tmp_path / "h.safetensors")),
-    }[head]
-    made = make_head(model, task, recipe)
-    assert made.class_names == NAMES
-    assert made.feature_dim == 16
-    assert not made.parameters()
-    again = make_head(model, task, recipe)
-    assert torch.equal(made.weight, again.weight)
-    if head == "few":
-        full = make_head(model, task, replace(recipe, few_shot=None))
-        assert not torch.equal(made.weight, full.weight)
-    if head == "file":
-        assert torch.equal(made.weight, tiny_head().weight)
+@pytest.mark.parametrize("kind", ["ridge", "probe", "file"])
+def test_a_head_moves_only_if_it_trains(kind: str, tmp_path: Path):
+    given = random_head(16, NAMES, torch.Generator())
+    file = tmp_path / "head.safetensors"
+    save_head(given, file)
+    recipe = RECIPE.replace(head=str(file) if kind == "file" else kind)
+    heads = {}
+    for name, settings in (
+        ("start", {"steps": 0}),
+        ("frozen", {}),
+        ("trained", {"train_head": True}),
+    ):
+        done = run(tiny_net(), tmp_path / name, recipe.replace(**settings))
+        heads[name] = load_head(done.out / "head.safetensors").weight
+    assert torch.equal(heads["frozen"], heads["start"])
+    assert not torch.equal(heads["trained"], heads["start"])
+    assert torch.equal(heads["start"], given.weight) == (kind == "file")
+
+
+def test_with_validations_the_best_model_is_kept(tmp_path: Path):
+    """At a rate of 0.3 the model is soon worse than it was."""
+    recipe = RECIPE.replace(optimizer="sgd", lr=0.3, lr_schedule="constant", warmup=0, epochs=4.0)
+    seen: list[float] = []
+
+    def see(progress: Progress) -> None:
+        if progress.name == "epochs":
+            seen.append(float(progress.numbers.get("val_score", -1.0)))
+
+    done = run(tiny_net(), tmp_path / "a", recipe.replace(eval_every=2), on_progress=see)
+    assert [score >= 0 for score in seen] == [True, False, True, False, True]
+    best = seen.index(max(seen))
+    assert (done.training["epochs"], done.training["val_score"]) == (best, max(seen))
+    assert done.training["num_steps"] == 4 * best
+    assert evaluate(load_net(done.out), tiny_images(), "val").score == max(seen)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"steps": None}, "either steps or epochs"),
-        ({"epochs": 1.0}, "either steps or epochs"),
-        ({"lr": -1.0}, "lr must be positive"),
+        ({"steps": 1, "epochs": 1.0}, "either steps or epochs"),
+        ({"lr": -1.0}, "lr: must be greater than 0"),
         ({"optimizer": "adam"}, 'did you mean "adamw"'),
-        ({"schedule": "triangle"}, "unknown schedule"),
-        ({"mixed_precision": "fp16"}, 'unknown mixed_precision "fp16"'),
-        ({"label_smoothing": 1.0}, "label_smoothing"),
-        ({"few_shot": 3}, "ridge"),
-        ({"head": "no/such/file"}, "cannot be read"),
+        ({"lr_schedule": "triangle"}, 'lr_schedule: unknown "triangle"'),
+        ({"schedule": "step"}, '"schedule" is now "lr_schedule"'),
+        ({"base": "b"}, '"base" is now "model"'),
+        ({"mixed_precision": "fp16"}, 'unknown "fp16"'),
+        ({"label_smoothing": 1.0}, "data.label_smoothing: must be less than 1"),
+        ({"few_shot": 3}, "head: few_shot is about the ridge head"),
+        ({"nesterov": True}, "nesterov needs a momentum"),
     ],
 )
-def test_a_bad_recipe_is_one_clear_line(change, message: str, tmp_path: Path):
-    with pytest.raises(DeltaflError, match=message):
-        finetune(tiny_vit(), tiny_task(), replace(RECIPE, **change), tmp_path / "out")
-    assert not any(tmp_path.iterdir())
+def test_a_bad_recipe_is_one_clear_line(change: dict[str, Any], message: str):
+    settings = {"model": "m", "data": "d", "steps": 1, "head": "linear"} | change
+    with pytest.raises(DeltaflError) as caught:
+        TrainingRecipe.of(**settings)
+    assert message in str(caught.value)
 
 
 def test_all_mistakes_of_a_recipe_at_once():
-    assert len(FinetuneRecipe(lr=0, batch_size=0, momentum=1).problems()) == 4
+    with pytest.raises(DeltaflError) as caught:
+        TrainingRecipe.of(model="m", data="d", lr=0.0, batch_size=0, momentum=1.0)
+    assert len(caught.value.problems) == 3
 
 
-def test_a_diverged_run_writes_nothing(tmp_path: Path):
-    recipe = replace(RECIPE, lr=1e38, optimizer="sgd", grad_clip=None)
-    with pytest.raises(DeltaflError, match="diverged"):
-        finetune(tiny_vit(), tiny_task(), recipe, tmp_path / "out")
-    assert not any(tmp_path.iterdir())
-
-
-def test_empty_splits_and_missing_heads(base: Path, tmp_path: Path):
-    task = tiny_task()
-    empty = Split(task.val.images[:0], task.val.labels[:0])
-    with pytest.raises(DeltaflError, match="50 training and 0 validation"):
-        finetune(tiny_vit(), replace(task, val=empty), RECIPE, tmp_path / "out")
+def test_a_run_that_cannot_be_writes_nothing(base: Path, tmp_path: Path):
+    task, out = tiny_images(), tmp_path / "out"
+    empty = EmptyTask(task.name, task.splits, task.class_names)
+    head = tmp_path / "h.safetensors"
+    save_head(random_head(5, NAMES, torch.Generator()), head)
+    diverging = RECIPE.replace(lr=1e38, optimizer="sgd", grad_clip=None)
+    for recipe, data, message in (
+        (diverging, task, "diverged"),
+        (RECIPE, empty, "50 train and 0 val examples"),
+        (RECIPE.replace(head="no/such/file"), task, "cannot be read"),
+        (RECIPE.replace(head=str(head)), task, "takes 5 features"),
+    ):
+        with pytest.raises(DeltaflError, match=message):
+            run(load_net(base), out, recipe, task=data)
+    with pytest.raises(DeltaflError, match="name a folder with --out"):
+        finetune(load_net(base), task, RECIPE)
     with pytest.raises(DeltaflError, match="has no head"):
-        evaluate(base, task)
-    with pytest.raises(DeltaflError, match="unknown split"):
-        evaluate(base, task, "train")
-    with pytest.raises(DeltaflError, match="takes 5 features"):
-        evaluate(base, task, head=tiny_head(5))
-    with pytest.raises(DeltaflError, match="takes 5 features"):
-        finetune(tiny_vit(), task, RECIPE, tmp_path / "out", head=tiny_head(5))
+        evaluate(load_net(base), task)
+    language = tiny_llama(tmp_path / "llama")
+    with pytest.raises(DeltaflError, match='takes images; task "lines" has none'):
+        run(
+            load_net(base),
+            out,
+            task=load_task(str(write_lines(tmp_path / "lines")), language.inputs),
+        )
+    assert {f.name for f in tmp_path.iterdir()} == {"base", "h.safetensors", "llama", "lines"}
+
+
+class EmptyTask(ImageTask):
+    def size(self, split: Split) -> int:
+        return 0 if split == "val" else super().size(split)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_on_a_gpu(precision: str, tmp_path: Path):
-    recipe = replace(RECIPE, mixed_precision=precision)
-    finetune(tiny_vit(), tiny_task(), recipe, tmp_path / "gpu", device="cuda", save_every=5)
-    finetune(tiny_vit(), tiny_task(), recipe, tmp_path / "cpu", device="cpu")
-    ours, theirs = weights(tmp_path / "gpu"), weights(tmp_path / "cpu")
+    recipe = RECIPE.replace(mixed_precision=precision, save_every=5)
+    for device in ("cuda", "cpu"):
+        run(tiny_net(), tmp_path / device, recipe.replace(device=device))
+    ours, theirs = weights(tmp_path / "cuda"), weights(tmp_path / "cpu")
     tolerance = 1e-3 if precision == "no" else 5e-2
     for name, tensor in ours.items():
         if not name.endswith("key.bias"):
             torch.testing.assert_close(theirs[name], tensor, rtol=0.1, atol=tolerance)
-    assert evaluate(tmp_path / "gpu", tiny_task(), device="cuda").accuracy == pytest.approx(
-        evaluate(tmp_path / "gpu", tiny_task(), device="cpu").accuracy, abs=0.1
-    )
+    found = [
+        evaluate(load_net(tmp_path / "cuda"), tiny_images(), device=d) for d in ("cuda", "cpu")
+    ]
+    assert found[0].score == pytest.approx(found[1].score, abs=0.1)

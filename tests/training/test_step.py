@@ -6,24 +6,40 @@ import torch
 from torch import nn
 
 from deltafl.errors import DeltaflError
-from deltafl.merge.scores import Scorer
-from deltafl.models.flat import FlatModel
+from deltafl.models import HeadRecipe, Net
 from deltafl.seeding import keyed_generator
-from deltafl.tasks.arrays import Split
-from deltafl.training.legacy import Accuracy, Batch, extract_features, predict_correct, train_step
-from deltafl.training.step import batch_ids, batches, default_warmup, lr_at
-from tiny_models import tiny_head, tiny_task, tiny_vit
+from deltafl.tasks import LineTask, load_task
+from deltafl.training.step import (
+    TaskScorer,
+    batch_ids,
+    batches,
+    keyed_dropout,
+    lr_at,
+    scores,
+    train_step,
+)
+from tiny_models import tiny_images, tiny_llama, tiny_net, write_lines
+
+
+def classifier(train_head: bool = False) -> Net:
+    net = tiny_net()
+    net.prepare(tiny_images(), HeadRecipe(head="linear", train_head=train_head))
+    return net
+
+
+@pytest.fixture
+def language(tmp_path) -> tuple[Net, LineTask]:
+    net = tiny_llama(tmp_path / "llama")
+    task = load_task(str(write_lines(tmp_path / "lines")), net.inputs)
+    assert isinstance(task, LineTask)
+    return net, task
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 @pytest.mark.parametrize("train_head", [False, True])
 def test_steps_are_those_of_torch_on_ordinary_parameters(kind: str, train_head: bool):
     """The reference shares no code but the network: mean cross-entropy, clip, optimiser on a list of parameters."""
-    encoder, head, task = tiny_vit(), tiny_head(), tiny_task()
-    plain = encoder.copy_to("cpu")
-    model = FlatModel(encoder)
-    weight, bias = nn.Parameter(head.weight.clone()), nn.Parameter(head.bias.clone())
-    ours = head.trainable() if train_head else head
+    net, plain, task = classifier(train_head), classifier(train_head).module, tiny_images()
     settings = {"weight_decay": 0.1}
 
     def optimiser(parameters):
@@ -31,65 +47,82 @@ def test_steps_are_those_of_torch_on_ordinary_parameters(kind: str, train_head: 
             return torch.optim.SGD(parameters, lr=1.0, momentum=0.9, **settings)
         return torch.optim.AdamW(parameters, lr=1.0, **settings)
 
-    reference = optimiser([*plain.module.parameters(), *([weight, bias] if train_head else [])])
-    flat = optimiser([model.flat, *ours.parameters()])
-    plain.module.train()
+    trained = {n: p for n, p in plain.named_parameters() if p.requires_grad}
+    assert ("head.weight" in trained) is train_head
+    reference, flat = optimiser(trained.values()), optimiser([net.flat])
+    plain.train()
     for step in range(6):
-        ids = batch_ids(len(task.train), 16, 0, step)
-        images, labels = task.train.images[ids], task.train.labels[ids]
+        batch = task.batch("train", batch_ids(50, 16, 0, step))
         lr = lr_at(step, 6, 2, 1e-2)
-        loss = train_step(
-            model, ours, Batch(images, labels), flat, lr=lr, grad_clip=0.5, label_smoothing=0.1
-        )
-
+        loss = train_step(net, task, batch, flat, lr=lr, grad_clip=0.5)
         reference.zero_grad()
-        logits = plain.features(images) @ weight.T + bias
-        expected = nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
+        expected = nn.functional.cross_entropy(plain(batch["images"]), batch["labels"])
         expected.backward()
-        nn.utils.clip_grad_norm_([p for g in reference.param_groups for p in g["params"]], 0.5)
+        nn.utils.clip_grad_norm_(trained.values(), 0.5)
         reference.param_groups[0]["lr"] = lr
         reference.step()
         torch.testing.assert_close(loss, expected.detach())
-    for name, parameter in plain.module.named_parameters():
+    for name, parameter in plain.named_parameters():
         if kind == "adamw" and name.endswith("k_proj.bias"):
             continue  # softmax does not see them: their gradient is rounding noise, which Adam scales up
-        torch.testing.assert_close(model.tensors()[name], parameter.detach(), rtol=1e-4, atol=2e-6)
-    if train_head:
-        torch.testing.assert_close(ours.weight, weight, rtol=1e-4, atol=2e-6)
-    else:
-        assert torch.equal(ours.weight, head.weight)
+        ours = net.module.get_parameter(name)
+        torch.testing.assert_close(ours, parameter, rtol=1e-4, atol=2e-6)
+        if name not in trained:
+            assert torch.equal(ours, classifier(train_head).module.get_parameter(name))
 
 
-def test_parts_of_a_batch_sum_to_the_batch():
-    """Two processes: each sees a part, an empty one too; the sum of what they reduce is the whole batch's gradient."""
-    task = tiny_task()
-    images, labels = task.train.images[:7], task.train.labels[:7]
+def test_a_step_on_lines_is_that_of_transformers_loss(language):
+    """transformers takes the mean over the tokens of the whole batch, however long each line is."""
+    net, task = language
+    batch = task.batch("train", torch.arange(7))
+    expected = net(**batch).loss
+    (gradient,) = torch.autograd.grad(expected, [net.module.model.embed_tokens.weight])
+    loss = train_step(net, task, batch, torch.optim.SGD([net.flat]), lr=0.0)
+    torch.testing.assert_close(loss, expected.detach())
+    part = net.slices["model.embed_tokens.weight"]
+    torch.testing.assert_close(
+        net.flat.grad[part].view_as(gradient), gradient, rtol=1e-4, atol=1e-6
+    )
 
-    def gradient(*parts: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        total, losses = torch.zeros(()), torch.zeros(())
-        for part in parts:
-            model = FlatModel(tiny_vit())
-            batch = Batch(images[part], labels[part], total=7)
-            losses = losses + train_step(
-                model, tiny_head(), batch, torch.optim.SGD([model.flat]), lr=0.0, grad_clip=None
-            )
-            total = total + model.flat.grad
-        return total, losses
 
-    whole, loss = gradient(slice(None))
-    parts, sum_of_losses = gradient(slice(0, 5), slice(5, 7), slice(7, 7))
-    torch.testing.assert_close(parts, whole)
-    torch.testing.assert_close(sum_of_losses, loss)
+@pytest.mark.parametrize("kind", ["images", "language"])
+def test_parts_of_a_batch_sum_to_the_batch(kind: str, language):
+    """Processes: each sees a part, one an empty one; what they sum is the whole batch's loss and gradient."""
+    net, task = (classifier(), tiny_images()) if kind == "images" else language
+    batch = task.batch("train", torch.arange(7))
+
+    def gradient(part: slice, sums: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of a part, in a world in which `reduce` gives the sums of all, in the order of its calls."""
+        given = iter(sums)
+        own = {n: t[part] for n, t in batch.items()}
+        optimiser = torch.optim.SGD([net.flat])
+        seen: list[torch.Tensor] = []
+
+        def reduce(tensor: torch.Tensor) -> torch.Tensor:
+            seen.append(tensor.clone())
+            return next(given, tensor)
+
+        train_step(net, task, own, optimiser, lr=0.0, reduce=reduce)
+        return seen[0], torch.cat([seen[2].view(1), seen[1]])
+
+    def run(*parts: slice) -> torch.Tensor:
+        count = sum(gradient(part, [])[0] for part in parts)
+        return sum(gradient(part, [count])[1] for part in parts)
+
+    loss = train_step(net, task, batch, torch.optim.SGD([net.flat]), lr=0.0)
+    whole = torch.cat([loss.view(1), net.flat.grad])
+    parts = run(slice(0, 5), slice(5, 7), slice(7, 7))
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
 
 
 def test_gradients_do_not_add_up_over_steps():
-    model, task = FlatModel(tiny_vit()), tiny_task()
-    optimiser = torch.optim.SGD([model.flat])
-    batch = Batch(task.train.images[:4], task.train.labels[:4])
-    train_step(model, tiny_head(), batch, optimiser, lr=0.0, grad_clip=None)
-    once = model.flat.grad.clone()
-    train_step(model, tiny_head(), batch, optimiser, lr=0.0, grad_clip=None)
-    assert torch.equal(model.flat.grad, once)
+    net, task = classifier(), tiny_images()
+    optimiser = torch.optim.SGD([net.flat])
+    batch = task.batch("train", torch.arange(4))
+    train_step(net, task, batch, optimiser, lr=0.0)
+    once = net.flat.grad.clone()
+    train_step(net, task, batch, optimiser, lr=0.0)
+    assert torch.equal(net.flat.grad, once)
 
 
 def test_learning_rates():
@@ -102,7 +135,6 @@ def test_learning_rates():
     assert [lr_at(s, 5, 0, 2.0, "constant") for s in range(5)] == [2.0] * 5
     assert [lr_at(s, 4, 0, 2.0, "linear") for s in range(4)] == [2.0, 1.5, 1.0, 0.5]
     assert [lr_at(s, 12, 2, 2.0, "linear") for s in (0, 1, 2, 7)] == [1.0, 2.0, 2.0, 1.0]
-    assert (default_warmup(100), default_warmup(9000)) == (10, 500)
     with pytest.raises(DeltaflError, match='did you mean "cosine"'):
         lr_at(0, 1, 0, 1.0, "cosin")
 
@@ -153,43 +185,42 @@ def test_generators_are_keyed():
     assert len({draw(1, "a"), draw(1, "b"), draw(2, "a"), draw(1, "a", 0), draw("1", "a")}) == 5
 
 
+def test_dropout_is_keyed_and_leaves_the_global_state():
+    before = torch.get_rng_state()
+    drawn = []
+    for key in ((0, 1, 2), (0, 1, 2), (0, 1, 3)):
+        with keyed_dropout(torch.device("cpu"), *key):
+            drawn.append(torch.rand(3))
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("batch_size", [1, 7, 100])
-def test_accuracy_is_that_of_a_plain_loop(batch_size: int):
-    model, head, split = FlatModel(tiny_vit()), tiny_head(), tiny_task().test
-    model.module.train()
-    correct = predict_correct(model, head, split, batch_size=batch_size)
-    assert model.module.training
-    expected = []
-    with torch.no_grad():
-        model.module.eval()
-        for image, label in zip(split.images, split.labels, strict=True):
-            logits = model.features(image[None])[0] @ head.weight.T + head.bias
-            expected.append(int(logits.argmax() == label))
-    assert (correct.dtype, correct.tolist()) == (torch.uint8, expected)
+def test_scores_are_those_of_a_plain_loop(batch_size: int):
+    net, task = classifier(), tiny_images()
+    net.module.train()
+    found = scores(net, task, "test", batch_size=batch_size)
+    assert net.module.training
+    net.module.eval()
+    split = task.splits["test"]
+    expected = [
+        float(net(image[None])[0].argmax() == label)
+        for image, label in zip(split.images, split.labels, strict=True)
+    ]
+    assert (found.dtype, found.tolist()) == (torch.float32, expected)
     assert 0 < sum(expected) < len(expected)
 
-    scorer: Scorer = Accuracy(split, head.trainable(), batch_size)
+    scorer = TaskScorer(task, "test", batch_size)
     ids = torch.tensor([9, 0, 9, 4])
-    assert scorer(model, ids).tolist() == [expected[i] for i in ids.tolist()]
+    assert scorer(net, ids).tolist() == [expected[i] for i in ids.tolist()]
     assert len(scorer) == len(split)
-    assert scorer(model, ids[:0]).tolist() == []
+    assert scorer(net, ids[:0]).tolist() == []
 
 
-def test_features_can_be_trained_on():
-    """Inference tensors cannot: what comes out must be ordinary."""
-    model, split = FlatModel(tiny_vit()), tiny_task().val
-    features = extract_features(model, split)
-    assert features.shape == (20, 16)
-    weight = torch.zeros(16, requires_grad=True)
-    (features @ weight).sum().backward()
-    torch.testing.assert_close(weight.grad, features.sum(0))
-    assert extract_features(model, Split(split.images[:0], split.labels[:0])).shape == (0, 16)
-
-
-def test_autocast_changes_little_and_keeps_float32():
-    model, split = FlatModel(tiny_vit()), tiny_task().val
-    half = extract_features(model, split, autocast=torch.bfloat16)
-    full = extract_features(model, split)
+def test_autocast_changes_scores_little(language):
+    net, task = language
+    full, half = (scores(net, task, "val", autocast=dtype) for dtype in (None, torch.bfloat16))
     assert half.dtype == torch.float32
     assert not torch.equal(half, full)
-    torch.testing.assert_close(half, full, rtol=0.1, atol=0.1)
+    torch.testing.assert_close(half, full, rtol=0.05, atol=0.05)

@@ -2,101 +2,52 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import click
 
-from deltafl.cli.options import progress_by_stage, table
-from deltafl.cli.settings import EXTRA as RUN_SETTINGS
-from deltafl.cli.settings import (
-    load_model_and_task,
-    read_settings,
-    recipe_options,
-    task_options,
-)
-from deltafl.errors import DeltaflError
-from deltafl.training.centralized_recipe import CentralizedRecipe
-
-HELP = {
-    "epochs": "Passes over the training data.",
-    "lr": "Peak learning rate.",
-    "momentum": "Of SGD.",
-    "nesterov": "Nesterov momentum.",
-    "weight_decay": "Of SGD.",
-    "batch_size": "Over all processes together.",
-    "lr_schedule": "cosine, constant, linear, or step (a tenth after half, and after three quarters, of the steps).",
-    "warmup": "Steps of warm-up.",
-    "augment": "none, flip or crop_flip, of training images only.",
-    "grad_clip": "Largest gradient norm. Default: no clipping.",
-    "label_smoothing": "Of the training loss.",
-    "head": "ridge, probe (logistic regression), linear (random), zero-shot (CLIP) or a head.safetensors.",
-    "few_shot": "Fit the ridge head on so many examples per class only.",
-    "templates": "Prompts for the zero-shot head: a file, one on each line, {} for the class.",
-    "train_head": "Train the head too. Default: it is frozen.",
-    "patience": "Epochs without a gain on validation after which to stop. Default: never.",
-    "mixed_precision": "no or bf16.",
-    "seed": "Of everything that is random.",
-}
-EXTRA = RUN_SETTINGS | {"save_every": (int, 500)}
+from deltafl.cli.command import quiet, recipe_command, resume
+from deltafl.cli.progress import drawn_progress
+from deltafl.cli.text import as_score, table
+from deltafl.cli.train import leave_processes
+from deltafl.files import check_output, write_files
+from deltafl.models import load_net
+from deltafl.progress import Progress
+from deltafl.report import page_files, run_page
+from deltafl.tasks import load_task
+from deltafl.training import CentralizedRecipe, centralize
+from deltafl.training.finetune import output_of
+from deltafl.training.tensorboard import check_installed, write_scalars
 
 
-@click.command()
-@task_options
-@click.option("--out", help="The folder to write.")
-@recipe_options(CentralizedRecipe, HELP)
-@click.option(
-    "--save-every",
-    type=int,
-    help="Steps between saved states, beside that of each epoch. Default: 500.",
-)
+@recipe_command(CentralizedRecipe)
 @click.option("--tensorboard", is_flag=True, help="Write OUT/metrics for TensorBoard too.")
-@click.option("--resume", is_flag=True, help="Continue a run that was killed.")
-@click.option("--overwrite", is_flag=True, help="Replace an existing output.")
-@click.option("--quiet", is_flag=True, help="No progress, no summary.")
-def centralized(
-    config: str | None,
-    tensorboard: bool,
-    resume: bool,
-    overwrite: bool,
-    quiet: bool,
-    **options: Any,
-) -> None:
+@resume
+@quiet
+def centralized(recipe: CentralizedRecipe, tensorboard: bool, resume: bool, quiet: bool) -> None:
     """Train on all samples in one place: SGDM, the best epoch on validation, tested once.
 
     \b
     deltafl centralized --model facebook/dino-vits16 --data cifar100 --epochs 50 --lr 0.001 --out DIR
     """
-    from deltafl.cli.train import leave_processes
-    from deltafl.files import check_output
-    from deltafl.training.centralized import centralize
-    from deltafl.training.tensorboard import check_installed, write_scalars
-
-    held = read_settings(CentralizedRecipe, config, options, EXTRA)
-    recipe = CentralizedRecipe(**{f.name: held[f.name] for f in fields(CentralizedRecipe)})
-    if problems := recipe.problems():
-        raise DeltaflError(*problems)
+    out = output_of(recipe)
     if tensorboard:
         check_installed()
     if not resume:
-        check_output(held["out"], overwrite=overwrite)
+        check_output(out, overwrite=recipe.overwrite)
     main = int(os.environ.get("RANK", 0)) == 0
     quiet = quiet or not main
-    encoder, task = load_model_and_task(held, recipe.seed)
-    with progress_by_stage(quiet=quiet) as show:
-        done = centralize(
-            encoder,
-            task,
-            recipe,
-            held["out"],
-            resume=resume,
-            overwrite=overwrite,
-            save_every=held["save_every"],
-            device=held["device"],
-            on_step=lambda step, total: show("steps", step, total),
-            on_epoch=lambda row: None if quiet else click.echo(_line(row, recipe.epochs)),
-        )
+    net = load_net(recipe.model)
+    task = load_task(recipe.data, net.inputs, recipe.seed)
+    with drawn_progress(quiet=quiet) as show:
+
+        def tell(progress: Progress) -> None:
+            show(progress)
+            if progress.name == "epochs" and not quiet:
+                click.echo(_line(progress, task.ratio_scaled))
+
+        done = centralize(net, task, recipe, resume=resume, on_progress=tell)
     if main:
         write_report(done.out, done.result, done.rows)
         if tensorboard:
@@ -108,23 +59,25 @@ def centralized(
 
 def write_report(out: Path, result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
     """OUT/report.html and OUT/figure.png."""
-    from deltafl.files import write_files
-    from deltafl.report import page_files, run_page
-
     write_files(out, page_files(run_page(result, rows)))
 
 
 def summary(result: Mapping[str, Any], out: Path) -> str:
     """What came out, in a small table."""
     early = ", stopped early" if result["stopped_early"] else ""
+    test, val = (as_score(result[f"{s}_score"], result["ratio_scaled"]) for s in ("test", "val"))
     facts = [
-        ("test accuracy", f"{result['test_score']:.2%} of {result['test_examples']}"),
-        ("validation accuracy", f"{result['val_score']:.2%} after epoch {result['best_epoch']}"),
+        (f"test {result['metric']}", f"{test} of {result['test_examples']}"),
+        (f"validation {result['metric']}", f"{val} after epoch {result['best_epoch']}"),
         ("epochs", f"{result['epochs']}{early}"),
     ]
-    return f"{table(('centralised training', ''), facts)}\nmodel: {out / 'model'}\nreport: {out / 'report.html'}"
+    heading = table(("centralised training", ""), facts)
+    return f"{heading}\nmodel: {out / 'model'}\nreport: {out / 'report.html'}"
 
 
-def _line(row: Mapping[str, Any], epochs: int) -> str:
-    told = "" if row["epoch"] == 0 else f"loss {row['train_loss']:.4f}, "
-    return f"epoch {row['epoch']}/{epochs}: {told}validation {row['val_score']:.2%}"
+def _line(progress: Progress, ratio_scaled: bool) -> str:
+    numbers = {name: float(value) for name, value in progress.numbers.items()}
+    said = [f"loss {numbers['train_loss']:.4f}"] if "train_loss" in numbers else []
+    if "val_score" in numbers:
+        said.append(f"validation {as_score(numbers['val_score'], ratio_scaled)}")
+    return f"epoch {progress.done}/{progress.total}: {', '.join(said)}"

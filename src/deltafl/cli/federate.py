@@ -8,7 +8,7 @@ import click
 
 from deltafl.cli.command import quiet, recipe_command, resume
 from deltafl.cli.progress import drawn_progress
-from deltafl.cli.text import as_bytes, table
+from deltafl.cli.text import as_bytes, as_score, table
 from deltafl.errors import DeltaflError
 from deltafl.federated import FederatedRecipe
 from deltafl.federated import federate as run
@@ -76,13 +76,10 @@ def write_report(out: Path, result: Mapping[str, Any], rows: Sequence[Mapping[st
 def summary(result: Mapping[str, Any], out: Path) -> str:
     """What came out, in a small table."""
     metric = result["metric"]
-    form = ".2%" if metric == "accuracy" else ".4f"
+    test, val = (as_score(result[f"{s}_score"], result["ratio_scaled"]) for s in ("test", "val"))
     facts = [
-        (f"test {metric}", f"{result['test_score']:{form}} of {result['test_examples']}"),
-        (
-            f"validation {metric}",
-            f"{result['val_score']:{form}} after round {result['best_round']}",
-        ),
+        (f"test {metric}", f"{test} of {result['test_examples']}"),
+        (f"validation {metric}", f"{val} after round {result['best_round']}"),
         ("rounds", str(result["rounds"])),
         ("sent by clients", as_bytes(result["bytes_up_total"])),
         ("sent by the server", as_bytes(result["bytes_down_total"])),

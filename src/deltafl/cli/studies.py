@@ -105,15 +105,18 @@ def make_study(
 
     from deltafl.experiments.studies.study import Study
     from deltafl.merge.search import check_strategy
-    from deltafl.training import FinetuneRecipe
+    from deltafl.training import TrainingRecipe
 
     options = study_of(held)
     base = Path(held["out"]) / "base"
     small = {"batch_size": 32, "head": str(base / HEAD_FILE)} if bundled else {}
-    recipe = FinetuneRecipe(
-        **{"steps": 0, **small, **{k: v for k, v in explicit.items() if k in TRAINED}}
-    )
-    if problems := [*options.problems(names), *recipe.problems()]:
+    problems = options.problems(names)
+    given = {k: v for k, v in explicit.items() if k in TRAINED}
+    try:
+        recipe = TrainingRecipe.of(**{"model": str(base), "data": "", "steps": 0, **small, **given})
+    except DeltaflError as error:
+        raise DeltaflError(*problems, *error.problems) from None
+    if problems:
         raise DeltaflError(*problems)
     check_strategy(options.search_strategy, 0.95)
     return Study(

@@ -208,7 +208,6 @@ def run_suites(
     from deltafl.experiments.suite_runs import Bench, preflight, run_suite
     from deltafl.files import check_output, write_files
     from deltafl.models import load_net
-    from deltafl.models.encoder import encoder_of
     from deltafl.report import comparison_page, page_files
     from deltafl.tasks import ImageInput, load_task
     from deltafl.training.record import write_json
@@ -233,7 +232,7 @@ def run_suites(
             _pretrain(out / "base", recipe.seed, show)
             net = load_net(recipe.model)
         elif study is not None:
-            save_base(encoder_of(net), out / "base")
+            save_base(net, out / "base")
         bench = Bench(
             net,
             lambda seed: load_task(recipe.data, inputs, seed),

@@ -21,3 +21,8 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         return "  ".join([row[0].ljust(widths[0]), *cells]).rstrip()
 
     return "\n".join(map(line, [columns, ["-" * w for w in widths], *rows]))
+
+
+def as_score(score: float, ratio_scaled: bool) -> str:
+    """0.8321 -> "83.21%" where scores may be divided, as accuracies may; else "0.8321"."""
+    return f"{score:.2%}" if ratio_scaled else f"{score:.4f}"

@@ -35,8 +35,7 @@ from deltafl.models.heads import HEAD_FILE, ZERO_SHOT, check_head, load_head
 from deltafl.progress import OnProgress, Progress, ignore
 from deltafl.rules.rule import Source, build_rule
 from deltafl.tasks.arrays import Task, load_arrays
-from deltafl.training.evaluation import zero_shot_for
-from deltafl.training.legacy import Accuracy
+from deltafl.training.legacy import Accuracy, zero_shot_for
 from deltafl.version import __version__
 
 SINGLE, BASE = "single-task models", "base (unmerged)"

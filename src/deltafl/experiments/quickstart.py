@@ -8,12 +8,12 @@ from typing import Any, TypeAlias
 
 from deltafl.experiments.one_shot import run_search
 from deltafl.merge.search_recipe import SearchRecipe
-from deltafl.models import HEAD_FILE, load_encoder, new_net
-from deltafl.models.encoder import encoder_of
+from deltafl.models import HEAD_FILE, Net, load_net, new_net
 from deltafl.pool import one_thread
+from deltafl.progress import Progress
 from deltafl.seeding import keyed_generator
-from deltafl.tasks.arrays import load_arrays
-from deltafl.training import FinetuneRecipe, finetune
+from deltafl.tasks import load_task
+from deltafl.training import TrainingRecipe, finetune
 
 IMAGE_SIZE = 16
 
@@ -81,36 +81,45 @@ def _story(folder: Path, seed: int, on_stage: OnStage) -> dict[str, Any]:
 
 def pretrain(out: Path, seed: int, on_stage: OnStage) -> None:
     """A small ViT, trained with its head on the pre-training half of the plain digits."""
-    generator = keyed_generator(seed, "base")
-    encoder = encoder_of(new_net(BASE, generator))
-    task = load_arrays("digits:pretrain", image_size=IMAGE_SIZE, channels=1, seed=seed)
-    recipe = FinetuneRecipe(
-        steps=800, lr=1e-3, batch_size=32, head="linear", train_head=True, seed=seed
-    )
-    finetune(
-        encoder,
-        task,
-        recipe,
-        out,
+    net = new_net(BASE, keyed_generator(seed, "base"))
+    recipe = TrainingRecipe.of(
+        model="a new ViT",
+        data="digits:pretrain",
+        steps=800,
+        lr=1e-3,
+        batch_size=32,
+        head="linear",
+        train_head=True,
+        seed=seed,
         save_every=0,
-        on_progress=lambda d, t, _: on_stage("pre-train", d, t),
+        out=str(out),
     )
+    _finetune(net, recipe, "pre-train", on_stage)
 
 
 def fine_tune(folder: Path, task: Finetune, seed: int, on_stage: OnStage) -> None:
     """One fine-tune of the base on one variant of the digits, with the base's head, frozen."""
-    data = load_arrays(f"digits:{task.variant}", image_size=IMAGE_SIZE, channels=1, seed=seed)
-    head = str(folder / "base" / HEAD_FILE)
-    recipe = FinetuneRecipe(steps=task.steps, lr=task.lr, batch_size=32, head=head, seed=seed)
-    encoder = load_encoder(folder / "base")
-    finetune(
-        encoder,
-        data,
-        recipe,
-        folder / "models" / task.variant,
+    base = folder / "base"
+    recipe = TrainingRecipe.of(
+        model=str(base),
+        data=f"digits:{task.variant}",
+        steps=task.steps,
+        lr=task.lr,
+        batch_size=32,
+        head=str(base / HEAD_FILE),
+        seed=seed,
         save_every=0,
-        on_progress=lambda d, t, _: on_stage(f"fine-tune {task.variant}", d, t),
+        out=str(folder / "models" / task.variant),
     )
+    _finetune(load_net(base), recipe, f"fine-tune {task.variant}", on_stage)
+
+
+def _finetune(net: Net, recipe: TrainingRecipe, stage: str, on_stage: OnStage) -> None:
+    def tell(progress: Progress) -> None:
+        if progress.name == "steps":
+            on_stage(stage, progress.done, progress.total)
+
+    finetune(net, load_task(recipe.data, net.inputs, recipe.seed), recipe, on_progress=tell)
 
 
 def search_recipe(folder: Path, seed: int) -> SearchRecipe:

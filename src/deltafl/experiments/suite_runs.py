@@ -13,12 +13,12 @@ from deltafl.errors import DeltaflError
 from deltafl.experiments.federated_suites import Cell
 from deltafl.federated import federate
 from deltafl.federated.recipe import FederatedRecipe
-from deltafl.federated.setup import config_of
 from deltafl.federated.sharding import ShardingRecipe, shard
 from deltafl.models.net import Net
 from deltafl.seeding import keyed_generator
 from deltafl.tasks.task import Task
 from deltafl.training.record import read_rows
+from deltafl.training.state import run_config
 from deltafl.training.tensorboard import write_rows
 from deltafl.usercode import find_callable
 
@@ -96,7 +96,7 @@ def _one(
 ) -> tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]]:
     """Result and rows of one run, from disk where it was finished before."""
     task = bench.task(recipe.seed)
-    config = config_of(bench.net, task, recipe)
+    config = run_config(bench.net, task, recipe)
     key = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
     folder = bench.folder / key
     if (folder / "result.json").is_file():

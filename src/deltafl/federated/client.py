@@ -19,9 +19,8 @@ from deltafl.sparse.masks import Mask
 from deltafl.sparse.packed import KeptIndex, PackedDelta
 from deltafl.sparse.sgdm import SparseSGDM
 from deltafl.tasks.task import Task
-from deltafl.training.finetune import keyed_dropout
 from deltafl.training.recipe import PRECISIONS
-from deltafl.training.step import batches, train_step
+from deltafl.training.step import batches, keyed_dropout, train_step
 
 
 @dataclass(frozen=True)

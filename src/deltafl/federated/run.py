@@ -29,14 +29,14 @@ from deltafl.federated.recipe import FederatedRecipe
 from deltafl.federated.rounds import Federation, OnUpdate, Workers, count_workers, run_round
 from deltafl.federated.saving import save_net
 from deltafl.federated.server import ServerState
-from deltafl.federated.setup import begin, config_of, initial_state, make_shards, new_record
+from deltafl.federated.setup import begin, initial_state, make_shards, new_record
 from deltafl.federated.state import Best, StateWriter, read_state
 from deltafl.files import check_output
 from deltafl.models.net import Net
 from deltafl.progress import OnProgress, ignore
 from deltafl.tasks.task import Task
 from deltafl.training.record import RunRecord, write_json
-from deltafl.training.state import require_same_config
+from deltafl.training.state import require_same_config, run_config
 
 STATE_FILE = "state/state.safetensors"
 
@@ -82,7 +82,7 @@ def federate(
     recipe.check_rule()
     device = device_named(recipe.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     count = count_workers(recipe, device)
-    config = json.loads(json.dumps(config_of(net, task, recipe)))
+    config = json.loads(json.dumps(run_config(net, task, recipe)))
     shards = make_shards(task, recipe)
     begun = resume and (out / "record.jsonl").is_file()
     record = RunRecord.resume(out) if begun else RunRecord(out)
@@ -172,6 +172,7 @@ def _finish(
     result = {
         "title": f"{task.name}: {recipe.sharding.num_clients} clients, {recipe.server.aggregator}",
         "metric": task.metric,
+        "ratio_scaled": task.ratio_scaled,
         "test_score": score_of(federation, best.params, "test"),
         "test_examples": task.size("test"),
         "val_score": best.score,
@@ -184,7 +185,7 @@ def _finish(
         "config": dict(config),
     }
     facts = {
-        "base": {"id": config["base"], "fingerprint": config["base_fingerprint"]},
+        "base": {"id": federation.net.origin, "fingerprint": config["base_fingerprint"]},
         "task": task.name,
         "num_steps": sum(row["num_steps"] for row in rows),
         "num_examples": task.size("train"),

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from deltafl.algebra.tensors import Tensors
-from deltafl.checkpoints.layout import fingerprint, read_layout
 from deltafl.federated.client import LocalTraining, state_of
 from deltafl.federated.recipe import ClientsRecipe, FederatedRecipe
 from deltafl.federated.rounds import Federation
@@ -89,19 +88,6 @@ def initial_state(federation: Federation) -> ServerState:
     params = {n: t.clone() for n, t in state_of(net).items()}
     control = torch.zeros_like(net.flat.detach()) if has_control else None
     return ServerState(0, params, control=control)
-
-
-def config_of(net: Net, task: Task, recipe: FederatedRecipe) -> dict[str, Any]:
-    """All that decides the result, as JSON values: the recipe, and base and data by hash."""
-    is_file = Path(net.origin).is_dir() and bool(net.origin)
-    return {
-        **recipe.content(),
-        "base": net.origin,
-        "base_fingerprint": fingerprint(read_layout(net.origin)) if is_file else None,
-        "task": task.name,
-        "task_fingerprint": task.fingerprint(),
-        "num_examples": task.size("train"),
-    }
 
 
 def make_mask(

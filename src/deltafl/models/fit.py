@@ -1,7 +1,8 @@
 """How a classifier gets its head: each way is a function in `HEADS`, under the name of a recipe."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,20 @@ class ClassifierFormat(Format):
     def save_encoder(self, encoder: nn.Module, folder: Path) -> None:
         """Write the encoder without a head."""
         super().save(encoder, folder)
+
+    def snapshot(self, module: nn.Module) -> dict[str, Any]:
+        head = module.head if isinstance(module, Classifier) else None
+        told = head and (head.class_names, head.normalised, head.weight.requires_grad)
+        return super().snapshot(module) | {"head": told}
+
+    def restore(self, module: nn.Module, snapshot: Mapping[str, Any]) -> None:
+        assert isinstance(module, Classifier)
+        if snapshot["head"] is not None and module.head is None:
+            (names, normalised, trained), tensors = snapshot["head"], snapshot["tensors"]
+            head = Head(tensors["head.weight"], tensors["head.bias"], names, normalised)
+            device = next(module.parameters()).device
+            module.head = head.requires_grad_(trained).to(device)
+        super().restore(module, snapshot)
 
     def file_name(self, name: str) -> str:
         return name.removeprefix("encoder.")

@@ -1,7 +1,7 @@
 """A model as everything that trains, merges and judges sees it: one module, and what of it trains."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from deltafl.algebra.tensors import Tensors, lazy
+from deltafl.checkpoints.layout import fingerprint, read_layout
 from deltafl.checkpoints.naming import match
 from deltafl.errors import DeltaflError, shorten
 from deltafl.models.head_recipe import HeadFit, HeadRecipe
@@ -33,6 +34,14 @@ class Format:
             for name, tensor in module.state_dict().items()
         }
         save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+
+    def snapshot(self, module: nn.Module) -> dict[str, Any]:
+        """All values of `module`, and what else `restore` needs, as torch.save can hold them."""
+        return {"tensors": module.state_dict()}
+
+    def restore(self, module: nn.Module, snapshot: Mapping[str, Any]) -> None:
+        """Give `module` the values of a snapshot."""
+        module.load_state_dict(snapshot["tensors"])
 
     def file_name(self, name: str) -> str:
         """The name that the model's files have for the module's tensor `name`."""
@@ -79,6 +88,12 @@ class Net:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the module gives."""
         return self.module(*args, **kwargs)
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Of the files that the model came from; None for a new one and for one's own code."""
+        from_code = ":" in self.origin and not Path(self.origin).is_dir()
+        return fingerprint(read_layout(self.origin)) if self.origin and not from_code else None
 
     @property
     def device(self) -> torch.device:
@@ -181,6 +196,14 @@ class Net:
         """Raise DeltaflError where the model cannot do `task` as it is: it has no head, or another's."""
         self.format.check(self, task)
         check_task(task, self, self.device)
+
+    def snapshot(self) -> dict[str, Any]:
+        """All values of the module, as torch.save can hold them; views."""
+        return self.format.snapshot(self.module)
+
+    def restore(self, snapshot: Mapping[str, Any]) -> None:
+        """Take over the values of a snapshot of the same model, prepared or not."""
+        self.format.restore(self.module, snapshot)
 
     def save(self, folder: Path) -> None:
         """Write the model into the existing `folder`, so that `load_net(folder)` gives it back."""

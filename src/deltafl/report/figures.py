@@ -91,7 +91,7 @@ def chart(
     def draw(axes: Axes) -> None:
         for name, label, colour, marker in zip(names, labels, SERIES, MARKERS, strict=False):
             x, y = points[name][points[name][:, 0] > 0 if log else ...].T
-            look = {"markevery": 0.08} if joined else {"linestyle": ""}
+            look: dict[str, Any] = {"markevery": 0.08} if joined else {"linestyle": ""}
             axes.plot(x, y, color=colour, label=label, marker=marker, **look)
             ring = x == (rings or {}).get(name)
             axes.plot(x[ring], y[ring], "o", mfc=PAPER, mec=colour, mew=2.4, ms=11, zorder=5)
@@ -154,8 +154,10 @@ def heat_map(
         axes.imshow(image, aspect="auto", interpolation="none")
         axes.set_title(title)
         every = ceil(18 / width) if turned else 1
-        look = {"rotation": 45, "ha": "left", "rotation_mode": "anchor"} if turned else {}
-        axes.set_xticks(range(0, len(columns), every), columns[::every], **look)
+        turn: dict[str, Any] = (
+            {"rotation": 45, "ha": "left", "rotation_mode": "anchor"} if turned else {}
+        )
+        axes.set_xticks(range(0, len(columns), every), columns[::every], **turn)
         every = ceil(16 / height)
         axes.set_yticks(range(0, len(rows), every), rows[::every])
         if len(rows) <= ROWS:
@@ -180,7 +182,7 @@ def to_svg(figure: Figure, salt: str) -> str:
 
 def to_png(figures: Sequence[Figure]) -> bytes:
     """The figures in one image, one below the other, three pixels to the CSS pixel."""
-    look = {"dpi": 216, "bbox_inches": "tight", "pad_inches": 0.2}
+    look: dict[str, Any] = {"dpi": 216, "bbox_inches": "tight", "pad_inches": 0.2}
     return _saved(figures, "", format="png", metadata={"Software": None}, **look)
 
 

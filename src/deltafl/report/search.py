@@ -43,7 +43,8 @@ def results_table(result: Record) -> Table:
     """Every rule with its setting, score per task, mean and normalised mean; references first."""
     score, published = score_format(result["metric"]), result.get("reference") or {}
     rows = [
-        {**row, **row["test"], "published": published.get(row["rule"]), "setting": _setting(row)}
+        {**row, "published": published.get(row["rule"]), "setting": _setting(row)}
+        | {f"test {task}": value for task, value in row["test"].items()}
         for row in result["rows"]
     ]
     names = {row["rule"] for row in rows}
@@ -53,7 +54,7 @@ def results_table(result: Record) -> Table:
         "mean": Column("mean", score, best=True),
         "published": Column("published", score),
         "normalized": Column("normalised", ".1%", best=True),
-        **{task: Column(task, score, best=True) for task in result["tasks"]},
+        **{f"test {task}": Column(task, score, best=True) for task in result["tasks"]},
         "val": Column("validation", _judged(result)[1]),
         "setting": Column("setting"),
     }

@@ -1,6 +1,6 @@
 """Records as a table, and the ways to write it: HTML (by the page), Markdown, CSV, LaTeX."""
 
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,13 +31,13 @@ class Table:
     """
 
     rows: Sequence[Record]
-    columns: Mapping[Hashable, Column]
+    columns: Mapping[Any, Column]
     caption: str = ""
     reference: Collection[str] = ()
     file: str = ""
 
     @property
-    def shown(self) -> dict[Hashable, Column]:
+    def shown(self) -> dict[Any, Column]:
         """The columns that are not empty."""
         known = {key for row in self.rows for key, value in row.items() if value is not None}
         return {key: column for key, column in self.columns.items() if key in known}
@@ -55,12 +55,12 @@ class Table:
         cells = []
         for key, column in self.shown.items():
             texts = [_show(column, row.get(key)) for row in self.rows]
-            rivals = {
-                row[key]: text
-                for row, text, reference in zip(self.rows, texts, self.references, strict=True)
-                if column.best and not reference and text != NOTHING
-            }
-            best = rivals[max(rivals)] if rivals else None
+            rivals = [
+                row[key]
+                for row, reference in zip(self.rows, self.references, strict=True)
+                if column.best and not reference and row.get(key) is not None
+            ]
+            best = _show(column, max(rivals)) if rivals else None
             cells.append(
                 [
                     mark(escape(text)) if text == best and not reference else escape(text)
@@ -103,9 +103,7 @@ def score_format(metric: str) -> str:
 def _show(column: Column, value: Any) -> str:
     if value is None or value != value:  # NaN
         return NOTHING
-    if isinstance(value, str) or not column.show:
-        return str(value)
-    return format(value, column.show) if isinstance(column.show, str) else column.show(value)
+    return column.show(value) if callable(column.show) else format(value, column.show)
 
 
 _MARKDOWN = str.maketrans({letter: f"\\{letter}" for letter in "\\`*_[]<>|"} | {"\n": " "})

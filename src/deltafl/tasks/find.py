@@ -23,6 +23,8 @@ def find(recipe: DataRecipe) -> Source:
     )
     is_path = bool(colon) and kind in ("parquet", "folder")
     path = Path(target if is_path else spec).expanduser()
+    if kind == "lines" and colon:
+        raise DeltaflError(f'data "{spec}" holds lines of text, and the model takes images')
     if recipe.data_dir is not None:
         if colon or "/" in spec or kind in FAMILIES or recipe.revision is not None:
             raise DeltaflError(

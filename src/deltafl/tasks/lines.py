@@ -127,8 +127,9 @@ def _logits(model: Model, batch: Batch) -> Tensor:
     return model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
 
 
-def load_lines(folder: Path, inputs: TextInput, val_fraction: float, seed: int) -> LineTask:
-    """The task of a folder with `train*.txt`, `test*.txt` and perhaps `val*.txt`: a line an example.
+def load_lines(data: str, inputs: TextInput, val_fraction: float, seed: int) -> LineTask:
+    """The task of a folder, `lines:FOLDER` or FOLDER, with `train*.txt`, `test*.txt` and perhaps
+    `val*.txt`: a line an example.
 
     Each file is a source (see `groups`), known by its name without the split: `train-news.txt` and
     `test-news.txt` are one. Val is held out of train where there is none.
@@ -136,6 +137,7 @@ def load_lines(folder: Path, inputs: TextInput, val_fraction: float, seed: int) 
     Raises:
         DeltaflError: no such folder or file, a file that is not UTF-8, a split without a line.
     """
+    folder = Path(data.removeprefix("lines:")).expanduser()
     files = {split: sorted(folder.glob(f"{split}*.txt")) for split in SPLITS}
     names = sorted({p.stem.removeprefix(s) for s, paths in files.items() for p in paths})
     read: dict[str, Lines] = {}
@@ -146,8 +148,8 @@ def load_lines(folder: Path, inputs: TextInput, val_fraction: float, seed: int) 
         ]
         if not any(map(len, parts)):
             raise DeltaflError(
-                f'"{folder}" has no line of text in {split}*.txt; lines come from train*.txt and '
-                "test*.txt"
+                f'data "{data}" has no line of text in {folder / split}*.txt, and the model takes '
+                "text; name a folder with train*.txt and test*.txt"
             )
         lines = [line for part in parts for line in part.ids]
         read[split] = Lines(lines, torch.cat([part.sources for part in parts]))

@@ -27,7 +27,7 @@ from deltafl.usercode import find_callable, importable
 
 log = logging.getLogger(__name__)
 
-MODULE_ATTR = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+MODULE_ATTR = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
 
 
 def load_task(data: DataRecipe | str, inputs: ImageInput | TextInput, seed: int = 0) -> Task:
@@ -50,17 +50,11 @@ def load_task(data: DataRecipe | str, inputs: ImageInput | TextInput, seed: int 
             f'data "{spec}": what follows "?" has keys of its own now: image_column (for image), '
             "label_column (for label), revision, data_dir; and options, --image-column .."
         )
-    kind, colon, target = spec.partition(":")
-    is_lines, is_text = kind == "lines" and bool(colon), isinstance(inputs, TextInput)
-    path = Path(target if is_lines else spec).expanduser()
-    builtin = kind in ("hub", "parquet", "folder", "lines", *FAMILIES) or path.exists()
-    if MODULE_ATTR.fullmatch(spec) and not builtin:
+    builtin = ("hub", "parquet", "folder", "lines", *FAMILIES)
+    if re.fullmatch(MODULE_ATTR, spec) and spec.partition(":")[0] not in builtin:
         task = _limited(_user_task(spec, inputs, seed), recipe, seed)
-    elif is_text and (is_lines or path.is_dir() or ("/" in spec and not colon)):
-        task = _limited(load_lines(path, inputs, recipe.val_fraction, seed), recipe, seed)
-    elif is_text or is_lines:
-        holds, takes = ("lines of text", "images") if is_lines else ("images", "text, lines:FOLDER")
-        raise DeltaflError(f'data "{spec}" holds {holds}, and the model takes {takes}')
+    elif isinstance(inputs, TextInput):
+        task = _limited(load_lines(spec, inputs, recipe.val_fraction, seed), recipe, seed)
     else:
         task = _images(find(recipe), inputs, recipe, seed)
     if not isinstance(recipe, TrainingDataRecipe):

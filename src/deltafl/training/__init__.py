@@ -1,17 +1,19 @@
-"""Fine-tune an encoder on a task, and evaluate what came out."""
+"""Train a model on a task, with or without validation after each epoch, and evaluate what came out."""
 
-from deltafl.training.evaluation import Evaluation, evaluate, make_head
+from deltafl.training.centralized import CentralizedRun, centralize
+from deltafl.training.evaluation import Evaluation, EvaluationRecipe, evaluate
 from deltafl.training.finetune import TRAINING_JSON, Finetuned, finetune
-from deltafl.training.recipe import FinetuneRecipe
-from deltafl.training.state import state_path
+from deltafl.training.recipe import CentralizedRecipe, TrainingRecipe
 
 __all__ = [
     "TRAINING_JSON",
+    "CentralizedRecipe",
+    "CentralizedRun",
     "Evaluation",
-    "FinetuneRecipe",
+    "EvaluationRecipe",
     "Finetuned",
+    "TrainingRecipe",
+    "centralize",
     "evaluate",
     "finetune",
-    "make_head",
-    "state_path",
 ]

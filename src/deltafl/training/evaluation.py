@@ -1,104 +1,84 @@
-"""Heads for a model and a task, and the accuracy of both together."""
+"""The scores of a model on a task."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from deltafl.algebra.tensors import device_named
-from deltafl.errors import DeltaflError, did_you_mean
-from deltafl.models import LoadedEncoder, load_encoder
-from deltafl.models.bridge import net_of
-from deltafl.models.fit import classifier_of
-from deltafl.models.flat import FlatModel
-from deltafl.models.head_recipe import HeadFit, HeadRecipe
-from deltafl.models.heads import HEAD_FILE, ZERO_SHOT, LinearHead, check_head, load_head
-from deltafl.tasks.arrays import Task, image_task
-from deltafl.training.legacy import predict_correct
-from deltafl.training.recipe import PRECISIONS, FinetuneRecipe
+from deltafl.models import Net
+from deltafl.recipes import Flags, Incidental, Recipe
+from deltafl.tasks import DataRecipe, Task
+from deltafl.tasks.task import Split
+from deltafl.training.recipe import PRECISIONS
+from deltafl.training.step import scores
 
 
-def make_head(model: FlatModel, task: Task, recipe: FinetuneRecipe) -> LinearHead:
-    """The head that `recipe.head` names, for this model and task, on the model's device, frozen.
+class EvaluationRecipe(Recipe):
+    """Which models are judged, and on what."""
 
-    Raises:
-        DeltaflError: a head from a file that does not fit, a model without what a zero-shot head needs.
-    """
-    net = net_of(model.encoder)
-    kind = HeadRecipe.of(head=recipe.head, few_shot=recipe.few_shot, templates=recipe.templates)
-    autocast = PRECISIONS[recipe.mixed_precision]
-    net.prepare(image_task(task), kind, HeadFit(recipe.seed, autocast=autocast))
-    head = classifier_of(net).head
-    assert head is not None
-    return LinearHead.of(head)
+    models: tuple[str, ...] = Field(
+        min_length=1, description="models that finetune or merge wrote: folders or hub ids"
+    )
+    split: Literal["test", "val"] = Field("test", description="the examples that count")
+    head: str | None = Field(
+        None,
+        description="a head.safetensors, or zero-shot (CLIP) (default: the one in each model's folder)",
+    )
+    templates: str | None = Field(
+        None,
+        description="prompts for the zero-shot head: a file, one on each line, {} for the class",
+    )
+    seed: int | None = Field(
+        None,
+        description="of the validation split (default: the one that the model was trained with)",
+    )
+    batch_size: Annotated[int, Incidental] = Field(256, ge=1, description="examples at once")
+    mixed_precision: Literal["no", "bf16"] = Field(
+        "no", description="the arithmetic of the model's forward pass"
+    )
+    device: Annotated[str | None, Incidental] = Field(
+        None, description="cpu, cuda or cuda:1 (default: the GPU where there is one)"
+    )
+    json_file: Annotated[str | None, Incidental, Flags(("--json",))] = Field(
+        None, description="write the scores, and those of each example, to this file"
+    )
+    data: DataRecipe
 
-
-def zero_shot_for(
-    encoder: LoadedEncoder,
-    task: Task,
-    templates: str | None = None,
-    device: torch.device | str = "cpu",
-) -> LinearHead:
-    """The zero-shot head of a CLIP encoder; `templates` is a file of prompts, None: the catalogue's.
-
-    Raises:
-        DeltaflError: no CLIP model, or not the whole of one.
-    """
-    net = net_of(encoder)
-    net.prepare(image_task(task), HeadRecipe.of(head=ZERO_SHOT, templates=templates))
-    head = classifier_of(net).head
-    assert head is not None
-    return LinearHead.of(head)
+    def problems(self) -> Iterator[str]:
+        if self.templates is not None and self.head != "zero-shot":
+            yield "templates are about the zero-shot head; give --head zero-shot too"
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Accuracy over the n examples of a split; `correct` is uint8 (n,)."""
+    """The mean score, and that of each example, float32 (n,)."""
 
-    accuracy: float
-    correct: Tensor
+    score: float
+    scores: Tensor
 
 
 def evaluate(
-    model: str | Path | LoadedEncoder,
+    net: Net,
     task: Task,
-    split: str = "test",
+    split: Split = "test",
     *,
-    head: LinearHead | str | Path | None = None,
-    templates: str | None = None,
     batch_size: int = 256,
     device: str | None = None,
     mixed_precision: str = "no",
 ) -> Evaluation:
-    """Accuracy of a model on "val" or "test" of a task, with `head` or the head.safetensors in its directory.
-
-    head: a head, a file, or "zero-shot", for which `templates` may name a file of prompts.
+    """How well a model does on a split of a task; `device` None: the GPU where there is one.
 
     Raises:
-        DeltaflError: no head, or one of another model or task; unknown split.
+        DeltaflError: a model without a head for the task, no such device.
     """
-    if split not in ("val", "test"):
-        raise DeltaflError(f'unknown split "{split}"; {did_you_mean(split, ("val", "test"))}')
-    encoder = model if isinstance(model, LoadedEncoder) else load_encoder(model)
-    if templates is not None and head != ZERO_SHOT:
-        raise DeltaflError("templates are about the zero-shot head; give --head zero-shot too")
-    if head == ZERO_SHOT:
-        head = zero_shot_for(encoder, task, templates)
-    elif not isinstance(head, LinearHead):
-        path = Path(head) if head is not None else Path(encoder.origin) / HEAD_FILE
-        if head is None and not path.is_file():
-            raise DeltaflError(
-                f'model "{encoder.origin}" has no {HEAD_FILE}; give a head with --head'
-            )
-        head = load_head(path)
-    check_head(head, encoder.feature_dim, task.class_names, f"of {encoder.origin}")
+    net.check(task)
     if device is not None:
         device_named(device)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    flat = FlatModel(encoder.copy_to(where))
-    examples = task.val if split == "val" else task.test
-    correct = predict_correct(
-        flat, head, examples, batch_size=batch_size, autocast=PRECISIONS[mixed_precision]
-    )
-    return Evaluation(correct.double().mean().item(), correct)
+    autocast = PRECISIONS[mixed_precision]
+    found = scores(net.copy_to(where), task, split, None, batch_size, autocast)
+    return Evaluation(found.double().mean().item(), found)

@@ -1,15 +1,21 @@
-"""Steps and accuracy of encoder and head apart; goes when every room uses `Net` and `Task`."""
+"""Training and judging of encoder and head apart; goes when every room uses `Net` and `Task`."""
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from deltafl.checkpoints.layout import fingerprint, read_layout
+from deltafl.models import HeadRecipe, LoadedEncoder
+from deltafl.models.bridge import net_of
+from deltafl.models.fit import classifier_of
 from deltafl.models.flat import FlatModel
 from deltafl.models.heads import LinearHead
-from deltafl.tasks.arrays import Split
+from deltafl.tasks.arrays import Split, Task, image_task
 
 
 @dataclass(frozen=True)
@@ -149,3 +155,26 @@ class Accuracy:
     def __call__(self, model: FlatModel, ids: Tensor) -> Tensor:
         """uint8 (n,), as `predict_correct` gives it."""
         return predict_correct(model, self.head, self.split, ids, self.batch_size, self.autocast)
+
+
+def run_config(encoder: LoadedEncoder, task: Task, recipe: Any) -> dict[str, Any]:
+    """All that decides the result, as JSON values; `recipe` is a dataclass."""
+    on_disk = bool(encoder.origin) and (":" not in encoder.origin or Path(encoder.origin).is_dir())
+    return {
+        **asdict(recipe),
+        "base": encoder.origin,
+        "base_fingerprint": fingerprint(read_layout(encoder.origin)) if on_disk else None,
+        "task": task.name,
+        "task_fingerprint": image_task(task).fingerprint(),
+        "num_examples": len(task.train),
+        "class_names": list(task.class_names),
+    }
+
+
+def zero_shot_for(encoder: LoadedEncoder, task: Task, templates: str | None = None) -> LinearHead:
+    """The zero-shot head of a CLIP encoder; `templates` is a file of prompts, None: the catalogue's."""
+    net = net_of(encoder)
+    net.prepare(image_task(task), HeadRecipe.of(head="zero-shot", templates=templates))
+    head = classifier_of(net).head
+    assert head is not None
+    return LinearHead.of(head)

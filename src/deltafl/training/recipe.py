@@ -1,87 +1,118 @@
-"""How to fine-tune: one frozen recipe, checked where it is used."""
+"""How to train: the recipe of `deltafl finetune`, and its preset `deltafl centralized`."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from pydantic import Field
 
-from deltafl.errors import did_you_mean
-from deltafl.models.heads import ZERO_SHOT
-from deltafl.training.step import SCHEDULES
+from deltafl.models.head_recipe import HeadRecipe
+from deltafl.recipes import Flags, Incidental, Recipe
+from deltafl.tasks.recipe import TrainingDataRecipe
 
-OPTIMIZERS = ("adamw", "sgd")
 PRECISIONS: Mapping[str, torch.dtype | None] = {"no": None, "bf16": torch.bfloat16}
 
 
-@dataclass(frozen=True)
-class FinetuneRecipe:
-    """How to fine-tune; the defaults are those of the task-arithmetic papers for CLIP and ViT.
-
-    Exactly one of `steps` and `epochs` is given. `warmup` None: min(500, 10 % of the steps). `grad_clip` None: no
-    clipping. `momentum` counts for sgd. `head`: "ridge", "linear" (random weights), "zero-shot" (CLIP's text tower)
-    or the path of a head.safetensors; `few_shot`: fit the ridge head on so many examples per class instead of all;
-    `templates`: a file of prompts for the zero-shot head, one on each line. `mixed_precision`: "no" or "bf16".
+class TrainingRecipe(Recipe):
+    """How to train a model on a task; the defaults are those of the task-arithmetic papers for CLIP
+    and ViT.
     """
 
-    steps: int | None = None
-    epochs: float | None = None
-    lr: float = 1e-5
-    weight_decay: float = 0.1
-    batch_size: int = 128
-    optimizer: str = "adamw"
-    momentum: float = 0.0
-    schedule: str = "cosine"
-    warmup: int | None = None
-    grad_clip: float | None = 1.0
-    label_smoothing: float = 0.0
-    head: str = "ridge"
-    few_shot: int | None = None
-    templates: str | None = None
-    train_head: bool = False
-    mixed_precision: str = "no"
-    seed: int = 0
+    renamed: ClassVar = {"base": "model", "schedule": "lr_schedule"}
+    alternatives: ClassVar = (("steps", "epochs"),)
 
-    def problems(self) -> list[str]:
-        """What is wrong with the values, one line each."""
-        rules = (
-            ((self.steps is None) != (self.epochs is None), "give either steps or epochs"),
-            (self.steps is None or self.steps >= 0, f"steps must be 0 or more, not {self.steps}"),
-            (self.epochs is None or self.epochs > 0, f"epochs must be positive, not {self.epochs}"),
-            (self.lr > 0, f"lr must be positive, not {self.lr}"),
-            (self.weight_decay >= 0, f"weight_decay must be 0 or more, not {self.weight_decay}"),
-            (self.batch_size >= 1, f"batch_size must be 1 or more, not {self.batch_size}"),
-            (0 <= self.momentum < 1, f"momentum must be in [0, 1), not {self.momentum}"),
-            (
-                self.warmup is None or self.warmup >= 0,
-                f"warmup must be 0 or more, not {self.warmup}",
-            ),
-            (
-                self.grad_clip is None or self.grad_clip > 0,
-                f"grad_clip must be positive, not {self.grad_clip}",
-            ),
-            (
-                0 <= self.label_smoothing < 1,
-                f"label_smoothing must be in [0, 1), not {self.label_smoothing}",
-            ),
-            (self.few_shot is None or self.head == "ridge", "few_shot is about the ridge head"),
-            (
-                self.templates is None or self.head == ZERO_SHOT,
-                "templates are about the zero-shot head",
-            ),
-            *(
-                (value in known, f'unknown {kind} "{value}"; {did_you_mean(value, known)}')
-                for kind, value, known in (
-                    ("optimizer", self.optimizer, OPTIMIZERS),
-                    ("schedule", self.schedule, SCHEDULES),
-                    ("mixed_precision", self.mixed_precision, PRECISIONS),
-                )
-            ),
-        )
-        return [problem for good, problem in rules if not good]
+    model: Annotated[str, Flags(("--model", "--base"))] = Field(
+        description="the model to begin with: a folder, a hub id, a config.json or module:attr"
+    )
+    steps: int | None = Field(
+        None, ge=0, description="optimiser steps; 0 writes the model with its head"
+    )
+    epochs: float | None = Field(
+        None, gt=0, description="passes over the training data, instead of steps"
+    )
+    batch_size: int = Field(
+        128, ge=1, description="examples in a step, over all processes together"
+    )
+    lr: float = Field(1e-5, gt=0, description="peak learning rate")
+    lr_schedule: Literal["cosine", "constant", "linear", "step"] = Field(
+        "cosine", description="of the learning rate, over all steps, after the warm-up"
+    )
+    warmup: int | None = Field(
+        None, ge=0, description="steps of warm-up (default: 10 % of the steps, at most 500)"
+    )
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="what steps")
+    momentum: float = Field(0.0, ge=0, lt=1, description="of sgd")
+    nesterov: bool = Field(False, description="Nesterov momentum in sgd")
+    weight_decay: float = Field(0.1, ge=0, description="of the optimiser")
+    grad_clip: float | None = Field(1.0, gt=0, description="largest gradient norm")
+    eval_every: int | None = Field(
+        None,
+        ge=1,
+        description="epochs between validations, of which the best model is kept (default: one "
+        "validation, of the last model)",
+    )
+    patience: int | None = Field(
+        None, ge=1, description="validations without a gain after which to stop"
+    )
+    mixed_precision: Literal["no", "bf16"] = Field(
+        "no", description="the arithmetic of the model's forward pass"
+    )
+    seed: int = Field(0, description="of everything that is random")
+    save_every: Annotated[int, Incidental] = Field(
+        500, ge=0, description="steps between saved states, beside those of validations; 0: none"
+    )
+    device: Annotated[str | None, Incidental] = Field(
+        None, description="cpu, cuda or cuda:1 (default: the GPU where there is one)"
+    )
+    out: Annotated[str | None, Incidental] = Field(None, description="the folder to write")
+    overwrite: Annotated[bool, Incidental] = Field(
+        False, description="replace an existing output, or an unfinished run"
+    )
+    data: TrainingDataRecipe
+    head: HeadRecipe = HeadRecipe()
+
+    def problems(self) -> Iterator[str]:
+        both, neither = (self.steps, self.epochs), self.steps is None and self.epochs is None
+        if neither or (None not in both and self.epochs != self.defaults.get("epochs")):
+            yield "give either steps or epochs"
+        if self.nesterov and not self.momentum:
+            yield "nesterov needs a momentum above 0"
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """The dtype of the forward pass, None for the model's own."""
+        return PRECISIONS[self.mixed_precision]
 
     def num_steps(self, num_examples: int) -> int:
         """Optimiser steps in all; an epoch is ceil(num_examples / batch_size) of them."""
         if self.steps is not None:
             return self.steps
-        return math.ceil((self.epochs or 0) * math.ceil(num_examples / self.batch_size))
+        return math.ceil((self.epochs or 0) * self.steps_in_epoch(num_examples))
+
+    def steps_in_epoch(self, num_examples: int) -> int:
+        """ceil(num_examples / batch_size)."""
+        return math.ceil(num_examples / self.batch_size)
+
+    def warmup_steps(self, num_examples: int) -> int:
+        """Steps of warm-up."""
+        total = self.num_steps(num_examples)
+        return min(500, total // 10) if self.warmup is None else self.warmup
+
+
+class CentralizedRecipe(TrainingRecipe):
+    """Train with SGDM on all samples in one place, what federated runs are compared with: validated
+    after every epoch, and the best epoch tested.
+    """
+
+    defaults: ClassVar = {
+        "epochs": 50.0,
+        "batch_size": 64,
+        "lr": 0.001,
+        "warmup": 0,
+        "optimizer": "sgd",
+        "momentum": 0.9,
+        "weight_decay": 0.0,
+        "grad_clip": None,
+        "eval_every": 1,
+    }

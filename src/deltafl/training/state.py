@@ -1,24 +1,20 @@
 """What a killed run needs to continue: one file, whole or absent, that says which run it belongs to."""
 
-import hashlib
 import io
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from deltafl.checkpoints.layout import fingerprint, read_layout
 from deltafl.errors import DeltaflError
 from deltafl.files import write_atomically
-from deltafl.models import LoadedEncoder
-from deltafl.models.heads import LinearHead
-from deltafl.tasks.arrays import Task
+from deltafl.models import Net
+from deltafl.recipes import Recipe
+from deltafl.tasks import Task
 
 State = Mapping[str, Any]
-"""step, module (its state dict), head (weight, bias), optimiser (its state dict)."""
+"""What torch.save can hold of a run."""
 
 
 def state_path(out: str | Path) -> Path:
@@ -27,36 +23,29 @@ def state_path(out: str | Path) -> Path:
     return out.with_name(f"{out.name}.state")
 
 
-def run_config(
-    encoder: LoadedEncoder, task: Task, recipe: Any, head: LinearHead | None
-) -> dict[str, Any]:
-    """All that decides the result, as JSON values: recipe (a dataclass), base, data, head, by hash where large."""
-    on_disk = bool(encoder.origin) and (":" not in encoder.origin or Path(encoder.origin).is_dir())
+def run_config(net: Net, task: Task, recipe: Recipe) -> dict[str, Any]:
+    """All that decides the result, as JSON values: the recipe, and base and data by hash."""
     return {
-        **asdict(recipe),
-        **({} if head is None else {"head": _told(head)}),
-        "base": encoder.origin,
-        "base_fingerprint": fingerprint(read_layout(encoder.origin)) if on_disk else None,
+        **recipe.content(),
+        "base_fingerprint": net.fingerprint,
         "task": task.name,
-        "task_fingerprint": sha256_of(
-            task.train.labels, task.train.images[:: max(1, len(task.train) // 64)]
-        ),
-        "num_examples": len(task.train),
-        "class_names": list(task.class_names),
+        "task_fingerprint": task.fingerprint(),
+        "num_examples": task.size("train"),
     }
 
 
 def require_same_config(found: Mapping[str, Any], wanted: Mapping[str, Any], where: Path) -> None:
-    """Refuse to continue another run.
+    """Refuse to continue another run. Where data and base lie makes no difference, what they hold does.
 
     Raises:
         DeltaflError: one line for each key that differs.
     """
-    found, wanted = dict(_leaves(found)), dict(_leaves(wanted))
+    old, new = dict(_leaves(found)), dict(_leaves(wanted))
+    paths = {"data.data", "data.data_dir"} | ({"model"} if new.get("base_fingerprint") else set())
     different = [
-        f'"{where}" was made with {key} = {found.get(key)!r}, now it is {wanted.get(key)!r}'
-        for key in sorted(found.keys() | wanted.keys())
-        if found.get(key) != wanted.get(key)
+        f'"{where}" was made with {key} = {old.get(key)!r}, now it is {new.get(key)!r}'
+        for key in sorted((old.keys() | new.keys()) - paths)
+        if old.get(key) != new.get(key)
     ]
     if different:
         raise DeltaflError(
@@ -64,13 +53,12 @@ def require_same_config(found: Mapping[str, Any], wanted: Mapping[str, Any], whe
         )
 
 
-def _leaves(config: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted path and value of every setting in the sections of a configuration."""
+def _leaves(config: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in config.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{above}{key}.")
+            yield from _leaves(value, f"{path}{key}.")
         else:
-            yield f"{above}{key}", value
+            yield path + key, value
 
 
 def write_state(file: Path, config: Mapping[str, Any], state: State) -> None:
@@ -97,17 +85,3 @@ def read_state(file: Path, config: Mapping[str, Any]) -> State | None:
         ) from error
     require_same_config(found, config, file)
     return state
-
-
-def sha256_of(*tensors: Tensor) -> str:
-    """Of the bytes of all tensors, in order."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _told(head: LinearHead) -> str:
-    return f"given, {sha256_of(head.weight, head.bias)}" + (
-        ", normalised" if head.normalised else ""
-    )

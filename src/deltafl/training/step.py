@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -38,11 +39,6 @@ def batches(
             ids.device
         )
         yield from ids[order].split(batch_size)[: steps - epoch * per_epoch]
-
-
-def default_warmup(total: int) -> int:
-    """min(500, 10 % of the steps)."""
-    return min(500, total // 10)
 
 
 def lr_at(step: int, total: int, warmup: int, base_lr: float, schedule: str = "cosine") -> float:
@@ -118,6 +114,21 @@ def train_step(
         group["lr"] = lr
     optimiser.step()
     return loss
+
+
+@contextmanager
+def keyed_dropout(device: torch.device, seed: int, step: int, rank: int) -> Iterator[None]:
+    """Dropout as a function of (seed, step, rank), so that a resumed run draws the same; global state
+    is kept. A federated client has its round and its own number for the last two.
+    """
+    key = keyed_generator(seed, "dropout", step, rank).initial_seed()
+    cuda = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if cuda else []):
+        torch.random.default_generator.manual_seed(key)
+        if cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(key)
+        yield
 
 
 @torch.inference_mode()

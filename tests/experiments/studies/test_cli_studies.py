@@ -19,8 +19,7 @@ from deltafl.merge.plan import plan_merge
 from deltafl.merge.recipe import MergeRecipe
 from deltafl.merge.run import run_merge
 from deltafl.tasks.arrays import load_arrays
-from deltafl.training import evaluate
-from tiny_models import tiny_clip, vit_file
+from tiny_models import judged, tiny_clip, vit_file
 
 NAMES = ("training-heterogeneity", "data-heterogeneity", "scaling-coef", "negation", "analogy")
 SMALL: tuple[Any, ...] = (
@@ -82,9 +81,9 @@ def test_a_merge_in_the_table_is_what_merge_and_evaluate_give(done: Path) -> Non
         )
         run_merge(plan_merge(recipe), merged)
         for name, folder in zip(search["tasks"], folders, strict=True):
-            task = load_arrays(name.replace("_", ":"), image_size=8, channels=1, seed=seed)
-            whole = evaluate(merged, task, head=folder / "head.safetensors").correct.double()
-            assert abs(told["test"][name] - whole.mean()) < 0.15  # 80 of the 200 images
+            head = folder / "head.safetensors"
+            whole = judged(merged, name.replace("_", ":"), head=head, seed=seed)
+            assert abs(told["test"][name] - whole.score) < 0.15  # 80 of the 200 images
         assert told["mean"] == pytest.approx(sum(told["test"].values()) / 3)
     assert row["accuracy"] == pytest.approx(sum(accuracies) / 2)
     assert row["runs"] == 2
@@ -151,10 +150,8 @@ def test_negation_forgets_the_target_within_the_control(done: Path) -> None:
     by_way = {row["way"]: row for row in found["rows"]}
     for point in (p for p in found["points"] if p["way"] == "fine-tuned" and p["seed"] == 0):
         (folder,) = (done / "studies" / "models").glob(f"{point['task']}-lr0.001-steps40-seed0-*")
-        whole = evaluate(
-            folder, load_arrays(point["task"].replace("_", ":"), image_size=8, channels=1, seed=0)
-        )
-        assert abs(point["target"] - whole.accuracy) < 0.15  # 80 of the 200 images
+        whole = judged(folder, point["task"].replace("_", ":"))
+        assert abs(point["target"] - whole.score) < 0.15  # 80 of the 200 images
     assert by_way["base"]["scaling_coef"] == 0
     assert len(found["points"]) == 2 * 3 * 4
     for point in found["points"]:

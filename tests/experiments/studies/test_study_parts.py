@@ -21,12 +21,14 @@ from deltafl.merge.task_vector import TaskVector
 from deltafl.rules.rule import Source
 from deltafl.tasks.arrays import arrays_of, image_task, load_arrays
 from deltafl.tasks.classes import class_groups, only_classes
-from deltafl.training import FinetuneRecipe
+from deltafl.training import TrainingRecipe
+
+RECIPE = TrainingRecipe.of(model="base", data="", steps=0)
 
 
 def study(**changes: object) -> Study:
     settings = {
-        "base": "base", "folder": Path("work"), "tasks": ("a", "b", "c", "d"), "recipe": FinetuneRecipe(steps=0),
+        "base": "base", "folder": Path("work"), "tasks": ("a", "b", "c", "d"), "recipe": RECIPE,
         "lrs": (1.0, 0.1, 0.01), "steps": (1, 2, 3, 4), "methods": (), "lambdas": (0.5,), "control": "d",
         "domains": (), "split": "d",
     }  # fmt: skip

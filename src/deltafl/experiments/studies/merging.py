@@ -19,7 +19,8 @@ from deltafl.merge.search import grid_of
 from deltafl.merge.search_recipe import SearchRecipe
 from deltafl.pool import Pool
 from deltafl.rules.rule import Source, build_rule, check_rule, load_rules
-from deltafl.training.finetune import TRAINING_JSON
+from deltafl.tasks.arrays import arrays_of
+from deltafl.training import TRAINING_JSON
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -118,7 +119,7 @@ def searched(study: Study, merge: Merge) -> dict[str, Any]:
             threads=1,
             device=study.device,
         )
-        tasks = [study.judged(m.data, m.seed) for m in merge.models]
+        tasks = [arrays_of(study.judged(m.data, m.seed)) for m in merge.models]
         result = run_search(recipe, None, tasks=tasks)
         asked = [[asdict(m.data), asdict(m.training)] for m in merge.models]
         kept = {k: v for k, v in result.items() if k not in ("candidates", "seconds", "versions")}

@@ -4,28 +4,28 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from deltafl.checkpoints.layout import file_hash, fingerprint, read_layout
 from deltafl.errors import DeltaflError
 from deltafl.files import atomic_folder, write_atomically
-from deltafl.models import LoadedEncoder, load_encoder, save_encoder
-from deltafl.models.flat import FlatModel
-from deltafl.models.heads import LinearHead, load_head, save_head
+from deltafl.models import Head, HeadFit, Net, load_net
+from deltafl.models.fit import classifier_of
+from deltafl.models.head import save_head
 from deltafl.seeding import keyed_generator
-from deltafl.tasks.arrays import Split, Task, arrays_of, image_task, load_arrays
+from deltafl.tasks import DataRecipe, ImageTask, load_task
 from deltafl.tasks.classes import class_groups, only_classes
 from deltafl.tasks.selection import stratified
-from deltafl.training import FinetuneRecipe, finetune
-from deltafl.training.evaluation import make_head
-from deltafl.training.finetune import TRAINING_JSON
-from deltafl.training.state import run_config, sha256_of
+from deltafl.training import TRAINING_JSON, TrainingRecipe, finetune
+from deltafl.training.state import run_config
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Study:
     base: str
     folder: Path
     tasks: tuple[str, ...]
-    recipe: FinetuneRecipe
+    recipe: TrainingRecipe
     lrs: tuple[float, ...]
     steps: tuple[int, ...]
     methods: tuple[tuple[str, Mapping[str, Any]], ...]
@@ -91,47 +91,55 @@ class Study:
         """One for each run."""
         return range(self.recipe.seed, self.recipe.seed + self.num_runs)
 
-    def encoder(self) -> LoadedEncoder:
+    def net(self) -> Net:
         """The base model, read once in each process. Not to be changed."""
-        return _encoder(self.base)
+        return _net(self.base)
 
-    def task(self, data: Data, seed: int) -> Task:
+    def training_of(self, data: str, seed: int, **settings: Any) -> TrainingRecipe:
+        """The recipe of a fine-tune of the base."""
+        return self.recipe.replace(
+            data=data, data_dir=self.data_dir, limit=self.limit, seed=seed, **settings
+        )
+
+    def task(self, data: Data, seed: int) -> ImageTask:
         """A task with the validation split of a seed: what models and heads are made from."""
-        whole = _task(data.spec, self.base, seed, self.limit, self.data_dir)
+        whole = _task(self.training_of(data.spec, seed).data, self.base, seed)
         if data.parts == 1:
             return whole
         groups = class_groups(
             len(whole.class_names), data.parts, keyed_generator(seed, "classes", data.parts)
         )
-        name = f"{whole.name}_{data.part + 1}of{data.parts}"
-        return arrays_of(only_classes(image_task(whole), groups[data.part], name))
+        part = only_classes(whole, groups[data.part], f"{whole.name}_{data.part + 1}of{data.parts}")
+        assert isinstance(part, ImageTask)
+        return part
 
-    def judged(self, data: Data, seed: int) -> Task:
+    def judged(self, data: Data, seed: int) -> ImageTask:
         """The task with no more validation and test examples than merges are judged on."""
         task = self.task(data, seed)
-        return replace(
-            task,
-            val=_some(task.val, self.val_limit, seed),
-            test=_some(task.test, self.test_limit, seed),
-        )
+        rows = {
+            "train": torch.arange(task.size("train")),
+            "val": _some(task.groups("val"), self.val_limit, seed),
+            "test": _some(task.groups("test"), self.test_limit, seed),
+        }
+        return task.only(rows, task.name)
 
     def head(self, data: Data, seed: int) -> Path:
         """The file of the frozen head of a data set, made from the base model where there is none yet.
 
         Parts of a data set share the head of the whole.
         """
-        task = self.task(Data(data.head or data.spec), seed)
-        recipe = replace(self.recipe, seed=seed, steps=0)
-        config = run_config(self.encoder(), task, recipe, None)
-        named = [
-            Path(ref) for ref in (recipe.head, recipe.templates) if ref and Path(ref).is_file()
-        ]
+        data = Data(data.head or data.spec)
+        task = self.task(data, seed)
+        recipe = self.training_of(data.spec, seed, steps=0)
+        head = recipe.head
+        named = [Path(ref) for ref in (head.head, head.templates) if ref and Path(ref).is_file()]
+        config = run_config(self.net(), task, recipe) | {"model": ""}
         key = content_key(config | {"files": [file_hash([file]) for file in named]})
         file = self.folder / "heads" / f"{task.name}-{key}.safetensors"
         if not file.is_file():
-            write_head(
-                make_head(FlatModel(self.encoder().copy_to(self.device)), task, recipe), file
-            )
+            net = self.net().copy_to(self.device)
+            net.prepare(task, head, HeadFit(seed, autocast=recipe.autocast))
+            write_head(classifier_of(net).head, file)
         return file
 
     def kept(
@@ -145,36 +153,24 @@ class Study:
 
     def judging(self, data: Data, seed: int) -> list[Any]:
         """What decides how models are judged on a task, as JSON values: head and examples, by hash."""
-        task = self.judged(data, seed)
-        parts = [t for split in (task.val, task.test) for t in (split.labels, split.images)]
-        return [file_hash([self.head(data, seed)]), sha256_of(*parts)]
+        return [file_hash([self.head(data, seed)]), self.judged(data, seed).fingerprint()]
 
     def model(self, data: Data, training: Training, seed: int) -> Path:
         """The folder of a fine-tune, made where there is none yet."""
-        task = self.task(data, seed)
-        head = load_head(self.head(data, seed))
-        recipe = replace(self.recipe, lr=training.lr, steps=training.steps, seed=seed)
-        key = content_key(run_config(self.encoder(), task, recipe, head))
-        out = (
-            self.folder
-            / "models"
-            / f"{task.name}-lr{training.lr:g}-steps{training.steps}-seed{seed}-{key}"
-        )
+        task, head = self.task(data, seed), self.head(data, seed)
+        how = {"head": str(head), "few_shot": None, "templates": None, "device": self.device}
+        how |= {"lr": training.lr, "steps": training.steps, "overwrite": True}
+        recipe = self.training_of(data.spec, seed, **how)
+        config = run_config(self.net(), task, recipe)
+        key = content_key(config | {"model": "", "head": file_hash([head])})
+        name = f"{task.name}-lr{training.lr:g}-steps{training.steps}-seed{seed}-{key}"
+        out = self.folder / "models" / name
         if not (out / TRAINING_JSON).is_file():
-            finetune(
-                self.encoder(),
-                task,
-                recipe,
-                out,
-                head=head,
-                resume=True,
-                overwrite=True,
-                device=self.device,
-            )
+            finetune(self.net(), task, recipe.replace(out=str(out)), resume=True)
         return out
 
 
-def save_base(encoder: LoadedEncoder, folder: Path) -> None:
+def save_base(net: Net, folder: Path) -> None:
     """Write the base model, as merges read it; training.json beside it says where it came from.
 
     Raises:
@@ -182,20 +178,20 @@ def save_base(encoder: LoadedEncoder, folder: Path) -> None:
     """
     if not folder.exists():
         with atomic_folder(folder) as scratch:
-            _write_base(encoder, scratch)
+            _write_base(net, scratch)
         return
     with TemporaryDirectory() as scratch:
-        _write_base(encoder, Path(scratch))
+        _write_base(net, Path(scratch))
         same = fingerprint(read_layout(str(folder))) == fingerprint(read_layout(scratch))
     if not same:
         raise DeltaflError(
-            f'"{folder}" is another model than "{encoder.origin}"; choose another --out, or --overwrite'
+            f'"{folder}" is another model than "{net.origin}"; choose another --out, or --overwrite'
         )
 
 
-def _write_base(encoder: LoadedEncoder, folder: Path) -> None:
-    save_encoder(encoder, folder)
-    (folder / TRAINING_JSON).write_text(json.dumps({"base": {"id": encoder.origin}}))
+def _write_base(net: Net, folder: Path) -> None:
+    net.save(folder)
+    (folder / TRAINING_JSON).write_text(json.dumps({"base": {"id": net.origin}}))
 
 
 def content_key(config: Mapping[str, Any]) -> str:
@@ -203,8 +199,9 @@ def content_key(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def write_head(head: LinearHead, file: Path) -> None:
+def write_head(head: Head | None, file: Path) -> None:
     """A head's file, whole or absent."""
+    assert head is not None
     file.parent.mkdir(parents=True, exist_ok=True)
     scratch = file.with_suffix(f".{os.getpid()}.tmp")
     save_head(head, scratch)
@@ -213,22 +210,20 @@ def write_head(head: LinearHead, file: Path) -> None:
 
 
 @lru_cache(maxsize=2)
-def _encoder(base: str) -> LoadedEncoder:
-    return load_encoder(base)
+def _net(base: str) -> Net:
+    return load_net(base)
 
 
 @lru_cache(maxsize=16)
-def _task(spec: str, base: str, seed: int, limit: int | None, data_dir: str | None) -> Task:
-    given = _encoder(base).input
-    size, channels = given.image_size, given.channels
-    return load_arrays(
-        spec, image_size=size, channels=channels, seed=seed, limit=limit, data_dir=data_dir
-    )
+def _task(data: DataRecipe, base: str, seed: int) -> ImageTask:
+    task = load_task(data, _net(base).inputs, seed)
+    if not isinstance(task, ImageTask):
+        raise DeltaflError(f'studies are of images, "{data.data}" holds none')
+    return task
 
 
-def _some(split: Split, most: int | None, seed: int) -> Split:
-    """A stratified choice of at most `most` examples."""
+def _some(groups: Tensor, most: int | None, seed: int) -> Tensor:
+    """Rows of a stratified choice of at most `most` examples."""
     if most is None:
-        return split
-    rows = stratified(split.labels.numpy(), most, np.random.default_rng([seed, most]))
-    return Split(split.images[rows], split.labels[rows])
+        return torch.arange(len(groups))
+    return torch.from_numpy(stratified(groups.numpy(), most, np.random.default_rng([seed, most])))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,10 +13,10 @@ from deltafl.checkpoints.checkpoint import open_tensors
 from deltafl.experiments.studies.merging import Tuned
 from deltafl.experiments.studies.study import Data, Study, Training
 from deltafl.merge.task_vector import TaskVector
-from deltafl.models.flat import FlatModel
-from deltafl.models.heads import LinearHead, load_head
-from deltafl.tasks.arrays import Task
-from deltafl.training.legacy import predict_correct
+from deltafl.models import HeadRecipe, Net
+from deltafl.tasks import ImageTask
+from deltafl.tasks.task import Split
+from deltafl.training.step import scores
 
 
 @dataclass(frozen=True)
@@ -25,15 +26,13 @@ class Trial:
     study: Study
     seed: int
     base: Tensors
-    working: FlatModel
-    seen: dict[Data, tuple[Task, LinearHead]] = field(default_factory=dict)
+    working: Net
+    seen: dict[Data, tuple[ImageTask, Path]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, study: Study, seed: int) -> "Trial":
         """Of one seed, on the study's device."""
-        return cls(
-            study, seed, open_tensors(study.base), FlatModel(study.encoder().copy_to(study.device))
-        )
+        return cls(study, seed, open_tensors(study.base), study.net().copy_to(study.device))
 
     def delta(self, data: Data, training: Training) -> TaskVector:
         """The task vector of a fine-tune, in memory."""
@@ -43,7 +42,7 @@ class Trial:
         return TaskVector(dict(lazy.tensors))
 
     def accuracy(
-        self, delta: TaskVector | None, coefficient: float, data: Data, split: str
+        self, delta: TaskVector | None, coefficient: float, data: Data, split: Split
     ) -> float:
         """Of base + coefficient * delta on "val" or "test" of a task."""
         tensors = (
@@ -55,15 +54,11 @@ class Trial:
         if data not in self.seen:
             self.seen[data] = (
                 self.study.judged(data, self.seed),
-                load_head(self.study.head(data, self.seed)),
+                self.study.head(data, self.seed),
             )
         task, head = self.seen[data]
-        return (
-            predict_correct(self.working, head.to(self.working.device), getattr(task, split))
-            .double()
-            .mean()
-            .item()
-        )
+        self.working.prepare(task, HeadRecipe(head=str(head)))
+        return scores(self.working, task, split).double().mean().item()
 
 
 def random_like(delta: TaskVector, generator: torch.Generator) -> TaskVector:

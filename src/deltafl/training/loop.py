@@ -1,0 +1,226 @@
+"""The one loop of training: fine-tuning and the centralised baseline are its two faces."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast, reduce
+from torch import Tensor
+
+from deltafl.algebra.tensors import device_named
+from deltafl.errors import DeltaflError
+from deltafl.models import HeadFit, Net
+from deltafl.progress import OnProgress, Progress
+from deltafl.seeding import keyed_generator
+from deltafl.tasks import Task
+from deltafl.training.recipe import TrainingRecipe
+from deltafl.training.state import State
+from deltafl.training.step import batch_ids, keyed_dropout, lr_at, scores, train_step
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Best:
+    """The model that was best on validation: its score, the epoch after which it was, its values, and
+    how many validations there were since. Of equal scores the first is the best.
+    """
+
+    score: float = -math.inf
+    epoch: int = 0
+    waited: int = 0
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    def see(self, net: Net, epoch: int, score: float) -> None:
+        """Take note of the model as it is after an epoch."""
+        self.waited += 1
+        if score > self.score:
+            tensors = {n: t.clone() for n, t in net.module.state_dict().items()}
+            self.score, self.epoch, self.waited, self.tensors = score, epoch, 0, tensors
+
+
+class Run:
+    """Training under way: a copy of the model in float32 on its device, the optimiser, the steps done and
+    the best model yet. A state that `state` gave continues to the same bits on a CPU.
+
+    Started by `accelerate launch` on P processes, each takes every P-th example of each batch and
+    gradients are summed once per step: the result equals one process's up to rounding. Deviation:
+    batch norm, if a model has it, sees its own process's part of a batch.
+
+    Raises:
+        DeltaflError: a task without training or validation examples, no such device, a head that
+            cannot be had.
+    """
+
+    def __init__(self, net: Net, task: Task, recipe: TrainingRecipe, state: State | None) -> None:
+        self.recipe = recipe
+        self.processes, device = _join(recipe.device)
+        self.net, self.task = net.copy_to(device), task.to(device)
+        self.net.module.float()
+        if state is not None:
+            self.net.restore(state["net"])
+        else:
+            fit = HeadFit(recipe.seed, autocast=recipe.autocast)
+            self.net.prepare(task, recipe.head, fit)
+        if self.processes.num_processes > 1:  # prepared apart, they may differ in their last bits
+            broadcast(list(self.net.module.state_dict().values()))  # pyright: ignore[reportArgumentType]
+        self.optimiser = _optimiser(self.net, recipe)
+        self.examples = task.size("train")
+        self.total, self.per_epoch = (
+            recipe.num_steps(self.examples),
+            recipe.steps_in_epoch(self.examples),
+        )
+        self.step, self.best = 0, Best()
+        self.losses = torch.zeros((), device=self.net.device)
+        if state is not None:
+            self.step, self.best = state["step"], Best(**state["best"])
+            self.losses = state["losses"].to(self.net.device)
+            self.optimiser.load_state_dict(state["optimiser"])
+
+    def state(self) -> State:
+        """All that a resumed run needs."""
+        return {
+            "step": self.step,
+            "losses": self.losses,
+            "best": vars(self.best),
+            "net": self.net.snapshot(),
+            "optimiser": self.optimiser.state_dict(),
+        }
+
+    @property
+    def epoch(self) -> int:
+        """The number of the epoch, from 1, that the last step was in; 0 before it."""
+        return math.ceil(self.step / self.per_epoch)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step."""
+        recipe = self.recipe
+        warmup = recipe.warmup_steps(self.examples)
+        return lr_at(self.step, self.total, warmup, recipe.lr, recipe.lr_schedule)
+
+    def advance(self) -> Tensor:
+        """One step; the loss of its batch."""
+        recipe, rank = self.recipe, self.processes.process_index
+        ids = batch_ids(self.examples, recipe.batch_size, recipe.seed, self.step)
+        generator = keyed_generator(recipe.seed, "augment", self.step)
+        batch = self.task.batch("train", ids, self.net.device, generator)
+        world = self.processes.num_processes
+        with keyed_dropout(self.net.device, recipe.seed, self.step, rank):
+            loss = train_step(
+                self.net,
+                self.task,
+                {name: tensor[rank::world] for name, tensor in batch.items()},
+                self.optimiser,
+                lr=self.lr,
+                grad_clip=recipe.grad_clip,
+                autocast=recipe.autocast,
+                reduce=_sum_over_processes if world > 1 else None,
+            )
+        self.step += 1
+        self.losses = self.losses + loss * len(ids)
+        return loss
+
+    def mean_loss(self) -> float:
+        """Of this epoch's examples so far; starts a new sum."""
+        seen = (self.step - 1) % self.per_epoch + 1
+        mean = self.losses.item() / min(seen * self.recipe.batch_size, self.examples)
+        self.losses = torch.zeros_like(self.losses)
+        return mean
+
+    def validate(self) -> float:
+        """The mean score on validation: the main process's, so that all stop after the same epoch."""
+        self.check_finite()
+        mean = scores(self.net, self.task, "val", autocast=self.recipe.autocast).double().mean()
+        if self.processes.num_processes > 1:
+            mean = broadcast(mean.to(self.net.device)).cpu()  # pyright: ignore[reportAttributeAccessIssue]
+        return mean.item()
+
+    def check_finite(self) -> None:
+        """Raise DeltaflError if a weight is NaN or Inf."""
+        if not torch.isfinite(self.net.flat.detach()).all():
+            raise DeltaflError(
+                f"training diverged: weights are not finite by step {self.step}; use a smaller --lr"
+            )
+
+
+def train(
+    run: Run,
+    on_progress: OnProgress,
+    save: Callable[[State], None],
+    record: Callable[[Row], None] = lambda row: None,
+) -> None:
+    """Train to the end of the recipe or of its patience; leaves in the net the best model, or the last
+    one where there is but one validation, at the end.
+
+    After each epoch `record` is given a row; after each validation and every `save_every` steps `save`
+    is given the state, in the main process.
+
+    Raises:
+        DeltaflError: weights that are not finite.
+    """
+    recipe, main = run.recipe, run.processes.is_main_process
+    every, started = recipe.eval_every, time.perf_counter()
+
+    def tell(row: Row, validated: bool) -> None:
+        row["val_score"] = run.validate() if validated else None
+        if validated:
+            run.best.see(run.net, run.epoch, row["val_score"])
+        if main:
+            record(row)
+        numbers = {
+            k: v for k, v in row.items() if k in ("train_loss", "val_score") and v is not None
+        }
+        on_progress(Progress("epochs", run.epoch, math.ceil(run.total / run.per_epoch), numbers))
+
+    if every and not run.step:
+        tell({"event": "start", "epoch": 0, "parameters": run.net.flat.numel()}, True)
+    while run.step < run.total and not (recipe.patience and run.best.waited >= recipe.patience):
+        rate, loss = run.lr, run.advance()
+        last = run.step == run.total
+        ended = last or run.step % run.per_epoch == 0
+        validated = ended and bool(every) and (last or run.epoch % every == 0)
+        if ended:
+            row = {"event": "epoch", "epoch": run.epoch, "step": run.step, "lr": rate}
+            row |= {"train_loss": run.mean_loss(), "seconds": time.perf_counter() - started}
+            tell(row, validated)
+            started = time.perf_counter()
+        if validated or (recipe.save_every and run.step % recipe.save_every == 0 and not last):
+            run.check_finite()
+            if main:
+                save(run.state())
+        on_progress(Progress("steps", run.step, run.total, {"loss": loss}))
+    if every:
+        run.net.module.load_state_dict(run.best.tensors)
+    else:
+        run.best = Best(run.validate(), run.epoch)
+
+
+def _join(device: str | None) -> tuple[PartialState, str]:
+    """accelerate's PartialState, once all processes are here, and the device of this one.
+
+    Raises:
+        DeltaflError: no such device.
+    """
+    if device is not None:
+        device_named(device)
+    processes = PartialState(cpu=device == "cpu")
+    processes.wait_for_everyone()
+    alone = device is not None and processes.num_processes == 1
+    return processes, device if alone else str(processes.device)
+
+
+def _sum_over_processes(tensor: Tensor) -> Tensor:
+    return reduce(tensor, "sum")  # pyright: ignore[reportArgumentType, reportReturnType]
+
+
+def _optimiser(net: Net, recipe: TrainingRecipe) -> torch.optim.Optimizer:
+    decay = {"weight_decay": recipe.weight_decay}
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW([net.flat], recipe.lr, fused=True, **decay)
+    momentum = {"momentum": recipe.momentum, "nesterov": recipe.nesterov}
+    return torch.optim.SGD([net.flat], recipe.lr, **momentum, **decay)
