@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from checkpoint_files import cli, make_world, refusal, save, succeed, toy, tuned
-from deltafl.cli.federate import EXTRA, federate_settings
-from deltafl.cli.studies import study_keys, study_of
+from deltafl.cli.studies import study_of
+from deltafl.cli.suite import leaves_of, suite_kind
 from deltafl.experiments.quickstart import TASKS
 from deltafl.experiments.studies.options import STUDY_NAMES
 from deltafl.merge.plan import source_of
@@ -122,8 +122,8 @@ STUDY = ROOT / "configs" / "realdata-study.yaml"
 
 
 def test_the_study_on_real_data_has_every_setting_that_its_studies_need():
-    extra = EXTRA | study_keys() | {"data": (str | None, None)}
-    held = federate_settings(str(STUDY), {"out": "out"}, {}, extra)
+    kind = suite_kind()
+    held = leaves_of(kind, read_recipe(kind, STUDY, defaults={"data": ""}).resolved())
     assert study_of(held).problems(STUDY_NAMES) == []
 
 

@@ -16,11 +16,19 @@ if sys.platform != "win32":
 
 
 def write_atomically(path: str | Path, data: bytes | Sequence[bytes | memoryview]) -> Path:
-    """Write `data`, or its parts one after the other, to `path` so that a reader, or a later run, finds the old file or
-    the new one and never a piece of it.
+    """Write `data`, or its parts one after the other, to `path` as `atomic_file` does; returns the path."""
+    with atomic_file(path) as temporary, temporary.open("xb") as file:
+        file.writelines([data] if isinstance(data, bytes) else data)
+    return Path(path)
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Yield the name of a file to write, which becomes `path` when the block ends well: a reader, or a
+    later run, finds the old file or the new one and never a piece of it.
 
     The bytes go to a temporary name in the same folder, are synced, and take the final name; the folder is synced
-    too, so that the name survives a power cut. Missing parent folders are made. Returns the path.
+    too, so that the name survives a power cut. Missing parent folders are made.
 
     Raises:
         OSError: nothing is left behind, and an older file is untouched.
@@ -29,16 +37,14 @@ def write_atomically(path: str | Path, data: bytes | Sequence[bytes | memoryview
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
     try:
-        with temporary.open("xb") as file:
-            file.writelines([data] if isinstance(data, bytes) else data)
-            file.flush()
+        yield temporary
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
-    return path
 
 
 def write_files(folder: str | Path, contents: Mapping[str, bytes]) -> None:

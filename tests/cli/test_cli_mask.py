@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,22 +14,23 @@ from torch import Tensor, nn
 from deltafl.cli.mask import mask
 from deltafl.errors import DeltaflError
 from deltafl.federated import FederatedRecipe, federate
-from deltafl.models import load_encoder
-from tiny_models import tiny_task, vit_file
+from deltafl.models import load_net
+from federated.worlds import halves
+from tiny_models import vit_file
 
 TASK = "tiny_models:tiny_task_factory"
 VIT = vit_file()
-RECIPE = FederatedRecipe(
-    num_clients=8, participation_rate=0.25, num_rounds=2, local_steps=2, batch_size=4, lr=0.05, head="linear",
-    sharding="dirichlet", alpha=0.5, sparsity_ratio=0.8, mask_strategy="most_sensitive",
-    mask_scope="per_layer", calibration="progressive", calibration_rounds=3, calibration_examples=5, fisher_draws=2,
-    attenuate=0.5, seed=4,
+RECIPE = FederatedRecipe.of(
+    model=VIT, data=TASK, device="cpu", num_clients=8, participation_rate=0.25, num_rounds=2,
+    local_steps=2, batch_size=4, lr=0.05, head="linear", sharding="dirichlet", alpha=0.5,
+    sparsity_ratio=0.8, mask_strategy="most_sensitive", mask_scope="per_layer",
+    calibration="progressive", calibration_rounds=3, calibration_examples=5, fisher_draws=2, seed=4,
 )  # fmt: skip
 OPTIONS = (
     "--num-clients", 8, "--participation-rate", 0.25, "--head", "linear", "--sharding", "dirichlet", "--alpha", 0.5,
     "--sparsity-ratio", 0.8, "--mask-strategy", "most_sensitive", "--mask-scope",
     "per_layer", "--calibration", "progressive", "--calibration-rounds", 3, "--calibration-examples", 5,
-    "--fisher-draws", 2, "--attenuate", 0.5, "--seed", 4, "--device", "cpu",
+    "--fisher-draws", 2, "--seed", 4, "--device", "cpu",
 )  # fmt: skip
 
 
@@ -80,15 +80,17 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_it_is_the_mask_of_the_federated_run_and_serves_it(made: Path, tmp_path: Path):
     """Equal masks, and a run that is given the file ends with the bits of the one that calibrates."""
-    federate(load_encoder(VIT), tiny_task(), RECIPE, tmp_path / "calibrated", device="cpu")
+    federate(load_net(VIT), halves(), RECIPE.replace(out=str(tmp_path / "calibrated")))
     ours, theirs = (
         bits(made / "mask.safetensors"),
         bits(tmp_path / "calibrated" / "mask.safetensors"),
     )
     assert ours.keys() == theirs.keys()
     assert all((ours[name] == theirs[name]).all() for name in ours)
-    given = replace(RECIPE, mask_file=str(made / "mask.safetensors"), sparsity_ratio=0.0)
-    federate(load_encoder(VIT), tiny_task(), given, tmp_path / "given", device="cpu")
+    given = RECIPE.replace(
+        mask_file=str(made / "mask.safetensors"), sparsity_ratio=0.0, out=str(tmp_path / "given")
+    )
+    federate(load_net(VIT), halves(), given)
     assert weights(tmp_path / "given") == weights(tmp_path / "calibrated")
 
 
@@ -177,7 +179,7 @@ def test_query_key_and_value_of_one_tensor_are_told_apart(tmp_path: Path):
     ("arguments", "message"),
     [
         (["--base", VIT, "--data", TASK], "sparsity_ratio 0 freezes nothing"),
-        (["--base", VIT, "--data", TASK, "--sparsity-ratio", "1"], "sparsity_ratio must be in [0, 1), not 1.0"),
+        (["--base", VIT, "--data", TASK, "--sparsity-ratio", "1"], "sparsity_ratio: must be less than 1, not 1.0"),
         (["--base", VIT, "--data", TASK, "--mask-strategy", "least_sensitve"], 'did you mean "least_sensitive"'),
         (["--data", TASK, "--sparsity-ratio", "0.5"], "model is missing"),
         (

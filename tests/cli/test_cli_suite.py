@@ -2,7 +2,6 @@
 
 import csv
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,11 +9,10 @@ import pytest
 from checkpoint_files import cli, problems_of, refused, succeed
 from deltafl.experiments.federated_suites import SUITES, Cell, SuiteOptions, check_suites
 from deltafl.experiments.suite_runs import Bench, run_suite
-from deltafl.federated.recipe import FederatedRecipe
 from deltafl.rules.rule import load_rules
 from deltafl.sparse.masks import MASK_STRATEGIES
-from federated.worlds import plain
-from tiny_models import tiny_task, vit_file
+from federated.worlds import RECIPE, halves, plain
+from tiny_models import vit_file
 
 MODEL = vit_file(num_hidden_layers=1)
 SMALL = (
@@ -51,7 +49,8 @@ def test_the_table_is_the_mean_and_spread_of_the_runs(suite: Path) -> None:
         found = [
             result["test_score"]
             for result in map(json.loads, (f.read_text() for f in suite.glob("runs/*/result.json")))
-            if (c := result["config"])["sharding"] == sharding and c["sparsity_ratio"] == 0
+            if (c := result["config"])["sharding"]["sharding"] == sharding
+            and c["sparse"]["sparsity_ratio"] == 0
         ]
         assert len(found) == 2
         assert float(row["test accuracy"]) == pytest.approx(sum(found) / 2)
@@ -60,9 +59,9 @@ def test_the_table_is_the_mean_and_spread_of_the_runs(suite: Path) -> None:
 
 
 def test_a_cell_that_cannot_run_says_why_and_the_others_go_on(tmp_path: Path) -> None:
-    base = FederatedRecipe(num_clients=4, participation_rate=0.5, num_rounds=1, head="linear")
-    cells = [Cell({"rule": rule}, replace(base, aggregator=rule)) for rule in ("krum", "median")]
-    bench = Bench(plain(), lambda seed: tiny_task(), tmp_path / "runs", 2, "cpu", None)
+    base = RECIPE.replace(num_clients=4, participation_rate=0.5, num_rounds=1)
+    cells = [Cell({"rule": rule}, base.replace(aggregator=rule)) for rule in ("krum", "median")]
+    bench = Bench(plain(), lambda seed: halves(), tmp_path / "runs", 2)
     krum, median = run_suite("aggregators", cells, bench, lambda *told: None)
     assert (krum["runs"], median["runs"]) == (0, 2)
     assert "needs at least 2f + 3 = 3 models" in krum["failed"]
@@ -72,10 +71,9 @@ def test_a_cell_that_cannot_run_says_why_and_the_others_go_on(tmp_path: Path) ->
 
 def test_event_files_of_every_run_lie_under_its_suite_and_cell(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    cells = [Cell({"rule": "median"}, FederatedRecipe(4, 0.5, num_rounds=1, head="linear"))]
-    bench = Bench(
-        plain(), lambda seed: tiny_task(), tmp_path / "runs", 2, "cpu", tmp_path / "metrics"
-    )
+    recipe = RECIPE.replace(num_clients=4, num_rounds=1, seed=0)
+    cells = [Cell({"rule": "median"}, recipe)]
+    bench = Bench(plain(), lambda seed: halves(), tmp_path / "runs", 2, tmp_path / "metrics")
     run_suite("aggregators", cells, bench, lambda *told: None)
     for seed in (0, 1):
         assert (
@@ -146,7 +144,7 @@ def test_the_spellings_of_the_course_work_start_a_suite(
 ) -> None:
     asked = []
     monkeypatch.setattr(
-        "deltafl.cli.suite.run_suites", lambda names, held, **rest: asked.extend(names)
+        "deltafl.cli.suite.run_suites", lambda names, recipe, **rest: asked.extend(names)
     )
     succeed("federate", "--model", MODEL, "--data", "digits", flag, "--out", tmp_path / "x")
     assert asked == [
@@ -155,16 +153,16 @@ def test_the_spellings_of_the_course_work_start_a_suite(
 
 
 def test_equal_work_for_every_number_of_local_steps() -> None:
-    cells = SUITES["local-steps"](FederatedRecipe(num_rounds=40), SuiteOptions(j_values=(4, 8, 16)))
-    assert {c.recipe.local_steps * c.recipe.num_rounds for c in cells} == {160}
+    rows = SUITES["local-steps"](RECIPE.replace(num_rounds=40), SuiteOptions(j_values=(4, 8, 16)))
+    assert {row.changes["local_steps"] * row.changes["num_rounds"] for row in rows} == {160}
 
 
 def test_the_quick_suite_divides_its_work_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, tuple[int, ...]]] = []
     monkeypatch.setattr(
         "deltafl.cli.suite.run_suites",
-        lambda names, held, values, *rest, **more: asked.append(
-            (held["num_rounds"], values.j_values)
+        lambda names, recipe, values, *rest, **more: asked.append(
+            (recipe.num_rounds, values.j_values)
         ),
     )
     succeed("suite", "local-steps", "--quick")
@@ -175,14 +173,12 @@ def test_the_quick_suite_divides_its_work_evenly(monkeypatch: pytest.MonkeyPatch
 
 
 def test_every_strategy_and_rule_is_compared() -> None:
-    base = FederatedRecipe(num_clients=100)
-    strategies = [
-        c.recipe.mask_strategy for c in SUITES["mask-strategies"](base, SuiteOptions())[1:]
-    ]
+    base = RECIPE.replace(num_clients=100, participation_rate=0.1)
+    cells = check_suites(list(SUITES), base, SuiteOptions())
+    strategies = [c.recipe.sparse.mask_strategy for c in cells["mask-strategies"][1:]]
     assert sorted(strategies) == sorted(MASK_STRATEGIES)
-    rules = {c.recipe.aggregator for c in SUITES["aggregators"](base, SuiteOptions())}
-    assert rules == set(load_rules())
-    assert all(cells for cells in check_suites(list(SUITES), base, SuiteOptions()).values())
+    assert {c.recipe.server.aggregator for c in cells["aggregators"]} == set(load_rules())
+    assert all(cells.values())
 
 
 @pytest.mark.parametrize(
@@ -191,7 +187,7 @@ def test_every_strategy_and_rule_is_compared() -> None:
         ((), "name a suite: heterogeneity"),
         (("heterogenity",), 'no suite "heterogenity"; did you mean "heterogeneity"?'),
         (("all", "--quick", "--full"), "give one of them"),
-        (("heterogeneity", *SMALL, "--lr", -1), "lr must be positive"),
+        (("heterogeneity", *SMALL, "--lr", -1), "local.lr: must be greater than 0, not -1"),
         (("heterogeneity", *SMALL, "--num-runs", 0), "num-runs"),
     ],
 )

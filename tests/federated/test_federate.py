@@ -1,7 +1,8 @@
 """Whole runs: what is counted, what is chosen, what is refused."""
 
 import logging
-from dataclasses import dataclass, replace
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +12,21 @@ from torch import Tensor
 
 from deltafl.algebra.deltas import Update
 from deltafl.errors import DeltaflError
-from deltafl.federated import FederatedRecipe, LocalTraining, choose_clients, federate, run_round
-from deltafl.federated import run as federated_run
-from deltafl.federated.ledger import Ledger
-from deltafl.models import load_encoder
-from deltafl.models.flat import FlatModel
-from deltafl.models.heads import load_head
+from deltafl.federated import FederatedRecipe, LocalTraining
+from deltafl.federated import callbacks as federated_callbacks
+from deltafl.federated.callbacks import Bytes, score_of
+from deltafl.models import Net, load_net
 from deltafl.rules.rule import Source
-from deltafl.tasks.arrays import Split, Task
-from deltafl.training.legacy import predict_correct
-from federated.worlds import RECIPE, begin, normed, plain
-from tiny_models import tiny_task
+from deltafl.tasks import Images, Task
+from deltafl.training.step import scores
+from federated.worlds import RECIPE, begin, federate, halves, normed, one_round, plain
 
 
 def bad_client(broken: set[int], value: float):
     """A user's client: as ours, but some clients' updates hold one value that is not finite."""
 
-    def make(model: FlatModel, head, recipe: FederatedRecipe):
-        ours = LocalTraining(model, head, recipe)
+    def make(net: Net, task: Task, recipe: FederatedRecipe):
+        ours = LocalTraining(net, task, recipe)
 
         def train(params, mask, round):
             update = ours(params, mask, round)
@@ -46,13 +44,13 @@ one_nan = bad_client({1, 4}, float("nan"))
 all_inf = bad_client(set(range(100)), float("inf"))
 
 
-def lacking(model, head, recipe):
+def lacking(net, task, recipe):
     return lambda params, mask, round: Update(
         {"first.weight": params["first.weight"] * 0}, Source("x", 1, 1)
     )
 
 
-def untrained(model, head, recipe):
+def untrained(net, task, recipe):
     return lambda params, mask, round: Update(
         {n: torch.zeros_like(t) for n, t in params.items()}, Source("x", 5, 1)
     )
@@ -61,15 +59,14 @@ def untrained(model, head, recipe):
 def test_an_update_that_is_not_finite_is_left_out_named_and_counted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    recipe = replace(
-        RECIPE,
+    recipe = RECIPE.replace(
         client="federated.test_federate:one_nan",
         aggregator="median",
         server_optimizer="fedadam",
     )
     with caplog.at_level(logging.WARNING):
-        run = federate(plain(), tiny_task(), recipe, tmp_path / "run", device="cpu")
-    expected = {r: [k for k in choose_clients(recipe, r) if k in (1, 4)] for r in range(1, 5)}
+        run = federate(plain(), halves(), recipe, tmp_path / "run")
+    expected = {r: [k for k in recipe.clients_in(r) if k in (1, 4)] for r in range(1, 5)}
     assert sum(map(len, expected.values())) > 1
     rows = {r["round"]: r for r in run.rows if r["event"] == "round"}
     assert {r: row["failed"] for r, row in rows.items()} == expected
@@ -79,16 +76,16 @@ def test_an_update_that_is_not_finite_is_left_out_named_and_counted(
         for r, ks in expected.items()
         for k in ks
     )
-    saved = load_encoder(tmp_path / "run" / "model").module.state_dict()
+    saved = load_net(tmp_path / "run" / "model").module.state_dict()
     assert all(t.isfinite().all() for t in saved.values())
 
 
 def test_the_round_is_that_of_the_others(tmp_path: Path) -> None:
     with_bad = begin(
-        tmp_path, replace(RECIPE, participation_rate=1.0, client="federated.test_federate:one_nan")
+        tmp_path, RECIPE.replace(participation_rate=1.0, client="federated.test_federate:one_nan")
     )
     told: list[tuple[int, Update]] = []
-    state, result = run_round(with_bad.state, with_bad.world, lambda k, u: told.append((k, u)))
+    state, result = one_round(with_bad, lambda k, u: told.append((k, u)))
     assert [k for k, _ in told] == [0, 2, 3, 5]
     assert result.failed == (1, 4)
     total = sum(u.source.num_examples or 0 for _, u in told)
@@ -99,11 +96,11 @@ def test_the_round_is_that_of_the_others(tmp_path: Path) -> None:
 
 
 def test_no_finite_update_at_all_is_an_error(tmp_path: Path) -> None:
-    recipe = replace(RECIPE, client="federated.test_federate:all_inf")
+    recipe = RECIPE.replace(client="federated.test_federate:all_inf")
     with pytest.raises(
         DeltaflError, match=r"round 1: no client's update is finite \(3 of them\); use a smaller lr"
     ):
-        federate(plain(), tiny_task(), recipe, tmp_path / "run", device="cpu")
+        federate(plain(), halves(), recipe, tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -119,17 +116,15 @@ def test_no_finite_update_at_all_is_an_error(tmp_path: Path) -> None:
 )
 def test_a_client_that_does_not_fit_is_an_error(client: str, words: str, tmp_path: Path) -> None:
     with pytest.raises(DeltaflError, match=words):
-        federate(
-            plain(), tiny_task(), replace(RECIPE, client=client), tmp_path / "run", device="cpu"
-        )
+        federate(plain(), halves(), RECIPE.replace(client=client), tmp_path / "run", device="cpu")
 
 
 def test_scaffold_needs_a_client_that_knows_it(tmp_path: Path) -> None:
-    recipe = replace(
-        RECIPE, local_algorithm="scaffold", momentum=0.0, client="federated.test_federate:untrained"
+    recipe = RECIPE.replace(
+        local_algorithm="scaffold", momentum=0.0, client="federated.test_federate:untrained"
     )
     with pytest.raises(DeltaflError, match="scaffold needs clients that return their new control"):
-        federate(plain(), tiny_task(), recipe, tmp_path / "run", device="cpu")
+        federate(plain(), halves(), recipe, tmp_path / "run")
 
 
 PARAMETERS = 64 * 12 + 12 + 12 * 5 + 5
@@ -137,9 +132,9 @@ HEAD_VALUES = 3 * 5 + 3
 
 
 def rows_of(
-    recipe: FederatedRecipe, tmp_path: Path, encoder=plain
+    recipe: FederatedRecipe, tmp_path: Path, net=plain
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    run = federate(encoder(), tiny_task(), recipe, tmp_path, device="cpu")
+    run = federate(net(), halves(), recipe, tmp_path)
     return [dict(r) for r in run.rows if r["event"] == "round"], dict(run.result)
 
 
@@ -163,7 +158,7 @@ def rows_of(
     ],
 )
 def test_bytes_of_a_dense_run(changes: dict, encoder, values: int, tmp_path: Path) -> None:
-    rows, result = rows_of(replace(RECIPE, **changes), tmp_path / "run", encoder)
+    rows, result = rows_of(RECIPE.replace(**changes), tmp_path / "run", encoder)
     assert [r["bytes_up"] for r in rows] == [r["bytes_down"] for r in rows] == [4 * values * 3] * 4
     assert [r["bytes_up_total"] for r in rows] == [4 * values * 3 * n for n in range(1, 5)]
     assert (
@@ -177,7 +172,7 @@ def test_bytes_of_a_dense_run(changes: dict, encoder, values: int, tmp_path: Pat
 @pytest.mark.parametrize("algorithm", ["sgd", "scaffold"])
 def test_bytes_of_a_sparse_run(algorithm: str, tmp_path: Path) -> None:
     """The values are a tenth of a dense upload; the mask, a bit for a coordinate, goes to each client once."""
-    recipe = replace(RECIPE, sparsity_ratio=0.9, momentum=0.0, local_algorithm=algorithm)
+    recipe = RECIPE.replace(sparsity_ratio=0.9, momentum=0.0, local_algorithm=algorithm)
     rows, result = rows_of(recipe, tmp_path / "run")
     kept, double = round(0.1 * PARAMETERS), 2 if algorithm == "scaffold" else 1
     bits = -(-PARAMETERS // 8)
@@ -212,16 +207,6 @@ STATISTICS = 8 * ((FEATURES + 1) ** 2 + (FEATURES + 1) * CLASSES)
             6 * 4 * HEAD_VALUES,
         ),
         ({"sparsity_ratio": 0.5, "mask_strategy": "random", "train_head": True}, 0, 0),
-        (
-            {
-                "sparsity_ratio": 0.5,
-                "calibration": "progressive",
-                "calibration_rounds": 2,
-                "attenuate": 0.5,
-            },
-            6 * 4 * PARAMETERS,
-            6 * 4 * HEAD_VALUES + 3 * -(-PARAMETERS // 8),
-        ),
     ],
     ids=str,
 )
@@ -230,8 +215,8 @@ def test_bytes_of_step_zero_are_told_apart(
 ) -> None:
     run = federate(
         plain(),
-        tiny_task(),
-        replace(RECIPE, num_rounds=1, **changes),
+        halves(),
+        RECIPE.replace(num_rounds=1, **changes),
         tmp_path / "run",
         device="cpu",
     )
@@ -239,72 +224,56 @@ def test_bytes_of_step_zero_are_told_apart(
         assert (told["setup_bytes_up"], told["setup_bytes_down"]) == (up, down)
 
 
-def test_what_a_client_sends_is_what_the_ledger_counts(tmp_path: Path) -> None:
-    begun = begin(tmp_path, replace(RECIPE, sparsity_ratio=0.9, momentum=0.0))
+def test_what_a_client_sends_is_what_is_counted(tmp_path: Path) -> None:
+    begun = begin(tmp_path, RECIPE.replace(sparsity_ratio=0.9, momentum=0.0))
     sent: list[int] = []
-    _, result = run_round(
-        begun.state, begun.world, lambda k, u: sent.append(u.delta.tuned.num_bytes.values)
-    )
-    ledger = Ledger(
-        begun.setting.recipe, begun.setting.model, begun.setting.head, begun.setting.mask
-    )
-    assert sum(sent) == ledger.row(1, result, None)["bytes_up"] > 0
+    state, result = one_round(begun, lambda k, u: sent.append(u.delta.tuned.num_bytes.values))
+    row: dict[str, Any] = {}
+    Bytes(begun.federation).after(state, result, row)
+    assert sum(sent) == row["bytes_up"] > 0
 
 
-def test_rows_of_a_ledger_that_begins_late_are_the_same(tmp_path: Path) -> None:
-    begun = begin(tmp_path, replace(RECIPE, sparsity_ratio=0.9))
-    _, result = run_round(begun.state, begun.world)
-    parts = (begun.setting.recipe, begun.setting.model, begun.setting.head, begun.setting.mask)
-    whole, late = Ledger(*parts), Ledger(*parts)
-    rows = [whole.row(n, result, None) for n in (1, 2, 3)]
-    without = {k: v for k, v in late.row(3, result, None).items() if k != "peak_memory_bytes"}
-    assert without == {k: v for k, v in rows[2].items() if k != "peak_memory_bytes"}
+def test_bytes_that_are_counted_from_a_later_round_on_are_the_same(tmp_path: Path) -> None:
+    begun = begin(tmp_path, RECIPE.replace(sparsity_ratio=0.9))
+    state, result = one_round(begun)
+    whole, rows = Bytes(begun.federation), []
+    for number in (1, 2, 3):
+        rows.append({})
+        whole.after(replace(state, round=number), result, rows[-1])
+    late: dict[str, Any] = {}
+    Bytes(begun.federation).after(replace(state, round=3), result, late)
+    assert late == rows[2]
 
 
-def test_accuracy_is_over_examples_and_not_a_mean_of_batches(tmp_path: Path) -> None:
+def test_a_score_is_over_examples_and_not_a_mean_of_batches(tmp_path: Path) -> None:
     begun = begin(tmp_path, RECIPE)
-    setting = begun.setting
-    images = setting.task.test.images[:10]
+    fed = begun.federation
+    images = halves().splits["test"].images[:10]
     with torch.no_grad():
-        predicted = setting.head.logits(setting.model.features(images)).argmax(1)
+        predicted = fed.net(images).argmax(1)
     labels = predicted.clone()
     labels[8:] = (predicted[8:] + 1) % 3  # the second batch, of 2, is all wrong
-    split = Split(images, labels)
-    correct = predict_correct(setting.model, setting.head, split, batch_size=8)
-    assert correct.tolist() == [1] * 8 + [0] * 2
-    task = replace(setting.task, val=split)
-    assert federated_run._accuracy(begun.state.params, replace(setting, task=task), split) == 0.8
+    task = replace(halves(), splits=dict.fromkeys(("train", "val", "test"), Images(images, labels)))
+    assert scores(fed.net, task, "val", batch_size=8).tolist() == [1] * 8 + [0] * 2
+    assert score_of(replace(fed, task=task), begun.state.params, "val") == pytest.approx(0.8)
 
 
-@dataclass(frozen=True)
-class Watched(Split):
-    """A split that tells when its images are asked for."""
-
-    def __getattribute__(self, name: str) -> Any:
-        if name == "images":
-            ASKED.append(len(TOLD))
-        return super().__getattribute__(name)
-
-
-ASKED: list[int] = []
-TOLD: list[Any] = []
-
-
-def accuracies(
-    monkeypatch: pytest.MonkeyPatch, values: list[float], task: Task
-) -> list[dict[str, Tensor]]:
-    """Validation finds these values one after the other, the test 0.5; the parameters that were judged."""
-    judged: list[dict[str, Tensor]] = []
+def scored(
+    monkeypatch: pytest.MonkeyPatch, values: list[float]
+) -> list[tuple[str, dict[str, Tensor]]]:
+    """Validation finds these values one after the other, the test 0.5; the split and parameters of each look."""
+    looks: list[tuple[str, dict[str, Tensor]]] = []
     left = list(values)
+    original = federated_callbacks.score_of
 
-    def score(params, setting, split):
-        judged.append({n: t.clone() for n, t in params.items()})
-        original(params, setting, split)
-        return left.pop(0) if split is task.val else 0.5
+    def score(federation, params, split):
+        looks.append((split, {n: t.clone() for n, t in params.items()}))
+        original(federation, params, split)
+        return left.pop(0) if split == "val" else 0.5
 
-    original = federated_run._accuracy
-    monkeypatch.setattr(federated_run, "_accuracy", score)
-    return judged
+    for module in ("callbacks", "run"):
+        monkeypatch.setattr(f"deltafl.federated.{module}.score_of", score)
+    return looks
 
 
 @pytest.mark.parametrize(
@@ -313,59 +282,50 @@ def accuracies(
         ([0.1, 0.5, 0.3, 0.5, 0.4], 1),
         ([0.6, 0.5, 0.3, 0.5, 0.6], 0),
         ([0.1, 0.2, 0.3, 0.4, 0.5], 4),
+        ([-7.0, -3.5, -5.0, -4.0, -3.6], 1),  # a log-likelihood
+        ([math.nan, -2.0, math.nan, -3.0, -4.0], 1),
     ],
 )
 def test_the_best_round_is_chosen_on_validation_and_tested_once(
     values: list[float], best: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    task = tiny_task()
-    task = replace(task, test=Watched(task.test.images, task.test.labels))
-    judged = accuracies(monkeypatch, values, task)
-    ASKED.clear()
-    TOLD.clear()
-    run = federate(
-        plain(), task, RECIPE, tmp_path / "run", device="cpu", on_round=lambda r, n: TOLD.append(r)
-    )
-    assert len(judged) == 6
-    assert set(ASKED) == {5}, "the test split was touched before the last round"
+    looks = scored(monkeypatch, values)
+    run = federate(plain(), halves(), RECIPE, tmp_path / "run")
+    assert [split for split, _ in looks] == ["val"] * 5 + ["test"]
     assert (run.result["best_round"], run.result["val_score"], run.result["test_score"]) == (
-        best, max(values), 0.5,
+        best, values[best], 0.5,
     )  # fmt: skip
-    assert [r["val_score"] for r in run.rows] == values
-    saved = load_encoder(tmp_path / "run" / "model").module.state_dict()
-    for name, tensor in judged[best].items():
-        assert torch.equal(saved[name], tensor)
-        assert torch.equal(judged[-1][name], tensor)
+    told = [None if math.isnan(v) else v for v in values]
+    assert [r["val_score"] for r in run.rows] == told
+    saved = load_net(tmp_path / "run" / "model").module.state_dict()
+    for name, tensor in looks[best][1].items():
+        assert torch.equal(saved[f"encoder.{name}"], tensor)
+        assert torch.equal(looks[-1][1][name], tensor)
 
 
 def test_the_tested_model_is_the_saved_one(tmp_path: Path) -> None:
-    recipe = replace(RECIPE, train_head=True, lr=0.3, num_rounds=6)
-    task = tiny_task()
-    run = federate(normed(), task, recipe, tmp_path / "run", device="cpu")
-    model = FlatModel(load_encoder(tmp_path / "run" / "model"))
-    head = load_head(tmp_path / "run" / "model" / "head.safetensors")
+    recipe = RECIPE.replace(train_head=True, lr=0.3, num_rounds=6)
+    run = federate(normed(), halves(), recipe, tmp_path / "run")
+    net = load_net(tmp_path / "run" / "model")
     assert run.result["best_round"] > 0
-    assert (
-        predict_correct(model, head, task.test).double().mean().item() == run.result["test_score"]
-    )
-    assert predict_correct(model, head, task.val).double().mean().item() == run.result["val_score"]
+    for split in ("test", "val"):
+        assert scores(net, halves(), split).double().mean().item() == run.result[f"{split}_score"]
     assert run.result["val_score"] == max(r["val_score"] for r in run.rows)
     assert run.result["test_examples"] == 31
 
 
 def test_validation_every_few_rounds_and_after_the_last(tmp_path: Path) -> None:
-    recipe = replace(RECIPE, num_rounds=5, eval_every=2)
-    run = federate(plain(), tiny_task(), recipe, tmp_path / "run", device="cpu")
+    recipe = RECIPE.replace(num_rounds=5, eval_every=2)
+    run = federate(plain(), halves(), recipe, tmp_path / "run")
     assert [r["round"] for r in run.rows if r["val_score"] is not None] == [0, 2, 4, 5]
 
 
 def test_patience_counts_validations_without_a_gain(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    task = tiny_task()
-    accuracies(monkeypatch, [0.1, 0.3, 0.3, 0.4, 0.4, 0.2, 0.9, 0.9], task)
-    recipe = replace(RECIPE, num_rounds=14, eval_every=2, patience=2)
-    run = federate(plain(), task, recipe, tmp_path / "run", device="cpu")
+    scored(monkeypatch, [0.1, 0.3, 0.3, 0.4, 0.4, 0.2, 0.9, 0.9])
+    recipe = RECIPE.replace(num_rounds=14, eval_every=2, patience=2)
+    run = federate(plain(), halves(), recipe, tmp_path / "run")
     assert run.rows[-1]["round"] == run.result["rounds"] == 10
     assert run.result["best_round"] == 6
 
@@ -373,6 +333,6 @@ def test_patience_counts_validations_without_a_gain(
 def test_two_runs_of_one_seed_are_the_same_and_of_two_seeds_are_not(tmp_path: Path) -> None:
     found = {}
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        federate(normed(), tiny_task(), replace(RECIPE, seed=seed), tmp_path / name, device="cpu")
+        federate(normed(), halves(), RECIPE.replace(seed=seed), tmp_path / name)
         found[name] = (tmp_path / name / "model" / "model.safetensors").read_bytes()
     assert found["a"] == found["b"] != found["c"]

@@ -1,29 +1,30 @@
 """One round is the merge of the clients' checkpoints, bit for bit."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from checkpoint_files import cli
-from deltafl.federated import FederatedRecipe, ServerState, federate
-from deltafl.federated import run as federated_run
+from deltafl.federated import Callback, FederatedRecipe
+from deltafl.federated.server import ServerState
 from deltafl.merge.plan import plan_merge
 from deltafl.merge.recipe import MergeRecipe
 from deltafl.merge.run import run_merge
-from deltafl.models import LoadedEncoder, load_encoder
+from deltafl.models import Net, load_net
 from deltafl.rules.rule import load_rules
-from federated.worlds import assert_same, normed, plain
+from federated import worlds
+from federated.worlds import assert_same, federate, halves, normed, plain
 from laws.worlds import EXAMPLES
-from tiny_models import tiny_task, vit_file
+from tiny_models import vit_file
 
-RECIPE = FederatedRecipe(
-    num_clients=5, participation_rate=1.0, local_steps=4, local_steps_spread=3.0, num_rounds=1, batch_size=4, lr=0.05,
-    momentum=0.9, head="linear", sharding="non_iid", nc=1, server_lr=0.7, seed=2,
+RECIPE = worlds.RECIPE.replace(
+    num_clients=5, participation_rate=1.0, local_steps=4, local_steps_spread=3.0, num_rounds=1,
+    sharding="non_iid", nc=1, server_lr=0.7, seed=2,
 )  # fmt: skip
 
 
@@ -34,102 +35,97 @@ CASES = [
 ]
 
 
-def after_one_round(
-    encoder: LoadedEncoder, recipe: FederatedRecipe, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> tuple[ServerState, Path]:
+class LastState(Callback):
+    state: ServerState
+
+    def after(self, state, result, row) -> None:
+        self.state = state
+
+
+def after_one_round(net: Net, recipe: FederatedRecipe, out: Path) -> tuple[ServerState, Path]:
     """The state after the round, and the folder of the clients' checkpoints."""
-    states: list[ServerState] = []
-    original = federated_run.run_round
-
-    def recorded(*arguments):
-        state, result = original(*arguments)
-        states.append(state)
-        return state, result
-
-    monkeypatch.setattr(federated_run, "run_round", recorded)
-    federate(encoder, tiny_task(), recipe, out, save_client_updates={1}, device="cpu")
-    return states[-1], out / "updates" / "round-0001"
+    last = LastState()
+    federate(net, halves(), recipe, out, save_client_updates=(1,), callbacks=[last])
+    return last.state, out / "updates" / "round-0001"
 
 
 def clients(folder: Path) -> list[Path]:
-    return [folder / f"client-{k}" for k in range(RECIPE.num_clients)]
+    return [folder / f"client-{k}" for k in range(RECIPE.sharding.num_clients)]
 
 
 def sizes(folder: Path) -> list[int]:
     return [json.loads((c / "training.json").read_text())["num_examples"] for c in clients(folder)]
 
 
-def merged(
-    folder: Path, recipe: FederatedRecipe, params: dict[str, Any], out: Path
-) -> dict[str, torch.Tensor]:
+def merged(folder: Path, recipe: FederatedRecipe, out: Path) -> dict[str, Tensor]:
+    rule = recipe.server.aggregator
     merge = MergeRecipe.of(
         base=str(folder / "base"),
         models=[str(c) for c in clients(folder)],
-        method=recipe.aggregator,
-        server_lr=recipe.server_lr,
-        weights=None if recipe.aggregator == "fedavg" else sizes(folder),
-        **params,
+        method=rule,
+        server_lr=recipe.server.server_lr,
+        weights=None if rule == "fedavg" else sizes(folder),
+        **recipe.server.params,
+        **({"seed": recipe.seed + 1} if rule == "dare" else {}),
     )
     run_merge(plan_merge(merge), out)
-    return load_encoder(out).module.state_dict()
+    return files_of(out)
 
 
-def assert_is_merge(state: ServerState, module: dict[str, torch.Tensor]) -> None:
+def files_of(model: Path) -> dict[str, Tensor]:
+    net = load_net(model)
+    return {net.format.file_name(n): t for n, t in net.module.state_dict().items()}
+
+
+def assert_is_merge(state: ServerState, tensors: dict[str, Tensor]) -> None:
     assert state.params
-    assert_same(dict(state.params), {n: module[n] for n in state.params})
+    assert_same(dict(state.params), {n: tensors[n] for n in state.params})
 
 
 @pytest.mark.parametrize(
     ("rule", "params"), CASES, ids=[f"{n}-{i}" for i, (n, _) in enumerate(CASES)]
 )
-def test_by_every_rule(
-    rule: str, params: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_by_every_rule(rule: str, params: dict[str, Any], tmp_path: Path) -> None:
     prox = {"local_algorithm": "fedprox"} if params.get("normalizer") == "prox" else {}
-    recipe = replace(RECIPE, aggregator=rule, aggregator_params=params, **prox)
-    state, folder = after_one_round(plain(), recipe, tmp_path / "run", monkeypatch)
+    recipe = RECIPE.replace(aggregator=rule, **params, **prox)
+    state, folder = after_one_round(plain(), recipe, tmp_path / "run")
     assert len(set(sizes(folder))) > 1
-    found = merged(folder, recipe, params, tmp_path / "merged")
-    assert not torch.equal(found["first.weight"], plain().module.first.weight)
+    found = merged(folder, recipe, tmp_path / "merged")
+    assert not torch.equal(found["first.weight"], plain().module.encoder.first.weight)
     assert_is_merge(state, found)
 
 
-@pytest.mark.parametrize("rule", ["task_arithmetic", "fedavg", "fednova", "cclip", "median"])
-def test_of_a_transformer_whose_file_lists_its_tensors_otherwise(
-    rule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("rule", ["fedavg", "fednova", "cclip", "median"])
+def test_of_a_transformer_whose_file_lists_its_tensors_otherwise(rule: str, tmp_path: Path) -> None:
     params = {"rho": 0.4, "unit": "quantile"} if rule == "cclip" else {}
-    recipe = replace(RECIPE, aggregator=rule, aggregator_params=params)
-    encoder = load_encoder(vit_file(num_hidden_layers=1))
-    state, folder = after_one_round(encoder, recipe, tmp_path / "run", monkeypatch)
-    assert_is_merge(state, merged(folder, recipe, params, tmp_path / "merged"))
+    recipe = RECIPE.replace(aggregator=rule, **params)
+    net = load_net(vit_file(num_hidden_layers=1))
+    state, folder = after_one_round(net, recipe, tmp_path / "run")
+    assert_is_merge(state, merged(folder, recipe, tmp_path / "merged"))
 
 
 @pytest.mark.parametrize("rule", ["fedavg", "cclip", "trimmed_mean", "ties"])
 def test_with_a_mask_frozen_coordinates_stay_and_the_rest_is_the_merge(
-    rule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rule: str, tmp_path: Path
 ) -> None:
     params = {"cclip": {"rho": 0.02}, "ties": {"density": 0.3}}.get(rule, {})
-    recipe = replace(
-        RECIPE,
+    recipe = RECIPE.replace(
         aggregator=rule,
-        aggregator_params=params,
+        **params,
         sparsity_ratio=0.5,
         mask_strategy="random",
         weight_decay=0.1,
     )
-    state, folder = after_one_round(plain(), recipe, tmp_path / "run", monkeypatch)
-    assert_is_merge(state, merged(folder, recipe, params, tmp_path / "merged"))
-    start = plain().module.state_dict()
+    state, folder = after_one_round(plain(), recipe, tmp_path / "run")
+    assert_is_merge(state, merged(folder, recipe, tmp_path / "merged"))
+    start = plain().module.encoder.state_dict()
     same = sum(int((state.params[n] == start[n]).sum()) for n in start)
     assert same >= sum(t.numel() for t in start.values()) // 2
 
 
-def test_running_statistics_are_averaged_and_counters_are_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    state, folder = after_one_round(normed(), RECIPE, tmp_path / "run", monkeypatch)
-    assert_is_merge(state, merged(folder, RECIPE, {}, tmp_path / "merged"))
+def test_running_statistics_are_averaged_and_counters_are_not(tmp_path: Path) -> None:
+    state, folder = after_one_round(normed(), RECIPE, tmp_path / "run")
+    assert_is_merge(state, merged(folder, RECIPE, tmp_path / "merged"))
     held = [load_file(c / "model.safetensors") for c in clients(folder)]
     share = [n / sum(sizes(folder)) for n in sizes(folder)]
     base = load_file(folder / "base" / "model.safetensors")
@@ -144,35 +140,21 @@ def test_running_statistics_are_averaged_and_counters_are_not(
     )
 
 
-def test_through_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for rule, extra in (("fedavg", []), ("cclip", ["--rho", "0.5", "--unit", "quantile"])):
-        recipe = replace(
-            RECIPE,
-            aggregator=rule,
-            aggregator_params={"rho": 0.5, "unit": "quantile"} if extra else {},
-        )
-        state, folder = after_one_round(plain(), recipe, tmp_path / rule, monkeypatch)
-        weights = ["--weights", *map(str, sizes(folder))] if extra else []
-        out = tmp_path / f"{rule}-merged"
-        arguments = [
-            "--base",
-            folder / "base",
-            "--models",
-            *clients(folder),
-            "--method",
-            rule,
-            "--server-lr",
-            "0.7",
-        ]
-        assert cli("merge", *arguments, *weights, *extra, "--out", out, "--quiet").code == 0
-        assert_is_merge(state, load_encoder(out).module.state_dict())
+def test_through_the_command_line(tmp_path: Path) -> None:
+    for rule, params in (("fedavg", {}), ("cclip", {"rho": 0.5, "unit": "quantile"})):
+        recipe = RECIPE.replace(aggregator=rule, **params)
+        state, folder = after_one_round(plain(), recipe, tmp_path / rule)
+        weights = ["--weights", *map(str, sizes(folder))] if params else []
+        options = [text for name, value in params.items() for text in (f"--{name}", value)]
+        base, out = folder / "base", tmp_path / f"{rule}-merged"
+        done = cli(
+            "merge", "--base", base, "--models", *clients(folder), "--method", rule, "--server-lr", 0.7,
+            *weights, *options, "--out", out, "--quiet",
+        )  # fmt: skip
+        assert done.code == 0, done.err
+        assert_is_merge(state, files_of(out))
 
 
-def test_a_rule_that_draws_draws_anew_in_each_round(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe = replace(RECIPE, aggregator="dare", aggregator_params={"drop_rate": 0.5})
-    state, folder = after_one_round(plain(), recipe, tmp_path / "run", monkeypatch)
-    params = {"drop_rate": 0.5, "seed": recipe.seed + 1}
-    assert_is_merge(state, merged(folder, recipe, params, tmp_path / "merged"))
-    assert recipe.rule(1) != recipe.rule(2)
+def test_a_rule_that_draws_draws_anew_in_each_round() -> None:
+    server = RECIPE.replace(aggregator="dare", drop_rate=0.5).server
+    assert server.rule(1) != server.rule(2)

@@ -1,11 +1,9 @@
 """Clients that train in several processes: the same bits, and no process left behind."""
 
 import os
-import re
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,21 +13,20 @@ import torch
 from checkpoint_files import cli
 from deltafl.algebra.deltas import Update
 from deltafl.errors import DeltaflError
-from deltafl.federated import FederatedRecipe, LocalTraining, federate, run_round
-from deltafl.federated.rounds import in_workers
-from deltafl.federated.server import ServerState
-from deltafl.federated.workers import Workers, count_workers, one_thread
+from deltafl.federated import FederatedRecipe, LocalTraining
+from deltafl.federated.rounds import Workers, count_workers, run_round
+from deltafl.rules.rule import Source
 from deltafl.training.record import read_rows, without_timings
-from federated.worlds import RECIPE, assert_same, begin, normed, plain
-from tiny_models import tiny_task, vit_file
+from federated.worlds import RECIPE, assert_same, begin, federate, halves, normed, plain
+from tiny_models import vit_file
 
-SIX = replace(RECIPE, participation_rate=1.0, num_rounds=3, local_steps_spread=2.0)
+SIX = RECIPE.replace(participation_rate=1.0, num_rounds=3, local_steps_spread=2.0)
 CPU = torch.device("cpu")
 
 
-def doubles(model, head, recipe):
+def doubles(net, task, recipe):
     """A user's client whose deltas are of another dtype, too large for the shared memory."""
-    usual = LocalTraining(model, head, recipe)
+    usual = LocalTraining(net, task, recipe)
 
     def client(params, mask, round):
         update = usual(params, mask, round)
@@ -38,28 +35,15 @@ def doubles(model, head, recipe):
     return client
 
 
-class OddError(Exception):
-    """Cannot be made from its own arguments, so it cannot be pickled."""
-
-    def __init__(self, one, two) -> None:
-        super().__init__(one)
-
-
-def raising(model, head, recipe):
-    usual = LocalTraining(model, head, recipe)
-
+def raising(net, task, recipe):
     def client(params, mask, round):
-        if round.client in (2, 4):
-            raise ValueError(f"client {round.client} has no data")
-        if round.client == 5:
-            raise OddError("lost", 2)
-        return usual(params, mask, round)
+        raise ValueError(f"client {round.client} has no data")
 
     return client
 
 
-def dying(model, head, recipe):
-    usual = LocalTraining(model, head, recipe)
+def dying(net, task, recipe):
+    usual = LocalTraining(net, task, recipe)
 
     def client(params, mask, round):
         if round.number == 2 and round.client == 3:
@@ -70,16 +54,16 @@ def dying(model, head, recipe):
 
 
 RECIPES: dict[str, FederatedRecipe] = {
-    "sgd": replace(SIX, grad_clip=0.5, augment="flip"),
-    "fedprox": replace(SIX, local_algorithm="fedprox", train_head=True),
-    "scaffold": replace(
-        SIX, local_algorithm="scaffold", momentum=0.0, participation_rate=0.67, train_head=True
+    "sgd": SIX.replace(grad_clip=0.5),
+    "fedprox": SIX.replace(local_algorithm="fedprox", train_head=True),
+    "scaffold": SIX.replace(
+        local_algorithm="scaffold", momentum=0.0, participation_rate=0.67, train_head=True
     ),
-    "scaffold, mask": replace(SIX, local_algorithm="scaffold", momentum=0.0, sparsity_ratio=0.6),
-    "mask, fedadam": replace(SIX, sparsity_ratio=0.6, server_optimizer="fedadam", server_lr=0.02),
-    "mask, krum": replace(SIX, sparsity_ratio=0.6, aggregator="krum"),
-    "own client": replace(SIX, client="federated.test_workers:doubles", aggregator="median"),
-    "a client with NaN": replace(SIX, client="federated.test_federate:one_nan"),
+    "scaffold, mask": SIX.replace(local_algorithm="scaffold", momentum=0.0, sparsity_ratio=0.6),
+    "mask, fedadam": SIX.replace(sparsity_ratio=0.6, server_optimizer="fedadam", server_lr=0.02),
+    "mask, krum": SIX.replace(sparsity_ratio=0.6, aggregator="krum"),
+    "own client": SIX.replace(client="federated.test_workers:doubles", aggregator="median"),
+    "a client with NaN": SIX.replace(client="federated.test_federate:one_nan"),
 }
 
 
@@ -99,8 +83,7 @@ def no_process_stays():
 def test_results_are_the_same_bits_for_any_number_of_workers(name: str, tmp_path: Path) -> None:
     for count in (1, 2, 4):
         federate(
-            normed(), tiny_task(), RECIPES[name], tmp_path / str(count), device="cpu", workers=count,
-            save_client_updates={2},
+            normed(), halves(), RECIPES[name], tmp_path / str(count), workers=count, save_client_updates=(2,),
         )  # fmt: skip
     one = tmp_path / "1"
     files = [f.relative_to(one) for f in one.rglob("*.safetensors")]
@@ -118,121 +101,56 @@ def test_results_are_the_same_bits_for_any_number_of_workers(name: str, tmp_path
 
 
 def test_clients_really_train_in_other_processes_and_send_kept_values_only(tmp_path: Path) -> None:
-    begun = begin(tmp_path, replace(SIX, sparsity_ratio=0.6))
-    before = {n: t.clone() for n, t in begun.setting.model.tensors().items()}
+    begun = begin(tmp_path, SIX.replace(sparsity_ratio=0.6))
+    net = begun.federation.net
+    before = net.flat.detach().clone()
     seen: list[Update] = []
-    with in_workers(begun.world, begun.state, 2) as world:
+    with Workers(begun.federation, begun.state, 2) as workers:
         assert len(children()) == 2
         for _ in range(2):
-            _, result = run_round(begun.state, world, lambda client, update: seen.append(update))
-    assert_same(
-        begun.setting.model.tensors(), before
-    )  # the working model of this process was not used
-    assert len({id(u.delta.tuned.index) for u in seen}) == 1  # type: ignore[attr-defined]
-    assert {len(u.delta.tuned.kept) for u in seen} == {seen[0].delta.tuned.index.count}  # type: ignore[attr-defined]
-    assert result.worker_bytes >= 0
+            _, result = run_round(
+                begun.state, begun.federation, workers, lambda client, update: seen.append(update)
+            )
+    assert torch.equal(net.flat, before)  # the working net of this process was not used
+    assert len({id(u.delta.tuned.index) for u in seen}) == 1
+    assert {len(u.delta.tuned.kept) for u in seen} == {seen[0].delta.tuned.index.count}
     assert result.client_seconds > 0
 
 
-def test_an_error_of_a_client_is_raised_as_it_is_the_first_in_order_of_clients(
-    tmp_path: Path,
-) -> None:
-    recipe = replace(SIX, client="federated.test_workers:raising")
+def test_the_error_of_the_first_client_is_raised_as_it_is(tmp_path: Path) -> None:
+    recipe = SIX.replace(client="federated.test_workers:raising")
     for workers in (1, 3):
-        with pytest.raises(ValueError, match="client 2 has no data") as caught:
-            federate(
-                plain(), tiny_task(), recipe, tmp_path / str(workers), device="cpu", workers=workers
-            )
+        with pytest.raises(ValueError, match="client 0 has no data") as caught:
+            federate(plain(), halves(), recipe, tmp_path / str(workers), workers=workers)
         assert ("in a worker" in "".join(getattr(caught.value, "__notes__", []))) == (workers == 3)
 
 
 def test_a_worker_that_is_killed_ends_the_run_in_one_line_and_the_run_resumes(
     tmp_path: Path,
 ) -> None:
-    recipe = replace(SIX, client="federated.test_workers:dying")
+    recipe = SIX.replace(client="federated.test_workers:dying")
     words = r"a worker process \(\d+\) ended early \(signal SIGKILL\), perhaps for want of memory"
     with pytest.raises(DeltaflError, match=words):
-        federate(plain(), tiny_task(), recipe, tmp_path / "run", device="cpu", workers=2)
+        federate(plain(), halves(), recipe, tmp_path / "run", workers=2)
     assert (tmp_path / "run" / "state" / "state.safetensors").is_file()
-
-
-def test_workers_that_died_between_rounds_are_noticed(tmp_path: Path) -> None:
-    begun = begin(tmp_path, SIX)
-    with in_workers(begun.world, begun.state, 2) as world:
-        state, _ = run_round(begun.state, world)
-        for pid in children():
-            os.kill(pid, signal.SIGKILL)
-        with pytest.raises(DeltaflError, match="signal SIGKILL"):
-            run_round(state, world)
-        with pytest.raises(DeltaflError, match="the worker processes have ended"):
-            run_round(state, world)
-
-
-def test_workers_end_when_their_parent_is_killed() -> None:
-    """The parent dies by SIGKILL with a child in the middle of a client's training."""
-    code = (
-        "import os, signal, torch\n"
-        "from deltafl.federated.server import ServerState\n"
-        "from deltafl.federated.workers import Workers\n"
-        "def train(*arguments):\n"
-        "    os.write(1, f'{os.getpid()}\\n'.encode())\n"
-        "    os.kill(os.getppid(), signal.SIGKILL)\n"
-        "    return None\n"
-        "state = ServerState(0, {'w': torch.zeros(3)})\n"
-        "list(Workers(2, train, state, 4).train(state, [0, 1]))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == -signal.SIGKILL, (
-        done.stderr
-    )  # and no process holds the pipes open any more
-    pids = [int(line) for line in done.stdout.split()]
-    assert pids
-    deadline = time.monotonic() + 60
-    while any(running(pid) for pid in pids) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert [pid for pid in pids if running(pid)] == []
-
-
-def running(pid: int) -> bool:
-    try:
-        return not re.search(r"State:\s+[ZX]", Path(f"/proc/{pid}/status").read_text())
-    except FileNotFoundError:
-        return False
-
-
-def test_an_interrupt_leaves_no_process(tmp_path: Path) -> None:
-    """Ctrl-C goes to all processes of the terminal: workers leave it to their parent, without a traceback."""
-    begun = begin(tmp_path, SIX)
-
-    def interrupt(client, update) -> None:
-        for pid in children():
-            os.kill(pid, signal.SIGINT)
-        time.sleep(0.05)
-        assert all(running(pid) for pid in children())
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt), in_workers(begun.world, begun.state, 3) as world:
-        run_round(begun.state, world, interrupt)
 
 
 def test_the_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert count_workers(None, SIX, CPU) == 4
-    assert count_workers(None, RECIPE, CPU) == 3  # clients in a round
-    assert count_workers(2, SIX, CPU) == 2
-    assert count_workers(9, SIX, CPU) == 6
-    own = replace(SIX, client="federated.test_workers:doubles")
-    assert count_workers(None, own, CPU) == 1  # it may remember things
-    assert count_workers(2, own, CPU) == 2
+    assert count_workers(SIX, CPU) == 4
+    assert count_workers(RECIPE, CPU) == 3  # clients in a round
+    assert count_workers(SIX.replace(workers=2), CPU) == 2
+    assert count_workers(SIX.replace(workers=9), CPU) == 6
+    own = SIX.replace(client="federated.test_workers:doubles")
+    assert count_workers(own, CPU) == 1  # it may remember things
+    assert count_workers(own.replace(workers=2), CPU) == 2
     with pytest.raises(DeltaflError, match="they are for CPUs, and the device is cuda:1"):
-        count_workers(3, SIX, torch.device("cuda:1"))
-    with pytest.raises(DeltaflError, match="workers must be 1 or more, not 0"):
-        count_workers(0, SIX, CPU)
+        count_workers(SIX.replace(workers=3), torch.device("cuda:1"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert count_workers(None, SIX, CPU) == 1
+    assert count_workers(SIX, CPU) == 1
     with pytest.raises(DeltaflError, match="where there is a GPU"):
-        count_workers(2, SIX, CPU)
+        count_workers(SIX.replace(workers=2), CPU)
 
 
 def test_a_client_computes_with_one_thread_in_this_process_too(tmp_path: Path) -> None:
@@ -241,41 +159,40 @@ def test_a_client_computes_with_one_thread_in_this_process_too(tmp_path: Path) -
 
     def client(params, mask, round):
         seen.append(torch.get_num_threads())
-        return begun.world.client(params, mask, round)
+        return begun.federation.client(params, mask, round)
 
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        run_round(begun.state, replace(begun.world, client=client))
+        federation = replace(begun.federation, client=client)
+        run_round(begun.state, federation, Workers(federation, begun.state))
         assert torch.get_num_threads() == 2
-        with one_thread(torch.device("meta")):
-            assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
     assert seen == [1] * 6
 
 
-def test_processes_see_what_the_parent_writes_before_each_round() -> None:
-    def train(params, control, number, client, own):
-        return {n: t * client + number for n, t in params.items()}, control, own
+@pytest.mark.parametrize("count", [1, 3])
+def test_processes_see_what_the_server_holds_in_each_round(count: int, tmp_path: Path) -> None:
+    begun = begin(tmp_path, SIX.replace(local_algorithm="scaffold", momentum=0.0))
 
-    state = ServerState(0, {"w": torch.zeros(4)}, control=torch.zeros(2))
-    workers = Workers(3, train, state, 5)
-    try:
+    def client(params, mask, round):
+        told = {n: t * round.client + round.number for n, t in params.items()}
+        return Update(told | {"control": round.control}, Source(str(round.client)))
+
+    federation = replace(begun.federation, client=client)
+    federation.controls.write(3, 9, own := torch.arange(float(len(federation.net.flat))))
+    with Workers(federation, begun.state, count) as workers:
         for number in (1, 2):
+            params = {n: torch.full_like(t, number) for n, t in begun.state.params.items()}
+            control = torch.full_like(own, 7.0 * number)
             now = replace(
-                state, round=number, params={"w": torch.full((4,), float(number))},
-                control=torch.full((2,), 7.0 * number), control_rounds={3: 9},
-            )  # fmt: skip
-            for client, (update, control, own) in zip(
-                range(5), workers.train(now, range(5)), strict=True
-            ):
-                assert_same(update, {"w": torch.full((4,), number * client + number + 1.0)})
-                assert torch.equal(control, now.control)
-                assert own == (9 if client == 3 else -1)
-    finally:
-        workers.close()
-        workers.close()
+                begun.state, round=number, params=params, control=control, control_rounds={3: 9}
+            )
+            for k, (update, _) in enumerate(workers.train(now, range(5))):
+                rest = dict(update.delta)
+                assert torch.equal(rest.pop("control"), control - own if k == 3 else control)
+                assert_same(rest, {n: t * k + number + 1 for n, t in params.items()})
 
 
 def test_a_run_does_not_wait_for_the_compiler() -> None:
@@ -283,10 +200,9 @@ def test_a_run_does_not_wait_for_the_compiler() -> None:
     code = (
         "import sys, tempfile, pathlib\n"
         "from federated.worlds import *\n"
-        "from deltafl.federated import run_round\n"
         "with tempfile.TemporaryDirectory() as folder:\n"
         "    begun = begin(pathlib.Path(folder), RECIPE)\n"
-        "    run_round(begun.state, begun.world)\n"
+        "    one_round(begun)\n"
         "print(sorted({'torch._dynamo', 'torch._inductor'} & sys.modules.keys()))\n"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
@@ -297,14 +213,9 @@ def test_a_run_does_not_wait_for_the_compiler() -> None:
 
 
 def test_the_command_line_takes_workers(tmp_path: Path) -> None:
-    arguments = [
-        "--model",
-        vit_file(num_hidden_layers=1),
-        "--data",
-        "digits",
-    ]
+    model = vit_file(num_hidden_layers=1)
     done = cli(
-        "federate", *arguments, "--limit", "40", "--workers", "0", "--out", tmp_path / "none"
-    )
+        "federate", "--model", model, "--data", "digits", "--workers", "0", "--out", tmp_path / "none"
+    )  # fmt: skip
     assert done.code == 2
-    assert "workers must be 1 or more, not 0" in done.err
+    assert "workers: must be greater than or equal to 1, not 0" in done.err

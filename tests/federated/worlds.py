@@ -1,22 +1,34 @@
-"""Small federated worlds: two plug-in networks, a task with a remainder, and a run's parts before its first round."""
+"""Small federated worlds: plug-in networks, tasks, and a run's parts before its first round."""
 
+import atexit
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deltafl.federated import FederatedRecipe
-from deltafl.federated.controls import Controls
-from deltafl.federated.rounds import World
-from deltafl.federated.run import make_client, make_world
+from deltafl.algebra.deltas import Update
+from deltafl.federated import Callback, FederatedRecipe, FederatedRun
+from deltafl.federated import federate as run_federated
+from deltafl.federated.rounds import Federation, RoundResult, Workers, run_round
 from deltafl.federated.server import ServerState
-from deltafl.federated.setup import Setting, make_shards, set_up
-from deltafl.models import LoadedEncoder, load_encoder
-from deltafl.models.flat import FlatModel
-from tiny_models import tiny_task
+from deltafl.federated.setup import begin as begin_run
+from deltafl.federated.setup import initial_state, make_shards
+from deltafl.models import Net, load_net
+from deltafl.progress import OnProgress, ignore
+from deltafl.tasks import ImageTask, Task, load_task
+from deltafl.tasks.arrays import image_task
+from tiny_models import tiny_llama, tiny_task, write_lines
 
-RECIPE = FederatedRecipe(
+RECIPE = FederatedRecipe.of(
+    model="federated.worlds:Plain",
+    data="tiny_models:tiny_task_factory",
+    device="cpu",
     num_clients=6,
     participation_rate=0.5,
     local_steps=3,
@@ -66,33 +78,59 @@ class Dropping(Plain):
         return self.last(nn.functional.dropout(self.first(x.flatten(1)).relu(), 0.5, self.training))
 
 
-def plain() -> LoadedEncoder:
-    return load_encoder("federated.worlds:Plain")
+def plain() -> Net:
+    return load_net("federated.worlds:Plain")
 
 
-def normed() -> LoadedEncoder:
-    return load_encoder("federated.worlds:Normed")
+def normed() -> Net:
+    return load_net("federated.worlds:Normed")
+
+
+def halves(train: int = 50) -> ImageTask:
+    return image_task(tiny_task(train))
+
+
+@cache
+def language() -> tuple[Net, Task]:
+    """A tiny Llama and lines of two sources."""
+    folder = Path(tempfile.mkdtemp(prefix="deltafl-language-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    net = tiny_llama(folder / "model")
+    return net, load_task(str(write_lines(folder / "text")), net.inputs)
+
+
+def federate(
+    net: Net, task: Task, recipe: FederatedRecipe, out: Path, *, resume: bool = False,
+    on_progress: OnProgress = ignore, callbacks: Sequence[Callback] = (), **settings: Any,
+) -> FederatedRun:  # fmt: skip
+    """A run into `out` with other settings than the recipe's."""
+    recipe = recipe.replace(out=str(out), **settings)
+    how: dict[str, Any] = {"on_progress": on_progress, "callbacks": callbacks}
+    return run_federated(net, task, recipe, resume=resume, **how)
 
 
 @dataclass(frozen=True)
 class Begun:
-    setting: Setting
+    federation: Federation
     state: ServerState
-    world: World
 
 
 def begin(
-    folder: Path, recipe: FederatedRecipe, encoder: LoadedEncoder | None = None, task=None
+    folder: Path, recipe: FederatedRecipe, net: Net | None = None, task: Task | None = None
 ) -> Begun:
     """A run's parts, as `federate` makes them."""
-    task = task or tiny_task()
-    model = FlatModel((encoder or plain()).copy_to("cpu"))
-    setting, state = set_up(model, task, recipe, make_shards(task, recipe), None)
-    return Begun(
-        setting,
-        state,
-        make_world(setting, state, make_client(setting), Controls(folder / "controls")),
-    )
+    task = task or halves()
+    recipe = recipe.replace(out=str(folder / "run"))
+    federation = begin_run(net or plain(), task, recipe, make_shards(task, recipe), begun=False)
+    return Begun(federation, initial_state(federation))
+
+
+def one_round(
+    begun: Begun, on_update: Callable[[int, Update], None] = lambda client, update: None
+) -> tuple[ServerState, RoundResult]:
+    """The first round, in this process."""
+    with Workers(begun.federation, begun.state) as workers:
+        return run_round(begun.state, begun.federation, workers, on_update)
 
 
 def assert_same(ours, theirs) -> None:

@@ -3,7 +3,7 @@
 import functools
 import shlex
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -13,6 +13,8 @@ from pydantic.fields import FieldInfo
 
 from deltafl.cli.text import as_bytes
 from deltafl.recipes import Flags, Leaf, Recipe, Size, flag_of, leaves, load_yaml, read_recipe
+
+CONFIG = "A YAML file with the same names, num_clients for --num-clients; options go before it."
 
 quiet = click.option("--quiet", is_flag=True, help="No progress, no summary.")
 resume = click.option("--resume", is_flag=True, help="Continue a run that was killed.")
@@ -103,10 +105,7 @@ def recipe_command(
         for leaf in reversed(shown.values()):
             if names := option_names(leaf):
                 call = click.option(*names, leaf.name, **_looks(leaf))(call)
-        text = (
-            "A YAML file with the same names, num_clients for --num-clients; options go before it."
-        )
-        call = click.option("--config", metavar="FILE", help=text)(call)
+        call = click.option("--config", metavar="FILE", help=CONFIG)(call)
         if argument:
             many = argument in shown and _looks(shown[argument]).get("multiple")
             name = f"[{argument.upper()}]"
@@ -114,6 +113,20 @@ def recipe_command(
                 call
             )
         return click.command(cls=RecipeCommand, recipe=recipe)(call)
+
+    return decorate
+
+
+def recipe_options(
+    recipe: type[Recipe], skip: Collection[str] = ()
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: the options of a recipe's settings but `skip`, and --config, for a command that reads it by itself."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for leaf in reversed(leaves(recipe).values()):
+            if leaf.name not in skip and (names := option_names(leaf)):
+                command = click.option(*names, leaf.name, **_looks(leaf))(command)
+        return click.option("--config", metavar="FILE", help=CONFIG)(command)
 
     return decorate
 

@@ -1,49 +1,64 @@
 """`deltafl mask`."""
 
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from textwrap import fill
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
 
 import click
+import torch
+from pydantic import Field
 
-from deltafl.cli.federate import HELP, load_model_and_task, recipe_of, task_options
+from deltafl.algebra.tensors import device_named
+from deltafl.cli.command import recipe_options
 from deltafl.cli.results import as_text
-from deltafl.cli.settings import read_settings, recipe_options
 from deltafl.errors import DeltaflError
-from deltafl.federated.recipe import FederatedRecipe
+from deltafl.federated.recipe import ClientsRecipe
+from deltafl.federated.setup import MASK_FILE, fit_head, make_mask, make_shards
+from deltafl.federated.sparse_bridge import encoder_view, of_encoder
+from deltafl.files import atomic_folder, check_output, write_files
+from deltafl.models import load_net
+from deltafl.recipes import Incidental, read_recipe
+from deltafl.report import kinds_table, mask_page, page_files
+from deltafl.sparse.eligible import Eligible, eligible
+from deltafl.sparse.masks import (
+    Mask,
+    describe_mask,
+    load_mask,
+    mask_meta,
+    model_hash,
+    save_mask,
+)
+from deltafl.tasks import load_task
+from deltafl.training.record import write_json
 
-if TYPE_CHECKING:
-    from deltafl.sparse.eligible import Eligible
-    from deltafl.sparse.masks import Mask
 
-SETTINGS = (
-    "sparsity_ratio", "mask_strategy", "mask_scope", "calibration", "calibration_rounds", "calibration_examples",
-    "attenuate", "fisher_labels", "fisher_draws", "num_clients", "participation_rate", "sharding", "nc",
-    "allow_missing_classes", "alpha", "head", "few_shot", "mixed_precision", "seed",
-)  # fmt: skip
-"""What of a federated recipe decides its mask."""
+class MaskRecipe(ClientsRecipe):
+    """The mask that a federated run with these settings would make."""
 
-MASK_FILE = "mask.safetensors"
+    out: Annotated[str | None, Incidental] = Field(
+        None,
+        description="the folder to write: mask.safetensors, mask.json, figure.png and report.html",
+    )
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if self.sparse.mask_file is not None:
+            yield f'mask_file "{self.sparse.mask_file}" is a finished mask; see it with --describe'
+        elif not self.sparse.sparsity_ratio:
+            yield (
+                "sparsity_ratio 0 freezes nothing; give the share to freeze, as in "
+                "--sparsity-ratio 0.9"
+            )
 
 
 @click.command()
-@task_options
-@recipe_options(
-    FederatedRecipe, HELP, skip=[f.name for f in fields(FederatedRecipe) if f.name not in SETTINGS]
-)
-@click.option(
-    "--out", help="The folder to write: mask.safetensors, mask.json, figure.png and report.html."
-)
+@recipe_options(MaskRecipe, skip=("train_head", "augment", "label_smoothing"))
 @click.option(
     "--describe",
     help="A saved mask to describe, instead of making one; --base tells q, k and v apart.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace an existing output.")
-def mask(
-    config: str | None, out: str | None, describe: str | None, overwrite: bool, **options: Any
-) -> None:
+def mask(config: str | None, describe: str | None, **options: Any) -> None:
     """Make the mask that a federated run with these settings would make, or describe one.
 
     \b
@@ -51,31 +66,27 @@ def mask(
     deltafl federate ... --mask-file DIR/mask.safetensors
     deltafl mask --describe DIR/mask.safetensors --base MODEL
     """
-    from deltafl.files import check_output
-
+    given = {name: value for name, value in options.items() if value not in (None, ())}
+    out, overwrite = given.get("out"), given.get("overwrite", False)
     if describe is not None:
-        given = [
-            name
-            for name, value in options.items()
-            if value is not None and name not in ("model", "device")
-        ]
-        if given or config is not None:
-            names: list[str] = sorted([*given, *(["config"] if config else [])])
+        odd = given.keys() - {"model", "device", "out", "overwrite"}
+        if odd or config is not None:
+            names = sorted([*odd, *(["config"] if config else [])])
             wrong = ", ".join(f"--{name.replace('_', '-')}" for name in names)
             raise DeltaflError(
-                f"--describe makes no mask and takes --base, --device and --out only; leave {wrong} out"
+                "--describe makes no mask and takes --base, --device and --out only; "
+                f"leave {wrong} out"
             )
         if out is not None:
             check_output(out, overwrite=overwrite)
-        made, result = None, described(describe, options["model"], options["device"])
+        made, result = None, described(describe, given.get("model"), given.get("device"))
     else:
+        recipe = read_recipe(MaskRecipe, config, given)
+        out, overwrite = recipe.out, recipe.overwrite
         if out is None:
             raise DeltaflError("out is missing; name it with --out")
-        held = read_settings(FederatedRecipe, config, options, EXTRA)
-        recipe = recipe_of(held)
-        _check(recipe)
         check_output(out, overwrite=overwrite)
-        made, result = make(held, recipe)
+        made, result = make(recipe)
     click.echo(text(result))
     if out is not None:
         write(made, result, out, overwrite)
@@ -84,45 +95,24 @@ def mask(
         click.echo(f"report: {Path(out) / 'report.html'}")
 
 
-EXTRA: dict[str, tuple[Any, Any]] = {
-    "model": (str, ...),
-    "data": (str, ...),
-    "data_dir": (str | None, None),
-    "out": (str | None, None),
-    "limit": (int | None, None),
-    "device": (str | None, None),
-}
-
-
-def _check(recipe: FederatedRecipe) -> None:
-    if recipe.mask_file is not None:
-        raise DeltaflError(
-            f'mask_file "{recipe.mask_file}" is a finished mask; see it with --describe'
-        )
-    if recipe.sparsity_ratio == 0:
-        raise DeltaflError(
-            "sparsity_ratio 0 freezes nothing; give the share to freeze, as in --sparsity-ratio 0.9"
-        )
-
-
-def make(held: dict[str, Any], recipe: FederatedRecipe) -> tuple["Mask", dict[str, Any]]:
+def make(recipe: MaskRecipe) -> tuple[Mask, dict[str, Any]]:
     """The mask, by the very steps of a federated run, and what there is to tell of it."""
-    from deltafl.federated.setup import make_head, make_mask, make_shards
-    from deltafl.models.flat import FlatModel
-    from deltafl.sparse.eligible import eligible
-    from deltafl.sparse.masks import model_hash
-
-    encoder, task = load_model_and_task(held, recipe.seed)
+    net = load_net(recipe.model)
+    task = load_task(recipe.data, net.inputs, recipe.seed)
     shards = make_shards(task, recipe)
-    model = FlatModel(encoder.copy_to(_device(held["device"])))
-    made = make_mask(model, make_head(model, task, shards, recipe), task, shards, recipe)
+    net = net.copy_to(_device(recipe.device))
+    fit_head(net, task, shards, recipe)
+    made = make_mask(net, task, shards, recipe)
     assert made is not None
-    settings = {"base": held["model"], "task": task.name, "limit": held["limit"]}
-    settings |= {name: getattr(recipe, name) for name in SETTINGS}
-    told = {
-        name: value for name, value in settings.items() if value is not None and value is not False
+    settings = {"base": recipe.model, "task": task.name, "limit": recipe.data.limit}
+    for section in (recipe.sparse, recipe.sharding, recipe.head):
+        settings |= section.resolved()
+    settings |= {
+        name: getattr(recipe, name) for name in ("participation_rate", "mixed_precision", "seed")
     }
-    return made, _result(made, eligible(model), model_hash(model), told)
+    told = {n: value for n, value in settings.items() if value is not None and value is not False}
+    model = encoder_view(net)
+    return made, _result(of_encoder(made), eligible(model), model_hash(model), told)
 
 
 def described(path: str, base: str | None, device: str | None) -> dict[str, Any]:
@@ -131,33 +121,23 @@ def described(path: str, base: str | None, device: str | None) -> dict[str, Any]
     Raises:
         DeltaflError: not a mask, or made for another model than `base`.
     """
-    from deltafl.sparse.masks import load_mask, mask_meta
 
     if base is None:
         return _result(load_mask(path, None), None, None, mask_meta(path))
-    from deltafl.models import load_encoder
-    from deltafl.models.flat import FlatModel
-    from deltafl.sparse.eligible import eligible
-    from deltafl.sparse.masks import model_hash
 
-    model = FlatModel(load_encoder(base).copy_to(_device(device)))
+    model = encoder_view(load_net(base).copy_to(_device(device)))
     own = model_hash(model)
     return _result(load_mask(path, own), eligible(model), own, mask_meta(path))
 
 
 def _device(name: str | None) -> str:
-    import torch
-
-    from deltafl.algebra.tensors import device_named
 
     return str(device_named(name or ("cuda" if torch.cuda.is_available() else "cpu")))
 
 
 def _result(
-    mask: "Mask", able: "Eligible | None", model: str | None, made: Mapping[str, Any]
+    mask: Mask, able: Eligible | None, model: str | None, made: Mapping[str, Any]
 ) -> dict[str, Any]:
-    from deltafl.sparse.eligible import Eligible
-    from deltafl.sparse.masks import describe_mask
 
     known = able or Eligible(
         {name: tuple(kept.shape) for name, kept in mask.items()}, {}, {}, frozenset()
@@ -179,7 +159,6 @@ def _result(
 
 def text(result: Mapping[str, Any]) -> str:
     """A line in all, how it was made, then every kind of tensor."""
-    from deltafl.report import kinds_table
 
     kept, eligible = result["kept"], result["eligible"]
     of = (
@@ -204,15 +183,11 @@ def text(result: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", as_text(kinds_table(result))])
 
 
-def write(made: "Mask | None", result: Mapping[str, Any], out: str, overwrite: bool) -> None:
+def write(made: Mask | None, result: Mapping[str, Any], out: str, overwrite: bool) -> None:
     """mask.json, figure.png, report.html, and mask.safetensors where one was made; whole or not at all."""
-    from deltafl.files import atomic_folder, write_files
-    from deltafl.report import mask_page, page_files
-    from deltafl.sparse.masks import save_mask
-    from deltafl.training.record import write_json
 
     with atomic_folder(out, overwrite=overwrite) as folder:
         if made is not None:
-            save_mask(made, folder / MASK_FILE, result["model_hash"], result["made"])
+            save_mask(of_encoder(made), folder / MASK_FILE, result["model_hash"], result["made"])
         write_json(folder / "mask.json", result)
         write_files(folder, page_files(mask_page(result)))

@@ -1,53 +1,33 @@
-"""What a client does in a round: take the server's parameters, train on its own samples, return an update."""
+"""Clients: take the server's parameters, train on their own examples, return an update."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deltafl.algebra.deltas import Difference, Update
 from deltafl.algebra.tensors import Joined, Tensors
+from deltafl.federated.local import Round, Sgd
 from deltafl.federated.recipe import FederatedRecipe
-from deltafl.models.flat import FlatModel
-from deltafl.models.heads import LinearHead
-from deltafl.rules.rule import Source
+from deltafl.models.net import Net
 from deltafl.seeding import keyed_generator
 from deltafl.sparse.masks import Mask
 from deltafl.sparse.packed import KeptIndex, PackedDelta
 from deltafl.sparse.sgdm import SparseSGDM
-from deltafl.tasks.arrays import Split
-from deltafl.tasks.transforms import random_crop, random_flip
-from deltafl.training.legacy import Batch, train_step
+from deltafl.tasks.task import Task
 from deltafl.training.recipe import PRECISIONS
-from deltafl.training.step import batches, keyed_dropout
-
-HEAD = "deltafl_head."
-"""Before the names of a trained head's tensors, weight and bias, among the server's parameters."""
-
-
-@dataclass(frozen=True)
-class Round:
-    """One client's part of one round: `number` from 1, who it is, its rows of `split`, how many steps at which lr.
-
-    control: c - c_i of scaffold, (P,) in the order of the trained parameters; None for other algorithms.
-    """
-
-    number: int
-    client: int
-    split: Split
-    ids: Tensor
-    num_steps: int
-    lr: float
-    control: Tensor | None = None
+from deltafl.training.step import batches, keyed_dropout, train_step
 
 
 @dataclass(frozen=True)
 class ClientUpdate(Update):
-    """An update with the mean training loss, the seconds it took, and for scaffold the client's new c_i, (P,)."""
+    """An update with the mean training loss, the seconds it took, and for scaffold the client's new
+    c_i, (P,).
+    """
 
     loss: float | None = None
     seconds: float = 0.0
@@ -57,179 +37,131 @@ class ClientUpdate(Update):
 class Client(Protocol):
     """Local training, as a run needs it; a user's own replaces `LocalTraining`.
 
-    `params` are the server's (name -> tensor), not to be changed. `mask` None: all coordinates train. The delta of the
-    update has the names of `params`. A `module:attr` is called with (model, head, recipe) and returns one of these,
-    which serves all clients.
+    `params` are the server's (name -> tensor), not to be changed. `mask` None: all coordinates train.
+    The delta of the update has the names of `params`. A `module:attr` is called with (net, task,
+    recipe) and returns one of these, which serves all clients.
     """
 
     def __call__(self, params: Tensors, mask: Mask | None, round: Round) -> Update: ...
 
 
 class LocalTraining:
-    """SGDM, FedProx (arXiv 1812.06127) or SCAFFOLD (arXiv 1910.06378) on one working model that all clients share.
+    """Local SGDM, changed by the recipe's `local_algorithm`, on one working net that all clients share.
 
-    The model, its float buffers and a trained head are set from the server's parameters at the start of every call;
-    momentum starts anew. Other buffers (counters of batches) are put back at the end: nobody's training is in them.
+    The net is set to the server's parameters at the start of every call; momentum starts anew.
+    Buffers that are not float (counters of batches) are put back at the end: nobody's training is in
+    them.
     """
 
-    def __init__(self, model: FlatModel, head: LinearHead, recipe: FederatedRecipe) -> None:
-        self.model, self.head, self.recipe = model, head, recipe
+    def __init__(self, net: Net, task: Task, recipe: FederatedRecipe) -> None:
+        self.net, self.task, self.recipe = net, task, recipe
+        self._names = names_of(net)
         self._optimiser: SparseSGDM | None = None
         self._mask: Mask | None = None
 
     def __call__(self, params: Tensors, mask: Mask | None, round: Round) -> ClientUpdate:
         """Train and return the update: at frozen coordinates exactly 0, and packed where a mask is given."""
         started = time.perf_counter()
-        load_params(self.model, self.head, params)
+        load_state(self.net, params)
         optimiser = self._ready(mask)
-        trained = [self.model.flat, *self.head.parameters()]
-        anchors = (
-            [p.detach().clone() for p in trained] if self.recipe.local_algorithm != "sgd" else []
-        )
-        adjust = self._adjustment(optimiser, trained, anchors, round)
+        local = self.recipe.local
+        algorithm = local.algorithm(self.net.flat, local, round)
         skipping = optimiser.skip_frozen() if mask is not None else nullcontext()
-        dropout = keyed_dropout(self.model.device, self.recipe.seed, round.number, round.client)
-        with skipping, dropout, self._buffers_kept():
-            loss = self._train(round, optimiser, adjust)
-        after = self._after(params, optimiser)
-        control = None
-        if round.control is not None:  # c_i+ = (x - y) / (J lr) - (c - c_i), option II
-            moved = torch.cat(
-                [(a - p.detach()).reshape(-1) for a, p in zip(anchors, trained, strict=True)]
-            )
-            control = moved / (round.num_steps * round.lr) - round.control
-        source = Source(
-            f"client {round.client}",
-            num_examples=len(round.ids),
-            num_steps=round.num_steps,
-            lr=round.lr,
-            momentum=self.recipe.momentum,
-            prox_mu=self.recipe.prox_mu if self.recipe.local_algorithm == "fedprox" else None,
-        )
-        delta = Difference(params, after)
-        mean = (
-            float(loss) / round.num_steps
-        )  # reading it makes a GPU finish, so that the time is the client's
+        dropout = keyed_dropout(self.net.device, self.recipe.seed, round.number, round.client)
+        with skipping, dropout, _counters_kept(self.net.module):
+            loss = self._train(round, optimiser, algorithm)
+        control = algorithm.control()
+        delta = Difference(params, self._after(params, optimiser))
+        source = local.source(f"client {round.client}", len(round.ids), round.num_steps, round.lr)
+        mean = float(loss) / round.num_steps  # a GPU finishes: the time is then the client's
         return ClientUpdate(delta, source, mean, time.perf_counter() - started, control)
 
     def index(self, mask: Mask) -> KeptIndex | None:
         """Where the kept values of every update with this mask belong; None if all are kept."""
         return self._ready(mask).index
 
-    @contextmanager
-    def _buffers_kept(self) -> Iterator[None]:
-        """Buffers that are not float are afterwards what they were."""
-        kept = [(b, b.clone()) for b in self.model.module.buffers() if not b.is_floating_point()]
-        try:
-            yield
-        finally:
-            for buffer, value in kept:
-                buffer.copy_(value)
-
     def _ready(self, mask: Mask | None) -> SparseSGDM:
         """The optimiser for this mask; its buffers serve one client after the other."""
         if self._optimiser is None or self._mask is not mask:
-            r = self.recipe
+            r = self.recipe.local
             self._mask = mask
             self._optimiser = SparseSGDM(
-                self.model, mask, r.lr, momentum=r.momentum, weight_decay=r.weight_decay, nesterov=r.nesterov,
-                extra=self.head.parameters(),
-            )  # fmt: skip
+                self.net, mask, r.lr, r.momentum, weight_decay=r.weight_decay, nesterov=r.nesterov
+            )
         self._optimiser.reset()
         return self._optimiser
 
-    def _adjustment(
-        self, optimiser: SparseSGDM, trained: list[Tensor], anchors: list[Tensor], round: Round
-    ) -> Callable[[], None] | None:
-        """What happens to the gradients of a step before they are clipped and used."""
-        mu = self.recipe.prox_mu
-        prox = self.recipe.local_algorithm == "fedprox"
-        corrections: list[Tensor] = []
-        if round.control is not None:
-            parts = round.control.split([p.numel() for p in trained])
-            corrections = [part.view(p.shape) for part, p in zip(parts, trained, strict=True)]
-        clip_sparse = self.recipe.grad_clip is not None and optimiser.index is not None
-        if not (prox or corrections or clip_sparse):
-            return None
+    def _train(self, round: Round, optimiser: SparseSGDM, algorithm: Sgd) -> Tensor:
+        """Local steps on batches keyed by (seed, round, client); the sum of their losses, on the device."""
+        r, net = self.recipe, self.net
+        purpose = f"round {round.number} client {round.client}"
+        total = torch.zeros((), device=net.device)
 
         def adjust() -> None:
-            for i, parameter in enumerate(trained):
-                assert parameter.grad is not None
-                if prox:
-                    parameter.grad.add_(parameter.detach() - anchors[i], alpha=mu)
-                if corrections:
-                    parameter.grad.add_(corrections[i])
-            if clip_sparse:
+            assert net.flat.grad is not None
+            algorithm.adjust(net.flat.grad)
+            if r.local.grad_clip is not None:
                 optimiser.mask_gradients_()
 
-        return adjust
-
-    def _train(
-        self, round: Round, optimiser: SparseSGDM, adjust: Callable[[], None] | None
-    ) -> Tensor:
-        """Local steps on batches keyed by (seed, round, client); the sum of their losses, on the device."""
-        r, purpose = self.recipe, f"round {round.number} client {round.client}"
-        total = torch.zeros((), device=self.model.device)
-        ids = round.ids.to(round.split.images.device)
-        for step, rows in enumerate(batches(ids, r.batch_size, r.seed, round.num_steps, purpose)):
-            images, labels = round.split.at(rows, self.model.device)
-            if r.augment != "none":
-                images = augmented(
-                    images, r.augment, keyed_generator(r.seed, "augment", purpose, step)
-                )
+        rows = batches(round.ids, r.local.batch_size, r.seed, round.num_steps, purpose)
+        for step, ids in enumerate(rows):
+            drawn = keyed_generator(r.seed, "augment", purpose, step)
             total += train_step(
-                self.model,
-                self.head,
-                Batch(images, labels),
+                net,
+                self.task,
+                self.task.batch("train", ids, net.device, drawn),
                 optimiser,
                 lr=round.lr,
-                grad_clip=r.grad_clip,
-                label_smoothing=r.label_smoothing,
+                grad_clip=r.local.grad_clip,
                 autocast=PRECISIONS[r.mixed_precision],
                 on_gradients=adjust,
             )
         return total
 
     def _after(self, params: Tensors, optimiser: SparseSGDM) -> Tensors:
-        """The trained parameters, copied out of the working model; with a mask only the kept values are held."""
-        own = self.model.tensors()
-        flat = self.model.flat.detach()
-        rest = {
-            n: t.detach().clone() for n, t in moving(self.model, self.head).items() if n not in own
-        }
+        """What was trained, copied out of the working net; with a mask only the kept values are held."""
+        flat, state = self.net.flat.detach(), state_of(self.net)
+        trained = {self._names[n]: part for n, part in self.net.slices.items()}
+        buffers = {n: t.clone() for n, t in state.items() if n not in trained}
         if optimiser.index is None:
             copy = flat.clone()
-            return {
-                n: copy[part].view(own[n].shape) for n, part in self.model.slices.items()
-            } | rest
-        shapes = {n: tuple(t.shape) for n, t in own.items()}
+            return {n: copy[part].view_as(state[n]) for n, part in trained.items()} | buffers
+        shapes = {n: tuple(state[n].shape) for n in trained}
         packed = PackedDelta(optimiser.index.gather(flat), optimiser.index, shapes, onto=params)
-        parts = (packed, rest)
-        return Joined({n: (part, n) for part in parts for n in part}) if rest else packed
+        parts = (packed, buffers)
+        return Joined({n: (part, n) for part in parts for n in part}) if buffers else packed
 
 
-def augmented(images: Tensor, kind: str, generator: torch.Generator) -> Tensor:
-    """uint8 (B, C, H, W), mirrored at random, and for "crop_flip" shifted by up to an eighth of the width first."""
-    if kind == "crop_flip":
-        images = random_crop(images, max(1, images.shape[-1] // 8), generator)
-    return random_flip(images, generator)
+@contextmanager
+def _counters_kept(module: nn.Module) -> Iterator[None]:
+    """Buffers that are not float are afterwards what they were."""
+    kept = [(b, b.clone()) for b in module.buffers() if not b.is_floating_point()]
+    try:
+        yield
+    finally:
+        for buffer, value in kept:
+            buffer.copy_(value)
 
 
-def moving(model: FlatModel, head: LinearHead) -> dict[str, Tensor]:
-    """All that a round may change: trainable parameters, float buffers, the tensors of a trainable head; no copies.
+def names_of(net: Net) -> dict[str, str]:
+    """Name in the module -> name among the server's parameters, of all that a round may change.
 
-    Buffers that are not float stay the server's; a frozen head is not here.
+    That is the name in the model's files, so that rules draw as they do when files are merged; the
+    module's own where this is another tensor's.
     """
-    persistent = model.module.state_dict().keys()
-    buffers = {
-        n: b for n, b in model.module.named_buffers() if n in persistent and b.is_floating_point()
-    }
-    trained = {HEAD + "weight": head.weight, HEAD + "bias": head.bias} if head.parameters() else {}
-    return {**model.tensors(), **buffers, **trained}
+    state = net.state()
+    files = {name: net.format.file_name(name) for name in state}
+    return {n: n if file != n and file in state else file for n, file in files.items()}
+
+
+def state_of(net: Net) -> dict[str, Tensor]:
+    """`net.state()`, all that a round may change, by the names of `names_of`; no copies."""
+    names = names_of(net)
+    return {names[n]: t.detach() for n, t in net.state().items()}
 
 
 @torch.no_grad()
-def load_params(model: FlatModel, head: LinearHead, params: Mapping[str, Tensor]) -> None:
-    """Set the working model, and a trained head, to the server's parameters."""
-    for name, tensor in moving(model, head).items():
+def load_state(net: Net, params: Mapping[str, Tensor]) -> None:
+    """Set the working net to the server's parameters."""
+    for name, tensor in state_of(net).items():
         tensor.copy_(params[name])

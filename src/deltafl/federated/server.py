@@ -1,26 +1,63 @@
-"""The server: what it holds between rounds, whom it asks, and how it moves."""
+"""The server: its settings, what it holds between rounds, and how it moves."""
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from deltafl.algebra.aggregate import Aggregate, Stepped
-from deltafl.algebra.tensors import Tensors
-from deltafl.federated.recipe import FederatedRecipe
-from deltafl.seeding import keyed_generator
-from deltafl.training.step import lr_at
+from deltafl.errors import DeltaflError
+from deltafl.recipes import OneOf, Recipe
+from deltafl.rules.parameters import RuleParameters
+from deltafl.rules.rule import Rule, build_rule, load_rules
+
+
+class ServerRecipe(Recipe):
+    """How the server turns the updates of a round into a step."""
+
+    aggregator: Annotated[str, OneOf(load_rules)] = Field(
+        "fedavg", description="any method of `deltafl rules`"
+    )
+    params: RuleParameters = Field({}, description="parameters of the rule, beside its name")
+    client_weights: Literal["examples", "uniform"] = Field(
+        "examples", description="what a rule weighs clients by"
+    )
+    server_optimizer: Annotated[str, OneOf(lambda: SERVER_OPTIMIZERS)] = Field(
+        "sgd", description="what acts on the rule's update: sgd, fedadam, fedyogi or fedadagrad"
+    )
+    server_lr: float = Field(1.0, gt=0, description="learning rate of the server's step")
+    server_momentum: float | None = Field(
+        None, ge=0, lt=1, description="of the server's optimiser (0 for sgd, 0.9 for the others)"
+    )
+    server_beta2: float = Field(0.99, ge=0, lt=1, description="of fedadam and fedyogi")
+    server_tau: float = Field(1e-3, gt=0, description="of the adaptive server optimisers")
+
+    def problems(self) -> Iterator[str]:
+        try:
+            self.rule()
+        except DeltaflError as error:
+            yield from error.problems
+
+    def rule(self, seed: int = 0) -> Rule:
+        """The aggregation rule; one that draws (dare) draws by `seed`, unless its own is given.
+
+        Raises:
+            DeltaflError: no such rule or parameter.
+        """
+        rule = load_rules()[self.aggregator]
+        return build_rule(self.aggregator, rule.seeded(self.params, seed))
 
 
 @dataclass(frozen=True)
 class ServerState:
     """All that a round starts from; a round makes a new one and changes nothing in the old.
 
-    round: rounds done. params: the model (see `client.moving`). m, v: moments of the server optimiser. control: c of
-    scaffold, (P,); control_rounds: client -> the round that its own c_i is from. accuracy: the last validated. best:
-    the parameters with the best validation accuracy, after which round, and how many validations ago.
+    round: rounds done. params: the model (see `client.state_of`). m, v: moments of the server
+    optimiser. control: c of scaffold, (P,); control_rounds: client -> the round that its own c_i is
+    from.
     """
 
     round: int
@@ -29,70 +66,47 @@ class ServerState:
     v: Mapping[str, Tensor] = field(default_factory=dict)
     control: Tensor | None = None
     control_rounds: Mapping[int, int] = field(default_factory=dict)
-    accuracy: float | None = None
-    best: Mapping[str, Tensor] = field(default_factory=dict)
-    best_round: int = 0
-    best_score: float = -math.inf
-    waited: int = 0
 
 
-def choose_clients(recipe: FederatedRecipe, number: int) -> list[int]:
-    """round(C K) clients without replacement, ascending; a function of (seed, round)."""
-    generator = keyed_generator(recipe.seed, "clients", number)
-    return sorted(
-        torch.randperm(recipe.num_clients, generator=generator)[: recipe.clients_per_round].tolist()
-    )
+SecondMoment = Callable[[Tensor, Tensor, float], Tensor]
+"""(v, R^2, beta2) -> the new v."""
 
-
-def steps_of(recipe: FederatedRecipe, client: int) -> int:
-    """Local steps of a client, the same in every round: round(J S^u), u uniform in [-1, 1], at least 1."""
-    if recipe.local_steps_spread == 1:
-        return recipe.local_steps
-    u = 2 * torch.rand((), generator=keyed_generator(recipe.seed, "local steps", client)).item() - 1
-    return max(1, round(recipe.local_steps * recipe.local_steps_spread**u))
-
-
-def round_lr(recipe: FederatedRecipe, number: int) -> float:
-    """The local learning rate of a round (from 1)."""
-    return lr_at(number - 1, recipe.num_rounds, 0, recipe.lr, recipe.lr_schedule)
+SERVER_OPTIMIZERS: Mapping[str, SecondMoment | None] = {
+    "sgd": None,
+    "fedadagrad": lambda v, square, b2: v + square,
+    "fedadam": lambda v, square, b2: b2 * v + (1 - b2) * square,
+    "fedyogi": lambda v, square, b2: v - (1 - b2) * square * torch.sign(v - square),
+}
 
 
 def server_step(
-    state: ServerState, update: Aggregate, recipe: FederatedRecipe, trained: set[str]
+    state: ServerState, update: Aggregate, recipe: ServerRecipe, trained: set[str]
 ) -> ServerState:
     """theta <- theta + server_lr * u, with u from the pseudo-gradient R, for sgd without momentum R itself.
 
     sgd: m <- beta m + R, u = m. fedadam: m <- b1 m + (1 - b1) R, v <- b2 v + (1 - b2) R^2; fedyogi:
-    v <- v - (1 - b2) R^2 sign(v - R^2); fedadagrad: v <- v + R^2; u = m / (sqrt(v) + tau), v from tau^2 (arXiv
-    2003.00295, without bias correction as there). Only what is in `trained` has moments; the rest (running
-    statistics) moves by R under them. It is `aggregation.Stepped` in every case.
+    v <- v - (1 - b2) R^2 sign(v - R^2); fedadagrad: v <- v + R^2; u = m / (sqrt(v) + tau), v from
+    tau^2 (arXiv 2003.00295, without bias correction as there). Only what is in `trained` has moments;
+    the rest (running statistics) moves by R. It is `Stepped`, the step of a merge, in every case.
     """
+    second = SERVER_OPTIMIZERS[recipe.server_optimizer]
     beta1 = recipe.server_momentum
     if beta1 is None:
-        beta1 = 0.0 if recipe.server_optimizer == "sgd" else 0.9
-    if recipe.server_optimizer == "sgd" and beta1 == 0:
+        beta1 = 0.9 if second else 0.0
+    if not second and not beta1:
         return replace(state, params=dict(Stepped(state.params, update, recipe.server_lr)))
     directions, m, v = dict(update), {}, {}
     for name in trained:
         R = directions[name]
-        old_m = state.m.get(name, torch.zeros_like(R))
-        if recipe.server_optimizer == "sgd":
-            directions[name] = m[name] = beta1 * old_m + R
+        old = state.m.get(name, torch.zeros_like(R))
+        if not second:
+            directions[name] = m[name] = beta1 * old + R
             continue
-        old_v = state.v.get(name, torch.full_like(R, recipe.server_tau**2))
-        m[name] = beta1 * old_m + (1 - beta1) * R
-        v[name] = _second_moment(recipe, old_v, R.square())
+        m[name] = beta1 * old + (1 - beta1) * R
+        before = state.v.get(name, torch.full_like(R, recipe.server_tau**2))
+        v[name] = second(before, R.square(), recipe.server_beta2)
         directions[name] = m[name] / (v[name].sqrt() + recipe.server_tau)
-    scaled: Tensors = directions
-    params = dict(
-        Stepped(state.params, scaled, lambda name: recipe.server_lr if name in trained else 1.0)
+    scaled = Stepped(
+        state.params, directions, lambda name: recipe.server_lr if name in trained else 1.0
     )
-    return replace(state, params=params, m=m, v=v)
-
-
-def _second_moment(recipe: FederatedRecipe, v: Tensor, square: Tensor) -> Tensor:
-    if recipe.server_optimizer == "fedadagrad":
-        return v + square
-    if recipe.server_optimizer == "fedyogi":
-        return v - (1 - recipe.server_beta2) * square * torch.sign(v - square)
-    return recipe.server_beta2 * v + (1 - recipe.server_beta2) * square
+    return replace(state, params=dict(scaled), m=m, v=v)

@@ -1,177 +1,119 @@
 """Step 0: shards, head and mask, all that is made before the first round."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from deltafl.algebra.tensors import Tensors
-from deltafl.federated.client import moving
-from deltafl.federated.recipe import FederatedRecipe
+from deltafl.federated.client import LocalTraining, state_of
+from deltafl.federated.recipe import ClientsRecipe, FederatedRecipe
+from deltafl.federated.rounds import Federation
+from deltafl.federated.scaffold import Controls
 from deltafl.federated.server import ServerState
 from deltafl.federated.sharding import shard
-from deltafl.federated.state import decode
-from deltafl.models.flat import FlatModel
-from deltafl.models.heads import (
-    ZERO_SHOT,
-    LinearHead,
-    check_head,
-    few_per_class,
-    load_head,
-    random_head,
-)
-from deltafl.models.ridge import RidgeStatistics, ridge_head
+from deltafl.federated.sparse_bridge import encoder_view, head_view, of_net, save_net_mask
+from deltafl.files import atomic_folder
+from deltafl.models import HEAD_FILE, HeadFit, HeadRecipe, Net
 from deltafl.seeding import keyed_generator
 from deltafl.sparse.calibration import calibrate
 from deltafl.sparse.eligible import eligible
 from deltafl.sparse.fisher import FisherSum, diagonal_fisher
 from deltafl.sparse.masks import Mask, load_mask, model_hash
-from deltafl.tasks.arrays import Task
-from deltafl.training.legacy import extract_features, zero_shot_for
+from deltafl.tasks.arrays import arrays_of
+from deltafl.tasks.task import Task
 from deltafl.training.recipe import PRECISIONS
+from deltafl.training.record import RunRecord
+from deltafl.usercode import find_callable
 
 MASK_FILE = "mask.safetensors"
-STATE_FILE = "state/state.safetensors"
-HEADS = ("ridge", "probe", "linear")
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What step 0 makes and the rounds keep.
-
-    model: the one working model, whose values are those of whoever used it last. head: frozen, or trainable with
-    values that come and go likewise. mask None: all coordinates train. shards: rows of `task.train` of each client.
-    """
-
-    recipe: FederatedRecipe
-    task: Task
-    model: FlatModel
-    head: LinearHead
-    mask: Mask | None
-    shards: tuple[Tensor, ...]
+def make_shards(task: Task, recipe: ClientsRecipe) -> tuple[Tensor, ...]:
+    """Ids of the training examples of each client; a function of (seed, sharding), as `deltafl shards` shows them."""
+    generator = keyed_generator(recipe.seed, "shards")
+    return shard(task.groups("train"), recipe.sharding, generator)
 
 
-def set_up(
-    model: FlatModel,
+def fit_head(
+    net: Net,
     task: Task,
-    recipe: FederatedRecipe,
-    shards: tuple[Tensor, ...],
-    begun: Path | None,
-) -> tuple[Setting, ServerState]:
-    """Head and mask, and the state to begin with: the last one that a run `begun` wrote, or the model as it is."""
-    if begun is None or not (begun / STATE_FILE).is_file():
-        head = make_head(model, task, shards, recipe)
-        mask = make_mask(model, head, task, shards, recipe)
-        return Setting(recipe, task, model, head, mask, shards), _initial(model, head, recipe)
-    head = _head_like(
-        model, task, recipe
-    )  # must exist before the state that holds a trained one can be read
-    state, tensors = decode(begun / STATE_FILE, _initial(model, head, recipe))
-    head = replace(head, **{n: t.to(model.device) for n, t in tensors.items()})
-    mask = load_mask(begun / MASK_FILE, model_hash(model)) if recipe.sparse else None
-    return Setting(recipe, task, model, head, mask, shards), state
+    shards: Sequence[Tensor],
+    recipe: ClientsRecipe,
+    head: HeadRecipe | None = None,
+) -> None:
+    """Make the net ready for the task: the head that the recipe names, or another, fitted on what clients hold."""
+    fit = HeadFit(recipe.seed, shards, PRECISIONS[recipe.mixed_precision])
+    net.prepare(task, head or recipe.head, fit)
 
 
-def _head_like(model: FlatModel, task: Task, recipe: FederatedRecipe) -> LinearHead:
-    count = len(task.class_names)
-    weight = torch.zeros(count, model.encoder.feature_dim, device=model.device)
-    normalised = recipe.head not in HEADS and (
-        recipe.head == ZERO_SHOT or load_head(Path(recipe.head)).normalised
-    )
-    head = LinearHead(weight, torch.zeros(count, device=model.device), task.class_names, normalised)
-    return head.trainable() if recipe.train_head else head
+def begin(
+    net: Net, task: Task, recipe: FederatedRecipe, shards: Sequence[Tensor], begun: bool
+) -> Federation:
+    """Net, mask and client; of a run that has begun those that it keeps in its folder."""
+    out = Path(recipe.out or "")
+    head, file = recipe.head, out / "state" / HEAD_FILE
+    if begun and file.is_file():
+        head = head.replace(head=str(file), few_shot=None, templates=None)
+    fit_head(net, task, shards, recipe, head)
+    mask = make_mask(net, task, shards, recipe, out / MASK_FILE if begun else None)
+    own = recipe.local.client
+    client = (LocalTraining if own is None else find_callable(own, "client"))(net, task, recipe)
+    controls = Controls(out / "state" / "controls")
+    return Federation(recipe, net, task, tuple(shards), mask, client, controls)
 
 
-def _initial(model: FlatModel, head: LinearHead, recipe: FederatedRecipe) -> ServerState:
-    params = {n: t.detach().clone() for n, t in moving(model, head).items()}
-    control = None
-    if recipe.local_algorithm == "scaffold":
-        control = torch.zeros(
-            model.flat.numel() + sum(p.numel() for p in head.parameters()), device=model.device
-        )
+def new_record(federation: Federation, config: dict[str, Any]) -> None:
+    """A folder with an empty record, the mask and the head, in place of an older one, whole or not at all."""
+    recipe = federation.recipe
+    with atomic_folder(recipe.out or "", overwrite=recipe.overwrite) as folder:
+        RunRecord.create(folder, config)
+        (folder / "state").mkdir()
+        federation.net.format.save_head(federation.net.module, folder / "state")
+        if federation.mask is not None:
+            sparse = recipe.sparse
+            about = {
+                "strategy": sparse.mask_strategy if sparse.mask_file is None else None,
+                "file": sparse.mask_file,
+            }
+            save_net_mask(federation.net, federation.mask, folder / MASK_FILE, about)
+
+
+def initial_state(federation: Federation) -> ServerState:
+    """The model as it is before the first round."""
+    net = federation.net
+    has_control = federation.recipe.local.algorithm.has_control
+    params = {n: t.clone() for n, t in state_of(net).items()}
+    control = torch.zeros_like(net.flat.detach()) if has_control else None
     return ServerState(0, params, control=control)
 
 
-def make_shards(task: Task, recipe: FederatedRecipe) -> tuple[Tensor, ...]:
-    """Rows of the training split for each client; a function of (seed, sharding), as `deltafl shards` shows them."""
-    generator = keyed_generator(recipe.seed, "shards")
-    return shard(task.train.labels.cpu(), recipe.shards(), generator)
-
-
-def make_head(
-    model: FlatModel, task: Task, shards: Sequence[Tensor], recipe: FederatedRecipe
-) -> LinearHead:
-    """The head of step 0, on the model's device, frozen or trainable as the recipe says.
-
-    ridge: every client's (A, b) of its own samples, added by the server: the closed form of the union, strength and
-    temperature chosen on validation. probe: logistic regression on all features, its strength chosen on validation.
-    zero-shot: CLIP's text tower, with the catalogue's prompts or those of `templates`.
-
-    Raises:
-        DeltaflError: a head from a file that does not fit.
-    """
-    dim, names = model.encoder.feature_dim, task.class_names
-    if recipe.head == "linear":
-        head = random_head(dim, names, keyed_generator(recipe.seed, "head"))
-    elif recipe.head in HEADS:
-        autocast = PRECISIONS[recipe.mixed_precision]
-        features = extract_features(model, task.train, autocast=autocast).cpu()
-        val, val_labels = (
-            extract_features(model, task.val, autocast=autocast).cpu(),
-            task.val.labels.cpu(),
-        )
-        labels = task.train.labels.cpu()
-        if recipe.head == "probe":
-            from deltafl.models.probe import probe_head
-
-            rows = torch.cat(list(shards)).sort().values
-            head = LinearHead.of(probe_head(features[rows], labels[rows], val, val_labels, names))
-        else:
-            total = None
-            for rows in _known(shards, labels, recipe):
-                own = RidgeStatistics.of(features[rows], labels[rows], len(names))
-                total = own if total is None else total + own
-            assert total is not None
-            head = LinearHead.of(ridge_head(total, val, val_labels, names))
-    elif recipe.head == ZERO_SHOT:
-        head = zero_shot_for(model.encoder, task, recipe.templates)
-    else:
-        head = load_head(Path(recipe.head))
-        check_head(head, dim, names, recipe.head)
-    head = head.to(model.device)
-    return head.trainable() if recipe.train_head else head
-
-
-def _known(shards: Sequence[Tensor], labels: Tensor, recipe: FederatedRecipe) -> list[Tensor]:
-    """Each client's rows; with few_shot only those among so many examples of each class."""
-    if recipe.few_shot is None:
-        return list(shards)
-    few = few_per_class(labels, recipe.few_shot, keyed_generator(recipe.seed, "few-shot"))
-    return [rows[torch.isin(rows, few)] for rows in shards]
-
-
 def make_mask(
-    model: FlatModel,
-    head: LinearHead,
+    net: Net,
     task: Task,
     shards: Sequence[Tensor],
-    recipe: FederatedRecipe,
+    recipe: ClientsRecipe,
+    file: Path | None = None,
 ) -> Mask | None:
     """The mask of a sparse run, from a file or calibrated: each round asks fresh clients for Fisher sums.
 
-    In round r the server asks the r-th group of a permutation of all clients, as many as take part in a training
-    round, each for up to `calibration_examples` of its samples, drawn anew; sums are added, not averaged over clients.
+    In round r the server asks the r-th group of a permutation of all clients, as many as take part in
+    a training round, each for up to `calibration_examples` of its examples, drawn anew; sums are
+    added, not averaged over clients. A trained head is never frozen. file: goes before the recipe's.
 
     Raises:
         DeltaflError: a file of another model.
     """
-    if not recipe.sparse:
+    sparse = recipe.sparse
+    if not sparse.is_sparse:
         return None
-    if recipe.mask_file is not None:
-        return load_mask(recipe.mask_file, model_hash(model))
-    frozen = head.frozen()
+    model = encoder_view(net)
+    found = file or sparse.mask_file
+    if found is not None:
+        return of_net(net, load_mask(found, model_hash(model)))
+    frozen, arrays = head_view(net), arrays_of(task).train
     groups = calibration_clients(recipe)
 
     def score(number: int, survivors: Mask | None) -> Tensors:
@@ -182,37 +124,37 @@ def make_mask(
             own = diagonal_fisher(
                 model,
                 frozen,
-                task.train,
-                shards[k][order[: recipe.calibration_examples]],
-                labels=recipe.fisher_labels,  # type: ignore[arg-type]
-                draws=recipe.fisher_draws,
+                arrays,
+                shards[k][order[: sparse.calibration_examples]],
+                labels=sparse.fisher_labels,
+                draws=sparse.fisher_draws,
                 generator=keyed_generator(*key, "labels"),
             )
             total = own if total is None else total + own
         assert total is not None
         return total.mean()
 
-    return calibrate(
-        recipe.calibration,
-        recipe.calibration_rounds,
+    mask = calibrate(
+        sparse.calibration,
+        sparse.calibration_rounds,
         score,
-        strategy=recipe.mask_strategy,
-        sparsity=recipe.sparsity_ratio,
-        scope=recipe.mask_scope,  # type: ignore[arg-type]
+        strategy=sparse.mask_strategy,
+        sparsity=sparse.sparsity_ratio,
+        scope=sparse.mask_scope,
         eligible=eligible(model),
         weights=model.tensors(),
         generator=keyed_generator(recipe.seed, "mask"),
-        attenuate=recipe.attenuate,
-        model=model,
     )
+    return of_net(net, mask)
 
 
-def calibration_clients(recipe: FederatedRecipe) -> list[list[int]]:
+def calibration_clients(recipe: ClientsRecipe) -> list[list[int]]:
     """The clients of each calibration round: no client is asked twice; no rounds where no scores are needed."""
-    if not recipe.calibrated:
+    if not recipe.sparse.is_calibrated:
         return []
     size = recipe.clients_per_round
     order = torch.randperm(
-        recipe.num_clients, generator=keyed_generator(recipe.seed, "calibration clients")
+        recipe.sharding.num_clients, generator=keyed_generator(recipe.seed, "calibration clients")
     ).tolist()
-    return [sorted(order[r * size : (r + 1) * size]) for r in range(recipe.calibration_rounds)]
+    rounds = range(recipe.sparse.calibration_rounds)
+    return [sorted(order[r * size : (r + 1) * size]) for r in rounds]

@@ -43,6 +43,7 @@ class Classifier(nn.Module):
         for parameter, grad in zip(parameters, grads, strict=True):
             parameter.requires_grad_(grad is not None)
         self.feature_dim = features.shape[1]
+        self.eval()
         file = Path(origin) / HEAD_FILE
         self.head: Head | None = load_head(file) if origin and file.is_file() else None
 

@@ -28,8 +28,27 @@ class ClassifierFormat(Format):
     def save(self, module: nn.Module, folder: Path) -> None:
         assert isinstance(module, Classifier)
         self.save_encoder(module.encoder, folder)
+        self.save_head(module, folder)
+
+    def save_head(self, module: nn.Module, folder: Path) -> None:
+        assert isinstance(module, Classifier)
         if module.head is not None:
             save_head(module.head, folder / HEAD_FILE)
+
+    def head_bytes(
+        self, module: nn.Module, recipe: HeadRecipe, shards: Sequence[Tensor]
+    ) -> tuple[int, int]:
+        """Up: for ridge every client's A and b, ((D+1)^2 + (D+1) C) float64 for D features and C
+        classes; for a probe D float32 and an int64 label of every example.
+        """
+        assert isinstance(module, Classifier)
+        assert module.head is not None
+        features, classes = module.feature_dim, len(module.head.class_names)
+        up = {
+            "ridge": len(shards) * 8 * ((features + 1) ** 2 + (features + 1) * classes),
+            "probe": sum(map(len, shards)) * (4 * features + 8),
+        }
+        return up.get(recipe.head, 0), 4 * classes * (features + 1)
 
     def save_encoder(self, encoder: nn.Module, folder: Path) -> None:
         """Write the encoder without a head."""

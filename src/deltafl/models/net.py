@@ -1,7 +1,7 @@
 """A model as everything that trains, merges and judges sees it: one module, and what of it trains."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,17 @@ class Format:
     def file_name(self, name: str) -> str:
         """The name that the model's files have for the module's tensor `name`."""
         return name
+
+    def save_head(self, module: nn.Module, folder: Path) -> None:
+        """Write what `prepare` added to `module` into the existing `folder`: a classifier's head."""
+        del module, folder
+
+    def head_bytes(
+        self, module: nn.Module, recipe: HeadRecipe, shards: Sequence[Tensor]
+    ) -> tuple[int, int]:
+        """Bytes that clients with these shards send, all together, for `prepare`; and of what it adds."""
+        del module, recipe, shards
+        return 0, 0
 
     def prepare(self, net: "Net", task: Task, recipe: HeadRecipe, fit: HeadFit) -> None:
         """Make the model ready to train on a task, in place: a classifier gets its head."""

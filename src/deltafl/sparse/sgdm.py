@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from deltafl.errors import DeltaflError
 from deltafl.models.flat import FlatModel
+from deltafl.models.net import Net
 from deltafl.sparse.masks import Mask
 from deltafl.sparse.packed import KeptIndex, NumBytes, index_of
 
@@ -28,7 +29,7 @@ class SparseSGDM(torch.optim.Optimizer):
 
     def __init__(
         self,
-        model: FlatModel,
+        model: FlatModel | Net,
         mask: Mask | None,
         lr: float,
         momentum: float = 0.9,

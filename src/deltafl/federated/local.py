@@ -1,0 +1,134 @@
+"""What a client does in a round: its settings, and the algorithms that say how it steps."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from deltafl.recipes import OneOf, Recipe
+from deltafl.registry import Registry
+from deltafl.rules.rule import Source
+
+
+class LocalRecipe(Recipe):
+    """How a client trains in a round."""
+
+    local_steps: int = Field(4, ge=1, description="J, the optimiser steps of a client in a round")
+    local_steps_spread: float = Field(
+        1.0, ge=1, description="S: a client's own number of steps is between J/S and J S"
+    )
+    batch_size: int = Field(64, ge=1, description="examples in a local step")
+    lr: float = Field(0.01, gt=0, description="learning rate of local steps")
+    lr_schedule: Literal["constant", "cosine", "linear", "step"] = Field(
+        "constant", description="of the local learning rate, over rounds"
+    )
+    momentum: float = Field(
+        0.9, ge=0, lt=1, description="of local SGD; it starts anew in each round"
+    )
+    weight_decay: float = Field(0.0, ge=0, description="of local SGD")
+    nesterov: bool = Field(False, description="Nesterov momentum in local SGD")
+    grad_clip: float | None = Field(
+        None, gt=0, description="largest gradient norm, over the kept coordinates"
+    )
+    local_algorithm: Annotated[str, OneOf(lambda: LOCAL_ALGORITHMS)] = Field(
+        "sgd", description="what a client does: sgd, fedprox or scaffold"
+    )
+    prox_mu: float = Field(0.01, ge=0, description="of fedprox: the pull to the server's model")
+    client: str | None = Field(
+        None, description="a client of your own, module:attr, called with (net, task, recipe)"
+    )
+
+    @property
+    def algorithm(self) -> "type[Sgd]":
+        """The class of `local_algorithm`."""
+        return LOCAL_ALGORITHMS[self.local_algorithm]
+
+    def problems(self) -> Iterator[str]:
+        if self.nesterov and not self.momentum:
+            yield "nesterov needs a momentum above 0"
+        if self.algorithm.has_control and (self.momentum or self.weight_decay):
+            yield (
+                f"{self.local_algorithm}'s control variates are those of plain SGD; "
+                "set momentum and weight_decay to 0"
+            )
+
+    def source(self, name: str, num_examples: int, num_steps: int, lr: float) -> Source:
+        """What a rule is told of a client's training."""
+        mu = self.prox_mu if self.algorithm.has_prox else None
+        return Source(name, num_examples, num_steps, lr, self.momentum, mu)
+
+
+@dataclass(frozen=True)
+class Round:
+    """One client's part of one round: `number` from 1, who it is, the ids of its training examples,
+    how many steps at which lr.
+
+    control: c - c_i of scaffold, (P,) in the order of `net.flat`; None for other algorithms.
+    """
+
+    number: int
+    client: int
+    ids: Tensor
+    num_steps: int
+    lr: float
+    control: Tensor | None = None
+
+
+class Sgd:
+    """Plain local SGD; the base of others. One is made for each client's part of a round.
+
+    flat: the trained parameters, (P,), which hold the server's values now. has_prox: there is a
+    proximal term of weight prox_mu. has_control: server and clients keep control variates.
+    """
+
+    has_prox = False
+    has_control = False
+
+    def __init__(self, flat: nn.Parameter, recipe: LocalRecipe, round: Round) -> None:
+        self.flat, self.recipe, self.round = flat, recipe, round
+
+    def adjust(self, gradient: Tensor) -> None:
+        """Change the gradient (P,) of one step in place, before it is clipped."""
+
+    def control(self) -> Tensor | None:
+        """After the last step: the client's new control variate c_i, (P,)."""
+        return None
+
+
+LOCAL_ALGORITHMS: Registry[type[Sgd]] = Registry("local algorithm")
+LOCAL_ALGORITHMS.register("sgd")(Sgd)
+
+
+@LOCAL_ALGORITHMS.register("fedprox")
+class FedProx(Sgd):
+    """loss + mu/2 ||w - x||^2, x the server's parameters (arXiv 1812.06127)."""
+
+    has_prox = True
+
+    def __init__(self, flat: nn.Parameter, recipe: LocalRecipe, round: Round) -> None:
+        super().__init__(flat, recipe, round)
+        self.start = flat.detach().clone()
+
+    def adjust(self, gradient: Tensor) -> None:
+        gradient.add_(self.flat.detach() - self.start, alpha=self.recipe.prox_mu)
+
+
+@LOCAL_ALGORITHMS.register("scaffold")
+class Scaffold(Sgd):
+    """Gradients corrected by c - c_i; c_i+ = (x - y) / (J lr) - (c - c_i) (arXiv 1910.06378, option II)."""
+
+    has_control = True
+
+    def __init__(self, flat: nn.Parameter, recipe: LocalRecipe, round: Round) -> None:
+        super().__init__(flat, recipe, round)
+        assert round.control is not None
+        self.start, self.correction = flat.detach().clone(), round.control
+
+    def adjust(self, gradient: Tensor) -> None:
+        gradient.add_(self.correction)
+
+    def control(self) -> Tensor:
+        moved = self.start - self.flat.detach()
+        return moved / (self.round.num_steps * self.round.lr) - self.correction

@@ -1,0 +1,78 @@
+"""A causal language model on lines of text, through the same code as images."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from deltafl.federated.setup import make_shards
+from deltafl.merge.plan import plan_merge
+from deltafl.merge.recipe import MergeRecipe
+from deltafl.merge.run import run_merge
+from deltafl.models import load_net
+from deltafl.training.step import scores
+from federated.worlds import RECIPE, federate, language
+
+LINES = RECIPE.replace(
+    num_clients=4, sharding="non_iid", nc=1, participation_rate=1.0, lr=0.3, momentum=0.5, grad_clip=1.0
+)  # fmt: skip
+
+
+def test_a_run_gets_better_and_its_best_model_is_tested_and_saved(tmp_path: Path) -> None:
+    net, task = language()
+    before = net.flat.detach().clone()
+    run = federate(net, task, LINES, tmp_path / "run")
+    found = [row["val_score"] for row in run.rows]
+    assert run.result["metric"] == "log-likelihood"
+    assert found[0] < -5
+    assert run.result["val_score"] == max(found) > found[0] + 0.5
+    assert run.result["best_round"] == found.index(max(found)) > 0
+    assert run.rows[0]["groups_per_client"] == [1, 1]
+    assert run.rows[1]["bytes_up"] == 4 * 4 * len(net.flat)
+    assert (run.rows[0]["setup_bytes_up"], run.rows[0]["setup_bytes_down"]) == (0, 0)
+    saved = load_net(tmp_path / "run" / "model")
+    for split in ("val", "test"):
+        mean = scores(saved, task, split).double().mean().item()
+        assert mean == pytest.approx(run.result[f"{split}_score"], rel=1e-6)
+    assert torch.equal(net.flat, before)
+
+
+def test_clients_hold_one_source_each() -> None:
+    _, task = language()
+    groups = task.groups("train")
+    held = [groups[rows].unique().tolist() for rows in make_shards(task, LINES)]
+    assert sorted(held) == [[0], [0], [1], [1]]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"local_algorithm": "fedprox", "server_optimizer": "fedadam", "server_lr": 0.01},
+        {"local_algorithm": "scaffold", "momentum": 0.0},
+    ],
+    ids=str,
+)
+def test_the_bits_are_those_of_any_number_of_workers(changes: dict, tmp_path: Path) -> None:
+    models = []
+    for count in (1, 3):
+        out = tmp_path / str(count)
+        federate(*language(), LINES.replace(num_rounds=2, **changes), out, workers=count)
+        models.append((out / "model" / "model.safetensors").read_bytes())
+    assert models[0] == models[1]
+
+
+def test_a_round_is_the_merge_of_the_clients_models(tmp_path: Path) -> None:
+    recipe = LINES.replace(
+        num_rounds=1, local_steps_spread=3.0, server_lr=0.7, aggregator="fednova"
+    )
+    federate(*language(), recipe, tmp_path / "run", save_client_updates=("all",))
+    folder = tmp_path / "run" / "updates" / "round-0001"
+    clients = [str(folder / f"client-{k}") for k in range(4)]
+    merge = MergeRecipe.of(
+        base=str(folder / "base"), models=clients, method="fednova", server_lr=0.7,
+        weights=[float(len(rows)) for rows in make_shards(language()[1], recipe)],
+    )  # fmt: skip
+    run_merge(plan_merge(merge), tmp_path / "merged")
+    merged, final = load_net(tmp_path / "merged"), load_net(tmp_path / "run" / "model")
+    assert torch.equal(merged.flat, final.flat)
+    assert not torch.equal(merged.flat, load_net(folder / "base").flat)
