@@ -170,9 +170,7 @@ def negation(study: Study, sweep: Sweep) -> list[Cell]:
     return [
         Cell(
             {"task": spec},
-            Negation(
-                study.tuned(Data(spec), seed), (study.tuned(Data(study.control), seed),)
-            ),
+            Negation(study.tuned(Data(spec), seed), (study.tuned(Data(study.control), seed),)),
         )
         for seed in study.seeds
         for spec in targets

@@ -90,9 +90,7 @@ def _drawn(
     return [values[i] for i in ids] * (1 if differ else count)
 
 
-def training_rows(
-    study: Study, cells: Sequence[Cell], results: Sequence[Result]
-) -> dict[str, Any]:
+def training_rows(study: Study, cells: Sequence[Cell], results: Sequence[Result]) -> dict[str, Any]:
     """For every kind and rule: normalised test score, and the gain over task arithmetic on the same
     models, with Student's interval over all draws of all seeds; draws of one seed share models, so
     that it is a little too narrow. relations: Pearson's r of the gain with how far trainings are

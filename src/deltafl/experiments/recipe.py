@@ -108,9 +108,7 @@ class StudyRecipe(Recipe):
         min_length=1,
         description="numbers of steps; studies of one training use the largest",
     )
-    draws: int = Field(
-        4, ge=1, description="merges of one kind and seed in training-heterogeneity"
-    )
+    draws: int = Field(4, ge=1, description="merges of one kind and seed in training-heterogeneity")
     methods: tuple[Annotated[str, OneOf(load_rules)], ...] = Field(
         (), description="the rules that are compared (default: every rule)"
     )
@@ -159,7 +157,7 @@ class StudyRecipe(Recipe):
         """
         rules = load_rules()
         named = dict.fromkeys(("task_arithmetic", *(self.methods or rules)))
-        return tuple((name, rules[name].study_grid) for name in named)
+        return tuple((name, rules[name].values) for name in named)
 
 
 class SuiteRecipe(FederatedRecipe):
@@ -208,7 +206,7 @@ def read_suite(
     recipe = read_recipe(SuiteRecipe, path, settings, defaults=defaults)
     other = {"model", "data", "out", "lr", "lr_schedule", "momentum", "eval_every", "patience"}
     small = {"batch_size": 32, "steps": 0} if bundled else {"steps": 0}
-    chosen = {name: given[name] for name in given.keys() & leaves(TrainingRecipe) - other}
+    chosen = {name: given[name] for name in (given.keys() & leaves(TrainingRecipe).keys()) - other}
     training = TrainingRecipe.of(model=recipe.model, data="", **small | chosen)
     return recipe, training
 

@@ -25,7 +25,8 @@ from deltafl.experiments.recipe import SuiteRecipe
 from deltafl.experiments.study import Study, base_hash, base_net
 from deltafl.experiments.suites import SUITES
 from deltafl.experiments.sweep import Cell, Result, Store, Sweep, Work, sweep
-from deltafl.federated import FederatedRecipe, federate, make_shards
+from deltafl.federated import FederatedRecipe, federate
+from deltafl.federated.setup import make_shards
 from deltafl.files import atomic_folder, check_output, write_atomically
 from deltafl.models import HEAD_FILE, Net
 from deltafl.progress import OnProgress, ignore
@@ -167,7 +168,9 @@ def run_suites(
 
 def _cells(name: str, recipe: SuiteRecipe) -> list[Cell]:
     """One cell for each row of a suite and seed. Raises DeltaflError with every mistake of a row."""
-    base = FederatedRecipe(**{field: getattr(recipe, field) for field in FederatedRecipe.model_fields})
+    base = FederatedRecipe(
+        **{field: getattr(recipe, field) for field in FederatedRecipe.model_fields}
+    )
     return [
         Cell(labels, FederatedWork(row.replace(seed=seed)))
         for labels, row in SUITES[name](base, recipe.values)
@@ -194,7 +197,6 @@ def _study(recipe: SuiteRecipe, training: TrainingRecipe, base: str) -> Study:
         strategy=study.search_strategy,
         val_limit=study.val_limit,
         test_limit=study.test_limit,
-        data=recipe.data,
         device=recipe.device or ("cuda" if torch.cuda.is_available() else "cpu"),
     )
 
@@ -216,7 +218,7 @@ def _check(
     tasks: dict[str, Task] = {}
     for spec in sorted(specs):
         try:
-            tasks[spec] = load_task(study.data.replace(data=spec), net.inputs, study.training.seed)
+            tasks[spec] = load_task(study.training.data.replace(data=spec), net.inputs, study.training.seed)
         except DeltaflError as error:
             problems |= dict.fromkeys(error.problems)
     called: dict[str, list[str]] = {}
@@ -246,14 +248,14 @@ def _make_base(base: Path, net: Net, seed: int | None, on_progress: OnProgress) 
     elif made is None:
         with atomic_folder(base) as folder:
             net.save(folder)
-            origin = {"base": {"id": net.origin}, "hash": hash_of(net.flat)}
+            origin = {"base": {"id": net.origin}, "hash": hash_of(net.flat.detach())}
             (folder / TRAINING_JSON).write_text(json.dumps(origin))
     elif seed is not None and made.get("seed") != seed:
         raise DeltaflError(
             f'"{base}" was made with seed {made.get("seed")}, now it is {seed}; choose another --out, '
             "or --overwrite"
         )
-    elif seed is None and made.get("hash") != hash_of(net.flat):
+    elif seed is None and made.get("hash") != hash_of(net.flat.detach()):
         raise DeltaflError(
             f'"{base}" is another model than "{net.origin}"; choose another --out, or --overwrite'
         )
@@ -296,7 +298,10 @@ def _mean_curve(runs: Sequence[Sequence[Mapping[str, Any]]], key: str) -> list[t
     by_round = [{r["round"]: r for r in rows if r["val_score"] is not None} for rows in runs]
     shared = sorted(set.intersection(*(set(rows) for rows in by_round)))
     return [
-        (mean(rows[n].get(key, 0) for rows in by_round), mean(rows[n]["val_score"] for rows in by_round))
+        (
+            mean(rows[n].get(key, 0) for rows in by_round),
+            mean(rows[n]["val_score"] for rows in by_round),
+        )
         for n in shared
     ]
 

@@ -13,9 +13,9 @@ import torch
 
 from deltafl.checkpoints.layout import file_hash
 from deltafl.errors import DeltaflError
+from deltafl.experiments.one_shot import run_search
 from deltafl.experiments.sweep import Result, Store, Work
 from deltafl.files import atomic_folder
-from deltafl.experiments.one_shot import run_search
 from deltafl.merge.candidates import grid_of
 from deltafl.merge.search_recipe import SearchRecipe
 from deltafl.models import HEAD_FILE, HeadFit, Net, load_net
@@ -23,8 +23,9 @@ from deltafl.models.fit import head_of
 from deltafl.models.head import save_head
 from deltafl.rules.rule import Source, build_rule, check_rule, load_rules
 from deltafl.seeding import keyed_generator
-from deltafl.tasks import DataRecipe, Task, load_task
+from deltafl.tasks import Task, load_task
 from deltafl.tasks.classes import class_groups, only_classes
+from deltafl.tasks.recipe import TrainingDataRecipe
 from deltafl.tasks.selection import stratified
 from deltafl.tasks.task import hash_of
 from deltafl.training import TrainingRecipe, finetune
@@ -55,7 +56,7 @@ class Study:
     base: the folder of the base model. training: of every fine-tune, whose lr and steps the works
     choose. training_of: lr and steps of studies that need one training. methods: a list among the
     parameters is a grid. seeds: one for each run. val_limit, test_limit: examples of each task that
-    merges are judged on. data: where data sets are, and which part of them is used.
+    merges are judged on.
     """
 
     base: str
@@ -73,7 +74,6 @@ class Study:
     strategy: str = "racing"
     val_limit: int | None = None
     test_limit: int | None = None
-    data: DataRecipe = DataRecipe(data="")
     device: str = "cpu"
 
     @property
@@ -87,7 +87,7 @@ class Study:
 
     def task(self, data: Data, seed: int) -> Task:
         """A task with the validation split of a seed: what models and heads are made from."""
-        whole = _task(self.data.replace(data=data.spec).model_dump_json(), self.base, seed)
+        whole = _task(self.training.data.replace(data=data.spec).model_dump_json(), self.base, seed)
         if data.parts == 1:
             return whole
         classes = int(whole.groups("train").max()) + 1
@@ -116,12 +116,12 @@ def base_net(ref: str) -> Net:
 @lru_cache(maxsize=2)
 def base_hash(ref: str) -> str:
     """Of what trains of it."""
-    return hash_of(base_net(ref).flat)
+    return hash_of(base_net(ref).flat.detach())
 
 
 @lru_cache(maxsize=16)
 def _task(recipe: str, base: str, seed: int) -> Task:
-    return load_task(DataRecipe.model_validate_json(recipe), base_net(base).inputs, seed)
+    return load_task(TrainingDataRecipe.model_validate_json(recipe), base_net(base).inputs, seed)
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,8 @@ class Search(Work):
         """Those that these models can be merged by, and why the others cannot."""
         sources = [model.source(store) for model in self.models]
         good, left_out = [], {}
-        for name, params in self.study.methods:
+        for name, given in self.study.methods:
+            params = load_rules()[name].seeded(given, self.seed)
             try:
                 for point in grid_of(name, params, (1.0, 1.0)):
                     check_rule(build_rule(name, point), sources)
@@ -261,7 +262,7 @@ class Search(Work):
         places = [store.place(model) for model in self.models]
         recipe = SearchRecipe.of(
             base=self.study.base,
-            models=[{"path": str(p), "data": m.data.spec} for p, m in zip(places, self.models)],
+            models=[{"path": str(p), "data": m.data.spec} for p, m in zip(places, self.models, strict=True)],
             methods=[{"method": name, **params} for name, params in good],
             scaling_coefs=self.study.lambdas,
             strategy=self.strategy,
@@ -299,4 +300,3 @@ def normalised(row: Mapping[str, Any]) -> float:
 def notes(results: Sequence[Result]) -> list[str]:
     """What some models cannot be merged by, and why."""
     return sorted({f"{name}: {why}" for r in results for name, why in r["left_out"].items()})
-

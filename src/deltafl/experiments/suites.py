@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from deltafl.experiments.recipe import ValuesRecipe
 from deltafl.federated import FederatedRecipe
 from deltafl.rules.rule import load_rules
-from deltafl.sparse import MASK_STRATEGIES
+from deltafl.sparse.masks import MASK_STRATEGIES
 
 Rows = Sequence[tuple[Mapping[str, str | float | int], FederatedRecipe]]
 """Labels and recipe of each row of a suite's table; every row is run with several seeds."""
@@ -60,14 +60,15 @@ def mask_strategies(base: FederatedRecipe, values: ValuesRecipe) -> Rows:
 
 def aggregators(base: FederatedRecipe, values: ValuesRecipe) -> Rows:
     """Every rule as the server, IID and not, with equal and unequal local steps."""
+    unset = dict.fromkeys(base.server.params)
     return [
         (
-            {"rule": rule, "sharding": label, "local steps": steps},
-            recipe.replace(aggregator=rule, local_steps_spread=spread, **defaults),
+            {"rule": name, "sharding": label, "local steps": steps},
+            recipe.replace(**unset | rule.typical(), aggregator=name, local_steps_spread=spread),
         )
         for label, recipe in _iid_and_not(base, values)
         for steps, spread in (("equal", 1.0), ("unequal", values.steps_spread))
-        for rule, defaults in ((n, load_rules()[n].defaults) for n in load_rules())
+        for name, rule in ((name, load_rules()[name]) for name in load_rules())
     ]
 
 
