@@ -50,8 +50,8 @@ def load_task(data: DataRecipe | str, inputs: ImageInput | TextInput, seed: int 
             f'data "{spec}": what follows "?" has keys of its own now: image_column (for image), '
             "label_column (for label), revision, data_dir; and options, --image-column .."
         )
-    builtin = ("hub", "parquet", "folder", "lines", *FAMILIES)
-    if re.fullmatch(MODULE_ATTR, spec) and spec.partition(":")[0] not in builtin:
+    builtin = spec.partition(":")[0] in ("hub", "parquet", "folder", "lines", *FAMILIES)
+    if re.fullmatch(MODULE_ATTR, spec) and not builtin and not Path(spec).exists():
         task = _limited(_user_task(spec, inputs, seed), recipe, seed)
     elif isinstance(inputs, TextInput):
         task = _limited(load_lines(spec, inputs, recipe.val_fraction, seed), recipe, seed)

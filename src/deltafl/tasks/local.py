@@ -64,7 +64,10 @@ def _parquet(name: str, files: Mapping[str, list[Path]], columns: Columns) -> So
         from deltafl.tasks.tables import raw_task, read_tables
 
         paths = {split: [str(path) for path in some] for split, some in files.items()}
-        where = {split: " and ".join(some) for split, some in paths.items()}
+        more = {
+            s: f" and {len(some) - 1} more" if len(some) > 1 else "" for s, some in paths.items()
+        }
+        where = {split: f"{some[0]}{more[split]}" for split, some in paths.items()}
         tables = read_tables(
             "parquet", ", ".join(where.values()), data_files=paths, cache_dir=str(scratch)
         )
