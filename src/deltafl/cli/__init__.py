@@ -48,8 +48,25 @@ COMMANDS = {
 }
 
 
+EXPERIMENTS = {
+    "--heterogeneity-experiment": "heterogeneity",
+    "--local-steps-experiment": "local-steps",
+    "--compare-strategies": "mask-strategies",
+}
+"""Flag of `deltafl federate` -> the suite that it stands for, with the other options as they are."""
+
+
 class LazyGroup(click.Group):
     """A group that knows its commands' names and imports a command when it is called."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read `federate --compare-strategies ...` as `suite mask-strategies ...`."""
+        suites = [EXPERIMENTS[arg] for arg in args if arg in EXPERIMENTS]
+        if suites and "federate" in args:
+            at = args.index("federate")
+            rest = [arg for arg in args[at + 1 :] if arg not in EXPERIMENTS]
+            args = [*args[:at], "suite", *suites, *rest]
+        return super().parse_args(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """All names, in the order of a first reading."""

@@ -18,30 +18,16 @@ from deltafl.report import page_files, run_page
 from deltafl.tasks import load_task
 from deltafl.training.tensorboard import check_installed, write_scalars
 
-EXPERIMENTS = {
-    "heterogeneity_experiment": "heterogeneity",
-    "local_steps_experiment": "local-steps",
-    "compare_strategies": "mask-strategies",
-}
-
 
 @recipe_command(FederatedRecipe)
-@click.option(
-    "--heterogeneity-experiment", is_flag=True, help="Run `deltafl suite heterogeneity` instead."
-)
-@click.option(
-    "--local-steps-experiment", is_flag=True, help="Run `deltafl suite local-steps` instead."
-)
-@click.option(
-    "--compare-strategies", is_flag=True, help="Run `deltafl suite mask-strategies` instead."
-)
 @click.option("--tensorboard", is_flag=True, help="Write OUT/metrics for TensorBoard too.")
 @resume
 @quiet
-def federate(
-    recipe: FederatedRecipe, tensorboard: bool, resume: bool, quiet: bool, **experiments: bool
-) -> None:
+def federate(recipe: FederatedRecipe, tensorboard: bool, resume: bool, quiet: bool) -> None:
     """Federated training of a pre-trained model, test once, write the best model and report.html.
+
+    With --heterogeneity-experiment, --local-steps-experiment or --compare-strategies it is `deltafl suite`
+    with heterogeneity, local-steps or mask-strategies.
 
     \b
     deltafl federate --model facebook/dino-vits16 --data cifar100 --sharding non_iid --nc 5 --out DIR
@@ -50,11 +36,6 @@ def federate(
         check_installed()
     if recipe.out is None:
         raise DeltaflError("no output; name a folder with --out")
-    if asked := [name for flag, name in EXPERIMENTS.items() if experiments[flag]]:
-        from deltafl.cli.suite import run_suites
-
-        run_suites(asked, recipe, tensorboard=tensorboard, resume=resume, quiet=quiet)
-        return
     if not resume:
         check_output(recipe.out, overwrite=recipe.overwrite)
     net = load_net(recipe.model)

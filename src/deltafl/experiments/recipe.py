@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -10,6 +10,7 @@ from deltafl.errors import DeltaflError, did_you_mean
 from deltafl.federated import FederatedRecipe
 from deltafl.recipes import Flags, Incidental, OneOf, Recipe, leaves, load_yaml, read_recipe
 from deltafl.rules.rule import load_rules
+from deltafl.sparse.recipe import SparseRecipe
 from deltafl.training import TrainingRecipe
 
 Limit = Annotated[int | None, Field(ge=1)]
@@ -71,7 +72,10 @@ class ValuesRecipe(Recipe):
     j_values: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (4, 8, 16), min_length=1, description="local steps: local-steps"
     )
-    sparsity_ratios: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
+    sparsity_ratios: Annotated[
+        tuple[Annotated[float, Field(gt=0, lt=1)], ...],
+        Flags(("--sparsity-ratios", "--sparsity-ratio")),
+    ] = Field(
         (0.5, 0.8, 0.9, 0.95),
         min_length=1,
         description="shares of frozen coordinates: sparsity; the others take the middle one",
@@ -160,11 +164,16 @@ class StudyRecipe(Recipe):
         return tuple((name, rules[name].values) for name in named)
 
 
+class MaskRecipe(SparseRecipe):
+    """Masks, whose sparsity the suites choose."""
+
+    sparsity_ratio: Annotated[float, Flags()] = 0.0
+
+
 class SuiteRecipe(FederatedRecipe):
     """Federated runs compared, and merges of fine-tunes; every run with several seeds."""
 
-    renamed: ClassVar = FederatedRecipe.renamed | {"sparsity_ratio": "values.sparsity_ratios"}
-
+    sparse: MaskRecipe = MaskRecipe()
     quick: Annotated[bool, Incidental] = Field(
         False, description="small settings: minutes on two cores"
     )
@@ -201,8 +210,8 @@ def read_suite(
     given = dict(_leaf_values(load_yaml(path) if path else {})) | dict(settings)
     bundled = not {"model", "data", "tasks"} & given.keys()
     size = QUICK if given.get("quick") else FULL if given.get("full") else {}
-    base = {"model": "", "data": "", "out": "deltafl-suite"} | dict(size)
-    defaults = base | (dict(BUNDLED) if bundled else {})
+    defaults = {"data": "", "out": "deltafl-suite"} | dict(size)
+    defaults |= {"model": "", **BUNDLED} if bundled else {}
     recipe = read_recipe(SuiteRecipe, path, settings, defaults=defaults)
     other = {"model", "data", "out", "lr", "lr_schedule", "momentum", "eval_every", "patience"}
     small = {"batch_size": 32, "steps": 0} if bundled else {"steps": 0}

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from deltafl.algebra.tensors import device_named
 from deltafl.errors import DeltaflError
 from deltafl.experiments.arithmetic import analogy, analogy_rows, negation, negation_rows
 from deltafl.experiments.heterogeneity import (
@@ -36,6 +37,7 @@ from deltafl.tasks.task import hash_of
 from deltafl.training import TRAINING_JSON, TrainingRecipe
 from deltafl.training.record import write_json
 from deltafl.training.tensorboard import METRICS, check_installed, write_rows
+from deltafl.usercode import find_callable
 
 Rows = Callable[[Study, Sequence[Cell], Sequence[Result]], dict[str, Any]]
 
@@ -62,19 +64,13 @@ class FederatedWork(Work):
         """What it trains on."""
         return load_task(self.recipe.data, base_net(self.recipe.model).inputs, self.recipe.seed)
 
-    def problems(self, net: Net, where: str) -> list[str]:
-        """What the run could only say when its turn comes. That a rule needs more clients is none: its
-        row says so.
-        """
-        try:
-            task = load_task(self.recipe.data, net.inputs, self.recipe.seed)
-        except DeltaflError as error:
-            return [*error.problems]
-        try:
-            make_shards(task, self.recipe)
-        except DeltaflError as error:
-            return [f"{where}: {problem}" for problem in error.problems]
-        return []
+    def check(self, net: Net) -> None:
+        """Raise DeltaflError with what the run could only say when its turn comes."""
+        if self.recipe.device is not None:
+            device_named(self.recipe.device)
+        if self.recipe.local.client is not None:
+            find_callable(self.recipe.local.client, "client")
+        make_shards(load_task(self.recipe.data, net.inputs, self.recipe.seed), self.recipe)
 
     def content(self, store: Store) -> Mapping[str, Any]:
         recipe = self.recipe.content()
@@ -102,7 +98,8 @@ def run_suites(
     on_progress: OnProgress = ignore,
 ) -> dict[str, Any]:
     """Run suites of federated runs and studies of merges by name. `recipe.out` gets suite.json,
-    report.html, a folder of tables and figures for each, the base model, and every result by content.
+    report.html, a folder of tables and figures for each, the base model, and in works/ every result by
+    its content.
 
     training: of the fine-tunes. With `resume` what is there is kept, and a killed suite goes on.
 
@@ -119,6 +116,8 @@ def run_suites(
     else:
         net = base_net(model)
     suites = {name: _cells(name, recipe) for name in names if name in SUITES}
+    if suites and not recipe.data.data:
+        raise DeltaflError("data is missing; name it with --data")
     study = _study(recipe, training, str(base))
     _check(suites, study, [name for name in names if name in STUDIES], net)
     if recipe.tensorboard:
@@ -134,7 +133,7 @@ def run_suites(
         jobs = recipe.study.jobs or (torch.get_num_threads() if study.device == "cpu" else 1)
         return sweep(
             works,
-            Store(out),
+            Store(out / "works"),
             jobs=jobs,
             on_progress=lambda p: on_progress(replace(p, name=f"{name}: {p.name}")),
         )
@@ -207,10 +206,15 @@ def _check(
     """Raise DeltaflError with what some run could only say when its turn comes: shards that cannot be
     dealt, data sets that are not there, have one name, or other classes than they should.
     """
-    problems: dict[str, None] = {}
-    for name, cells in suites.items():
-        for cell in cells:
-            problems |= dict.fromkeys(cell.work.problems(net, f"{name}, {cell.name}"))
+    problems: dict[str, str] = {}
+    for name, cell in ((name, cell) for name, cells in suites.items() for cell in cells):
+        try:
+            cell.work.check(net)
+            if name != "aggregators":  # its own choice: there the row says so
+                cell.work.recipe.check_rule()
+        except DeltaflError as error:
+            for line in error.problems:
+                problems.setdefault(line, f"{name}, {cell.name}: {line}")
     specs = {*study.tasks} if studies else set()
     specs |= {study.control} if "negation" in studies else set()
     specs |= {study.split} if "data-heterogeneity" in studies else set()
@@ -218,21 +222,25 @@ def _check(
     tasks: dict[str, Task] = {}
     for spec in sorted(specs):
         try:
-            tasks[spec] = load_task(study.training.data.replace(data=spec), net.inputs, study.training.seed)
+            tasks[spec] = load_task(
+                study.training.data.replace(data=spec), net.inputs, study.training.seed
+            )
         except DeltaflError as error:
-            problems |= dict.fromkeys(error.problems)
+            problems |= {line: line for line in error.problems}
     called: dict[str, list[str]] = {}
     for spec in (spec for spec in study.tasks if spec in tasks):
         called.setdefault(tasks[spec].name, []).append(spec)
     for name, same in called.items():
         if len(same) > 1:
-            problems[f'--tasks: {", ".join(same)} are all called "{name}"'] = None
+            line = f'--tasks: {", ".join(same)} are all called "{name}"'
+            problems[line] = line
     names = {tasks[spec].class_names for spec in study.domains if spec in tasks}
     if "analogy" in studies and len(names) > 1:
         both = " and ".join(study.domains)
-        problems[f"analogy: {both} have other classes; give --domains with the same ones"] = None
+        line = f"analogy: {both} have other classes; give --domains with the same ones"
+        problems[line] = line
     if problems:
-        raise DeltaflError(*problems)
+        raise DeltaflError(*problems.values())
 
 
 def _make_base(base: Path, net: Net, seed: int | None, on_progress: OnProgress) -> None:

@@ -262,7 +262,10 @@ class Search(Work):
         places = [store.place(model) for model in self.models]
         recipe = SearchRecipe.of(
             base=self.study.base,
-            models=[{"path": str(p), "data": m.data.spec} for p, m in zip(places, self.models, strict=True)],
+            models=[
+                {"path": str(p), "data": m.data.spec}
+                for p, m in zip(places, self.models, strict=True)
+            ],
             methods=[{"method": name, **params} for name, params in good],
             scaling_coefs=self.study.lambdas,
             strategy=self.strategy,
