@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from deltafl.models import HeadRecipe, LoadedEncoder, Net, load_net, new_net
 from deltafl.models.encoder import encoder_of
 from deltafl.models.heads import LinearHead, random_head
-from deltafl.tasks import ImageInput, ImageTask, load_task
-from deltafl.tasks.arrays import Split, Task, image_task
+from deltafl.tasks import ImageInput, Images, ImageTask, load_task
+from deltafl.tasks.arrays import Task, arrays_of
 from deltafl.training import Evaluation, evaluate
 
 NAMES = ("dark", "left", "right")
@@ -47,22 +47,23 @@ def tiny_vit(seed: int = 0) -> LoadedEncoder:
     return encoder_of(tiny_net(seed))
 
 
-def tiny_task(train: int = 50, val: int = 20, test: int = 31) -> Task:
+def tiny_images(train: int = 50, val: int = 20, test: int = 31) -> ImageTask:
     """Noise with a bright left or right half, or none: learnable, and not learned at once."""
 
-    def split(count: int, seed: int) -> Split:
+    def split(count: int, seed: int) -> Images:
         generator = torch.Generator().manual_seed(seed)
         images = torch.randint(0, 160, (count, 1, 8, 8), generator=generator)
         labels = torch.arange(count) % 3
         images[labels == 1, :, :, :4] += 60
         images[labels == 2, :, :, 4:] += 60
-        return Split(images.to(torch.uint8), labels)
+        return Images(images.to(torch.uint8), labels)
 
-    return Task("halves", split(train, 1), split(val, 2), split(test, 3), NAMES)
+    splits = {"train": split(train, 1), "val": split(val, 2), "test": split(test, 3)}
+    return ImageTask("halves", splits, NAMES)
 
 
-def tiny_images(train: int = 50, val: int = 20, test: int = 31) -> ImageTask:
-    return image_task(tiny_task(train, val, test))
+def tiny_task(train: int = 50, val: int = 20, test: int = 31) -> Task:
+    return arrays_of(tiny_images(train, val, test))
 
 
 def tiny_head(dim: int = 16) -> LinearHead:

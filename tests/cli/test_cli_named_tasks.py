@@ -148,4 +148,4 @@ def test_templates_change_the_zero_shot_head_of_a_run(data: Path, tmp_path: Path
     for command in ("federate", "centralized"):
         said = refusal(tmp_path, command, "--model", VIT, "--data-dir", data, *COMMON, "--templates", prompts,
                        *(FEDERATED if command == "federate" else ()), "--out", tmp_path / "x")  # fmt: skip
-        assert said == "templates are about the zero-shot head"
+        assert "templates are about the zero-shot head" in said

@@ -11,7 +11,7 @@ from deltafl.cli.shards import shards
 from deltafl.errors import DeltaflError
 from deltafl.federated.sharding import ShardingRecipe, shard
 from deltafl.seeding import keyed_generator
-from deltafl.tasks.arrays import load_arrays
+from deltafl.tasks import ImageInput, load_task
 
 TASK = ("tiny_models:tiny_task_factory", "--channels", "1")
 
@@ -36,7 +36,7 @@ def test_the_table_and_the_file_tell_what_the_library_gives(tmp_path: Path):
     said = run(
         "digits", "--num-clients", 10, "--sharding", "non_iid", "--nc", 2, "--seed", 3, "--out", out
     ).output
-    labels = load_arrays("digits", image_size=8, seed=3).train.labels
+    labels = load_task("digits", ImageInput(8), 3).groups("train")
     recipe = ShardingRecipe.of(num_clients=10, sharding="non_iid", nc=2)
     expected = shard(labels, recipe, keyed_generator(3, "shards"))
     held = json.loads((out / "shards.json").read_text())

@@ -22,8 +22,7 @@ from deltafl.federated.setup import initial_state, make_shards
 from deltafl.models import Net, load_net
 from deltafl.progress import OnProgress, ignore
 from deltafl.tasks import ImageTask, Task, load_task
-from deltafl.tasks.arrays import image_task
-from tiny_models import tiny_llama, tiny_task, write_lines
+from tiny_models import tiny_images, tiny_llama, write_lines
 
 RECIPE = FederatedRecipe.of(
     model="federated.worlds:Plain",
@@ -87,7 +86,7 @@ def normed() -> Net:
 
 
 def halves(train: int = 50) -> ImageTask:
-    return image_task(tiny_task(train))
+    return tiny_images(train)
 
 
 @cache

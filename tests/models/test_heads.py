@@ -11,8 +11,7 @@ from deltafl.models.fit import HEADS, random_head
 from deltafl.models.head import Head, load_head, save_head
 from deltafl.models.head_recipe import HeadFit, HeadRecipe
 from deltafl.models.ridge import RidgeStatistics, few_per_class, ridge_head, solve
-from deltafl.tasks.arrays import image_task
-from tiny_models import tiny_llama, tiny_net, tiny_task
+from tiny_models import tiny_images, tiny_llama, tiny_net
 
 NAMES = ("a", "b", "c")
 
@@ -124,7 +123,7 @@ def test_ridge_refuses_what_it_cannot_use():
 
 @pytest.mark.parametrize("kind", ["ridge", "few", "probe", "linear", "file"])
 def test_a_classifier_gets_the_head_of_its_recipe(kind: str, tmp_path: Path):
-    task, few = image_task(tiny_task(train=300, val=90)), 1 if kind == "few" else None
+    task, few = tiny_images(train=300, val=90), 1 if kind == "few" else None
     file = tmp_path / "h.safetensors"
     given = random_head(16, task.class_names, torch.Generator())
     save_head(given, file)
@@ -147,7 +146,7 @@ def test_a_classifier_gets_the_head_of_its_recipe(kind: str, tmp_path: Path):
 @pytest.mark.parametrize("kind", ["ridge", "probe"])
 def test_a_head_is_fitted_on_what_the_shards_hold(kind: str):
     """All examples in shards are all examples; those in no shard are not used."""
-    task, parts = image_task(tiny_task()), (torch.arange(0, 50, 2), torch.arange(1, 50, 2))
+    task, parts = tiny_images(), (torch.arange(0, 50, 2), torch.arange(1, 50, 2))
     weights = []
     for shards in (None, parts, parts[:1]):
         net = tiny_net()
@@ -158,7 +157,7 @@ def test_a_head_is_fitted_on_what_the_shards_hold(kind: str):
 
 
 def test_models_without_a_head_for_a_task(tmp_path: Path):
-    net, task = tiny_net(), image_task(tiny_task())
+    net, task = tiny_net(), tiny_images()
     with pytest.raises(DeltaflError, match=r"has no head.safetensors; give a head with --head"):
         net.check(task)
     with pytest.raises(DeltaflError, match="has no head yet"):

@@ -9,13 +9,12 @@ from safetensors.torch import load_file
 from deltafl.errors import DeltaflError
 from deltafl.models import HeadRecipe, load_net
 from deltafl.tasks import load_task
-from deltafl.tasks.arrays import image_task
 from deltafl.training.step import scores, train_step
-from tiny_models import own_net, tiny_llama, tiny_net, tiny_task, write_lines
+from tiny_models import own_net, tiny_images, tiny_llama, tiny_net, write_lines
 
 
 def classifier(train_head: bool = False):
-    net, task = tiny_net(), image_task(tiny_task())
+    net, task = tiny_net(), tiny_images()
     net.prepare(task, HeadRecipe(head="linear", train_head=train_head))
     return net, task
 

@@ -13,8 +13,8 @@ from deltafl.errors import DeltaflError
 from deltafl.files import WEIGHTS
 from deltafl.models import causal, vision  # noqa: F401  (they register)
 from deltafl.models.families import family_of, new_config, read_config
-from deltafl.models.net import Net
-from deltafl.models.user import MODEL_JSON, Factory, load_user
+from deltafl.models.net import MODEL_JSON, Net
+from deltafl.models.user import Factory, load_user
 
 logger = logging.getLogger(__name__)
 

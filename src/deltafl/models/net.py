@@ -1,6 +1,7 @@
 """A model as everything that trains, merges and judges sees it: one module, and what of it trains."""
 
 import copy
+import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,13 +20,17 @@ from deltafl.tasks.inputs import ImageInput, TextInput
 from deltafl.tasks.task import Task, check_task
 
 WEIGHTS = "model.safetensors"
+MODEL_JSON = "deltafl_model.json"
 
 
 class Format:
     """How a model is written and made ready for a task; what `load_net` read is what `save` writes.
 
     This one writes the module's tensors by its own names, tied ones under each of their names.
+    `about`: how code of a user's own builds the model again, for `deltafl_model.json`.
     """
+
+    about: Mapping[str, Any] | None = None
 
     def save(self, module: nn.Module, folder: Path) -> None:
         """Write `module` into the existing `folder`."""
@@ -34,6 +39,8 @@ class Format:
             for name, tensor in module.state_dict().items()
         }
         save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+        if self.about:
+            (folder / MODEL_JSON).write_text(json.dumps(self.about, indent=2) + "\n")
 
     def snapshot(self, module: nn.Module) -> dict[str, Any]:
         """All values of `module`, and what else `restore` needs, as torch.save can hold them."""

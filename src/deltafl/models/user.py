@@ -13,13 +13,9 @@ from torch import Tensor, nn
 from deltafl.errors import DeltaflError, shorten
 from deltafl.models.classifier import Classifier
 from deltafl.models.fit import ClassifierFormat
-from deltafl.models.head_recipe import HeadFit, HeadRecipe
-from deltafl.models.net import WEIGHTS, Format, Net
+from deltafl.models.net import MODEL_JSON, WEIGHTS, Net
 from deltafl.tasks.inputs import ImageInput
-from deltafl.tasks.task import Task
 from deltafl.usercode import find_callable, importable
-
-MODEL_JSON = "deltafl_model.json"
 
 
 @dataclass(frozen=True)
@@ -44,16 +40,19 @@ class Factory:
                 raise DeltaflError(
                     f'model "{self.ref}" with {dict(self.kwargs)}: {error}'
                 ) from error
-        if isinstance(made, Net):
-            return Net(made.module, made.inputs, _OwnNet(self, made.format), origin or self.ref)
-        if not isinstance(made, nn.Module):
+        if not isinstance(made, Net | nn.Module):
             raise DeltaflError(
                 f'model "{self.ref}" returned a {type(made).__name__}, '
                 "not a torch.nn.Module or a deltafl Net"
             )
-        inputs = inputs or self._inputs(builder, made)
-        classifier = Classifier(made, _embed, inputs, origin or self.ref)
-        return Net(classifier, inputs, _OwnEncoder(self, inputs), origin or self.ref)
+        about = {"factory": self.ref, "kwargs": dict(self.kwargs)}
+        if isinstance(made, nn.Module):
+            inputs = inputs or self._inputs(builder, made)
+            about["input"] = asdict(inputs)
+            classifier = Classifier(made, _embed, inputs, origin or self.ref)
+            made = Net(classifier, inputs, ClassifierFormat())
+        made.origin, made.format.about = origin or self.ref, about
+        return made
 
     def _inputs(self, builder: object, module: nn.Module) -> ImageInput:
         def option(name: str, default: Any) -> Any:
@@ -67,40 +66,6 @@ class Factory:
                 f'model "{self.ref}": mean and std need one value for each of its {channels} channels'
             )
         return ImageInput(int(option("input_size", 224)), channels, mean, std)
-
-    def save(self, folder: Path, **more: Any) -> None:
-        """`deltafl_model.json`, which says how to build the model again."""
-        content = {"factory": self.ref, "kwargs": dict(self.kwargs), **more}
-        (folder / MODEL_JSON).write_text(json.dumps(content, indent=2) + "\n")
-
-
-@dataclass(frozen=True)
-class _OwnEncoder(ClassifierFormat):
-    factory: Factory
-    inputs: ImageInput
-
-    def save_encoder(self, encoder: nn.Module, folder: Path) -> None:
-        super().save_encoder(encoder, folder)
-        self.factory.save(folder, input=asdict(self.inputs))
-
-
-@dataclass(frozen=True)
-class _OwnNet(Format):
-    factory: Factory
-    given: Format
-
-    def save(self, module: nn.Module, folder: Path) -> None:
-        self.given.save(module, folder)
-        self.factory.save(folder)
-
-    def file_name(self, name: str) -> str:
-        return self.given.file_name(name)
-
-    def prepare(self, net: Net, task: Task, recipe: HeadRecipe, fit: HeadFit) -> None:
-        self.given.prepare(net, task, recipe, fit)
-
-    def check(self, net: Net, task: Task) -> None:
-        self.given.check(net, task)
 
 
 def load_user(folder: Path) -> Net:

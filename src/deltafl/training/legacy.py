@@ -2,14 +2,11 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from deltafl.checkpoints.layout import fingerprint, read_layout
 from deltafl.models import HeadRecipe, LoadedEncoder
 from deltafl.models.bridge import net_of
 from deltafl.models.fit import classifier_of
@@ -155,20 +152,6 @@ class Accuracy:
     def __call__(self, model: FlatModel, ids: Tensor) -> Tensor:
         """uint8 (n,), as `predict_correct` gives it."""
         return predict_correct(model, self.head, self.split, ids, self.batch_size, self.autocast)
-
-
-def run_config(encoder: LoadedEncoder, task: Task, recipe: Any) -> dict[str, Any]:
-    """All that decides the result, as JSON values; `recipe` is a dataclass."""
-    on_disk = bool(encoder.origin) and (":" not in encoder.origin or Path(encoder.origin).is_dir())
-    return {
-        **asdict(recipe),
-        "base": encoder.origin,
-        "base_fingerprint": fingerprint(read_layout(encoder.origin)) if on_disk else None,
-        "task": task.name,
-        "task_fingerprint": image_task(task).fingerprint(),
-        "num_examples": len(task.train),
-        "class_names": list(task.class_names),
-    }
 
 
 def zero_shot_for(encoder: LoadedEncoder, task: Task, templates: str | None = None) -> LinearHead:
