@@ -15,14 +15,6 @@ from deltafl.training import TrainingRecipe
 
 Limit = Annotated[int | None, Field(ge=1)]
 
-STUDY_NAMES = (
-    "training-heterogeneity",
-    "data-heterogeneity",
-    "scaling-coef",
-    "negation",
-    "analogy",
-)
-
 QUICK: Mapping[str, Any] = {
     "num_clients": 20,
     "participation_rate": 0.25,

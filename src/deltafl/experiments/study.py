@@ -24,6 +24,7 @@ from deltafl.models.head import save_head
 from deltafl.rules.rule import Source, build_rule, check_rule, load_rules
 from deltafl.seeding import keyed_generator
 from deltafl.tasks import Task, load_task
+from deltafl.tasks.arrays import arrays_of
 from deltafl.tasks.classes import class_groups, only_classes
 from deltafl.tasks.recipe import TrainingDataRecipe
 from deltafl.tasks.selection import stratified
@@ -274,7 +275,8 @@ class Search(Work):
             threads=1,
             device=self.study.device,
         )
-        result = run_search(recipe, None, tasks=[model.judging() for model in self.models])
+        tasks = [arrays_of(model.judging()) for model in self.models]
+        result = run_search(recipe, None, tasks=tasks)
         asked = [{**asdict(m.data), "lr": m.lr, "steps": m.steps} for m in self.models]
         for key in ("candidates", "seconds", "versions"):
             del result[key]
