@@ -23,18 +23,14 @@ from statistics import median
 import torch
 from measure import machine, run
 from mlp import Mlp, Setting, bare_round, make_data, make_head, shards, shuffled
-from ours_run import NAMES, recipe_of
+from ours_run import recipe_of, save_frozen_head, task_of
 from turns import in_turns, ratios, spread
 
-from deltafl.federated import LocalTraining, ServerState, run_round
-from deltafl.federated.client import moving
-from deltafl.federated.controls import Controls
-from deltafl.federated.rounds import World, in_workers
-from deltafl.federated.state import StateWriter
-from deltafl.models import load_encoder
-from deltafl.models.flat import FlatModel
-from deltafl.models.heads import LinearHead
-from deltafl.tasks.arrays import Split
+from deltafl.federated.rounds import Workers, run_round
+from deltafl.federated.server import ServerState
+from deltafl.federated.setup import begin, initial_state
+from deltafl.federated.state import Best, StateWriter
+from deltafl.models import load_net
 from deltafl.training.step import batch_ids
 
 HERE = Path(__file__).parent
@@ -64,21 +60,16 @@ class Rounds:
         width: int = 32,
         workers: int = 1,
     ) -> None:
-        recipe = recipe_of(setting)
-        model = FlatModel(load_encoder("mlp:Mlp", {"width": width}))
-        head = LinearHead(*make_head(), NAMES)
-        params = {n: t.clone() for n, t in moving(model, head).items()}
-        client = LocalTraining(model, head, recipe)
-        split = Split(*make_data(setting.clients * setting.examples))
-        controls = Controls(WORK / "controls")
-        self.state = ServerState(0, params)
-        world = World(
-            recipe, split, tuple(shards(setting)), client, None, frozenset(params), controls
-        )
-        self.world = stack.enter_context(in_workers(world, self.state, workers))
+        head = save_frozen_head(WORK / "head")
+        recipe = recipe_of(setting, head=head, out=str(WORK / "run"))
+        net = load_net("mlp:Mlp", {"width": width})
+        rows = tuple(shards(setting))
+        self.federation = begin(net, task_of(setting), recipe, rows, begun=False)
+        self.state = initial_state(self.federation)
+        self.workers = stack.enter_context(Workers(self.federation, self.state, workers))
 
-    def __call__(self) -> ServerState:
-        return run_round(self.state, self.world)[0]
+    def __call__(self, state: ServerState | None = None) -> ServerState:
+        return run_round(state or self.state, self.federation, self.workers)[0]
 
 
 class Bare:
@@ -100,7 +91,7 @@ class Bare:
 
 def check_same(ours: Sequence[Rounds], bare: Bare, setting: Setting) -> None:
     """All compute the same model as the bare loop when that is given the same batches."""
-    size, seed = setting.batch, ours[0].world.recipe.seed
+    size, seed = setting.batch, ours[0].federation.recipe.seed
     batches = [
         iter(
             [
@@ -146,16 +137,16 @@ def measure_state(setting: Setting, repeats: int, block: int) -> dict[str, dict[
             state = rounds.state
             started = time.perf_counter()
             for _ in range(block):
-                state, _ = run_round(state, rounds.world)
+                state = rounds(state)
             return (time.perf_counter() - started) / block
 
         def written(rounds: Rounds = rounds) -> float:
-            writer = StateWriter(WORK / "state.safetensors", {}, rounds.world.controls)
+            writer = StateWriter(WORK / "state.safetensors")
             state = rounds.state
             started = time.perf_counter()
             for _ in range(block):
-                state, _ = run_round(state, rounds.world)
-                writer.offer(state)
+                state = rounds(state)
+                writer.offer(state, Best(rounds.state.params, 0, 0.0))
             took = (time.perf_counter() - started) / block
             writer.finish()
             return took

@@ -9,14 +9,10 @@ from statistics import median
 
 import torch
 from measure import machine
-from torch import Tensor, nn
 
-from deltafl.models import new_net
-from deltafl.models.encoder import encoder_of
-from deltafl.models.flat import FlatModel
-from deltafl.models.heads import random_head
-from deltafl.sparse.fisher import diagonal_fisher
-from deltafl.tasks.arrays import Split
+from deltafl.models import HeadRecipe, new_net
+from deltafl.sparse.fisher import FisherScorer
+from deltafl.tasks.images import Images, ImageTask
 
 TARGET = 1.5
 MODEL = {
@@ -53,29 +49,22 @@ def main() -> int:
     generator = torch.Generator().manual_seed(0)
     count = options.batch * options.batches
     images = torch.randint(0, 256, (count, 3, 224, 224), generator=generator, dtype=torch.uint8)
-    split = Split(images, torch.randint(0, len(CLASSES), (count,), generator=generator))
-    model = FlatModel(encoder_of(new_net(MODEL)))
-    head = random_head(model.encoder.feature_dim, CLASSES, generator)
-    parameters = [p for p in model.module.parameters() if p.requires_grad]
+    split = Images(images, torch.randint(0, len(CLASSES), (count,), generator=generator))
+    task = ImageTask("noise", dict.fromkeys(("train", "val", "test"), split), CLASSES)
+    net = new_net(MODEL)
+    net.prepare(task, HeadRecipe(head="linear"))
+    parameters = [p for p in net.module.parameters() if p.requires_grad]
+    scorer = FisherScorer(net, task, "empirical", batch_size=options.batch)
 
     def scores() -> None:
-        diagonal_fisher(
-            model,
-            head,
-            split,
-            torch.arange(count),
-            labels="empirical",
-            draws=1,
-            batch_size=options.batch,
-        )
+        scorer("train", torch.arange(count))
 
     def ordinary() -> None:
         for rows in torch.arange(count).split(options.batch):
-            logits: Tensor = head.logits(model.features(split.images[rows]))
-            loss = nn.functional.cross_entropy(logits, split.labels[rows])
-            torch.autograd.grad(loss, parameters)
+            losses, _ = task.loss(net, task.batch("train", rows))
+            torch.autograd.grad(losses.sum(), parameters)
 
-    model.module.eval()
+    net.module.eval()
     times: dict[str, list[float]] = {"ordinary": [], "scores": []}
     for turn in range(-1, options.repeats):
         for name, function in (("ordinary", ordinary), ("scores", scores))[

@@ -8,11 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from deltafl.models import HeadRecipe, LoadedEncoder, Net, load_net, new_net
-from deltafl.models.encoder import encoder_of
-from deltafl.models.heads import LinearHead, random_head
+from deltafl.models import HeadRecipe, Net, load_net, new_net
 from deltafl.tasks import ImageInput, Images, ImageTask, load_task
-from deltafl.tasks.arrays import Task, arrays_of
 from deltafl.training import Evaluation, evaluate
 
 NAMES = ("dark", "left", "right")
@@ -43,10 +40,6 @@ def tiny_net(seed: int = 0) -> Net:
     return new_net(VIT | {"seed": seed})
 
 
-def tiny_vit(seed: int = 0) -> LoadedEncoder:
-    return encoder_of(tiny_net(seed))
-
-
 def tiny_images(train: int = 50, val: int = 20, test: int = 31) -> ImageTask:
     """Noise with a bright left or right half, or none: learnable, and not learned at once."""
 
@@ -60,14 +53,6 @@ def tiny_images(train: int = 50, val: int = 20, test: int = 31) -> ImageTask:
 
     splits = {"train": split(train, 1), "val": split(val, 2), "test": split(test, 3)}
     return ImageTask("halves", splits, NAMES)
-
-
-def tiny_task(train: int = 50, val: int = 20, test: int = 31) -> Task:
-    return arrays_of(tiny_images(train, val, test))
-
-
-def tiny_head(dim: int = 16) -> LinearHead:
-    return random_head(dim, NAMES, torch.Generator().manual_seed(5))
 
 
 class Convolution(nn.Module):

@@ -146,7 +146,7 @@ def test_describe_tells_the_same_with_the_model_and_counts_all_without(made: Pat
     row = next(
         line.split()
         for line in said.splitlines()
-        if line.startswith("layers.*.attention.q_proj.weight")
+        if line.startswith("encoder.layers.*.attention.q_proj.weight")
     )
     kept, eligible = sum(t["kept"] for t in q), sum(t["eligible"] for t in q)
     assert row[1:] == ["2", str(kept), str(eligible), f"{kept / eligible:.2%}"]
@@ -168,7 +168,7 @@ def test_query_key_and_value_of_one_tensor_are_told_apart(tmp_path: Path):
     rows = {t["name"]: t for t in told["tensors"]}
     held = bits(out / "mask.safetensors")
     for i, letter in enumerate("qkv"):
-        for name in ("attention.in_proj_weight", "attention.in_proj_bias"):
+        for name in ("encoder.attention.in_proj_weight", "encoder.attention.in_proj_bias"):
             part = held[name][8 * i : 8 * i + 8]
             row = rows[f"{name}[{letter}]"]
             assert row["kept"] == part.sum()

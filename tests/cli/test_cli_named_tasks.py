@@ -9,7 +9,7 @@ import yaml
 from PIL import Image
 
 from checkpoint_files import refusal, succeed
-from deltafl.models.heads import load_head
+from deltafl.models.head import load_head
 from tiny_models import tiny_clip, vit_file
 
 VIT = vit_file(num_hidden_layers=1, num_channels=3)

@@ -13,7 +13,8 @@ from safetensors import safe_open
 
 from checkpoint_files import files_in, refusal, refused, succeed
 from deltafl.merge.search_recipe import SearchRecipe
-from deltafl.models.heads import HEAD_FILE, random_head, save_head
+from deltafl.models.fit import random_head
+from deltafl.models.head import HEAD_FILE, save_head
 from deltafl.training.record import read_rows
 from experiments.test_one_shot import VARIANTS, train_digits
 

@@ -15,8 +15,7 @@ from deltafl.checkpoints.checkpoint import Checkpoint
 from deltafl.errors import DeltaflError
 from deltafl.experiments.one_shot import BASE, SINGLE, most_rows, run_search
 from deltafl.merge.search_recipe import SearchRecipe
-from deltafl.models import load_net
-from deltafl.models.heads import HEAD_FILE
+from deltafl.models import HEAD_FILE, load_net
 from deltafl.progress import Progress
 from deltafl.tasks import load_task
 from deltafl.tasks.arrays import load_arrays
@@ -231,7 +230,8 @@ def test_two_models_of_one_task_are_an_error(
 def test_heads_that_are_missing_or_of_another_model_are_all_reported(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from deltafl.models.heads import random_head, save_head
+    from deltafl.models.fit import random_head
+    from deltafl.models.head import save_head
 
     save_head(
         random_head(32, tuple("0123456789"), torch.Generator()), tmp_path / "wide.safetensors"

@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 
 from checkpoint_files import refusal, succeed
-from deltafl.models.heads import save_head
+from deltafl.models.head import save_head
 from deltafl.models.zero_shot import zero_shot_head
 from deltafl.recipes import load_yaml
 from deltafl.rules.rule import load_rules

@@ -103,9 +103,9 @@ def test_gains_are_differences_on_the_same_models(done: Path) -> None:
             r for r in rows if r["trainings"] == row["trainings"] and r["rule"] == "task_arithmetic"
         )
         assert row["merges"] == "2"
-        if row["gain"]:
+        if row["gain, points"]:
             gain = float(row["normalised test"]) - float(reference["normalised test"])
-            assert float(row["gain"]) == pytest.approx(gain)
+            assert float(row["gain, points"]) == pytest.approx(gain)
             assert float(row["95 % from"]) <= gain <= float(row["to"])
     alike = {r["rule"]: float(r["normalised test"]) for r in rows if r["trainings"] == "alike"}
     assert alike["fednova"] == pytest.approx(alike["task_arithmetic"])  # equal steps: the same rule
@@ -229,7 +229,7 @@ def test_the_base_is_one_of_the_candidates(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("scaling-coef", *SMALL, "--methods", "medain"), 'unknown method "medain"'),
+        (("scaling-coef", *SMALL, "--methods", "medain"), 'unknown "medain"; did you mean "median"?'),
         (("scaling-coef", *SMALL, "--tasks", "digits:none"), 'unknown variant of digits "none"'),
         (
             ("scaling-coef", *SMALL, "--search-strategy", "rase"),

@@ -84,12 +84,12 @@ def test_the_round_is_that_of_the_others(tmp_path: Path) -> None:
     with_bad = begin(
         tmp_path, RECIPE.replace(participation_rate=1.0, client="federated.test_federate:one_nan")
     )
-    told: list[tuple[int, Update]] = []
-    state, result = one_round(with_bad, lambda k, u: told.append((k, u)))
-    assert [k for k, _ in told] == [0, 2, 3, 5]
+    state, result = one_round(with_bad)
+    told = list(result.updates.values())
+    assert list(result.updates) == [0, 2, 3, 5]
     assert result.failed == (1, 4)
-    total = sum(u.source.num_examples or 0 for _, u in told)
-    mean = sum(u.delta["first.weight"] * ((u.source.num_examples or 0) / total) for _, u in told)
+    total = sum(u.source.num_examples or 0 for u in told)
+    mean = sum(u.delta["first.weight"] * ((u.source.num_examples or 0) / total) for u in told)
     torch.testing.assert_close(
         state.params["first.weight"], with_bad.state.params["first.weight"] + mean
     )
@@ -226,8 +226,8 @@ def test_bytes_of_step_zero_are_told_apart(
 
 def test_what_a_client_sends_is_what_is_counted(tmp_path: Path) -> None:
     begun = begin(tmp_path, RECIPE.replace(sparsity_ratio=0.9, momentum=0.0))
-    sent: list[int] = []
-    state, result = one_round(begun, lambda k, u: sent.append(u.delta.tuned.num_bytes.values))
+    state, result = one_round(begun)
+    sent = [u.delta.kept.nbytes for u in result.updates.values()]
     row: dict[str, Any] = {}
     Bytes(begun.federation).after(state, result, row)
     assert sum(sent) == row["bytes_up"] > 0

@@ -159,8 +159,8 @@ def test_local_steps_are_a_clients_own() -> None:
 def test_every_client_takes_its_steps(tmp_path: Path) -> None:
     recipe = RECIPE.replace(local_steps_spread=2.5, participation_rate=1.0)
     begun = begin(tmp_path, recipe)
-    told: dict[int, Source] = {}
-    _, result = one_round(begun, lambda k, update: told.update({k: update.source}))
+    _, result = one_round(begun)
+    told = {k: update.source for k, update in result.updates.items()}
     assert {k: s.num_steps for k, s in told.items()} == {k: recipe.steps_of(k) for k in range(6)}
     assert {k: s.num_examples for k, s in told.items()} == {
         k: len(begun.federation.shards[k]) for k in range(6)

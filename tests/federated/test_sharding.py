@@ -268,17 +268,3 @@ def test_describe_counts_what_is_held_left_out_and_given_twice():
     assert (told.sizes.tolist(), told.classes.tolist()) == ([3, 2], [2, 2])
     assert (told.smallest, told.largest, told.duplicates) == (2, 3, 1)
     assert told.left_out.tolist() == [1, 0, 1, 0]
-
-
-@pytest.mark.parametrize(
-    ("shards", "labels", "message"),
-    [
-        ([], [0, 1], "no shards"),
-        ([[0]], [0, 4], "labels go from 0 to 4; num_classes is 3"),
-        ([[0]], [-1, 1], "labels go from -1"),
-        ([[0, 2]], [0, 1], "outside 0 to 1"),
-    ],
-)
-def test_describe_refuses_what_does_not_fit(shards, labels, message):
-    with pytest.raises(DeltaflError, match=message):
-        describe([torch.tensor(rows) for rows in shards], torch.tensor(labels), 3)

@@ -10,9 +10,10 @@ from deltafl.errors import DeltaflError
 from deltafl.federated import FederatedRecipe
 from deltafl.federated import setup as step_zero
 from deltafl.federated.setup import calibration_clients, fit_head, make_shards
-from deltafl.federated.sparse_bridge import encoder_view
 from deltafl.models.fit import classifier_of
-from deltafl.sparse.masks import MASK_STRATEGIES, load_mask, mask_meta, model_hash, save_mask
+from deltafl.sparse.fisher import FisherScorer
+from deltafl.sparse.masks import load_mask, mask_meta, model_hash, save_mask
+from deltafl.sparse.strategies import MASK_STRATEGIES
 from federated.worlds import RECIPE, assert_same, begin, federate, halves, one_round, plain
 
 SHARDINGS: list[dict[str, Any]] = [
@@ -67,18 +68,15 @@ def asked(
 ) -> list[tuple[tuple[int, ...], int]]:
     """(rows, first draw of the labels' generator) of every Fisher sum that a client is asked for."""
     found: list[tuple[tuple[int, ...], int]] = []
-    original = step_zero.diagonal_fisher
 
-    def recorded(model, head, split, ids, **options):
-        state = options["generator"].get_state()
-        found.append(
-            (tuple(ids.tolist()), int(torch.randint(2**40, (), generator=options["generator"])))
-        )
-        options["generator"].set_state(state)
-        assert not head.parameters()
-        return original(model, head, split, ids, **options)
+    class Recorded(FisherScorer):
+        def __call__(self, split, ids, generator=None):
+            state = generator.get_state()
+            found.append((tuple(ids.tolist()), int(torch.randint(2**40, (), generator=generator))))
+            generator.set_state(state)
+            return super().__call__(split, ids, generator)
 
-    monkeypatch.setattr(step_zero, "diagonal_fisher", recorded)
+    monkeypatch.setattr(step_zero, "FisherScorer", Recorded)
     begin(tmp_path, recipe)
     monkeypatch.undo()
     return found
@@ -105,11 +103,11 @@ def test_calibration_asks_fresh_clients_for_fresh_examples(
 
 
 def test_fisher_sums_are_added_over_examples_and_not_averaged_over_clients(tmp_path: Path) -> None:
-    """With exact labels and all examples of all clients, the mask is that of the whole data at once."""
+    """With the data's labels and all examples of all clients, the mask is that of the whole data at once."""
     recipe = RECIPE.replace(
         participation_rate=1.0,
         sparsity_ratio=0.6,
-        fisher_labels="exact",
+        fisher_labels="empirical",
         calibration_examples=10**6,
         sharding="dirichlet",
         alpha=0.3,
@@ -130,9 +128,7 @@ def test_more_calibration_rounds_than_fresh_clients_is_an_error() -> None:
         CALIBRATED.replace(calibration_rounds=5)
 
 
-@pytest.mark.parametrize(
-    "strategy", [n for n in MASK_STRATEGIES if not MASK_STRATEGIES[n].needs_scores]
-)
+@pytest.mark.parametrize("strategy", [n for n in MASK_STRATEGIES if not MASK_STRATEGIES[n].scored])
 def test_a_strategy_without_scores_asks_no_client_and_ignores_the_rounds(
     strategy: str, tmp_path: Path
 ) -> None:
@@ -158,19 +154,19 @@ def test_every_strategy_freezes_the_share_asked_for(
     run = federate(plain(), halves(), recipe, tmp_path / "run")
     start = run.rows[0]
     assert start["kept"] == pytest.approx(0.2 * start["parameters"], abs=2)
-    mask = load_mask(tmp_path / "run" / "mask.safetensors", model_hash(encoder_view(plain())))
+    mask = load_mask(tmp_path / "run" / "mask.safetensors", plain())
     assert sum(int(m.sum()) for m in mask.values()) == start["kept"]
 
 
 def test_a_mask_from_a_file_is_used_and_one_of_another_model_refused(tmp_path: Path) -> None:
-    model = encoder_view(plain())
-    mask = {n: torch.zeros_like(t, dtype=torch.bool) for n, t in model.tensors().items()}
-    mask["last.weight"][:, 3] = True
-    save_mask(mask, tmp_path / "mask", model_hash(model))
+    net = plain()
+    mask = {n: torch.zeros_like(t, dtype=torch.bool) for n, t in net.trained.items()}
+    mask["encoder.last.weight"][:, 3] = True
+    save_mask(mask, tmp_path / "mask", model_hash(net))
     recipe = RECIPE.replace(mask_file=str(tmp_path / "mask"))
     held = begin(tmp_path, recipe).federation.mask
     assert held is not None
-    assert_same(held, {f"encoder.{n}": m for n, m in mask.items()})
+    assert_same(held, mask)
     run = federate(plain(), halves(), recipe, tmp_path / "run")
     assert run.rows[0]["kept"] == 5
     assert mask_meta(tmp_path / "run" / "mask.safetensors") == {

@@ -3,7 +3,7 @@
 import atexit
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltafl.algebra.deltas import Update
 from deltafl.federated import Callback, FederatedRecipe, FederatedRun
 from deltafl.federated import federate as run_federated
 from deltafl.federated.rounds import Federation, RoundResult, Workers, run_round
@@ -124,12 +123,10 @@ def begin(
     return Begun(federation, initial_state(federation))
 
 
-def one_round(
-    begun: Begun, on_update: Callable[[int, Update], None] = lambda client, update: None
-) -> tuple[ServerState, RoundResult]:
+def one_round(begun: Begun) -> tuple[ServerState, RoundResult]:
     """The first round, in this process."""
     with Workers(begun.federation, begun.state) as workers:
-        return run_round(begun.state, begun.federation, workers, on_update)
+        return run_round(begun.state, begun.federation, workers)
 
 
 def assert_same(ours, theirs) -> None:

@@ -10,12 +10,10 @@ from PIL import Image
 from deltafl.cli.train import evaluate as evaluate_command
 from deltafl.cli.train import finetune as finetune_command
 from deltafl.errors import DeltaflError
-from deltafl.models import HeadRecipe, load_encoder, load_net, zero_shot
-from deltafl.models.flat import FlatModel
+from deltafl.models import HeadRecipe, load_net, zero_shot
 from deltafl.models.head import Head, load_head, save_head
-from deltafl.models.heads import LinearHead
 from deltafl.models.zero_shot import read_templates, zero_shot_head
-from deltafl.sparse.fisher import diagonal_fisher
+from deltafl.sparse.fisher import FisherScorer
 from deltafl.tasks.arrays import Split, Task, image_task
 from deltafl.tasks.catalogue import catalogue
 from deltafl.training import TrainingRecipe, evaluate, finetune
@@ -161,17 +159,14 @@ def test_fine_tuning_evaluating_and_resuming_with_it(clip, tmp_path):
 
 
 def test_sensitivity_is_that_of_the_normalised_logits(clip):
-    head = LinearHead.of(zero_shot_head(str(clip), "insects", NAMES))
-    model = FlatModel(load_encoder(clip))
-    split = task().train
-    ids = torch.arange(4)
-    name = "visual_projection.weight"
-    weight = dict(model.module.named_parameters())[name]
-    found = diagonal_fisher(model, head, split, ids, labels="empirical").sum[name]
+    net, data, ids = load_net(str(clip)), image_task(task()), torch.arange(4)
+    net.module.head = zero_shot_head(str(clip), "insects", NAMES)
+    name = "encoder.visual_projection.weight"
+    weight = net.module.get_parameter(name)
+    found = FisherScorer(net, data, "empirical")("train", ids).sum[name]
     expected = torch.zeros_like(weight)
-    for i in ids.tolist():
-        logits = head.logits(model.features(split.images[i : i + 1]))
-        loss = torch.nn.functional.cross_entropy(logits, split.labels[i : i + 1])
+    for i in ids:
+        loss = data.loss(net, data.batch("train", i[None]))[0].sum()
         expected += torch.autograd.grad(loss, [weight])[0].square()
     torch.testing.assert_close(found.float(), expected, rtol=1e-3, atol=1e-6)
     assert expected.max() > 1e-3

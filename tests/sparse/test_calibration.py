@@ -5,15 +5,14 @@ import pytest
 import torch
 
 from deltafl.errors import DeltaflError
-from deltafl.models.flat import FlatModel
-from deltafl.sparse.calibration import attenuated, calibrate
-from deltafl.sparse.eligible import Eligible, eligible
+from deltafl.sparse.calibration import calibrate
+from deltafl.sparse.eligible import Eligible
 from deltafl.sparse.masks import make_mask
-from tiny_models import tiny_vit
+from deltafl.sparse.recipe import SparseRecipe
 
 SHAPES = {"a": (50,), "b": (6, 10)}
 PART = torch.arange(60).reshape(6, 10) % 3 != 0
-ABLE = Eligible(SHAPES, {"b": PART}, {"b": "for the test"}, frozenset())
+ABLE = Eligible(SHAPES, {"b": PART})
 WEIGHTS = {n: torch.randn(s, generator=torch.Generator().manual_seed(9)) for n, s in SHAPES.items()}
 
 
@@ -22,24 +21,22 @@ def scores_of(r: int):
     return {n: torch.rand(s, generator=draw) for n, s in SHAPES.items()}
 
 
-def run(kind, rounds, score, strategy="least_sensitive", sparsity=0.8, scope="global", **options):
-    options = {"eligible": ABLE, "weights": WEIGHTS, **options}
-    return calibrate(
-        kind,
-        rounds,
-        score,
-        strategy=strategy,
-        sparsity=sparsity,
-        scope=scope,
-        generator=torch.Generator().manual_seed(0),
-        **options,
+def run(kind, rounds, score, strategy="least_sensitive", sparsity=0.8, scope="global"):
+    recipe = SparseRecipe.of(
+        calibration=kind,
+        calibration_rounds=rounds,
+        mask_strategy=strategy,
+        sparsity_ratio=sparsity,
+        mask_scope=scope,
     )
+    generator = torch.Generator().manual_seed(0)
+    return calibrate(recipe, score, eligible=ABLE, weights=WEIGHTS, generator=generator)
 
 
 def plain(scores, sparsity=0.8, strategy="least_sensitive", scope="global"):
     return make_mask(
         strategy,
-        sparsity=sparsity,
+        keep=1 - sparsity,
         scope=scope,
         eligible=ABLE,
         scores=scores,
@@ -56,10 +53,8 @@ class Recorder:
     def __init__(self, score=scores_of) -> None:
         self.calls, self.score = [], score
 
-    def __call__(self, r, survivors):
-        self.calls.append(
-            (r, None if survivors is None else {n: m.clone() for n, m in survivors.items()})
-        )
+    def __call__(self, r):
+        self.calls.append(r)
         return self.score(r)
 
 
@@ -70,7 +65,7 @@ def test_average_is_one_threshold_on_the_mean(scope):
     mean = {n: sum(scores_of(r)[n].double() for r in range(4)) / 4 for n in SHAPES}
     assert same(mask, plain(mean, scope=scope))
     assert not same(mask, plain(scores_of(0), scope=scope))
-    assert score.calls == [(r, None) for r in range(4)]
+    assert score.calls == list(range(4))
 
 
 def test_one_round_of_each_kind_is_the_plain_mask():
@@ -80,18 +75,22 @@ def test_one_round_of_each_kind_is_the_plain_mask():
 
 @pytest.mark.parametrize("scope", ["global", "per_layer"])
 @pytest.mark.parametrize("strategy", ["least_sensitive", "most_sensitive"])
-def test_progressive_masks_are_nested_and_shrink_on_schedule(strategy, scope):
-    rounds, keep = 5, 1 - 0.8
+def test_progressive_masks_are_nested_and_shrink_on_schedule(strategy, scope, monkeypatch):
+    rounds, keep, masks = 5, 1 - 0.8, []
+
+    def recorded(*args, **kwargs):
+        masks.append(make_mask(*args, **kwargs))
+        return masks[-1]
+
+    monkeypatch.setattr("deltafl.sparse.calibration.make_mask", recorded)
     score = Recorder()
-    final = run("progressive", rounds, score, strategy, scope=scope)
-    assert [r for r, _ in score.calls] == list(range(rounds))
-    assert score.calls[0][1] is None
-    masks = [survivors for _, survivors in score.calls[1:]] + [final]
+    run("progressive", rounds, score, strategy, scope=scope)
+    assert score.calls == list(range(rounds))
+    assert len(masks) == rounds
     for r, mask in enumerate(masks, 1):
         if scope == "global":
-            assert sum(int(m.sum()) for m in mask.values()) == round(
-                keep ** (r / rounds) * ABLE.total
-            )
+            kept = sum(int(m.sum()) for m in mask.values())
+            assert kept == round(keep ** (r / rounds) * ABLE.total)
         else:
             for n in SHAPES:
                 assert int(mask[n].sum()) == round(keep ** (r / rounds) * ABLE.numel(n))
@@ -101,35 +100,24 @@ def test_progressive_masks_are_nested_and_shrink_on_schedule(strategy, scope):
 
 
 def test_what_was_dropped_never_returns():
-    """Later rounds score 0 (pruned weights look insensitive) wherever the first round dropped."""
-    dropped = {}
+    """Later rounds score 0 (pruned weights look insensitive), or NaN, wherever the first one dropped."""
+    first = plain(scores_of(0), sparsity=1 - 0.2 ** (1 / 3))
+    for value in (0, torch.nan):
 
-    def score(r, survivors):
-        if survivors is None:
-            return scores_of(0)
-        dropped.update({n: ~survivors[n] for n in SHAPES})
-        return {n: torch.where(survivors[n], scores_of(r)[n] + 1, 0) for n in SHAPES}
+        def score(r, value=value):
+            if r == 0:
+                return scores_of(0)
+            return {n: torch.where(first[n], scores_of(r)[n] + 1, value) for n in SHAPES}
 
-    mask = run("progressive", 3, score)
-    assert sum(int(m.sum()) for m in mask.values()) == round(0.2 * ABLE.total)
-    assert not any((mask[n] & dropped[n]).any() for n in SHAPES)
-
-
-def test_scores_of_dropped_coordinates_are_not_read():
-    def score(r, survivors):
-        if survivors is None:
-            return scores_of(0)
-        return {n: torch.where(survivors[n], scores_of(r)[n], torch.nan) for n in SHAPES}
-
-    assert sum(int(m.sum()) for m in run("progressive", 3, score).values()) == round(
-        0.2 * ABLE.total
-    )
+        mask = run("progressive", 3, score)
+        assert sum(int(m.sum()) for m in mask.values()) == round(0.2 * ABLE.total)
+        assert not any((mask[n] & ~first[n]).any() for n in SHAPES)
 
 
 @pytest.mark.parametrize("kind", ["average", "progressive"])
 @pytest.mark.parametrize("strategy", ["lowest_magnitude", "highest_magnitude", "random"])
 def test_strategies_without_scores_never_score(kind, strategy):
-    def score(r, survivors):
+    def score(r):
         raise AssertionError("scored")
 
     assert same(run(kind, 4, score, strategy), plain(None, strategy=strategy))
@@ -145,68 +133,30 @@ def test_rounds_on_the_same_data_are_logged(caplog):
 
 def test_the_callbacks_scores_are_not_modified():
     given = [scores_of(r) for r in range(3)]
-    run("average", 3, lambda r, survivors: given[r])
-    run("progressive", 3, lambda r, survivors: given[r])
+    run("average", 3, lambda r: given[r])
+    run("progressive", 3, lambda r: given[r])
     assert all(same(given[r], scores_of(r)) for r in range(3))
-
-
-def test_attenuation_lowers_dropped_weights_only_while_scoring():
-    model = FlatModel(tiny_vit())
-    able = eligible(model)
-    before = model.flat.detach().clone()
-    tensors = {n: t.clone() for n, t in model.tensors().items()}
-    seen = []
-
-    def score(r, survivors):
-        assert torch.is_grad_enabled()
-        now = model.tensors()
-        if survivors is None:
-            assert torch.equal(model.flat, before)
-        else:
-            for n, t in now.items():
-                part = able.of(n)
-                dropped = ~survivors[n] & (torch.ones_like(survivors[n]) if part is None else part)
-                assert torch.equal(t, torch.where(dropped, tensors[n] * 0.25, tensors[n]))
-            assert not torch.equal(model.flat, before)
-        seen.append(r)
-        draw = torch.Generator().manual_seed(r)
-        return {n: torch.rand(t.shape, generator=draw) for n, t in now.items()}
-
-    run(
-        "progressive", 3, score, eligible=able, weights=model.tensors(), attenuate=0.25, model=model
-    )
-    assert seen == [0, 1, 2]
-    assert torch.equal(model.flat, before)
-
-
-def test_attenuation_is_undone_bit_for_bit_after_an_error():
-    model = FlatModel(tiny_vit())
-    able = eligible(model)
-    before = model.flat.detach().clone()
-    survivors = {n: torch.zeros(s, dtype=torch.bool) for n, s in able.shapes.items()}
-
-    def fail():
-        with attenuated(model, survivors, able, 0.1):
-            assert not torch.equal(model.flat, before)
-            raise ValueError("inside")
-
-    with pytest.raises(ValueError, match="inside"):
-        fail()
-    assert torch.equal(model.flat.detach().view(torch.int32), before.view(torch.int32))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "averge"}, 'did you mean "average"'),
-        ({"rounds": 0}, "0 calibration rounds"),
-        ({"sparsity": 1.0}, "sparsity is 1.0"),
-        ({"attenuate": 0.5}, "give that model"),
-        ({"attenuate": 2.0}, "from 0 to 1"),
-        ({"attenuate": 0.5, "kind": "average"}, "leave it out"),
-        ({"attenuate": 0.5, "strategy": "random"}, "leave it out"),
+        ({"calibration": "averge"}, 'did you mean "average"'),
+        ({"calibration_rounds": 0}, "greater than or equal to 1"),
+        ({"sparsity_ratio": 1.0}, "less than 1"),
+        ({"mask_strategy": "least_sensitve"}, 'did you mean "least_sensitive"'),
+        ({"fisher_labels": "exact"}, "known: empirical, sampled"),
+        ({"mask_file": "m", "sparsity_ratio": 0.5}, "give one of them"),
     ],
 )
 def test_mistakes_are_named(change, message):
     with pytest.raises(DeltaflError, match=message):
-        run(**{"kind": "progressive", "rounds": 2, "score": Recorder(), **change})
+        SparseRecipe.of(**change)
+
+
+def test_scores_are_needed_where_a_mask_is_made_by_them():
+    made = SparseRecipe.of(sparsity_ratio=0.9)
+    assert (made.is_sparse, made.is_calibrated) == (True, True)
+    assert not made.replace(mask_strategy="random").is_calibrated
+    assert not SparseRecipe.of(mask_file="m").is_calibrated
+    assert not SparseRecipe().is_sparse

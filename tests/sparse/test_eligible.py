@@ -2,12 +2,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deltafl.models.encoder import InputSpec, LoadedEncoder
-from deltafl.models.flat import FlatModel
+from deltafl.models import Net
 from deltafl.sparse.eligible import eligible
-from tiny_models import tiny_task, tiny_vit
+from deltafl.tasks import ImageInput
+from tiny_models import tiny_images, tiny_net
 
-KEYS = ("layers.0.attention.k_proj.bias", "layers.1.attention.k_proj.bias")
+KEYS = tuple(f"encoder.layers.{i}.attention.k_proj.bias" for i in (0, 1))
+
+IMAGES = tiny_images().splits["train"].images[:4] / 127.5 - 1
 
 
 class Fused(nn.Module):
@@ -58,29 +60,38 @@ class Tokens(nn.Module):
         return self.attention(self.lift(x[:, 0])).tanh().mean(1)
 
 
-def flat(attention: nn.Module) -> FlatModel:
+class Grouped(nn.Module):
+    """Four queries on two keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(8, dim) for dim in (8, 4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = (p(x).unflatten(2, (-1, 2)).mT.mT.transpose(1, 2) for p in self.children())
+        attended = nn.functional.scaled_dot_product_attention(*parts, enable_gqa=True)
+        return attended.transpose(1, 2).flatten(2)
+
+
+def net_of(attention: nn.Module) -> Net:
     module = Tokens(attention)
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.normal_(generator=draw)
-    return FlatModel(
-        LoadedEncoder(module, nn.Module.__call__, InputSpec(8, 1, (0.5,), (0.5,)), 8, "tokens")
-    )
+    return Net(module, ImageInput(8, 1, (0.5,), (0.5,)))
 
 
-def influence(model: FlatModel, name: str) -> Tensor:
-    """|d features / d parameter|, summed over images."""
-    parameter = dict(model.module.named_parameters())[name]
-    images = tiny_task().train.images[:4]
-    return sum(
-        torch.autograd.grad(f, parameter, retain_graph=True)[0].abs()
-        for f in model.features(images).flatten()
-    )
+def influence(net: Net, name: str, **tokens) -> Tensor:
+    """|d output / d parameter|, summed over a batch."""
+    outputs = net(**tokens).logits if tokens else net(IMAGES)
+    parameter = net.module.get_parameter(name)
+    grads = (torch.autograd.grad(f, parameter, retain_graph=True) for f in outputs.flatten())
+    return sum(grad[0].abs() for grad in grads)
 
 
 def test_key_biases_of_transformers_are_excluded_and_named():
-    able = eligible(FlatModel(tiny_vit()))
+    able = eligible(tiny_net())
     assert tuple(able.excluded) == KEYS
     assert all("key bias" in why for why in able.excluded.values())
     for name in able.shapes:
@@ -93,18 +104,18 @@ def test_key_biases_of_transformers_are_excluded_and_named():
     [
         (Fused(), "attention.qkv.bias", True),
         (Separate(), "attention.key.bias", False),
+        (Grouped(), "attention.k_proj.bias", False),
         (Torch(), "attention.attention.in_proj_bias", True),
     ],
 )
 def test_what_is_excluded_is_what_moves_no_feature(attention, name, third):
     """Excluded coordinates have no influence beyond rounding, all others of the tensor have."""
-    model = flat(attention)
-    able = eligible(model)
+    net = net_of(attention)
+    able = eligible(net)
     assert list(able.excluded) == [name]
     part = able.of(name)
-    assert part is not None
     assert int(part.sum()) == (16 if third else 0)
-    strength = influence(model, name)
+    strength = influence(net, name)
     assert strength[~part].max() < 1e-5
     if third:
         assert strength[part].min() > 1e-3
@@ -121,26 +132,49 @@ def test_what_is_excluded_is_what_moves_no_feature(attention, name, third):
     ],
 )
 def test_key_biases_that_matter_stay_eligible(attention, name):
-    model = flat(attention)
-    assert not eligible(model).excluded
-    assert influence(model, name).min() > 1e-4
+    net = net_of(attention)
+    assert not eligible(net).excluded
+    assert influence(net, name).min() > 1e-4
 
 
 def test_a_key_bias_that_another_module_uses_stays_eligible():
     attention = Separate()
     attention.query.bias = attention.key.bias
-    assert not eligible(flat(attention)).excluded
+    assert not eligible(net_of(attention)).excluded
 
 
 def test_fused_weights_are_known_and_wholly_eligible():
-    able = eligible(flat(Fused()))
+    able = eligible(net_of(Fused()))
     assert able.fused == {"attention.qkv.weight", "attention.qkv.bias"}
-    assert able.of("attention.qkv.weight") is None
+    assert able.of("attention.qkv.weight").all()
 
 
 def test_frozen_parameters_are_not_listed():
-    encoder = tiny_vit()
-    encoder.module.layers[0].attention.k_proj.bias.requires_grad_(False)
-    able = eligible(FlatModel(encoder))
+    net = tiny_net()
+    net.module.get_parameter(KEYS[0]).requires_grad_(False)
+    able = eligible(net)
     assert KEYS[0] not in able.shapes
     assert tuple(able.excluded) == KEYS[1:]
+
+
+def test_rotated_keys_of_llama_types_depend_on_their_bias():
+    """Qwen2: grouped queries, biases, and keys rotated by position, outside of the attention module."""
+    import transformers as t
+
+    config = t.Qwen2Config(
+        vocab_size=11,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = t.Qwen2ForCausalLM(config).double()
+        for parameter in module.parameters():
+            parameter.data.normal_()
+    net = Net(module, ImageInput(8, 1, (0.5,), (0.5,)))
+    assert not eligible(net).excluded
+    name = "model.layers.0.self_attn.k_proj.bias"
+    assert influence(net, name, input_ids=torch.arange(6)[None]).max() > 1e-3

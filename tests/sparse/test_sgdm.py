@@ -6,12 +6,13 @@ import torch
 from torch import nn
 
 from deltafl.algebra.tensors import BLOCK
-from deltafl.errors import DeltaflError
-from deltafl.models.encoder import InputSpec, LoadedEncoder
-from deltafl.models.flat import FlatModel
-from deltafl.sparse.sgdm import SparseSGDM
-from deltafl.training.legacy import Batch, train_step
-from tiny_models import tiny_head, tiny_task, tiny_vit
+from deltafl.models import HeadRecipe, Net
+from deltafl.sparse.eligible import eligible
+from deltafl.sparse.packed import kept_index
+from deltafl.sparse.sgdm import SparseSGDM, frozen_tensors
+from deltafl.tasks import ImageInput
+from deltafl.training.step import train_step
+from tiny_models import tiny_images, tiny_net
 
 COMBINATIONS = [
     {"momentum": m, "weight_decay": wd, "dampening": d, "nesterov": n}
@@ -20,31 +21,41 @@ COMBINATIONS = [
 ]
 
 
-def random_mask(model: FlatModel, density: float, seed: int = 0):
+def random_mask(model: Net, density: float, seed: int = 0):
     draw = torch.Generator().manual_seed(seed)
-    return {n: torch.rand(t.shape, generator=draw) < density for n, t in model.tensors().items()}
+    return {n: torch.rand(t.shape, generator=draw) < density for n, t in model.trained.items()}
 
 
 def flat_mask(mask) -> torch.Tensor:
     return torch.cat([m.reshape(-1) for m in mask.values()])
 
 
-def large() -> FlatModel:
+def large() -> Net:
     """One weight of more than a block, so that blocks of every kind are met."""
     module = nn.Sequential(nn.Flatten(), nn.Linear(64, 2), nn.Linear(2, (BLOCK + 100) // 2))
     with torch.no_grad():
         for i, parameter in enumerate(module.parameters()):
             parameter.normal_(generator=torch.Generator().manual_seed(i))
-    return FlatModel(
-        LoadedEncoder(module, nn.Module.__call__, InputSpec(8, 1, (0.5,), (0.5,)), 2, "large")
-    )
+    return Net(module, ImageInput(8, 1, (0.5,), (0.5,)))
 
 
-def small() -> FlatModel:
-    return FlatModel(tiny_vit())
+def small(train_head: bool = False) -> Net:
+    net = tiny_net()
+    net.prepare(tiny_images(), HeadRecipe(head="linear", train_head=train_head))
+    return net
 
 
-def set_gradient(model: FlatModel, seed: int) -> torch.Tensor:
+def sgdm(net: Net, mask, lr: float = 0.1, **options) -> SparseSGDM:
+    index = None if mask is None else kept_index(mask, net.slices)
+    return SparseSGDM(net.flat, index, lr, **options)
+
+
+def whole_batch():
+    task = tiny_images()
+    return task, task.batch("train", torch.arange(task.size("train")))
+
+
+def set_gradient(model: Net, seed: int) -> torch.Tensor:
     gradient = torch.randn(model.flat.shape, generator=torch.Generator().manual_seed(seed))
     model.flat.grad.copy_(gradient)
     return gradient
@@ -65,7 +76,7 @@ def test_a_mask_of_ones_is_torchs_sgd_bit_for_bit(options, given):
     model = small()
     start = model.flat.detach().clone()
     mask = None if given == "none" else random_mask(model, 2.0)
-    optimiser = SparseSGDM(model, mask, 0.1, **options)
+    optimiser = sgdm(model, mask, **options)
     gradients = []
     for step in range(4):
         gradients.append(set_gradient(model, step))
@@ -83,7 +94,7 @@ def test_kept_coordinates_are_torchs_sgd_and_frozen_ones_stay(options, make):
         mask["2.weight"][: BLOCK // 2 + 10] = True  # a block kept whole
     kept = flat_mask(mask)
     start = model.flat.detach().clone()
-    optimiser = SparseSGDM(model, mask, 0.1, **options)
+    optimiser = sgdm(model, mask, **options)
     gradients = []
     for step in range(4):
         gradients.append(set_gradient(model, step))
@@ -100,7 +111,7 @@ def test_the_formula_in_float64():
     kept = flat_mask(mask)
     w = model.flat.detach().double()[kept]
     lr, mu, damp, wd = 0.05, 0.8, 0.2, 0.1
-    optimiser = SparseSGDM(model, mask, lr, momentum=mu, dampening=damp, weight_decay=wd)
+    optimiser = sgdm(model, mask, lr, momentum=mu, dampening=damp, weight_decay=wd)
     m = None
     for step in range(6):
         d = set_gradient(model, step).double()[kept] + wd * w
@@ -112,39 +123,21 @@ def test_the_formula_in_float64():
 
 def test_training_moves_kept_coordinates_only():
     """A whole run through train_step with momentum, Nesterov and weight decay; the head trains densely."""
-    model, task, head = small(), tiny_task(), tiny_head().trainable()
-    mask = random_mask(model, 0.1)
-    kept = flat_mask(mask)
-    start, head_start = model.flat.detach().clone(), head.weight.detach().clone()
-    optimiser = SparseSGDM(
-        model, mask, 0.1, weight_decay=0.1, nesterov=True, extra=head.parameters()
-    )
-    batch = Batch(task.train.images, task.train.labels)
-    losses = [float(train_step(model, head, batch, optimiser, lr=0.05)) for _ in range(20)]
-    assert torch.equal(model.flat.detach()[~kept], start[~kept])
-    assert (model.flat.detach()[kept] != start[kept]).float().mean() > 0.5
+    net, (task, batch) = small(train_head=True), whole_batch()
+    mask = random_mask(net, 0.1)
+    mask |= {n: torch.ones(shape, dtype=torch.bool) for n, shape in eligible(net).whole.items()}
+    kept, start = flat_mask(mask), net.flat.detach().clone()
+    optimiser = sgdm(net, mask, weight_decay=0.1, nesterov=True)
+    losses = [float(train_step(net, task, batch, optimiser, lr=0.05)) for _ in range(20)]
+    assert torch.equal(net.flat.detach()[~kept], start[~kept])
+    assert (net.flat.detach()[kept] != start[kept]).float().mean() > 0.5
     assert losses[-1] < losses[0]
-    assert not torch.equal(head.weight.detach(), head_start)
-
-
-def test_extra_tensors_are_torchs_sgd():
-    model, head = (
-        small(),
-        nn.Parameter(torch.randn(5, 3, generator=torch.Generator().manual_seed(0))),
-    )
-    start = head.detach().clone()
-    options = {"momentum": 0.9, "weight_decay": 0.1, "nesterov": True}
-    optimiser = SparseSGDM(model, random_mask(model, 0.1), 0.1, extra=[head], **options)
-    gradients = [torch.randn(5, 3, generator=torch.Generator().manual_seed(i)) for i in range(1, 4)]
-    for gradient in gradients:
-        head.grad = gradient.clone()
-        optimiser.step()
-    assert torch.equal(head.detach(), torch_sgd(start, gradients, 0.1, **options))
+    assert not torch.equal(net.trained["head.weight"], start[net.slices["head.weight"]].view(3, 16))
 
 
 def test_the_gradient_is_not_modified_by_a_step():
     model = small()
-    optimiser = SparseSGDM(model, random_mask(model, 0.3), 0.1, weight_decay=0.1, nesterov=True)
+    optimiser = sgdm(model, random_mask(model, 0.3), 0.1, weight_decay=0.1, nesterov=True)
     gradient = set_gradient(model, 0)
     optimiser.step()
     optimiser.step()
@@ -157,7 +150,7 @@ def test_mask_gradients(make, density):
     model = make()
     mask = random_mask(model, density)
     next(iter(mask.values())).view(-1)[0] = True
-    optimiser = SparseSGDM(model, mask, 0.1)
+    optimiser = sgdm(model, mask, 0.1)
     gradient = set_gradient(model, 0)
     gradient[3] = model.flat.grad[3] = torch.inf
     optimiser.mask_gradients_()
@@ -169,93 +162,59 @@ def test_mask_gradients(make, density):
 
 
 def test_memory_falls_with_sparsity():
-    """At 90 % sparsity: 10 % of the dense momentum, at most 14 % with the index, whose bits are 1/32 of float32."""
-    model = large()
-    dense = torch.optim.SGD([model.flat], 0.1, momentum=0.9)
-    set_gradient(model, 0)
-    dense.step()
-    dense_bytes = sum(t.nbytes for t in dense.state[model.flat].values())
-    numel = model.flat.numel()
-    assert dense_bytes == 4 * numel
-    mask = random_mask(model, 2.0)
-    order = torch.randperm(numel, generator=torch.Generator().manual_seed(0))
-    keep = torch.zeros(numel, dtype=torch.bool)
-    keep[order[: numel // 10]] = True
-    mask = {n: keep[part].view(mask[n].shape) for n, part in model.slices.items()}
-    optimiser = SparseSGDM(model, mask, 0.1)
-    assert optimiser.num_bytes.values == 0
+    """At 90 % sparsity the momentum is 10 % of the dense one, and the index as much again."""
+    net = large()
+    numel = net.flat.numel()
+    mask = random_mask(net, 0.1)
+    optimiser = sgdm(net, mask)
+    set_gradient(net, 0)
     optimiser.step()
-    held = [
-        t
-        for state in optimiser.state.values()
-        for t in state.values()
-        if isinstance(t, torch.Tensor)
-    ]
-    assert sum(t.nbytes for t in held) == optimiser.num_bytes.values == 4 * (numel // 10)
-    assert sum(optimiser.num_bytes) <= 0.14 * dense_bytes
-    assert optimiser.num_bytes.index >= numel // 8
+    states = [state for state in optimiser.state.values() if state]
+    held = [t for state in states for t in state.values() if isinstance(t, torch.Tensor)]
+    count = int(flat_mask(mask).sum())
+    assert sum(t.nbytes for t in held) == 4 * count < 0.11 * 4 * numel
+    assert optimiser.index.nbytes == 4 * count
 
 
 def test_tensors_without_a_kept_coordinate_have_no_gradient_for_a_while():
-    model, task, head = small(), tiny_task(), tiny_head()
-    mask = random_mask(model, 0.5)
-    gone = ("embeddings.patch_embeddings.projection.weight", "layers.0.mlp.fc1.weight")
+    net, (task, batch) = small(), whole_batch()
+    mask = random_mask(net, 0.5)
+    gone = tuple(n for n in mask if n.endswith(("projection.weight", "layers.0.mlp.fc1.weight")))
     for name in gone:
         mask[name].zero_()
-    parameters = dict(model.module.named_parameters())
+    parameters = dict(net.module.named_parameters())
     before = {n: p.requires_grad for n, p in parameters.items()}
-    start = model.flat.detach().clone()
-    optimiser = SparseSGDM(model, mask, 0.1, weight_decay=0.1)
-    assert optimiser.frozen == gone
-    set_gradient(model, 0)
-    batch = Batch(task.train.images, task.train.labels)
-    with optimiser.skip_frozen() as names:
+    start = net.flat.detach().clone()
+    optimiser = sgdm(net, mask, weight_decay=0.1)
+    set_gradient(net, 0)
+    with frozen_tensors(net.module, mask) as names:
         assert names == gone
         assert {n for n, p in parameters.items() if before[n] and not p.requires_grad} == set(gone)
-        assert not any(model.flat.grad[model.slices[n]].any() for n in gone)
         for _ in range(3):
-            train_step(model, head, batch, optimiser, lr=0.1)
-            assert not any(model.flat.grad[model.slices[n]].any() for n in gone)
-            assert model.flat.grad.any()
+            assert not any(net.flat.grad[net.slices[n]].any() for n in gone)
+            train_step(net, task, batch, optimiser, lr=0.1)
+            assert net.flat.grad.any()
     assert {n: p.requires_grad for n, p in parameters.items()} == before
-    assert all(
-        torch.equal(model.flat.detach()[model.slices[n]], start[model.slices[n]]) for n in gone
-    )
-    train_step(model, head, batch, optimiser, lr=0.1)
-    assert all(model.flat.grad[model.slices[n]].any() for n in gone)
+    assert all(torch.equal(net.flat.data[net.slices[n]], start[net.slices[n]]) for n in gone)
+    train_step(net, task, batch, optimiser, lr=0.1)
+    assert all(net.flat.grad[net.slices[n]].any() for n in gone)
 
 
-def test_skipping_gives_the_bits_of_not_skipping():
+def test_skipping_gives_the_bits_of_not_skipping_and_is_undone_after_an_error():
     results = []
     for skip in (False, True):
-        model, task, head = small(), tiny_task(), tiny_head()
-        mask = random_mask(model, 0.5)
-        mask["layers.0.mlp.fc1.weight"].zero_()
-        optimiser = SparseSGDM(model, mask, 0.1)
-        batch = Batch(task.train.images, task.train.labels)
-        for _ in range(3):
-            if skip:
-                with optimiser.skip_frozen():
-                    train_step(model, head, batch, optimiser, lr=0.1, grad_clip=None)
-            else:
-                train_step(model, head, batch, optimiser, lr=0.1, grad_clip=None)
-        results.append(model.flat.detach())
+        net, (task, batch) = small(), whole_batch()
+        mask = random_mask(net, 0.5)
+        mask["encoder.layers.0.mlp.fc1.weight"].zero_()
+        optimiser = sgdm(net, mask)
+        with frozen_tensors(net.module, mask if skip else {}):
+            for _ in range(3):
+                train_step(net, task, batch, optimiser, lr=0.1)
+        results.append(net.flat.detach())
     assert torch.equal(*results)
-
-
-def test_requires_grad_is_restored_after_an_error():
-    model = small()
-    mask = random_mask(model, 0.5)
-    mask["layernorm.bias"].zero_()
-    optimiser = SparseSGDM(model, mask, 0.1)
-
-    def fail():
-        with optimiser.skip_frozen():
-            raise ValueError("inside")
-
-    with pytest.raises(ValueError, match="inside"):
-        fail()
-    assert dict(model.module.named_parameters())["layernorm.bias"].requires_grad
+    with pytest.raises(ValueError, match="inside"), frozen_tensors(net.module, mask):
+        raise ValueError("inside")
+    assert net.module.get_parameter("encoder.layers.0.mlp.fc1.weight").requires_grad
 
 
 @pytest.mark.parametrize("density", [0.2, 2.0])
@@ -268,78 +227,14 @@ def test_resume_is_bit_exact(density):
     options = {"lr": 0.1, "momentum": 0.9, "dampening": 0.2, "weight_decay": 0.1}
     whole, first, second = small(), small(), small()
     mask = random_mask(whole, density)
-    uninterrupted = SparseSGDM(whole, mask, **options)
+    uninterrupted = sgdm(whole, mask, **options)
     steps(whole, uninterrupted, range(6))
 
-    before = SparseSGDM(first, mask, **options)
+    before = sgdm(first, mask, **options)
     steps(first, before, range(3))
     saved = copy.deepcopy(before.state_dict())
-    second.load(first.tensors())
-    after = SparseSGDM(second, mask, **options)
-    given = copy.deepcopy(saved)
-    after.load_state_dict(given)
+    second.load(first.trained)
+    after = sgdm(second, mask, **options)
+    after.load_state_dict(saved)
     steps(second, after, range(3, 6))
     assert torch.equal(second.flat.detach(), whole.flat.detach())
-    assert torch.equal(given["state"][0]["momentum_buffer"], saved["state"][0]["momentum_buffer"])
-
-
-def test_a_state_of_another_mask_is_refused():
-    model = small()
-    one, two = (
-        SparseSGDM(model, random_mask(model, 0.5, 1), 0.1),
-        SparseSGDM(model, random_mask(model, 0.5, 2), 0.1),
-    )
-    with pytest.raises(DeltaflError, match="another mask"):
-        two.load_state_dict(one.state_dict())
-    with pytest.raises(DeltaflError, match="another mask"):
-        SparseSGDM(model, None, 0.1).load_state_dict(one.state_dict())
-
-
-def test_reset_is_a_new_optimiser_in_the_same_memory():
-    model, fresh = small(), small()
-    mask = random_mask(model, 0.3)
-    optimiser = SparseSGDM(model, mask, 0.1, dampening=0.3)
-    set_gradient(model, 0)
-    optimiser.step()
-    buffer = optimiser.state[model.flat]["momentum_buffer"]
-    fresh.load(model.tensors())
-    optimiser.reset()
-    other = SparseSGDM(fresh, mask, 0.1, dampening=0.3)
-    for step in range(1, 4):
-        set_gradient(model, step)
-        set_gradient(fresh, step)
-        optimiser.step()
-        other.step()
-    assert torch.equal(model.flat.detach(), fresh.flat.detach())
-    assert optimiser.state[model.flat]["momentum_buffer"] is buffer
-
-
-def test_a_closure_is_called_with_gradients():
-    model = small()
-    optimiser = SparseSGDM(model, None, 0.1)
-    assert optimiser.step(lambda: float(torch.is_grad_enabled())) == 1.0
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"lr": -1.0}, "none may be negative"),
-        ({"lr": 0.1, "weight_decay": -1.0}, "none may be negative"),
-        ({"lr": 0.1, "momentum": 0.0, "nesterov": True}, "Nesterov"),
-        ({"lr": 0.1, "dampening": 0.1, "nesterov": True}, "Nesterov"),
-    ],
-)
-def test_mistakes_are_named(options, message):
-    with pytest.raises(DeltaflError, match=message):
-        SparseSGDM(small(), None, **options)
-
-
-def test_a_mask_that_does_not_fit_never_trains_densely():
-    model = small()
-    mask = random_mask(model, 0.5)
-    with pytest.raises(DeltaflError, match="mask and model differ"):
-        SparseSGDM(model, {f"vit.{n}": m for n, m in mask.items()}, 0.1)
-    with pytest.raises(DeltaflError, match="mask and model differ"):
-        SparseSGDM(model, {}, 0.1)
-    with pytest.raises(DeltaflError, match="keeps no coordinate"):
-        SparseSGDM(model, {n: torch.zeros_like(m) for n, m in mask.items()}, 0.1)

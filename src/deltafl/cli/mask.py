@@ -15,7 +15,6 @@ from deltafl.cli.results import as_text
 from deltafl.errors import DeltaflError
 from deltafl.federated.recipe import ClientsRecipe
 from deltafl.federated.setup import MASK_FILE, fit_head, make_mask, make_shards
-from deltafl.federated.sparse_bridge import encoder_view, of_encoder
 from deltafl.files import atomic_folder, check_output, write_files
 from deltafl.models import load_net
 from deltafl.recipes import Incidental, read_recipe
@@ -111,8 +110,7 @@ def make(recipe: MaskRecipe) -> tuple[Mask, dict[str, Any]]:
         name: getattr(recipe, name) for name in ("participation_rate", "mixed_precision", "seed")
     }
     told = {n: value for n, value in settings.items() if value is not None and value is not False}
-    model = encoder_view(net)
-    return made, _result(of_encoder(made), eligible(model), model_hash(model), told)
+    return made, _result(made, eligible(net), model_hash(net), told)
 
 
 def described(path: str, base: str | None, device: str | None) -> dict[str, Any]:
@@ -124,10 +122,8 @@ def described(path: str, base: str | None, device: str | None) -> dict[str, Any]
 
     if base is None:
         return _result(load_mask(path, None), None, None, mask_meta(path))
-
-    model = encoder_view(load_net(base).copy_to(_device(device)))
-    own = model_hash(model)
-    return _result(load_mask(path, own), eligible(model), own, mask_meta(path))
+    net = load_net(base).copy_to(_device(device))
+    return _result(load_mask(path, net), eligible(net), model_hash(net), mask_meta(path))
 
 
 def _device(name: str | None) -> str:
@@ -139,9 +135,7 @@ def _result(
     mask: Mask, able: Eligible | None, model: str | None, made: Mapping[str, Any]
 ) -> dict[str, Any]:
 
-    known = able or Eligible(
-        {name: tuple(kept.shape) for name, kept in mask.items()}, {}, {}, frozenset()
-    )
+    known = able or Eligible({name: tuple(kept.shape) for name, kept in mask.items()})
     rows = describe_mask(mask, known)
     return {
         "made": dict(made),
@@ -188,6 +182,6 @@ def write(made: Mask | None, result: Mapping[str, Any], out: str, overwrite: boo
 
     with atomic_folder(out, overwrite=overwrite) as folder:
         if made is not None:
-            save_mask(of_encoder(made), folder / MASK_FILE, result["model_hash"], result["made"])
+            save_mask(made, folder / MASK_FILE, result["model_hash"], result["made"])
         write_json(folder / "mask.json", result)
         write_files(folder, page_files(mask_page(result)))

@@ -2,23 +2,22 @@
 
 import resource
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deltafl.algebra.deltas import Update
 from deltafl.federated.client import load_state
 from deltafl.federated.rounds import Federation, RoundResult, Workers
 from deltafl.federated.saving import save_update
 from deltafl.federated.server import ServerState
 from deltafl.federated.setup import calibration_clients
 from deltafl.federated.sharding import describe
-from deltafl.federated.sparse_bridge import count_eligible
 from deltafl.federated.state import Best, StateWriter
 from deltafl.progress import OnProgress, Progress
+from deltafl.sparse.eligible import eligible
 from deltafl.tasks.task import Split
 from deltafl.training.recipe import PRECISIONS
 from deltafl.training.record import RunRecord
@@ -32,9 +31,6 @@ class Callback:
 
     def begin(self, state: ServerState, row: Row) -> None:
         """Before the first round; `row` is that of round 0. A resumed run has begun."""
-
-    def on_update(self, state: ServerState, client: int, update: Update) -> None:
-        """A finite update has come in, in the round after `state`."""
 
     def after(self, state: ServerState, result: RoundResult, row: Row) -> None:
         """A round led to `state`; `row` holds what callbacks before this one put into it."""
@@ -50,11 +46,12 @@ def score_of(federation: Federation, params: Mapping[str, Tensor], split: Split)
     return scores(federation.net, federation.task, split, autocast=autocast).double().mean().item()
 
 
+@dataclass
 class Validation(Callback):
     """The validation score every `eval_every` rounds, and the best model so far; of equal ones the first."""
 
-    def __init__(self, federation: Federation, best: Best) -> None:
-        self.federation, self.best = federation, best
+    federation: Federation
+    best: Best
 
     @property
     def is_exhausted(self) -> bool:
@@ -79,11 +76,11 @@ class Validation(Callback):
             self.best = replace(self.best, waited=self.best.waited + 1)
 
 
+@dataclass
 class Shards(Callback):
     """How many examples and groups clients hold, in the first row."""
 
-    def __init__(self, federation: Federation) -> None:
-        self.federation = federation
+    federation: Federation
 
     def begin(self, state: ServerState, row: Row) -> None:
         groups = self.federation.task.groups("train")
@@ -145,19 +142,19 @@ def setup_bytes(federation: Federation) -> dict[str, int]:
     recipe, net = federation.recipe, federation.net
     up, head = net.format.head_bytes(net.module, recipe.head, federation.shards)
     asked = sum(map(len, calibration_clients(recipe)))
-    up += asked * 4 * count_eligible(net) if asked else 0
+    up += asked * 4 * eligible(net).total if asked else 0
     down = head * (asked if recipe.head.train_head else recipe.sharding.num_clients)
     return {"setup_bytes_up": up, "setup_bytes_down": down}
 
 
+@dataclass
 class Record(Callback):
     """The run's rows; the last of the callbacks that fill them. `on_progress` is told of each."""
 
-    def __init__(
-        self, record: RunRecord, num_rounds: int, workers: Workers, on_progress: OnProgress
-    ) -> None:
-        self.record, self.num_rounds, self.workers = record, num_rounds, workers
-        self.on_progress = on_progress
+    record: RunRecord
+    num_rounds: int
+    workers: Workers
+    on_progress: OnProgress
 
     def begin(self, state: ServerState, row: Row) -> None:
         self.record.append(row)
@@ -181,11 +178,12 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+@dataclass
 class StateFile(Callback):
     """What a killed run goes on from."""
 
-    def __init__(self, writer: StateWriter, validation: Validation) -> None:
-        self.writer, self.validation = writer, validation
+    writer: StateWriter
+    validation: Validation
 
     def after(self, state: ServerState, result: RoundResult, row: Row) -> None:
         self.writer.offer(state, self.validation.best)
@@ -194,15 +192,16 @@ class StateFile(Callback):
         self.writer.finish()
 
 
+@dataclass
 class ClientModels(Callback):
     """The clients' models of some rounds, as OUT/updates/round-R/client-K beside what they started from."""
 
-    def __init__(self, federation: Federation, out: Path) -> None:
-        self.federation, self.out = federation, out
-        self.rounds = set(map(str, federation.recipe.save_client_updates))
+    federation: Federation
+    out: Path
 
-    def on_update(self, state: ServerState, client: int, update: Update) -> None:
-        number = state.round + 1
-        if self.rounds & {"all", str(number)}:
-            folder = self.out / "updates" / f"round-{number:04d}"
-            save_update(folder, client, update, state.params, self.federation)
+    def after(self, state: ServerState, result: RoundResult, row: Row) -> None:
+        rounds = map(str, self.federation.recipe.save_client_updates)
+        if {"all", str(state.round)} & set(rounds):
+            folder = self.out / "updates" / f"round-{state.round:04d}"
+            for client, update in result.updates.items():
+                save_update(folder, client, update, result.start.params, self.federation)

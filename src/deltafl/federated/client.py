@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,8 +16,8 @@ from deltafl.federated.recipe import FederatedRecipe
 from deltafl.models.net import Net
 from deltafl.seeding import keyed_generator
 from deltafl.sparse.masks import Mask
-from deltafl.sparse.packed import KeptIndex, PackedDelta
-from deltafl.sparse.sgdm import SparseSGDM
+from deltafl.sparse.packed import PackedDelta, kept_index
+from deltafl.sparse.sgdm import SparseSGDM, frozen_tensors
 from deltafl.tasks.task import Task
 from deltafl.training.recipe import PRECISIONS
 from deltafl.training.step import batches, keyed_dropout, train_step
@@ -56,40 +56,41 @@ class LocalTraining:
     def __init__(self, net: Net, task: Task, recipe: FederatedRecipe) -> None:
         self.net, self.task, self.recipe = net, task, recipe
         self._names = names_of(net)
-        self._optimiser: SparseSGDM | None = None
+        self._index: Tensor | None = None
         self._mask: Mask | None = None
 
     def __call__(self, params: Tensors, mask: Mask | None, round: Round) -> ClientUpdate:
         """Train and return the update: at frozen coordinates exactly 0, and packed where a mask is given."""
         started = time.perf_counter()
         load_state(self.net, params)
-        optimiser = self._ready(mask)
-        local = self.recipe.local
-        algorithm = local.algorithm(self.net.flat, local, round)
-        skipping = optimiser.skip_frozen() if mask is not None else nullcontext()
-        dropout = keyed_dropout(self.net.device, self.recipe.seed, round.number, round.client)
-        with skipping, dropout, _counters_kept(self.net.module):
+        local, net = self.recipe.local, self.net
+        index = None if mask is None else self.index(mask)
+        before = None if index is None else net.flat.detach().index_select(0, index)
+        algorithm = local.algorithm(net.flat, local, round)
+        optimiser = SparseSGDM(
+            net.flat,
+            index,
+            local.lr,
+            local.momentum,
+            weight_decay=local.weight_decay,
+            nesterov=local.nesterov,
+        )
+        dropout = keyed_dropout(net.device, self.recipe.seed, round.number, round.client)
+        with frozen_tensors(net.module, mask or {}), dropout, _counters_kept(net.module):
             loss = self._train(round, optimiser, algorithm)
         control = algorithm.control()
-        delta = Difference(params, self._after(params, optimiser))
+        delta = self._delta(params, index, before)
         source = local.source(f"client {round.client}", len(round.ids), round.num_steps, round.lr)
         mean = float(loss) / round.num_steps  # a GPU finishes: the time is then the client's
         return ClientUpdate(delta, source, mean, time.perf_counter() - started, control)
 
-    def index(self, mask: Mask) -> KeptIndex | None:
+    def index(self, mask: Mask) -> Tensor | None:
         """Where the kept values of every update with this mask belong; None if all are kept."""
-        return self._ready(mask).index
-
-    def _ready(self, mask: Mask | None) -> SparseSGDM:
-        """The optimiser for this mask; its buffers serve one client after the other."""
-        if self._optimiser is None or self._mask is not mask:
-            r = self.recipe.local
+        if self._mask is not mask:
             self._mask = mask
-            self._optimiser = SparseSGDM(
-                self.net, mask, r.lr, r.momentum, weight_decay=r.weight_decay, nesterov=r.nesterov
-            )
-        self._optimiser.reset()
-        return self._optimiser
+            index = kept_index(mask, self.net.slices, self.net.device)
+            self._index = index if len(index) < len(self.net.flat) else None
+        return self._index
 
     def _train(self, round: Round, optimiser: SparseSGDM, algorithm: Sgd) -> Tensor:
         """Local steps on batches keyed by (seed, round, client); the sum of their losses, on the device."""
@@ -118,18 +119,19 @@ class LocalTraining:
             )
         return total
 
-    def _after(self, params: Tensors, optimiser: SparseSGDM) -> Tensors:
-        """What was trained, copied out of the working net; with a mask only the kept values are held."""
+    def _delta(self, params: Tensors, index: Tensor | None, before: Tensor | None) -> Tensors:
+        """What was trained, less `params`; with a mask only the kept values are held."""
         flat, state = self.net.flat.detach(), state_of(self.net)
         trained = {self._names[n]: part for n, part in self.net.slices.items()}
         buffers = {n: t.clone() for n, t in state.items() if n not in trained}
-        if optimiser.index is None:
+        if index is None or before is None:
             copy = flat.clone()
-            return {n: copy[part].view_as(state[n]) for n, part in trained.items()} | buffers
-        shapes = {n: tuple(state[n].shape) for n in trained}
-        packed = PackedDelta(optimiser.index.gather(flat), optimiser.index, shapes, onto=params)
-        parts = (packed, buffers)
-        return Joined({n: (part, n) for part in parts for n in part}) if buffers else packed
+            after = {n: copy[part].view_as(state[n]) for n, part in trained.items()}
+            return Difference(params, after | buffers)
+        moved = flat.index_select(0, index).float().sub_(before)
+        packed = PackedDelta(moved, index, {n: tuple(state[n].shape) for n in trained})
+        rest = Difference({n: params[n] for n in buffers}, buffers)
+        return Joined({n: (part, n) for part in (packed, rest) for n in part}) if rest else packed
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
@@ -49,8 +49,11 @@ class RoundResult:
     """What happened in a round: who took part, whose update was not finite, the mean loss, who took how long.
 
     client_seconds are those of all clients together, also of clients that trained at the same time.
+    start: what they started from. updates: the finite ones by client, valid until the next round.
     """
 
+    start: ServerState
+    updates: Mapping[int, Update]
     clients: tuple[int, ...]
     failed: tuple[int, ...]
     num_steps: int
@@ -58,16 +61,14 @@ class RoundResult:
     client_seconds: float
     server_seconds: float
 
-
-OnUpdate = Callable[[int, Update], None]
-"""Told of each finite update and its client, before the server's step."""
+    @property
+    def numbers(self) -> dict[str, object]:
+        """What the record keeps of it."""
+        return {n: v for n, v in vars(self).items() if n not in ("start", "updates")}
 
 
 def run_round(
-    state: ServerState,
-    federation: Federation,
-    workers: "Workers",
-    on_update: OnUpdate = lambda client, update: None,
+    state: ServerState, federation: Federation, workers: "Workers"
 ) -> tuple[ServerState, RoundResult]:
     """Round `state.round + 1`. An update with NaN or Inf is left out, counted, and its client named.
 
@@ -76,15 +77,14 @@ def run_round(
     """
     recipe, number = federation.recipe, state.round + 1
     chosen = recipe.clients_in(number)
-    updates: list[tuple[int, Update]] = []
+    updates: dict[int, Update] = {}
     failed: list[int] = []
     client_seconds = 0.0
     for k, (update, seconds) in zip(chosen, workers.train(state, chosen), strict=True):
         client_seconds += seconds
         _refuse_other_tensors(update, k, state.params)
         if is_finite(update):
-            updates.append((k, update))
-            on_update(k, update)
+            updates[k] = update
         else:
             logger.warning(
                 "round %d: the update of client %d has NaN or Inf and is left out", number, k
@@ -97,14 +97,18 @@ def run_round(
     started = time.perf_counter()
     names = names_of(federation.net)
     trained = {names[n] for n in federation.net.slices}
-    total = aggregate([u for _, u in updates], recipe, number)
+    total = aggregate(list(updates.values()), recipe, number)
     stepped = replace(server_step(state, total, recipe.server, trained), round=number)
     stepped = with_controls(stepped, updates, federation.controls, recipe.sharding.num_clients)
-    losses = [u.loss for _, u in updates if isinstance(u, ClientUpdate) and u.loss is not None]
+    losses = [
+        u.loss for u in updates.values() if isinstance(u, ClientUpdate) and u.loss is not None
+    ]
     result = RoundResult(
+        state,
+        updates,
         tuple(chosen),
         tuple(failed),
-        sum(u.source.num_steps or 0 for _, u in updates),
+        sum(u.source.num_steps or 0 for u in updates.values()),
         sum(losses) / len(losses) if losses else None,
         client_seconds,
         time.perf_counter() - started,

@@ -4,13 +4,12 @@ import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from deltafl.algebra.deltas import Update
 from deltafl.algebra.tensors import device_named
 from deltafl.errors import DeltaflError
 from deltafl.federated.callbacks import (
@@ -26,7 +25,7 @@ from deltafl.federated.callbacks import (
     setup_bytes,
 )
 from deltafl.federated.recipe import FederatedRecipe
-from deltafl.federated.rounds import Federation, OnUpdate, Workers, count_workers, run_round
+from deltafl.federated.rounds import Federation, Workers, count_workers, run_round
 from deltafl.federated.saving import save_net
 from deltafl.federated.server import ServerState
 from deltafl.federated.setup import begin, initial_state, make_shards, new_record
@@ -138,24 +137,14 @@ def _all_rounds(
             callback.begin(state, row)
     try:
         while state.round < recipe.num_rounds and not validation.is_exhausted:
-            state, result = run_round(state, federation, workers, _told(callbacks, state))
-            row = {"event": "round", "round": state.round, **asdict(result)}
+            state, result = run_round(state, federation, workers)
+            row = {"event": "round", "round": state.round, **result.numbers}
             for callback in callbacks:
                 callback.after(state, result, row)
     finally:
         for callback in callbacks:
             callback.end()
     return state, validation.best
-
-
-def _told(callbacks: Sequence[Callback], state: ServerState) -> OnUpdate:
-    """What tells all of each update in the round after `state`."""
-
-    def on_update(client: int, update: Update) -> None:
-        for callback in callbacks:
-            callback.on_update(state, client, update)
-
-    return on_update
 
 
 def _finish(

@@ -1,6 +1,6 @@
 """SCAFFOLD's control variates: the clients' in files, for K vectors of the model's size need not fit into memory."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,7 +54,7 @@ def correction(controls: Controls, control: Tensor, client: int, number: int | N
 
 def with_controls(
     state: ServerState,
-    updates: Sequence[tuple[int, Update]],
+    updates: Mapping[int, Update],
     controls: Controls,
     num_clients: int,
 ) -> ServerState:
@@ -67,7 +67,7 @@ def with_controls(
     control, rounds = state.control, dict(state.control_rounds)
     if control is None:
         return state
-    for k, update in updates:
+    for k, update in updates.items():
         new = update.control if isinstance(update, ClientUpdate) else None
         if new is None:
             raise DeltaflError(

@@ -1,6 +1,8 @@
 """Step 0: shards, head and mask, all that is made before the first round."""
 
 from collections.abc import Sequence
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +16,13 @@ from deltafl.federated.rounds import Federation
 from deltafl.federated.scaffold import Controls
 from deltafl.federated.server import ServerState
 from deltafl.federated.sharding import shard
-from deltafl.federated.sparse_bridge import encoder_view, head_view, of_net, save_net_mask
 from deltafl.files import atomic_folder
 from deltafl.models import HEAD_FILE, HeadFit, HeadRecipe, Net
 from deltafl.seeding import keyed_generator
 from deltafl.sparse.calibration import calibrate
 from deltafl.sparse.eligible import eligible
-from deltafl.sparse.fisher import FisherSum, diagonal_fisher
-from deltafl.sparse.masks import Mask, load_mask, model_hash
-from deltafl.tasks.arrays import arrays_of
+from deltafl.sparse.fisher import FisherScorer
+from deltafl.sparse.masks import Mask, load_mask, model_hash, save_mask
 from deltafl.tasks.task import Task
 from deltafl.training.recipe import PRECISIONS
 from deltafl.training.record import RunRecord
@@ -78,7 +78,8 @@ def new_record(federation: Federation, config: dict[str, Any]) -> None:
                 "strategy": sparse.mask_strategy if sparse.mask_file is None else None,
                 "file": sparse.mask_file,
             }
-            save_net_mask(federation.net, federation.mask, folder / MASK_FILE, about)
+            hashed = model_hash(federation.net)
+            save_mask(federation.mask, folder / MASK_FILE, hashed, about)
 
 
 def initial_state(federation: Federation) -> ServerState:
@@ -109,43 +110,28 @@ def make_mask(
     sparse = recipe.sparse
     if not sparse.is_sparse:
         return None
-    model = encoder_view(net)
     found = file or sparse.mask_file
     if found is not None:
-        return of_net(net, load_mask(found, model_hash(model)))
-    frozen, arrays = head_view(net), arrays_of(task).train
+        return load_mask(found, net)
     groups = calibration_clients(recipe)
+    scorer = FisherScorer(net, task, sparse.fisher_labels, sparse.fisher_draws)
 
-    def score(number: int, survivors: Mask | None) -> Tensors:
-        total: FisherSum | None = None
+    def score(number: int) -> Tensors:
+        sums = []
         for k in groups[number]:
             key = (recipe.seed, "calibration", number, k)
             order = torch.randperm(len(shards[k]), generator=keyed_generator(*key, "examples"))
-            own = diagonal_fisher(
-                model,
-                frozen,
-                arrays,
-                shards[k][order[: sparse.calibration_examples]],
-                labels=sparse.fisher_labels,
-                draws=sparse.fisher_draws,
-                generator=keyed_generator(*key, "labels"),
-            )
-            total = own if total is None else total + own
-        assert total is not None
-        return total.mean()
+            ids = shards[k][order[: sparse.calibration_examples]]
+            sums.append(scorer("train", ids, keyed_generator(*key, "labels")))
+        return reduce(add, sums).mean()
 
-    mask = calibrate(
-        sparse.calibration,
-        sparse.calibration_rounds,
+    return calibrate(
+        sparse,
         score,
-        strategy=sparse.mask_strategy,
-        sparsity=sparse.sparsity_ratio,
-        scope=sparse.mask_scope,
-        eligible=eligible(model),
-        weights=model.tensors(),
+        eligible=eligible(net),
+        weights=net.trained,
         generator=keyed_generator(recipe.seed, "mask"),
     )
-    return of_net(net, mask)
 
 
 def calibration_clients(recipe: ClientsRecipe) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""Models: load one by name, give it a head, say what of it trains, save it so that it loads again."""
+"""Models: load one by name, give it a head, say what of it trains, save it to load again."""
 
 from deltafl.models import probe, ridge, zero_shot  # noqa: F401  (they register)
 from deltafl.models.encoder import InputSpec, LoadedEncoder, load_encoder, save_encoder

@@ -52,7 +52,7 @@ class Causal(Family):
 
         with quiet():
             tokenizer = attempt(folder, transformers.AutoTokenizer.from_pretrained, folder)
-        limit = getattr(module.config, "max_position_embeddings", None) or MOST_TOKENS
+        limit = module.config.to_dict().get("max_position_embeddings") or MOST_TOKENS
         inputs = TextInput(tokenizer, min(limit, tokenizer.model_max_length, MOST_TOKENS))
         return Net(module.eval(), inputs, cls(tokenizer), origin)
 

@@ -19,7 +19,8 @@ class Classifier(nn.Module):
 
     `encoder` is changed in place: float32, eval mode, and what the features do not depend on (a
     mask token, an unused classifier) is frozen: weight decay would otherwise move it, and a delta
-    would hold training that never happened. `origin`: the folder whose head is taken, if it has one.
+    would hold training that never happened. `origin`: the folder whose head is taken, if it has
+    one.
 
     Raises:
         DeltaflError: the features of one grey image are not (1, D).

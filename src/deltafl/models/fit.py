@@ -23,7 +23,7 @@ HEADS: Registry[Fit] = Registry("head")
 
 
 class ClassifierFormat(Format):
-    """What image classifiers share: files hold the encoder's names, and the head has its own file."""
+    """What image classifiers share: files hold the encoder's names, and the head has its own."""
 
     def save(self, module: nn.Module, folder: Path) -> None:
         assert isinstance(module, Classifier)
@@ -72,7 +72,7 @@ class ClassifierFormat(Format):
         return name.removeprefix("encoder.")
 
     def prepare(self, net: Net, task: Task, recipe: HeadRecipe, fit: HeadFit) -> None:
-        """The head that `recipe` names: one of `HEADS`, or a file. It trains if the recipe says so."""
+        """The head that `recipe` names, one of `HEADS` or a file; it trains if that says so."""
         classifier = classifier_of(net)
         if not isinstance(task, ImageTask):
             raise DeltaflError(f'model "{net.origin}" takes images; task "{task.name}" has none')

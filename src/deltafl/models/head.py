@@ -15,7 +15,8 @@ HEAD_FILE = "head.safetensors"
 
 
 class Head(nn.Module):
-    """`logits = features @ weight^T + bias`; weight float32 (K, D), bias float32 (K,), a name a row.
+    """`logits = features @ weight^T + bias`; weight float32 (K, D), bias float32 (K,), a name a
+    row.
 
     normalised: each feature vector is divided by its L2 norm first, as CLIP's zero-shot head wants.
     It is frozen until `requires_grad_()` releases it.

@@ -36,8 +36,9 @@ class HeadRecipe(Recipe):
 
 @dataclass(frozen=True)
 class HeadFit:
-    """What a head is fitted with. shards: the rows of the training split that each client holds, whose
-    statistics are summed; None: all in one place. autocast: dtype of the encoder's arithmetic.
+    """What a head is fitted with. shards: the rows of the training split that each client holds,
+    whose statistics are summed; None: all in one place. autocast: dtype of the encoder's
+    arithmetic.
     """
 
     seed: int = 0

@@ -22,9 +22,10 @@ _USERS = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 def load_net(ref: str | Path, kwargs: Mapping[str, Any] | None = None) -> Net:
-    """A model from a folder (Hugging Face layout, or saved by `Net.save`), a hub id or `module:attr`,
-    whose callable is given `kwargs`; or a new one from a config.json, or a folder with one and no
-    weights, keyed by the `seed` in it. What the folder holds of heads comes with it, frozen.
+    """A model from a folder (Hugging Face layout, or saved by `Net.save`), a hub id or
+    `module:attr`, whose callable is given `kwargs`; or a new one from a config.json, or a folder
+    with one and no weights, keyed by the `seed` in it. What the folder holds of heads comes with
+    it, frozen.
 
     Raises:
         DeltaflError: what is wrong with the model, in one line.

@@ -1,4 +1,4 @@
-"""A model as everything that trains, merges and judges sees it: one module, and what of it trains."""
+"""A model as all that trains, merges and judges sees it: one module, and what of it trains."""
 
 import copy
 import json
@@ -55,13 +55,15 @@ class Format:
         return name
 
     def save_head(self, module: nn.Module, folder: Path) -> None:
-        """Write what `prepare` added to `module` into the existing `folder`: a classifier's head."""
+        """Write what `prepare` added into the existing `folder`: a classifier's head."""
         del module, folder
 
     def head_bytes(
         self, module: nn.Module, recipe: HeadRecipe, shards: Sequence[Tensor]
     ) -> tuple[int, int]:
-        """Bytes that clients with these shards send, all together, for `prepare`; and of what it adds."""
+        """Bytes that clients with these shards send, all together, for `prepare`; and of what it
+        adds.
+        """
         del module, recipe, shards
         return 0, 0
 
@@ -109,9 +111,9 @@ class Net:
 
     @cached_property
     def flat(self) -> nn.Parameter:
-        """The trained parameters end to end, (P,), in the order of `module.named_parameters()`, tied
-        ones once. They become views of it, and their gradients of its gradient, which always exists:
-        one optimiser over `[flat]` and one all-reduce of `flat.grad` serve the whole model.
+        """The trained parameters end to end, (P,), in the order of `module.named_parameters()`,
+        tied ones once. They become views of it, and their gradients of its gradient, which always
+        exists: one optimiser over `[flat]` and one all-reduce of `flat.grad` serve the whole model.
 
         Raises:
             DeltaflError: nothing trains, or parameters on several devices or of several dtypes.
@@ -189,18 +191,21 @@ class Net:
         return tuple(n for n in tensors if n not in used)
 
     def prepare(self, task: Task, recipe: HeadRecipe, fit: HeadFit | None = None) -> None:
-        """Make the model ready for `task`, in place, before the first use of `flat`: a classifier gets
-        the head that `recipe` names, and a causal language model needs none.
+        """Make the model ready for `task`, in place, before the first use of `flat`: a classifier
+        gets the head that `recipe` names, and a causal language model needs none.
 
         Raises:
-            DeltaflError: a head of another model or task, one that this model cannot have, or a task
+            DeltaflError: a head of another model or task, one that this model cannot have, or a
+            task
                 that does not keep what `Task` promises.
         """
         self.format.prepare(self, task, recipe, fit or HeadFit())
         check_task(task, self, self.device)
 
     def check(self, task: Task) -> None:
-        """Raise DeltaflError where the model cannot do `task` as it is: it has no head, or another's."""
+        """Raise DeltaflError where the model cannot do `task` as it is: it has no head, or
+        another's.
+        """
         self.format.check(self, task)
         check_task(task, self, self.device)
 

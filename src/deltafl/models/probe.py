@@ -31,8 +31,8 @@ def probe_head(
     val_labels: Tensor,
     class_names: Sequence[str],
 ) -> Head:
-    """scikit-learn's multinomial logistic regression (L-BFGS) on features (N, D), its penalty chosen
-    on validation.
+    """scikit-learn's multinomial logistic regression (L-BFGS) on features (N, D), its penalty
+    chosen on validation.
 
     Features are standardised for the fit, and the head takes them as they are. Classes without an
     example get the logit -1e4 and zero weights. Of equal accuracies the stronger penalty wins.

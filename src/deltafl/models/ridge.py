@@ -25,8 +25,8 @@ TEMPERATURES = tuple(2.0 ** (e / 4) for e in range(41))
 
 @HEADS.register("ridge")
 def _ridge(net: Net, task: ImageTask, recipe: HeadRecipe, fit: HeadFit) -> Head:
-    """Statistics of each client (or of `few_shot` examples a class), added; strength and temperature
-    chosen on validation: the closed form of the union, however it is sharded.
+    """Statistics of each client (or of `few_shot` examples a class), added; strength and
+    temperature chosen on validation: the closed form of the union, however it is sharded.
     """
     labels, shards = task.groups("train"), rows_of(task, fit)
     if recipe.few_shot is not None:
@@ -92,9 +92,10 @@ class RidgeStatistics:
 def solve(statistics: RidgeStatistics, strength: float, class_names: Sequence[str]) -> Head:
     """The minimiser of sum |W^T phi + bias - y|^2 + alpha |W|^2.
 
-    W = (C + alpha I)^-1 G and bias = mean(y) - W^T mean(phi), where C = sum (phi - m)(phi - m)^T and
-    G = sum (phi - m) y^T are the centred A and b; alpha = strength * trace(C) / D, so that a strength
-    means the same for every scale of features and every number of examples. Solved in float64.
+    W = (C + alpha I)^-1 G and bias = mean(y) - W^T mean(phi), where C = sum (phi - m)(phi - m)^T
+    and G = sum (phi - m) y^T are the centred A and b; alpha = strength * trace(C) / D, so that a
+    strength means the same for every scale of features and every number of examples. Solved in
+    float64.
 
     Raises:
         DeltaflError: no examples, or a strength that is not positive.
@@ -120,8 +121,8 @@ def ridge_head(
     class_names: Sequence[str],
     strengths: Sequence[float] = STRENGTHS,
 ) -> Head:
-    """The ridge head whose strength has the best validation accuracy, times the temperature with the
-    best likelihood.
+    """The ridge head whose strength has the best validation accuracy, times the temperature with
+    the best likelihood.
 
     Ties between strengths go to the larger one. The temperature T multiplies weight and bias: ridge
     logits lie near 0 and 1, too flat for cross-entropy; T, from TEMPERATURES, minimises the mean of

@@ -28,9 +28,9 @@ class Factory:
     def net(self, inputs: ImageInput | None = None, origin: str = "") -> Net:
         """What the callable gives: a `Net` as it is, a module as an encoder of images.
 
-        Features are `module.embed(x)` where there is one, else `module(x)`. `inputs` None: read from
-        attributes of the module or of the callable: `input_size` (default 224), `channels` (3),
-        `mean` and `std` (one per channel, default 0.5: x / 127.5 - 1).
+        Features are `module.embed(x)` where there is one, else `module(x)`. `inputs` None: read
+        from attributes of the module or of the callable: `input_size` (default 224), `channels`
+        (3), `mean` and `std` (one per channel, default 0.5: x / 127.5 - 1).
         """
         builder = find_callable(self.ref, "model")
         with importable():
@@ -63,7 +63,8 @@ class Factory:
         mean, std = (tuple(float(v) for v in option(name, half)) for name in ("mean", "std"))
         if len(mean) != channels or len(std) != channels:
             raise DeltaflError(
-                f'model "{self.ref}": mean and std need one value for each of its {channels} channels'
+                f'model "{self.ref}": mean and std need one value for each of its '
+                f"{channels} channels"
             )
         return ImageInput(int(option("input_size", 224)), channels, mean, std)
 
@@ -72,7 +73,8 @@ def load_user(folder: Path) -> Net:
     """What `Net.save` wrote, or a merged directory beside a copy of its `deltafl_model.json`.
 
     Raises:
-        DeltaflError: unreadable files, a factory that is gone, or tensors that do not fit the module.
+        DeltaflError: unreadable files, a factory that is gone, or tensors that do not fit the
+        module.
     """
     try:
         found = json.loads((folder / MODEL_JSON).read_text())

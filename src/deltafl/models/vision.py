@@ -74,8 +74,8 @@ class Vision(ClassifierFormat, Family):
 
     @classmethod
     def new(cls, folder: str, config: "PretrainedConfig", generator: torch.Generator) -> Net:
-        """Of a ViT the linear and patch weights and the embeddings are normal(0, 0.02), truncated at 2
-        deviations, biases 0, layer norms (1, 0); others are drawn as transformers does.
+        """Of a ViT the linear and patch weights and the embeddings are normal(0, 0.02), truncated
+        at 2 deviations, biases 0, layer norms (1, 0); others are drawn as transformers does.
         """
         config, kind, embed, how = _class_of(config)
         with torch.random.fork_rng(devices=[]), quiet():
@@ -112,7 +112,9 @@ class Vision(ClassifierFormat, Family):
         return Net(Classifier(module, embed, inputs, origin), inputs, cls(preprocessor), origin)
 
     def save_encoder(self, encoder: nn.Module, folder: Path) -> None:
-        """config.json, model.safetensors and, where the origin has one, its preprocessor file, copied."""
+        """config.json, model.safetensors and, where the origin has one, its preprocessor file,
+        copied.
+        """
         with quiet():
             encoder.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
         if self.preprocessor is not None:
@@ -120,7 +122,7 @@ class Vision(ClassifierFormat, Family):
 
 
 def _class_of(config: Any) -> tuple[Any, Any, Embed, dict[str, Any]]:
-    """The encoder's own configuration, its class, how features come of it, and the class's options."""
+    """The encoder's own configuration, its class, how features come of it, the class's options."""
     import transformers
 
     name, embed, how = _KINDS[config.model_type]

@@ -1,4 +1,6 @@
-"""Zero-shot heads: what CLIP's text tower says of the classes' names. transformers is imported late."""
+"""Zero-shot heads: what CLIP's text tower says of the classes' names. transformers is imported
+late.
+"""
 
 import json
 from collections.abc import Sequence
@@ -51,14 +53,15 @@ def zero_shot_head(
 ) -> Head:
     """A head on L2-normalised image embeddings of the CLIP model `ref`, made from its text tower.
 
-    For class c, w_c = exp(s) * u / |u| with u the mean over templates t of e(t, c) / |e(t, c)|, where
-    e is the projected text embedding and s the model's logit scale; bias 0, weight float32 (K, D).
+    For class c, w_c = exp(s) * u / |u| with u the mean over templates t of e(t, c) / |e(t, c)|,
+    where e is the projected text embedding and s the model's logit scale; bias 0, weight float32
+    (K, D).
     `head(features)` is then CLIPModel's `logits_per_image` for the projected image embeddings that
     the encoder gives. Source: arXiv 2103.00020, section 3.1.
 
     ref: a directory or hub id of a whole CLIP model with its tokenizer. task, class_names: of the
-    data; the prompts speak of `prompt_names` of them. templates: prompts with {} for the class; None:
-    the catalogue's. Embeddings are kept in the data's cache by the model's files, names and
+    data; the prompts speak of `prompt_names` of them. templates: prompts with {} for the class;
+    None: the catalogue's. Embeddings are kept in the data's cache by the model's files, names and
     templates.
 
     Raises:
@@ -112,8 +115,8 @@ def _clip_layout(ref: str) -> Layout:
     config = read_config(ref)
     if config.model_type != "clip":
         raise DeltaflError(
-            f'model "{ref}" is a "{config.model_type}" and no CLIP model with a text tower, which a '
-            "zero-shot head needs; start from a CLIP model, or give another head"
+            f'model "{ref}" is a "{config.model_type}" and no CLIP model with a text tower, '
+            "which a zero-shot head needs; start from a CLIP model, or give another head"
         )
     layout = read_layout(ref)
     if not any(name.startswith("text_model.") for name in layout.entries):
@@ -124,8 +127,8 @@ def _clip_layout(ref: str) -> Layout:
     # transformers would make an empty tokenizer
     if not ("tokenizer.json" in held or {"vocab.json", "merges.txt"} <= held):
         raise DeltaflError(
-            f'model "{ref}" has no tokenizer (tokenizer.json, or vocab.json and merges.txt), which a '
-            "zero-shot head needs; copy it from the model's origin"
+            f'model "{ref}" has no tokenizer (tokenizer.json, or vocab.json and merges.txt), '
+            "which a zero-shot head needs; copy it from the model's origin"
         )
     return layout
 

@@ -3,10 +3,9 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -17,84 +16,18 @@ from torch import Tensor
 from deltafl.algebra.tensors import Tensors
 from deltafl.errors import DeltaflError, shorten
 from deltafl.files import write_atomically
-from deltafl.models.flat import FlatModel
-from deltafl.registry import Registry
-from deltafl.sparse.eligible import Eligible
+from deltafl.models.net import Net
+from deltafl.sparse.eligible import Eligible, eligible, trained
+from deltafl.sparse.recipe import Scope
+from deltafl.sparse.strategies import MASK_STRATEGIES
 
 Mask: TypeAlias = Mapping[str, Tensor]
-"""Tensor name -> bool in the tensor's shape, True = trainable, for every trainable tensor, in the model's order."""
-
-Scope: TypeAlias = Literal["global", "per_layer"]
+"""Name -> bool in the tensor's shape, True = trainable, for every trained tensor of a net."""
 
 FORMAT = "mask 1"
 
 
-@dataclass(frozen=True)
-class Strategy:
-    """What makes a coordinate worth keeping.
-
-    keys: (scores, weights) of one tensor -> its keys, of which the smallest are kept. needs_scores: whether it reads
-    sensitivities; the others must not.
-    """
-
-    needs_scores: bool
-    keys: Callable[[Tensor, Tensor], Tensor]
-
-
-MASK_STRATEGIES: Registry[Strategy] = Registry("mask strategy")
-
-for _name, _strategy in {
-    "least_sensitive": Strategy(True, lambda scores, weights: scores),
-    "most_sensitive": Strategy(True, lambda scores, weights: -scores),
-    "lowest_magnitude": Strategy(False, lambda scores, weights: weights.abs()),
-    "highest_magnitude": Strategy(False, lambda scores, weights: -weights.abs()),
-    "random": Strategy(False, lambda scores, weights: torch.zeros_like(weights)),
-}.items():
-    MASK_STRATEGIES.register(_name)(_strategy)
-
-
-def check_sparsity(sparsity: float) -> None:
-    """Raise DeltaflError unless 0 <= sparsity < 1."""
-    if not 0 <= sparsity < 1:
-        raise DeltaflError(
-            f"sparsity is {sparsity}, the frozen fraction; write a number of at least 0 and below 1"
-        )
-
-
 def make_mask(
-    strategy: str,
-    *,
-    sparsity: float,
-    scope: Scope,
-    eligible: Eligible,
-    scores: Tensors | None,
-    weights: Tensors,
-    generator: torch.Generator,
-) -> Mask:
-    """Keep exactly k = round((1 - sparsity) * n) of n eligible coordinates, those that `strategy` prefers.
-
-    global: n and k over all tensors at once. per_layer: n and k for each tensor by itself, so that the sum differs
-    from the global k by up to half a coordinate a tensor. Equal keys at the threshold are drawn by a permutation from
-    `generator` (on the CPU). `scores` (only read by the strategies that need them) and `weights` hold every tensor of
-    `eligible`; the mask is on the device of each. Selection is exact for any number of elements.
-
-    Raises:
-        DeltaflError: unknown strategy or scope, sparsity outside [0, 1), scores absent, misshapen or NaN, nothing kept.
-    """
-    check_sparsity(sparsity)
-    return select(
-        strategy,
-        keep=1 - sparsity,
-        scope=scope,
-        eligible=eligible,
-        scores=scores,
-        weights=weights,
-        generator=generator,
-        among=None,
-    )
-
-
-def select(
     strategy: str,
     *,
     keep: float,
@@ -103,48 +36,47 @@ def select(
     scores: Tensors | None,
     weights: Tensors,
     generator: torch.Generator,
-    among: Mask | None,
+    among: Mask | None = None,
 ) -> Mask:
-    """As `make_mask`, k = round(keep * n), but chosen only among the coordinates that `among` holds; n is the same."""
-    if scope not in ("global", "per_layer"):
-        raise DeltaflError(f'unknown scope "{scope}"; known: global, per_layer')
+    """Keep exactly k = round(keep * n) of n eligible coordinates, those that `strategy` prefers.
+
+    global: n and k over all tensors at once. per_layer: n and k for each tensor by itself, so that
+    the sum differs from the global k by up to half a coordinate a tensor. Equal keys at the threshold
+    are drawn by a permutation from `generator` (on the CPU). `scores` (only read by the strategies
+    that need them) and `weights` hold every tensor of `eligible`; the mask is on the device of each.
+    among: choose only what this mask keeps; n is the same. Selection is exact for any number of
+    elements.
+
+    Raises:
+        DeltaflError: unknown strategy, `keep` outside (0, 1], scores absent, misshapen or NaN, or
+            nothing kept.
+    """
+    if not 0 < keep <= 1:
+        raise DeltaflError(
+            f"sparsity is {1 - keep}, the frozen share; write at least 0 and below 1"
+        )
     chosen = MASK_STRATEGIES[strategy]
-    if chosen.needs_scores and scores is None:
+    if chosen.scored and scores is None:
         raise DeltaflError(
             f"{strategy} needs scores; compute sensitivities first, or choose a magnitude strategy"
         )
-    given = [("weights", weights)] + (
-        [("scores", scores)] if chosen.needs_scores and scores is not None else []
-    )
-    for kind, tensors in given:
-        if missing := [n for n in eligible.shapes if n not in tensors]:
-            raise DeltaflError(
-                f"the {kind} lack {shorten(missing)}; give them for the model that is masked"
-            )
-        for name, shape in eligible.shapes.items():
-            if tuple(tensors[name].shape) != shape:
-                raise DeltaflError(
-                    f'{kind} of "{name}" are {tuple(tensors[name].shape)}, the tensor is {shape}'
-                )
-
+    read = scores if chosen.scored and scores is not None else weights
+    kind = "scores" if chosen.scored else "weights"
+    _check("weights", weights, eligible)
+    _check(kind, read, eligible)
     mask: dict[str, Tensor] = {}
     keys: dict[str, Tensor] = {}
     for name in eligible.shapes:
-        weight = weights[name].detach()
-        score = (
-            scores[name].detach().to(weight.device)
-            if chosen.needs_scores and scores is not None
-            else weight
-        )
-        mask[name] = _candidates(name, eligible, among, weight.device)
-        keys[name] = chosen.keys(_precise(score), _precise(weight))[mask[name]]
+        weight = _precise(weights[name])
+        mask[name] = eligible.of(name).to(weight.device, copy=True)
+        if among is not None:
+            mask[name] &= among[name].to(weight.device)
+        score = _precise(read[name]).to(weight.device)
+        keys[name] = chosen.keys(score, weight)[mask[name]]
         if torch.isnan(keys[name]).any():
-            raise DeltaflError(
-                f'{given[-1][0]} of "{name}" hold NaN; was the model trained to divergence?'
-            )
-    groups = [list(mask)] if scope == "global" else [[name] for name in mask]
+            raise DeltaflError(f'{kind} of "{name}" hold NaN; was the model trained to divergence?')
     kept = 0
-    for group in groups:
+    for group in [list(mask)] if scope == "global" else [[name] for name in mask]:
         k = round(keep * sum(eligible.numel(name) for name in group))
         kept += k
         flat = torch.cat([keys.pop(name) for name in group])
@@ -155,19 +87,23 @@ def select(
         raise DeltaflError(
             f"of {eligible.total} eligible coordinates none would be kept; choose a lower sparsity"
         )
-    return mask
+    return mask | {n: torch.ones(s, dtype=torch.bool) for n, s in eligible.whole.items()}
 
 
-def _candidates(name: str, eligible: Eligible, among: Mask | None, device: torch.device) -> Tensor:
-    """bool, in the tensor's shape: what may be kept."""
-    part = eligible.of(name)
-    full = torch.ones(eligible.shapes[name], dtype=torch.bool) if part is None else part.clone()
-    full = full.to(device)
-    return full if among is None else full & among[name].to(device)
+def _check(kind: str, tensors: Tensors, eligible: Eligible) -> None:
+    if missing := [n for n in eligible.shapes if n not in tensors]:
+        raise DeltaflError(
+            f"the {kind} lack {shorten(missing)}; give them for the model that is masked"
+        )
+    for name, shape in eligible.shapes.items():
+        if tuple(tensors[name].shape) != shape:
+            raise DeltaflError(
+                f'{kind} of "{name}" are {tuple(tensors[name].shape)}, the tensor is {shape}'
+            )
 
 
 def _precise(values: Tensor) -> Tensor:
-    return values if values.dtype == torch.float64 else values.float()
+    return values.detach().to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _smallest(keys: Tensor, k: int, generator: torch.Generator) -> Tensor:
@@ -195,34 +131,43 @@ class Kept(NamedTuple):
 
 
 def describe_mask(mask: Mask, eligible: Eligible) -> dict[str, Kept]:
-    """Kept and eligible coordinates of each tensor; a fused one is `name[q]`, `name[k]` and `name[v]`."""
+    """Kept and eligible coordinates of each tensor that a mask narrows; a fused one is `name[q]`,
+    `name[k]` and `name[v]`.
+    """
     rows: dict[str, Kept] = {}
-    for name, kept in mask.items():
-        part = eligible.of(name)
-        able = torch.ones_like(kept) if part is None else part.to(kept.device)
+    for name in eligible.shapes:
+        pairs = (mask[name].cpu(), eligible.of(name))
         if name in eligible.fused:
-            for letter, a, b in zip("qkv", kept.chunk(3), able.chunk(3), strict=True):
+            for letter, a, b in zip("qkv", *(part.chunk(3) for part in pairs), strict=True):
                 rows[f"{name}[{letter}]"] = Kept(int(a.sum()), int(b.sum()))
         else:
-            rows[name] = Kept(int(kept.sum()), int(able.sum()))
+            rows[name] = Kept(*(int(part.sum()) for part in pairs))
     return rows
 
 
-def model_hash(model: FlatModel) -> str:
-    """sha256 over names, shapes and float32 values (little-endian) of the trainable tensors, in their order."""
+def model_hash(net: Net) -> str:
+    """sha256 over names (those of the model's files), shapes and float32 values (little-endian) of the
+    tensors that a mask narrows, in their order.
+    """
     digest = hashlib.sha256()
-    for name, tensor in model.tensors().items():
-        digest.update(json.dumps([name, list(tensor.shape)]).encode())
-        digest.update(tensor.cpu().numpy().astype("<f4", copy=False).tobytes())
+    narrowed = eligible(net).shapes
+    for name, tensor in trained(net).items():
+        if name in narrowed:
+            about = [net.format.file_name(name), list(tensor.shape)]
+            digest.update(json.dumps(about).encode())
+            values = tensor.detach().float().cpu().numpy()
+            digest.update(values.astype("<f4", copy=False).tobytes())
     return digest.hexdigest()
 
 
 def save_mask(
     mask: Mask, path: str | Path, model_hash: str, meta: Mapping[str, Any] | None = None
 ) -> Path:
-    """Write a safetensors file of packed bits (uint8, 8 coordinates each, little bit order), whole or not at all.
+    """Write a safetensors file of packed bits (uint8, 8 coordinates each, little bit order), whole or
+    not at all.
 
-    `model_hash`: of the model that the mask was made for. `meta`: values that JSON can hold, for `mask_meta`.
+    `model_hash`: of the model that the mask was made for. `meta`: values that JSON can hold, for
+    `mask_meta`.
     """
     packed = {
         name: np.packbits(kept.cpu().numpy().ravel(), bitorder="little")
@@ -238,17 +183,17 @@ def mask_meta(path: str | Path) -> dict[str, Any]:
     return _read(path)[0]["meta"]
 
 
-def load_mask(path: str | Path, model_hash: str | None) -> dict[str, Tensor]:
-    """The mask of a file, on the CPU, for the model that has this hash; None: of whatever model, to describe it.
+def load_mask(path: str | Path, net: Net | None) -> dict[str, Tensor]:
+    """The mask of a file, on the CPU, for the trained tensors of `net`; None: of whatever model, under
+    the names in the file, to describe it.
+
+    The file may name tensors as the net or as the net's files do. A head trains whole, whether the
+    file has it or not.
 
     Raises:
         DeltaflError: no such file, not a mask, damaged, or made for another model.
     """
     about, packed = _read(path)
-    if model_hash is not None and about["model_hash"] != model_hash:
-        raise DeltaflError(
-            f'mask "{path}" was made for another model, or other weights of it; make a mask for this one'
-        )
     mask = {}
     for name, shape in about["shapes"].items():
         count = math.prod(shape)
@@ -258,7 +203,19 @@ def load_mask(path: str | Path, model_hash: str | None) -> dict[str, Tensor]:
             )
         bits = np.unpackbits(packed[name], count=count, bitorder="little")
         mask[name] = torch.from_numpy(bits.astype(bool)).reshape(shape)
-    return mask
+    if net is None:
+        return mask
+    if about["model_hash"] != model_hash(net):
+        raise DeltaflError(
+            f'mask "{path}" was made for another model, or other weights of it; '
+            "make a mask for this one"
+        )
+    able = eligible(net)
+    given = {n: n if n in mask else net.format.file_name(n) for n in able.shapes}
+    if len(set(given.values()) & mask.keys()) < len(given):
+        raise DeltaflError(f'mask "{path}" names its tensors in another way; make it anew')
+    whole = {n: torch.ones(s, dtype=torch.bool) for n, s in able.whole.items()}
+    return {name: mask[there] for name, there in given.items()} | whole
 
 
 def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -266,9 +223,9 @@ def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         with safe_open(path, framework="np") as file:
             about = json.loads((file.metadata() or {}).get("deltafl", "{}"))
-            packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            packed = {name: file.get_tensor(name) for name in about.get("shapes", ())}
     except (OSError, SafetensorError) as error:
         raise DeltaflError(f'mask "{path}" cannot be read: {error}') from None
     if about.get("format") != FORMAT:
-        raise DeltaflError(f'"{path}" is not a mask; write one with save_mask')
+        raise DeltaflError(f'"{path}" is not a mask; write one with `deltafl mask`')
     return about, packed

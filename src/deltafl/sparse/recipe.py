@@ -1,42 +1,54 @@
-"""The settings of masks."""
+"""The settings of sparse training."""
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
 from deltafl.recipes import OneOf, Recipe
-from deltafl.sparse.masks import MASK_STRATEGIES
+from deltafl.sparse.strategies import MASK_STRATEGIES
+
+Scope: TypeAlias = Literal["global", "per_layer"]
+Calibration: TypeAlias = Literal["average", "progressive"]
+FisherLabels: TypeAlias = Literal["sampled", "empirical"]
 
 
 class SparseRecipe(Recipe):
-    """Which share of the coordinates is frozen, and how it is chosen."""
+    """Which coordinates train: a share of them, chosen before the first round, or a finished mask."""
 
-    sparsity_ratio: float = Field(0.0, ge=0, lt=1, description="share of frozen coordinates")
+    sparsity_ratio: float = Field(
+        0.0, ge=0, lt=1, description="share of frozen coordinates; 0: all train"
+    )
     mask_strategy: Annotated[str, OneOf(lambda: MASK_STRATEGIES)] = Field(
         "least_sensitive",
-        description="which coordinates train: least_sensitive, most_sensitive, lowest_magnitude, "
-        "highest_magnitude or random",
+        description="which coordinates train: least_sensitive, most_sensitive (Fisher scores), "
+        "lowest_magnitude, highest_magnitude or random",
     )
-    mask_scope: Literal["global", "per_layer"] = Field(
-        "global", description="whether the share is of the whole model or of each tensor"
+    mask_scope: Scope = Field(
+        "global", description="one threshold for all tensors, or one for each"
     )
-    mask_file: str | None = Field(
-        None, description="a mask that `deltafl mask` wrote, instead of a calibration"
-    )
-    calibration: Literal["average", "progressive"] = Field(
-        "average", description="one threshold at the end, or fewer coordinates after each round"
+    mask_file: str | None = Field(None, description="a mask that `deltafl mask` wrote")
+    calibration: Calibration = Field(
+        "average",
+        description="average the scores of all rounds, or drop coordinates round by round",
     )
     calibration_rounds: int = Field(
         1, ge=1, description="rounds of scoring, each with fresh clients"
     )
     calibration_examples: int = Field(
-        64, ge=1, description="most examples that a client scores in a round"
+        64, ge=1, description="examples that each client scores in a round"
     )
-    fisher_labels: Literal["sampled", "empirical", "exact"] = Field(
-        "sampled", description="whose labels scores are of: the model's, the data's, or all"
+    fisher_labels: FisherLabels = Field(
+        "sampled", description="score with targets that the model draws, or with those of the data"
     )
-    fisher_draws: int = Field(1, ge=1, description="labels drawn for each example")
+    fisher_draws: int = Field(1, ge=1, description="drawn targets for each example")
+
+    def problems(self) -> Iterator[str]:
+        if self.mask_file is not None and self.sparsity_ratio:
+            yield (
+                "mask_file is a finished mask, and sparsity_ratio asks for another; "
+                "give one of them"
+            )
 
     @property
     def is_sparse(self) -> bool:
@@ -45,13 +57,5 @@ class SparseRecipe(Recipe):
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether examples are scored: there is a mask to make, and its strategy needs scores."""
-        wanted = self.sparsity_ratio > 0 and self.mask_file is None
-        return wanted and MASK_STRATEGIES[self.mask_strategy].needs_scores
-
-    def problems(self) -> Iterator[str]:
-        if self.mask_file is not None and self.sparsity_ratio:
-            yield (
-                "mask_file is a finished mask, and sparsity_ratio asks for another; "
-                "give one of them"
-            )
+        """Whether Fisher scores are needed: a mask is to be made, by a strategy that reads them."""
+        return self.sparsity_ratio > 0 and MASK_STRATEGIES[self.mask_strategy].scored

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from deltafl.errors import DeltaflError
 from deltafl.tasks.recipe import Augmentation
-from deltafl.tasks.task import SPLITS, Batch, Device, Model, Split, Task, hash_of
+from deltafl.tasks.task import SPLITS, Batch, Device, Model, Split, Task, drawn, hash_of
 from deltafl.tasks.transforms import random_crop, random_flip
 
 
@@ -103,10 +103,9 @@ class ImageTask(Task):
         return (model(batch["images"]).argmax(1) == batch["labels"]).float()
 
     def sampled(self, model: Model, batch: Batch, generator: torch.Generator) -> Batch:
-        """Labels drawn from softmax(logits), on the generator's device."""
-        chances = model(batch["images"]).float().softmax(1).to(generator.device)
-        labels = torch.multinomial(chances, 1, generator=generator)[:, 0]
-        return {**batch, "labels": labels.to(batch["labels"].device)}
+        """Labels drawn from softmax(logits)."""
+        chances = model(batch["images"]).float().softmax(1)
+        return {**batch, "labels": drawn(chances, generator)}
 
     def fingerprint(self) -> str:
         """Of all labels, of 64 images spread over each split, and of the class names."""

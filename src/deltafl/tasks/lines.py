@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from deltafl.errors import DeltaflError
 from deltafl.tasks.inputs import TextInput
 from deltafl.tasks.selection import select
-from deltafl.tasks.task import SPLITS, Batch, Device, Model, Split, Task, hash_of
+from deltafl.tasks.task import SPLITS, Batch, Device, Model, Split, Task, drawn, hash_of
 
 log = logging.getLogger(__name__)
 
@@ -104,11 +104,9 @@ class LineTask(Task):
 
     def sampled(self, model: Model, batch: Batch, generator: torch.Generator) -> Batch:
         """Each next token drawn from the model's distribution after the true ones before it."""
-        chances = _logits(model, batch).softmax(2).to(generator.device)
-        drawn = torch.multinomial(chances.flatten(0, 1), 1, generator=generator)
+        targets = drawn(_logits(model, batch).softmax(2), generator)
         first, labels = batch["labels"].tensor_split([1], dim=1)
-        drawn = drawn.view_as(labels).to(labels.device).where(labels != IGNORED, labels)
-        return {**batch, "labels": torch.cat([first, drawn], 1)}
+        return {**batch, "labels": torch.cat([first, targets.where(labels != IGNORED, labels)], 1)}
 
     def fingerprint(self) -> str:
         lines = [line for split in SPLITS for line in self.splits[split].ids]

@@ -133,3 +133,16 @@ def check_values(task: Task, field: str, values: Tensor, count: int) -> None:
         )
     if not values.isfinite().all():
         raise DeltaflError(f'task "{task.name}": {field} is not finite: {values.tolist()[:9]}')
+
+
+def drawn(chances: Tensor, generator: torch.Generator) -> Tensor:
+    """An index for each row of `chances`, (..., K) that sum to about 1 -> int64 (...), on their device.
+
+    One number of `generator` each, in order, so that what is drawn does not depend on how rows are cut
+    into batches.
+    """
+    below = chances.detach().double().cumsum(-1)
+    shape = (*below.shape[:-1], 1)
+    uniform = torch.rand(shape, dtype=torch.float64, generator=generator).to(below.device)
+    found = torch.searchsorted(below, uniform * below[..., -1:], right=True)
+    return found[..., 0].clamp_(max=below.shape[-1] - 1)

@@ -1,4 +1,4 @@
-"""Train a model on a task, with or without validation after each epoch, and evaluate what came out."""
+"""Train a model on a task, validated after each epoch or once, and evaluate what came out."""
 
 from deltafl.training.centralized import CentralizedRun, centralize
 from deltafl.training.evaluation import Evaluation, EvaluationRecipe, evaluate

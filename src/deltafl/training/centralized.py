@@ -44,7 +44,8 @@ def centralize(
     same bits; a finished one is returned as it is.
 
     Raises:
-        DeltaflError: a bad recipe, an output in the way, a run of another configuration, a diverged run.
+        DeltaflError: a bad recipe, an output in the way, a run of another configuration, a diverged
+        run.
     """
     out = output_of(recipe, out)
     require_examples(task, "train", "val", "test")

@@ -26,7 +26,7 @@ class EvaluationRecipe(Recipe):
     split: Literal["test", "val"] = Field("test", description="the examples that count")
     head: str | None = Field(
         None,
-        description="a head.safetensors, or zero-shot (CLIP) (default: the one in each model's folder)",
+        description="a head.safetensors, or zero-shot (CLIP) (default: that of each model)",
     )
     templates: str | None = Field(
         None,

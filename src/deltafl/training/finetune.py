@@ -46,9 +46,9 @@ def finetune(
     resume: bool = False,
     on_progress: OnProgress = ignore,
 ) -> Finetuned:
-    """Train a copy of `net` and write the directory `out` (None: the recipe's), whole or not at all: the
-    model with its head, and training.json. The recipe's `model` and `data` are what `net` and `task`
-    were loaded by.
+    """Train a copy of `net` and write the directory `out` (None: the recipe's), whole or not at
+    all: the model with its head, and training.json. The recipe's `model` and `data` are what `net`
+    and `task` were loaded by.
 
     While it trains the state is in `OUT.state` beside it; with `resume` a killed run continues from
     there, on a CPU to bit-identical weights, and a finished one is returned as it is.
@@ -68,8 +68,8 @@ def finetune(
     state_file = state_path(out)
     if state_file.exists() and not (resume or recipe.overwrite):
         raise DeltaflError(
-            f'"{state_file}" holds an unfinished run; continue it with --resume, or start again with '
-            "--overwrite"
+            f'"{state_file}" holds an unfinished run; continue it with --resume, or start again '
+            "with --overwrite"
         )
     run = Run(net, task, recipe, read_state(state_file, config) if resume else None)
     if run.step:

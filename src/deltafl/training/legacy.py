@@ -104,22 +104,6 @@ def _features_in_batches(
         model.module.train(was_training)
 
 
-def extract_features(
-    model: FlatModel,
-    split: Split,
-    ids: Tensor | None = None,
-    batch_size: int = 256,
-    autocast: torch.dtype | None = None,
-) -> Tensor:
-    """Features float32 (n, D), on the model's device, of all examples or of those at `ids`, in that order."""
-    parts = [f for f, _ in _features_in_batches(model, split, ids, batch_size, autocast)]
-    return (
-        torch.cat(parts)
-        if parts
-        else torch.empty(0, model.encoder.feature_dim, device=model.device)
-    )
-
-
 def predict_correct(
     model: FlatModel,
     head: LinearHead,

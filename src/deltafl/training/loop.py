@@ -26,8 +26,8 @@ Row = dict[str, Any]
 
 @dataclass
 class Best:
-    """The model that was best on validation: its score, the epoch after which it was, its values, and
-    how many validations there were since. Of equal scores the first is the best.
+    """The model that was best on validation: its score, the epoch after which it was, its values,
+    and how many validations there were since. Of equal scores the first is the best.
     """
 
     score: float = -math.inf
@@ -44,8 +44,8 @@ class Best:
 
 
 class Run:
-    """Training under way: a copy of the model in float32 on its device, the optimiser, the steps done and
-    the best model yet. A state that `state` gave continues to the same bits on a CPU.
+    """Training under way: a copy of the model in float32 on its device, the optimiser, the steps
+    done and the best model yet. A state that `state` gave continues to the same bits on a CPU.
 
     Started by `accelerate launch` on P processes, each takes every P-th example of each batch and
     gradients are summed once per step: the result equals one process's up to rounding. Deviation:
@@ -67,7 +67,8 @@ class Run:
             fit = HeadFit(recipe.seed, autocast=recipe.autocast)
             self.net.prepare(task, recipe.head, fit)
         if self.processes.num_processes > 1:  # prepared apart, they may differ in their last bits
-            broadcast(list(self.net.module.state_dict().values()))  # pyright: ignore[reportArgumentType]
+            for tensor in self.net.module.state_dict().values():
+                broadcast(tensor)
         self.optimiser = _optimiser(self.net, recipe)
         self.examples = task.size("train")
         self.total, self.per_epoch = (
@@ -133,11 +134,12 @@ class Run:
         return mean
 
     def validate(self) -> float:
-        """The mean score on validation: the main process's, so that all stop after the same epoch."""
+        """The mean score on validation; the main process's, so that all stop at the same time."""
         self.check_finite()
         mean = scores(self.net, self.task, "val", autocast=self.recipe.autocast).double().mean()
         if self.processes.num_processes > 1:
-            mean = broadcast(mean.to(self.net.device)).cpu()  # pyright: ignore[reportAttributeAccessIssue]
+            mean = mean.to(self.net.device)
+            broadcast(mean)
         return mean.item()
 
     def check_finite(self) -> None:
@@ -154,11 +156,11 @@ def train(
     save: Callable[[State], None],
     record: Callable[[Row], None] = lambda row: None,
 ) -> None:
-    """Train to the end of the recipe or of its patience; leaves in the net the best model, or the last
-    one where there is but one validation, at the end.
+    """Train to the end of the recipe or of its patience; leaves in the net the best model, or the
+    last one where there is but one validation, at the end.
 
-    After each epoch `record` is given a row; after each validation and every `save_every` steps `save`
-    is given the state, in the main process.
+    After each epoch `record` is given a row; after each validation and every `save_every` steps
+    `save` is given the state, in the main process.
 
     Raises:
         DeltaflError: weights that are not finite.
@@ -215,7 +217,8 @@ def _join(device: str | None) -> tuple[PartialState, str]:
 
 
 def _sum_over_processes(tensor: Tensor) -> Tensor:
-    return reduce(tensor, "sum")  # pyright: ignore[reportArgumentType, reportReturnType]
+    total: Any = reduce(tensor, "sum")
+    return total
 
 
 def _optimiser(net: Net, recipe: TrainingRecipe) -> torch.optim.Optimizer:

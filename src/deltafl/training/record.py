@@ -4,8 +4,9 @@
     RUN/record.jsonl    one JSON object per line, appended as things happen
     RUN/state/          what a resumed run needs
 
-Rows hold no clock times, so that two runs with one seed leave equal records; how long something took is an ordinary
-field of a row that says so in its name (`seconds`), and `without_timings` drops it.
+Rows hold no clock times, so that two runs with one seed leave equal records; how long something
+took is an ordinary field of a row that says so in its name (`seconds`), and `without_timings`
+drops it.
 """
 
 import json
@@ -24,8 +25,8 @@ Row = dict[str, Any]
 class RunRecord:
     """The open record of one run directory.
 
-    `RunRecord.create(folder, config)` starts a record and refuses a folder that has one; `RunRecord.resume(folder)`
-    continues one, dropping the last line if a kill tore it.
+    `RunRecord.create(folder, config)` starts a record and refuses a folder that has one;
+    `RunRecord.resume(folder)` continues one, dropping the last line if a kill tore it.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -43,7 +44,8 @@ class RunRecord:
         record = cls(folder)
         if record.rows_path.exists() or record.config_path.exists():
             raise DeltaflError(
-                f'"{record.folder}" already holds a run. Continue it with --resume, or choose another --out.'
+                f'"{record.folder}" already holds a run. Continue it with --resume, or choose '
+                "another --out."
             )
         write_atomically(record.config_path, _yaml_bytes(config))
         write_atomically(record.rows_path, b"")
@@ -51,11 +53,12 @@ class RunRecord:
 
     @classmethod
     def resume(cls, folder: str | Path) -> "RunRecord":
-        """Continue the record in `folder`; a torn last line is cut off, so the next row starts a line of its own, and
-        pieces of files that a kill left are deleted.
+        """Continue the record in `folder`; a torn last line is cut off, so the next row starts a
+        line of its own, and pieces of files that a kill left are deleted.
 
         Raises:
-            DeltaflError: there is no record, or a line other than a torn last one is not a JSON object.
+            DeltaflError: there is no record, or a line other than a torn last one is not a JSON
+            object.
         """
         record = cls(folder)
         record.rows()
@@ -64,7 +67,8 @@ class RunRecord:
         return record
 
     def append(self, row: Mapping[str, Any], *, sync: bool = True) -> None:
-        """Add one row and hand it to the operating system before returning; with `sync` also to the disk.
+        """Add one row and hand it to the operating system before returning; with `sync` also to the
+        disk.
 
         Raises:
             TypeError: a value is not JSON.
@@ -82,7 +86,9 @@ class RunRecord:
             os.fsync(file.fileno())
 
     def rewind(self, keep: Callable[[Row], bool]) -> None:
-        """Drop the rows that `keep` refuses: what came after the state that a resumed run starts from."""
+        """Drop the rows that `keep` refuses: what came after the state that a resumed run starts
+        from.
+        """
         rows = self.rows()
         kept = [row for row in rows if keep(row)]
         if len(kept) < len(rows):
@@ -118,7 +124,9 @@ class RunRecord:
         return config
 
     def write_state(self, name: str, data: bytes) -> Path:
-        """Write the state file `name` whole or not at all; a path inside the run's `state/` folder is returned."""
+        """Write the state file `name` whole or not at all; a path inside the run's `state/` folder
+        is returned.
+        """
         return write_atomically(self.folder / "state" / name, data)
 
 
@@ -144,7 +152,9 @@ def read_rows(path: str | Path) -> list[Row]:
 
 
 def killed_at_start(folder: Path) -> bool:
-    """Whether `folder` holds no more than what `RunRecord.create` leaves where it is killed before its last file."""
+    """Whether `folder` holds no more than what `RunRecord.create` leaves where it is killed before
+    its last file.
+    """
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else {"no folder"}
     return all(
         n == "config.yaml"
@@ -160,7 +170,9 @@ def write_json(path: str | Path, value: Any) -> Path:
 
 
 def without_timings(rows: Iterable[Mapping[str, Any]]) -> list[Row]:
-    """The rows without their `seconds`, `*_seconds` and `peak_memory_bytes`: what two runs with one seed share."""
+    """The rows without their `seconds`, `*_seconds` and `peak_memory_bytes`: what two runs with one
+    seed share.
+    """
     return [
         {
             k: v

@@ -1,4 +1,6 @@
-"""What a killed run needs to continue: one file, whole or absent, that says which run it belongs to."""
+"""What a killed run needs to continue: one file, whole or absent, that says which run it belongs
+to.
+"""
 
 import io
 from collections.abc import Iterator, Mapping
@@ -35,7 +37,8 @@ def run_config(net: Net, task: Task, recipe: Recipe) -> dict[str, Any]:
 
 
 def require_same_config(found: Mapping[str, Any], wanted: Mapping[str, Any], where: Path) -> None:
-    """Refuse to continue another run. Where data and base lie makes no difference, what they hold does.
+    """Refuse to continue another run. Where data and base lie makes no difference, what they hold
+    does.
 
     Raises:
         DeltaflError: one line for each key that differs.

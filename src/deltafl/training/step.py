@@ -19,9 +19,9 @@ SCHEDULES = ("cosine", "constant", "linear", "step")
 def batch_ids(
     num_examples: int, batch_size: int, seed: int, step: int, purpose: str = "train"
 ) -> Tensor:
-    """int64 positions of the batch at `step` (from 0): epoch e = step // ceil(N / B) is a permutation keyed by
-    (seed, purpose, e), cut into batches, the last one shorter. A function of the step alone, so resuming needs no
-    generator state.
+    """int64 positions of the batch at `step` (from 0): epoch e = step // ceil(N / B) is a
+    permutation keyed by (seed, purpose, e), cut into batches, the last one shorter. A function of
+    the step alone, so resuming needs no generator state.
     """
     per_epoch = math.ceil(num_examples / batch_size)
     epoch, position = divmod(step, per_epoch)
@@ -32,7 +32,9 @@ def batch_ids(
 def batches(
     ids: Tensor, batch_size: int, seed: int, steps: int, purpose: str = "train"
 ) -> Iterator[Tensor]:
-    """`ids[batch_ids(len(ids), batch_size, seed, step, purpose)]` of steps 0 .. steps - 1; one draw for each epoch."""
+    """`ids[batch_ids(len(ids), batch_size, seed, step, purpose)]` of steps 0 .. steps - 1; one draw
+    for each epoch.
+    """
     per_epoch = math.ceil(len(ids) / batch_size)
     for epoch in range(math.ceil(steps / per_epoch)):
         order = torch.randperm(len(ids), generator=keyed_generator(seed, purpose, epoch)).to(
@@ -118,8 +120,8 @@ def train_step(
 
 @contextmanager
 def keyed_dropout(device: torch.device, seed: int, step: int, rank: int) -> Iterator[None]:
-    """Dropout as a function of (seed, step, rank), so that a resumed run draws the same; global state
-    is kept. A federated client has its round and its own number for the last two.
+    """Dropout as a function of (seed, step, rank), so that a resumed run draws the same; global
+    state is kept. A federated client has its round and its own number for the last two.
     """
     key = keyed_generator(seed, "dropout", step, rank).initial_seed()
     cuda = device.type == "cuda"
@@ -140,8 +142,8 @@ def scores(
     batch_size: int = 256,
     autocast: torch.dtype | None = None,
 ) -> Tensor:
-    """`task.score` of the examples at `ids`, int64 (n,), or of all; float32 (n,) on the CPU, in eval
-    mode.
+    """`task.score` of the examples at `ids`, int64 (n,), or of all; float32 (n,) on the CPU, in
+    eval mode.
 
     Raises:
         DeltaflError: a score of the task is no finite number, or not one for each example.

@@ -14,17 +14,22 @@ STEPS = ("round", "epoch", "step")
 
 
 def check_installed() -> None:
-    """Raise DeltaflError unless event files can be written; call it before hours of training, not after."""
+    """Raise DeltaflError unless event files can be written; call it before hours of training, not
+    after.
+    """
     if find_spec("tensorboard") is None:
         raise DeltaflError(
-            'tensorboard is not installed; pip install "deltafl[tensorboard]", or leave out --tensorboard'
+            'tensorboard is not installed; pip install "deltafl[tensorboard]", '
+            "or leave out --tensorboard"
         )
 
 
 def write_scalars(folder: str | Path) -> Path:
-    """Every number in the rows of RUN/record.jsonl, by its name, into RUN/metrics: `tensorboard --logdir RUN`.
+    """Every number in the rows of RUN/record.jsonl, by its name, into RUN/metrics: `tensorboard
+    --logdir RUN`.
 
-    Event files of an earlier call are replaced. Texts, lists and truth values are left out. Returns RUN/metrics.
+    Event files of an earlier call are replaced. Texts, lists and truth values are left out. Returns
+    RUN/metrics.
 
     Raises:
         DeltaflError: no record there, or tensorboard is not installed.
@@ -34,7 +39,9 @@ def write_scalars(folder: str | Path) -> Path:
 
 
 def write_rows(rows: Sequence[Mapping[str, Any]], metrics: Path) -> Path:
-    """Every number in `rows`, by its name, into event files in the folder `metrics`, in place of older ones."""
+    """Every number in `rows`, by its name, into event files in the folder `metrics`, in place of
+    older ones.
+    """
     from torch.utils.tensorboard import SummaryWriter
 
     for old in metrics.glob("events.out.tfevents.*"):
