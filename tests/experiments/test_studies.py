@@ -229,7 +229,10 @@ def test_the_base_is_one_of_the_candidates(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("scaling-coef", *SMALL, "--methods", "medain"), 'unknown "medain"; did you mean "median"?'),
+        (
+            ("scaling-coef", *SMALL, "--methods", "medain"),
+            'unknown "medain"; did you mean "median"?',
+        ),
         (("scaling-coef", *SMALL, "--tasks", "digits:none"), 'unknown variant of digits "none"'),
         (
             ("scaling-coef", *SMALL, "--search-strategy", "rase"),

@@ -109,6 +109,8 @@ def run_suites(
     """
     out, bundled = Path(recipe.out or "deltafl-suite"), recipe.bundled
     model, base = recipe.model, out / "base"
+    if recipe.tensorboard:
+        check_installed()
     if bundled:
         net, given = new_base(recipe.seed), "head" in recipe.head.model_fields_set
         head = {} if given else {"head": str(base / HEAD_FILE)}
@@ -120,8 +122,6 @@ def run_suites(
         raise DeltaflError("data is missing; name it with --data")
     study = _study(recipe, training, str(base))
     _check(suites, study, [name for name in names if name in STUDIES], net)
-    if recipe.tensorboard:
-        check_installed()
     if not resume:
         check_output(out, overwrite=recipe.overwrite)
         shutil.rmtree(out, ignore_errors=True)
