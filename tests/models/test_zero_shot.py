@@ -14,8 +14,9 @@ from deltafl.models import HeadRecipe, load_net, zero_shot
 from deltafl.models.head import Head, load_head, save_head
 from deltafl.models.zero_shot import read_templates, zero_shot_head
 from deltafl.sparse.fisher import FisherScorer
-from deltafl.tasks.arrays import Split, Task, image_task
+from deltafl.tasks import Images, ImageTask
 from deltafl.tasks.catalogue import catalogue
+from deltafl.tasks.task import SPLITS
 from deltafl.training import TrainingRecipe, evaluate, finetune
 from tiny_models import tiny_clip, tiny_net
 
@@ -43,9 +44,10 @@ def images(count: int, seed: int = 0) -> torch.Tensor:
     ).to(torch.uint8)
 
 
-def task(name: str = "insects", names: tuple[str, ...] = NAMES) -> Task:
-    parts = [Split(images(12, seed), torch.arange(12) % len(names)) for seed in range(3)]
-    return Task(name, *parts, class_names=names)
+def task(name: str = "insects") -> ImageTask:
+    labels = torch.arange(12) % len(NAMES)
+    splits = {split: Images(images(12, i), labels) for i, split in enumerate(SPLITS)}
+    return ImageTask(name, splits, NAMES)
 
 
 def test_logits_are_those_of_transformers(made, clip):
@@ -133,7 +135,7 @@ def test_fine_tuning_evaluating_and_resuming_with_it(clip, tmp_path):
     recipe = TrainingRecipe.of(
         model=str(clip), data="insects", steps=4, lr=1e-3, batch_size=4, head="zero-shot", save_every=2, device="cpu"
     )  # fmt: skip
-    data, out = image_task(task()), tmp_path / "tuned"
+    data, out = task(), tmp_path / "tuned"
     finetune(load_net(clip), data, recipe.replace(out=str(out)))
     head = load_head(out / "head.safetensors")
     assert torch.equal(head.weight, zero_shot_head(str(clip), "insects", NAMES).weight)
@@ -159,7 +161,7 @@ def test_fine_tuning_evaluating_and_resuming_with_it(clip, tmp_path):
 
 
 def test_sensitivity_is_that_of_the_normalised_logits(clip):
-    net, data, ids = load_net(str(clip)), image_task(task()), torch.arange(4)
+    net, data, ids = load_net(str(clip)), task(), torch.arange(4)
     net.module.head = zero_shot_head(str(clip), "insects", NAMES)
     name = "encoder.visual_projection.weight"
     weight = net.module.get_parameter(name)

@@ -1,4 +1,4 @@
-"""Federated learning: rounds of local training, each ended by the same server step that merges checkpoints."""
+"""Federated learning: rounds of local training, each ended by the server step of a merge."""
 
 from deltafl.federated.callbacks import Callback
 from deltafl.federated.client import Client, ClientUpdate, LocalTraining

@@ -1,4 +1,4 @@
-"""What is done after each round: validation, bytes, the record, the state, clients' models, event files."""
+"""What is done after each round: validation, bytes, the record, the state, clients' models."""
 
 import resource
 from collections.abc import Mapping
@@ -27,7 +27,9 @@ Row = dict[str, Any]
 
 
 class Callback:
-    """Something that is done after each round. The row of a round in the record is what callbacks leave in it."""
+    """Something that is done after each round. The row of a round in the record is what callbacks
+    leave in it.
+    """
 
     def begin(self, state: ServerState, row: Row) -> None:
         """Before the first round; `row` is that of round 0. A resumed run has begun."""
@@ -48,7 +50,9 @@ def score_of(federation: Federation, params: Mapping[str, Tensor], split: Split)
 
 @dataclass
 class Validation(Callback):
-    """The validation score every `eval_every` rounds, and the best model so far; of equal ones the first."""
+    """The validation score every `eval_every` rounds, and the best model so far; of equal ones the
+    first.
+    """
 
     federation: Federation
     best: Best
@@ -90,11 +94,12 @@ class Shards(Callback):
 
 
 class Bytes(Callback):
-    """Bytes that go over the network, per round and in all, with the mask and as if there were none.
+    """Bytes that go over the network, per round and in all, with the mask and as if there were
+    none.
 
-    A client gets and sends 4 bytes for each kept coordinate and each value of float buffers; scaffold
-    doubles the trained ones. The mask's bits go to a client once. The pre-trained model is at the
-    clients already; what step 0 sends is `setup_bytes`, in the first row.
+    A client gets and sends 4 bytes for each kept coordinate and each value of float buffers;
+    scaffold doubles the trained ones. The mask's bits go to a client once. The pre-trained model
+    is at the clients already; what step 0 sends is `setup_bytes`, in the first row.
     """
 
     def __init__(self, federation: Federation) -> None:
@@ -133,11 +138,12 @@ class Bytes(Callback):
 
 
 def setup_bytes(federation: Federation) -> dict[str, int]:
-    """Bytes of step 0, `setup_bytes_up` and `setup_bytes_down`, of all clients together; no round counts them.
+    """Bytes of step 0, `setup_bytes_up` and `setup_bytes_down`, of all clients together; no round
+    counts them.
 
-    Up: what fitting the head needs (`Format.head_bytes`); of each client of a calibration a float32
-    Fisher sum for each eligible coordinate. Down: a frozen head to every client once, a trained one to
-    the clients of a calibration, since rounds count it.
+    Up: what fitting the head needs (`Format.head_bytes`); of each client of a calibration a
+    float32 Fisher sum for each eligible coordinate. Down: a frozen head to every client once, a
+    trained one to the clients of a calibration, since rounds count it.
     """
     recipe, net = federation.recipe, federation.net
     up, head = net.format.head_bytes(net.module, recipe.head, federation.shards)
@@ -194,7 +200,9 @@ class StateFile(Callback):
 
 @dataclass
 class ClientModels(Callback):
-    """The clients' models of some rounds, as OUT/updates/round-R/client-K beside what they started from."""
+    """The clients' models of some rounds, as OUT/updates/round-R/client-K beside what they started
+    from.
+    """
 
     federation: Federation
     out: Path

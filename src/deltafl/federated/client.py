@@ -37,20 +37,21 @@ class ClientUpdate(Update):
 class Client(Protocol):
     """Local training, as a run needs it; a user's own replaces `LocalTraining`.
 
-    `params` are the server's (name -> tensor), not to be changed. `mask` None: all coordinates train.
-    The delta of the update has the names of `params`. A `module:attr` is called with (net, task,
-    recipe) and returns one of these, which serves all clients.
+    `params` are the server's (name -> tensor), not to be changed. `mask` None: all coordinates
+    train. The delta of the update has the names of `params`. A `module:attr` is called with (net,
+    task, recipe) and returns one of these, which serves all clients.
     """
 
     def __call__(self, params: Tensors, mask: Mask | None, round: Round) -> Update: ...
 
 
 class LocalTraining:
-    """Local SGDM, changed by the recipe's `local_algorithm`, on one working net that all clients share.
+    """Local SGDM, changed by the recipe's `local_algorithm`, on one working net that all clients
+    share.
 
     The net is set to the server's parameters at the start of every call; momentum starts anew.
-    Buffers that are not float (counters of batches) are put back at the end: nobody's training is in
-    them.
+    Buffers that are not float (counters of batches) are put back at the end: nobody's training is
+    in them.
     """
 
     def __init__(self, net: Net, task: Task, recipe: FederatedRecipe) -> None:
@@ -60,7 +61,9 @@ class LocalTraining:
         self._mask: Mask | None = None
 
     def __call__(self, params: Tensors, mask: Mask | None, round: Round) -> ClientUpdate:
-        """Train and return the update: at frozen coordinates exactly 0, and packed where a mask is given."""
+        """Train and return the update: at frozen coordinates exactly 0, and packed where a mask is
+        given.
+        """
         started = time.perf_counter()
         load_state(self.net, params)
         local, net = self.recipe.local, self.net
@@ -93,7 +96,9 @@ class LocalTraining:
         return self._index
 
     def _train(self, round: Round, optimiser: SparseSGDM, algorithm: Sgd) -> Tensor:
-        """Local steps on batches keyed by (seed, round, client); the sum of their losses, on the device."""
+        """Local steps on batches keyed by (seed, round, client); the sum of their losses, on the
+        device.
+        """
         r, net = self.recipe, self.net
         purpose = f"round {round.number} client {round.client}"
         total = torch.zeros((), device=net.device)

@@ -117,7 +117,9 @@ class FedProx(Sgd):
 
 @LOCAL_ALGORITHMS.register("scaffold")
 class Scaffold(Sgd):
-    """Gradients corrected by c - c_i; c_i+ = (x - y) / (J lr) - (c - c_i) (arXiv 1910.06378, option II)."""
+    """Gradients corrected by c - c_i; c_i+ = (x - y) / (J lr) - (c - c_i) (arXiv 1910.06378,
+    option II).
+    """
 
     has_control = True
 

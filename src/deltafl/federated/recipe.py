@@ -19,7 +19,7 @@ from deltafl.training.step import lr_at
 
 
 class ClientsRecipe(Recipe):
-    """A model, a task, and clients that hold its training examples: what decides heads and masks."""
+    """A model, a task, and clients that hold its examples: what decides heads and masks."""
 
     model: Annotated[str, Flags(("--model", "--base"))] = Field(
         description="the model to begin with: a folder, a hub id, a config.json or module:attr"

@@ -46,7 +46,8 @@ class Federation:
 
 @dataclass(frozen=True)
 class RoundResult:
-    """What happened in a round: who took part, whose update was not finite, the mean loss, who took how long.
+    """What happened in a round: who took part, whose update was not finite, the mean loss, who
+    took how long.
 
     client_seconds are those of all clients together, also of clients that trained at the same time.
     start: what they started from. updates: the finite ones by client, valid until the next round.
@@ -70,7 +71,8 @@ class RoundResult:
 def run_round(
     state: ServerState, federation: Federation, workers: "Workers"
 ) -> tuple[ServerState, RoundResult]:
-    """Round `state.round + 1`. An update with NaN or Inf is left out, counted, and its client named.
+    """Round `state.round + 1`. An update with NaN or Inf is left out, counted, and its client
+    named.
 
     Raises:
         DeltaflError: no finite update is left, or the rule refuses (krum with too few clients).
@@ -92,7 +94,8 @@ def run_round(
             failed.append(k)
     if not updates:
         raise DeltaflError(
-            f"round {number}: no client's update is finite ({len(failed)} of them); use a smaller lr"
+            f"round {number}: no client's update is finite ({len(failed)} of them); "
+            "use a smaller lr"
         )
     started = time.perf_counter()
     names = names_of(federation.net)
@@ -117,10 +120,11 @@ def run_round(
 
 
 class Workers(AbstractContextManager["Workers"]):
-    """Processes that train the clients of a round, to the same bits as in this one, where `count` is 1.
+    """Processes that train the clients of a round, to the same bits as in this one, where `count`
+    is 1.
 
-    The server's parameters, and c of scaffold, go to all of them through shared memory, written once
-    a round.
+    The server's parameters, and c of scaffold, go to all of them through shared memory, written
+    once a round.
     """
 
     def __init__(self, federation: Federation, state: ServerState, count: int = 1) -> None:
@@ -144,7 +148,9 @@ class Workers(AbstractContextManager["Workers"]):
         )
 
     def train(self, state: ServerState, clients: Sequence[int]) -> Iterator[tuple[Update, float]]:
-        """The update of each client and the seconds that it took, in order; valid until the next call."""
+        """The update of each client and the seconds that it took, in order; valid until the next
+        call.
+        """
         if self._shared:
             for name, tensor in state.params.items():
                 self._params[name].copy_(tensor)
@@ -178,8 +184,8 @@ class Workers(AbstractContextManager["Workers"]):
 def count_workers(recipe: FederatedRecipe, device: torch.device) -> int:
     """How many processes train the clients of a round: at most one for each client.
 
-    By default as many as torch has threads, where that is possible; 1 for a user's own client, who may
-    remember things.
+    By default as many as torch has threads, where that is possible; 1 for a user's own client, who
+    may remember things.
 
     Raises:
         DeltaflError: several where processes cannot be forked for training.
@@ -199,7 +205,9 @@ def count_workers(recipe: FederatedRecipe, device: torch.device) -> int:
 
 
 def aggregate(updates: Sequence[Update], recipe: FederatedRecipe, number: int) -> Aggregate:
-    """R of the updates, weighed by examples where the recipe says so and the rule does not do it itself."""
+    """R of the updates, weighed by examples where the recipe says so and the rule does not do it
+    itself.
+    """
     sizes = [u.source.num_examples for u in updates]
     rule = recipe.server.rule(recipe.seed + number)
     by_size = recipe.server.client_weights == "examples" and not rule.core.weighs_examples
@@ -219,7 +227,9 @@ def is_finite(update: Update) -> bool:
 
 
 def _refuse_other_tensors(update: Update, client: int, params: Mapping[str, Tensor]) -> None:
-    """Raise DeltaflError unless the delta has the tensors of the parameters: a user's own client may err."""
+    """Raise DeltaflError unless the delta has the tensors of the parameters: a user's own client
+    may err.
+    """
     delta: Tensors = update.delta
     odd = sorted(delta.keys() ^ params.keys())
     odd = odd or [n for n in params if lazy(delta).spec(n).shape != params[n].shape]

@@ -1,4 +1,6 @@
-"""A whole federated run: step 0, rounds, the test at the round that validation chose, and its files."""
+"""A whole federated run: step 0, rounds, the test at the round that validation chose, and its
+files.
+"""
 
 import json
 import math
@@ -58,14 +60,15 @@ def federate(
     on_progress: OnProgress = ignore,
     callbacks: Sequence[Callback] = (),
 ) -> FederatedRun:
-    """Run all rounds and leave in `recipe.out` config.yaml, record.jsonl, result.json, mask.safetensors and the
-    best `model/`.
+    """Run all rounds and leave in `recipe.out` config.yaml, record.jsonl, result.json,
+    mask.safetensors and the best `model/`.
 
     net, task: those that the recipe names, loaded. Validation after every `eval_every` rounds and
-    before the first one; the model of the best one is tested, once. Killed at any moment the run goes
-    on with `resume`, on a CPU to the same bits; a finished one is returned as it is. An older run in
-    the folder is replaced, with `overwrite`, when head, mask and client of the new one are ready.
-    `callbacks` are called after our own. The results are the same bits for any number of workers.
+    before the first one; the model of the best one is tested, once. Killed at any moment the run
+    goes on with `resume`, on a CPU to the same bits; a finished one is returned as it is. An older
+    run in the folder is replaced, with `overwrite`, when head, mask and client of the new one are
+    ready. `callbacks` are called after our own. The results are the same bits for any number of
+    workers.
 
     Raises:
         DeltaflError: an output in the way, a run of another configuration, no finite update.
@@ -118,7 +121,9 @@ def _all_rounds(
     on_progress: OnProgress,
     own: Sequence[Callback],
 ) -> tuple[ServerState, Best]:
-    """From `state` to the last round, or to where patience ends; rows after `state` are dropped first."""
+    """From `state` to the last round, or to where patience ends; rows after `state` are dropped
+    first.
+    """
     recipe, validation = federation.recipe, Validation(federation, best)
     writer = StateWriter(record.folder / STATE_FILE, record.sync, federation.controls.prune)
     callbacks: list[Callback] = [

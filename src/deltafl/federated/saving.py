@@ -21,9 +21,11 @@ from deltafl.training import TRAINING_JSON
 def save_update(
     folder: Path, client: int, update: Update, base: Mapping[str, Tensor], federation: Federation
 ) -> None:
-    """A client's model after its local steps as `folder/client-K`, beside `folder/base`, what it started from.
+    """A client's model after its local steps as `folder/client-K`, beside `folder/base`, what it
+    started from.
 
-    Merging these gives the round's new model. The working net is left with other values than before.
+    Merging these gives the round's new model. The working net is left with other values than
+    before.
     """
     start, net = folder / "base", federation.net
     facts = {"task": federation.task.name, "seed": federation.recipe.seed}
@@ -37,7 +39,9 @@ def save_update(
 
 
 def _after(update: Update, base: Mapping[str, Tensor]) -> Tensors:
-    """The client's own parameters: base + delta, which rounds, only where it did not say what they are."""
+    """The client's own parameters: base + delta, which rounds, only where it did not say what they
+    are.
+    """
     if isinstance(update.delta, Difference):
         return update.delta.tuned
     return {n: base[n] + update.delta[n] for n in base}

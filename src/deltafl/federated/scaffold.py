@@ -1,4 +1,6 @@
-"""SCAFFOLD's control variates: the clients' in files, for K vectors of the model's size need not fit into memory."""
+"""SCAFFOLD's control variates: the clients' in files, for K vectors of the model's size need not
+fit into memory.
+"""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,7 +18,8 @@ from deltafl.files import write_atomically
 
 
 class Controls:
-    """c_i of each client, one file for each (client, round): a round never overwrites what a resumed run starts from.
+    """c_i of each client, one file for each (client, round): a round never overwrites what a
+    resumed run starts from.
 
     `prune` deletes what is not needed any more.
     """
@@ -58,8 +61,8 @@ def with_controls(
     controls: Controls,
     num_clients: int,
 ) -> ServerState:
-    """c <- c + sum_i (c_i+ - c_i) / K, and every c_i+ kept for its client's next round; `state` as it
-    is where there is no c.
+    """c <- c + sum_i (c_i+ - c_i) / K, and every c_i+ kept for its client's next round; `state` as
+    it is where there is no c.
 
     Raises:
         DeltaflError: an update without a new control.

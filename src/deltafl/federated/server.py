@@ -82,12 +82,14 @@ SERVER_OPTIMIZERS: Mapping[str, SecondMoment | None] = {
 def server_step(
     state: ServerState, update: Aggregate, recipe: ServerRecipe, trained: set[str]
 ) -> ServerState:
-    """theta <- theta + server_lr * u, with u from the pseudo-gradient R, for sgd without momentum R itself.
+    """theta <- theta + server_lr * u, with u from the pseudo-gradient R, for sgd without momentum
+    R itself.
 
-    sgd: m <- beta m + R, u = m. fedadam: m <- b1 m + (1 - b1) R, v <- b2 v + (1 - b2) R^2; fedyogi:
-    v <- v - (1 - b2) R^2 sign(v - R^2); fedadagrad: v <- v + R^2; u = m / (sqrt(v) + tau), v from
-    tau^2 (arXiv 2003.00295, without bias correction as there). Only what is in `trained` has moments;
-    the rest (running statistics) moves by R. It is `Stepped`, the step of a merge, in every case.
+    sgd: m <- beta m + R, u = m. fedadam: m <- b1 m + (1 - b1) R, v <- b2 v + (1 - b2) R^2;
+    fedyogi: v <- v - (1 - b2) R^2 sign(v - R^2); fedadagrad: v <- v + R^2; u = m / (sqrt(v) +
+    tau), v from tau^2 (arXiv 2003.00295, without bias correction as there). Only what is in
+    `trained` has moments; the rest (running statistics) moves by R. It is `Stepped`, the step of a
+    merge, in every case.
     """
     second = SERVER_OPTIMIZERS[recipe.server_optimizer]
     beta1 = recipe.server_momentum

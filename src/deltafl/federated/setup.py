@@ -32,7 +32,9 @@ MASK_FILE = "mask.safetensors"
 
 
 def make_shards(task: Task, recipe: ClientsRecipe) -> tuple[Tensor, ...]:
-    """Ids of the training examples of each client; a function of (seed, sharding), as `deltafl shards` shows them."""
+    """Ids of the training examples of each client; a function of (seed, sharding), as `deltafl
+    shards` shows them.
+    """
     generator = keyed_generator(recipe.seed, "shards")
     return shard(task.groups("train"), recipe.sharding, generator)
 
@@ -44,7 +46,9 @@ def fit_head(
     recipe: ClientsRecipe,
     head: HeadRecipe | None = None,
 ) -> None:
-    """Make the net ready for the task: the head that the recipe names, or another, fitted on what clients hold."""
+    """Make the net ready for the task: the head that the recipe names, or another, fitted on what
+    clients hold.
+    """
     fit = HeadFit(recipe.seed, shards, PRECISIONS[recipe.mixed_precision])
     net.prepare(task, head or recipe.head, fit)
 
@@ -66,7 +70,9 @@ def begin(
 
 
 def new_record(federation: Federation, config: dict[str, Any]) -> None:
-    """A folder with an empty record, the mask and the head, in place of an older one, whole or not at all."""
+    """A folder with an empty record, the mask and the head, in place of an older one, whole or not
+    at all.
+    """
     recipe = federation.recipe
     with atomic_folder(recipe.out or "", overwrite=recipe.overwrite) as folder:
         RunRecord.create(folder, config)
@@ -98,11 +104,13 @@ def make_mask(
     recipe: ClientsRecipe,
     file: Path | None = None,
 ) -> Mask | None:
-    """The mask of a sparse run, from a file or calibrated: each round asks fresh clients for Fisher sums.
+    """The mask of a sparse run, from a file or calibrated: each round asks fresh clients for
+    Fisher sums.
 
-    In round r the server asks the r-th group of a permutation of all clients, as many as take part in
-    a training round, each for up to `calibration_examples` of its examples, drawn anew; sums are
-    added, not averaged over clients. A trained head is never frozen. file: goes before the recipe's.
+    In round r the server asks the r-th group of a permutation of all clients, as many as take part
+    in a training round, each for up to `calibration_examples` of its examples, drawn anew; sums
+    are added, not averaged over clients. A trained head is never frozen. file: goes before the
+    recipe's.
 
     Raises:
         DeltaflError: a file of another model.
@@ -135,7 +143,9 @@ def make_mask(
 
 
 def calibration_clients(recipe: ClientsRecipe) -> list[list[int]]:
-    """The clients of each calibration round: no client is asked twice; no rounds where no scores are needed."""
+    """The clients of each calibration round: no client is asked twice; no rounds where no scores
+    are needed.
+    """
     if not recipe.sparse.is_calibrated:
         return []
     size = recipe.clients_per_round

@@ -17,12 +17,16 @@ from deltafl.federated.server import ServerState
 from deltafl.files import atomic_file
 
 PAUSE = 100
-"""A state is not begun before so many times as long as the last one took, so that writing takes 1 % of the time."""
+"""A state is not begun before so many times as long as the last one took, so that writing takes 1
+% of the time.
+"""
 
 
 @dataclass(frozen=True)
 class Best:
-    """The parameters with the best validation score, after which round, and how many validations ago."""
+    """The parameters with the best validation score, after which round, and how many validations
+    ago.
+    """
 
     params: Mapping[str, Tensor]
     round: int
@@ -80,7 +84,8 @@ def read_state(path: Path, like: ServerState) -> tuple[ServerState, Best]:
 
 
 class StateWriter:
-    """Writes states in the background. A state is immutable, so nothing is copied and rounds go on meanwhile.
+    """Writes states in the background. A state is immutable, so nothing is copied and rounds go on
+    meanwhile.
 
     While one is being written, and `PAUSE` times as long after it, the next ones are not: a resumed
     run repeats those rounds, to the same bits. `before` is called first, `after` last, in the

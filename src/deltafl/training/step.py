@@ -96,7 +96,7 @@ def train_step(
         net.module.train()
     total, count = flat.new_zeros(()), flat.new_zeros(())
     if len(next(iter(batch.values()))):
-        with torch.autocast(net.device.type, autocast, enabled=autocast is not None):
+        with torch.autocast(flat.device.type, autocast, enabled=autocast is not None):
             sums, weights = task.loss(net, batch)
         total, count = sums.sum(), weights.sum()
     if reduce is not None:

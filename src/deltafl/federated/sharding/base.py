@@ -11,9 +11,10 @@ from deltafl.federated.sharding.recipe import SHARDINGS, ShardingRecipe
 def shard(groups: Tensor, recipe: ShardingRecipe, generator: torch.Generator) -> tuple[Tensor, ...]:
     """Divide examples among clients: for each client the sorted int64 positions of its examples.
 
-    The shards are disjoint and cover every example, except groups that `non_iid` was allowed to leave
-    out; every client has at least one. The sharding says how many of each group, `generator` (CPU)
-    decides which. `groups` is int64 (N,), see `Task.groups`; the groups are those that occur in it.
+    The shards are disjoint and cover every example, except groups that `non_iid` was allowed to
+    leave out; every client has at least one. The sharding says how many of each group, `generator`
+    (CPU) decides which. `groups` is int64 (N,), see `Task.groups`; the groups are those that occur
+    in it.
 
     Raises:
         DeltaflError: groups of another form, fewer examples than clients, or what the recipe says

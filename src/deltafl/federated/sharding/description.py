@@ -9,9 +9,9 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Description:
-    """`counts` is int64 (K, L), the samples of each class at each client; `sizes` and `classes` (how many a client
-    holds) are int64 (K,). `left_out`, int64 (L,), counts the samples that no client has; `duplicates` those that are
-    given out more than once, each time after the first.
+    """`counts` is int64 (K, L), the samples of each class at each client; `sizes` and `classes`
+    (how many a client holds) are int64 (K,). `left_out`, int64 (L,), counts the samples that no
+    client has; `duplicates` those that are given out more than once, each time after the first.
     """
 
     counts: Tensor
@@ -24,7 +24,9 @@ class Description:
 
 
 def describe(shards: Sequence[Tensor], labels: Tensor, num_classes: int) -> Description:
-    """Count what `shards` (int64 positions into `labels`) hold; `labels` is int64 (N,) in 0 .. num_classes - 1."""
+    """Count what `shards` (int64 positions into `labels`) hold; `labels` is int64 (N,) in 0 ..
+    num_classes - 1.
+    """
     positions = torch.cat(list(shards))
     counts = torch.stack([torch.bincount(labels[rows], minlength=num_classes) for rows in shards])
     sizes = counts.sum(1)

@@ -10,12 +10,12 @@ from deltafl.federated.sharding.recipe import SHARDINGS, ShardingRecipe
 def non_iid(totals: np.ndarray, recipe: ShardingRecipe, rng: np.random.Generator) -> np.ndarray:
     """Every client holds exactly `nc` of the L classes; K clients, n_c samples of class c.
 
-    1. Class c is cut into r_c chunks, equal up to 1 sample; r_c is floor(K nc / L) or one more, K nc
-       in all; the largest classes get one more.
+    1. Class c is cut into r_c chunks, equal up to 1 sample; r_c is floor(K nc / L) or one more, K
+       nc in all; the largest classes get one more.
     2. Classes are dealt, those of the largest chunks first: the chunks of one class go to as many
-       clients, to those that lack most classes, of these to the smallest, ties at random. So what is
-       lacking never differs by more than 1, and sizes differ by at most the largest chunk (and a
-       sample, where chunks are of two or three).
+       clients, to those that lack most classes, of these to the smallest, ties at random. So what
+       is lacking never differs by more than 1, and sizes differ by at most the largest chunk (and
+       a sample, where chunks are of two or three).
     3. Random pairs of clients pool the classes that only one of them holds and deal them out afresh
        (degree-preserving swaps, doi 10.1038/ncomms5114), unless one would then be smaller or larger
        than all were: this takes out the pattern that the order of dealing leaves.
@@ -42,8 +42,8 @@ def non_iid(totals: np.ndarray, recipe: ShardingRecipe, rng: np.random.Generator
     short = np.flatnonzero(chunks > totals)
     if len(short):
         raise DeltaflError(
-            f"non_iid: {len(short)} classes have fewer samples than clients that hold them, such as "
-            f"one with {totals[short[0]]} samples for {chunks[short[0]]} clients; "
+            f"non_iid: {len(short)} classes have fewer samples than clients that hold them, such "
+            f"as one with {totals[short[0]]} samples for {chunks[short[0]]} clients; "
             "lower nc or num_clients"
         )
     return _trade(_deal(totals, chunks, clients, rng), rng)

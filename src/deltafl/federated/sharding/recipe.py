@@ -27,8 +27,9 @@ class ShardingRecipe(Recipe):
     )
 
     def problems(self) -> Iterator[str]:
+        held = self.model_dump()
         for name, (sharding, needed) in _PARAMETERS.items():
-            given = getattr(self, name) not in (None, False)
+            given = held[name] not in (None, False)
             if given and self.sharding != sharding:
                 yield f"{name} is of sharding {sharding}, not of {self.sharding}; leave it out"
             if needed and not given and self.sharding == sharding:
