@@ -58,7 +58,8 @@ class Recipe(BaseModel):
         """Set the defaults."""
         for name, value in cls.defaults.items():
             cls.model_fields[name].default = value
-        cls.model_rebuild(force=True)
+        if cls.defaults:
+            cls.model_rebuild(force=True)
 
     @classmethod
     def of(cls, **settings: Any) -> Self:
@@ -93,7 +94,7 @@ class Recipe(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _gather(cls, data: Any) -> Any:
-        for name, flattened in _flattened(cls) if isinstance(data, dict) else ():
+        for name, flattened in _flattened(cls).items() if isinstance(data, dict) else ():
             keys = flattened.fields().keys() - cls.model_fields.keys()
             held = {key: data[key] for key in data if key in keys and data[key] is not None}
             data = {key: value for key, value in data.items() if key not in keys}
@@ -109,7 +110,7 @@ class Recipe(BaseModel):
     @model_serializer(mode="wrap")
     def _spread(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         data = handler(self)
-        for name, _ in _flattened(type(self)):
+        for name in _flattened(type(self)):
             data |= data.pop(name)
         return data
 
@@ -123,7 +124,7 @@ class Recipe(BaseModel):
             if (inner := section(field)) and name in inner.model_fields:
                 short = TypeAdapter[Any](inner.model_fields[name].annotation).json_schema()
                 found["properties"][name] = {"anyOf": [found["properties"][name], short]}
-        for name, flattened in _flattened(cls):
+        for name, flattened in _flattened(cls).items():
             del found["properties"][name]
             for key, field in flattened.fields().items():
                 about = {"description": field.description}
@@ -218,21 +219,22 @@ class Leaf:
     field: FieldInfo
     flattened: bool = False
 
-    def marks(self, kind: type[T]) -> Iterator[T]:
-        """The marks of one kind in the field's annotation."""
-        return (mark for mark in self.field.metadata if isinstance(mark, kind))
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Its options, `--num-clients`, unless its type cannot be one."""
+        flags = mark_of(self.field, Flags)
+        return flags.names if flags else (f"--{self.name.replace('_', '-')}",)
 
 
 def leaves(kind: type[Recipe], path: tuple[str, ...] = ()) -> dict[str, Leaf]:
     """Name -> leaf of a recipe and its sections, in order. Raises TypeError if a name is used twice."""
     found: dict[str, Leaf] = {}
-    flattened = dict(_flattened(kind))
     for name, field in kind.model_fields.items():
         key = field.alias or name
         if inner := section(field):
             new = leaves(inner, (*path, key))
-        elif name in flattened:
-            fields = flattened[name].fields()
+        elif mark := mark_of(field, Flattened):
+            fields = mark.fields()
             new = {k: Leaf(k, (*path, k), f, flattened=True) for k, f in fields.items()}
         else:
             new = {key: Leaf(key, (*path, key), field)}
@@ -245,10 +247,9 @@ def leaves(kind: type[Recipe], path: tuple[str, ...] = ()) -> dict[str, Leaf]:
     return found
 
 
-def flag_of(leaf: Leaf) -> str:
-    """The option of a leaf, `--num-clients`; "its key" where there is none."""
-    names = next((mark.names for mark in leaf.marks(Flags)), (f"--{leaf.name.replace('_', '-')}",))
-    return names[0] if names else "its key"
+def mark_of(field: FieldInfo, kind: type[T]) -> T | None:
+    """The mark of one kind in a field's annotation."""
+    return next((mark for mark in field.metadata if isinstance(mark, kind)), None)
 
 
 def section(field: FieldInfo) -> type[Recipe] | None:
@@ -257,30 +258,24 @@ def section(field: FieldInfo) -> type[Recipe] | None:
     return kind if isinstance(kind, type) and issubclass(kind, Recipe) else None
 
 
-def is_flattened(field: FieldInfo) -> bool:
-    """Whether the keys of a field stand beside its siblings."""
-    return any(isinstance(mark, Flattened) for mark in field.metadata)
-
-
-def _flattened(kind: type[Recipe]) -> Iterator[tuple[str, Flattened]]:
-    for name, field in kind.model_fields.items():
-        yield from ((name, mark) for mark in field.metadata if isinstance(mark, Flattened))
+def _flattened(kind: type[Recipe]) -> dict[str, Flattened]:
+    marks = {name: mark_of(field, Flattened) for name, field in kind.model_fields.items()}
+    return {name: mark for name, mark in marks.items() if mark}
 
 
 def read_recipe(
     kind: type[R],
-    path: str | Path | None = None,
+    file: str | Path | Mapping[str, Any] | None = None,
     settings: Mapping[str, Any] | None = None,
     *,
     defaults: Mapping[str, Any] | None = None,
-    load: Callable[[str | Path], dict[str, Any]] | None = None,
 ) -> R:
-    """The recipe of a file, with leaves in `settings` over it and leaves in `defaults` under it.
+    """The recipe of a file, or its content, with leaves in `settings` over it and leaves in `defaults` under it.
 
     Raises:
         DeltaflError: one line for each mistake, with the path of the key.
     """
-    data = (load or load_yaml)(path) if path is not None else {}
+    data = load_yaml(file) if isinstance(file, str | Path) else file or {}
     data = _layered(kind, data, defaults or {}, under=True)
     return parse(kind, _layered(kind, data, settings or {}))
 
@@ -389,7 +384,8 @@ def _lines(kind: type[Recipe], keys: list[str], item: ErrorDetails) -> list[str]
         return [f'unknown key "{path}"; {_meant(kind, keys)}']
     if item["type"] == "missing":
         leaf = leaves(kind).get(keys[-1])
-        remedy = f"name it with {flag_of(leaf)}" if leaf and leaf.path == (*keys,) else "name it"
+        flags = leaf.flags if leaf and leaf.path == (*keys,) else ()
+        remedy = f"name it with {flags[0]}" if flags else "name it"
         return [f"{path} is missing; {remedy}"]
     if item["type"] == "recipe":
         return [f"{path}: {line}" if path else line for line in item["msg"].split("\n")]

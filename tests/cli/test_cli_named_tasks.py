@@ -116,7 +116,7 @@ def test_an_unknown_name_is_one_line(command: str, data: Path, tmp_path: Path) -
         "--out",
         tmp_path / "out",
     )
-    assert 'no task "pcan"' in said
+    assert f'there is no folder "{data / "pcan"}"' in said
     assert 'did you mean "pcam"' in said
 
 

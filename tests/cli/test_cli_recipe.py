@@ -26,7 +26,7 @@ def fill(kind: type[Recipe], command: str) -> dict[str, Any]:
         if leaf.field.is_required():
             found[leaf.name] = FILLED.get(command) or FILLED.get(leaf.name, "x")
             found[leaf.name] = "x" if leaf.field.annotation is str else found[leaf.name]
-    return found
+    return found | ({"sparsity_ratio": 0.5} if command == "mask" else {})
 
 
 @every_recipe

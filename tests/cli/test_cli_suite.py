@@ -10,7 +10,7 @@ from checkpoint_files import cli, problems_of, refused, succeed
 from deltafl.experiments import SUITES
 from deltafl.experiments.recipe import ValuesRecipe
 from deltafl.rules.rule import load_rules
-from deltafl.sparse.masks import MASK_STRATEGIES
+from deltafl.sparse.strategies import MASK_STRATEGIES
 from federated.worlds import RECIPE
 from tiny_models import vit_file
 

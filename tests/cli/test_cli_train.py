@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from deltafl.cli.train import evaluate, finetune
+from deltafl.cli.evaluate import evaluate
+from deltafl.cli.finetune import finetune
 from deltafl.errors import DeltaflError
 from deltafl.models import load_net
 from deltafl.tasks import load_task

@@ -7,8 +7,8 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from deltafl.cli.train import evaluate as evaluate_command
-from deltafl.cli.train import finetune as finetune_command
+from deltafl.cli.evaluate import evaluate as evaluate_command
+from deltafl.cli.finetune import finetune as finetune_command
 from deltafl.errors import DeltaflError
 from deltafl.models import HeadRecipe, load_net, zero_shot
 from deltafl.models.head import Head, load_head, save_head

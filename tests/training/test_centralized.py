@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 from torch import nn
 
-from deltafl.cli.centralized import centralized
+from deltafl.cli.finetune import centralized
 from deltafl.errors import DeltaflError
 from deltafl.models import load_net
 from deltafl.progress import OnProgress, Progress

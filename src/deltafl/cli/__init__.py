@@ -18,12 +18,12 @@ COMMANDS = {
         "deltafl.cli.quickstart",
         "The whole story offline in about a minute, with a report.",
     ),
-    "finetune": ("deltafl.cli.train", "Fine-tune a model on a task."),
+    "finetune": ("deltafl.cli.finetune", "Fine-tune a model on a task."),
     "centralized": (
-        "deltafl.cli.centralized",
+        "deltafl.cli.finetune",
         "Train on all samples in one place, what federated runs compare with.",
     ),
-    "evaluate": ("deltafl.cli.train", "Accuracy of models on a task."),
+    "evaluate": ("deltafl.cli.evaluate", "Accuracy of models on a task."),
     "merge": ("deltafl.cli.merge", "Merge fine-tuned models of one base by one server step."),
     "search": (
         "deltafl.cli.search",

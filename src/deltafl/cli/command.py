@@ -4,7 +4,6 @@ import functools
 import shlex
 import types
 from collections.abc import Callable, Collection, Iterator
-from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import click
@@ -12,12 +11,15 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
 from deltafl.cli.text import as_bytes
-from deltafl.recipes import Flags, Leaf, Recipe, Size, flag_of, leaves, load_yaml, read_recipe
+from deltafl.recipes import Leaf, Recipe, Size, leaves, read_recipe
 
 CONFIG = "A YAML file with the same names, num_clients for --num-clients; options go before it."
 
 quiet = click.option("--quiet", is_flag=True, help="No progress, no summary.")
 resume = click.option("--resume", is_flag=True, help="Continue a run that was killed.")
+tensorboard = click.option(
+    "--tensorboard", is_flag=True, help="Write OUT/metrics for TensorBoard too."
+)
 dry_run = click.option("--dry-run", is_flag=True, help="Check everything, say what would be done.")
 
 COMMAND_LINE = f"{__name__}.command_line"
@@ -75,18 +77,16 @@ def recipe_command(
     *,
     argument: str | None = None,
     only: type[Recipe] | None = None,
-    load: Callable[[str | Path], dict[str, Any]] = load_yaml,
     read: Callable[[str | None, dict[str, Any]], Any] | None = None,
 ) -> Callable[[Callable[..., Any]], RecipeCommand]:
     """Decorator: f(recipe, **what click options below the decorator say) as a command with the options of a recipe.
 
-    argument: the option that may also be given without its name: config, or that of a setting. load: reads the file.
+    argument: the option that may also be given without its name: config, or that of a setting.
     only: a recipe whose settings are those of which there are options; the others may be in the file.
     read: makes of the file and the settings what the command is called with; None: the recipe.
     """
-    shown = {
-        leaf.name: leaf for leaf in leaves(recipe).values() if leaf.name in leaves(only or recipe)
-    }
+    among = leaves(only or recipe)
+    shown = {name: leaf for name, leaf in leaves(recipe).items() if name in among}
 
     def decorate(function: Callable[..., Any]) -> RecipeCommand:
         @functools.wraps(function)
@@ -96,11 +96,10 @@ def recipe_command(
                     raise click.UsageError(f"{argument} is given twice; give it once")
                 given[argument] = bare
             config = given.pop("config")
-            settings = {
-                name: value for name in shown if (value := given.pop(name, None)) not in (None, ())
-            }
-            made = read(config, settings) if read else None
-            return function(made or read_recipe(recipe, config, settings, load=load), **given)
+            settings = {name: given.pop(name) for name in shown if name in given}
+            settings = {name: v for name, v in settings.items() if v not in (None, ())}
+            made = read(config, settings) if read else read_recipe(recipe, config, settings)
+            return function(made, **given)
 
         for leaf in reversed(shown.values()):
             if names := option_names(leaf):
@@ -108,10 +107,8 @@ def recipe_command(
         call = click.option("--config", metavar="FILE", help=CONFIG)(call)
         if argument:
             many = argument in shown and _looks(shown[argument]).get("multiple")
-            name = f"[{argument.upper()}]"
-            call = click.argument("bare", nargs=-1 if many else 1, required=False, metavar=name)(
-                call
-            )
+            count, name = -1 if many else 1, f"[{argument.upper()}]"
+            call = click.argument("bare", nargs=count, required=False, metavar=name)(call)
         return click.command(cls=RecipeCommand, recipe=recipe)(call)
 
     return decorate
@@ -138,11 +135,10 @@ def command_line() -> str:
 
 def option_names(leaf: Leaf) -> tuple[str, ...]:
     """The options of a setting; () if it can only be given in a file."""
-    for flags in leaf.marks(Flags):
-        return flags.names
-    kinds, flag = _kinds(leaf.field.annotation), flag_of(leaf)
-    is_on = kinds == [bool] and leaf.field.default is True
-    return (f"{flag}/--no{flag[1:]}" if is_on else flag,) if kinds else ()
+    kinds = _kinds(leaf.field.annotation)
+    if kinds == [bool] and leaf.field.default is True:
+        return tuple(f"{flag}/--no{flag[1:]}" for flag in leaf.flags)
+    return leaf.flags if kinds else ()
 
 
 def _looks(leaf: Leaf) -> dict[str, Any]:

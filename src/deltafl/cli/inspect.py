@@ -7,7 +7,7 @@ import click
 
 from deltafl.checkpoints.readahead import reading_ahead
 from deltafl.cli.command import quiet, recipe_command
-from deltafl.cli.merge import load_recipe, outside
+from deltafl.cli.merge import outside, read_merge
 from deltafl.cli.progress import drawn_progress
 from deltafl.cli.text import table
 from deltafl.files import check_output
@@ -15,7 +15,7 @@ from deltafl.merge.plan import plan_merge
 from deltafl.merge.recipe import DeltaRecipe, MergeRecipe
 
 
-@recipe_command(MergeRecipe, argument="config", load=load_recipe, only=DeltaRecipe)
+@recipe_command(MergeRecipe, argument="config", only=DeltaRecipe, read=read_merge)
 @quiet
 def inspect(recipe: MergeRecipe, quiet: bool) -> None:
     """How much fine-tunes of one base differ, and which rule that suggests.

@@ -10,14 +10,15 @@ import torch
 from pydantic import Field
 
 from deltafl.algebra.tensors import device_named
-from deltafl.cli.command import recipe_options
+from deltafl.cli.command import dry_run, recipe_command
 from deltafl.cli.results import as_text
+from deltafl.cli.run import prepared
 from deltafl.errors import DeltaflError
 from deltafl.federated.recipe import ClientsRecipe
 from deltafl.federated.setup import MASK_FILE, fit_head, make_mask, make_shards
 from deltafl.files import atomic_folder, check_output, write_files
-from deltafl.models import load_net
-from deltafl.recipes import Incidental, read_recipe
+from deltafl.models import Net, load_net
+from deltafl.recipes import Flags, Incidental, Recipe, read_recipe
 from deltafl.report import kinds_table, mask_page, page_files
 from deltafl.sparse.eligible import Eligible, eligible
 from deltafl.sparse.masks import (
@@ -28,8 +29,19 @@ from deltafl.sparse.masks import (
     model_hash,
     save_mask,
 )
-from deltafl.tasks import load_task
 from deltafl.training.record import write_json
+
+
+class DescribeRecipe(Recipe):
+    """A saved mask to describe."""
+
+    describe: Annotated[str, Incidental] = Field(
+        description="a saved mask to describe, instead of making one; --base tells q, k and v apart"
+    )
+    model: Annotated[str | None, Flags(("--model", "--base"))] = None
+    device: str | None = None
+    out: str | None = None
+    overwrite: bool = False
 
 
 class MaskRecipe(ClientsRecipe):
@@ -38,6 +50,9 @@ class MaskRecipe(ClientsRecipe):
     out: Annotated[str | None, Incidental] = Field(
         None,
         description="the folder to write: mask.safetensors, mask.json, figure.png and report.html",
+    )
+    describe: Annotated[str | None, Incidental] = Field(
+        None, description=DescribeRecipe.model_fields["describe"].description
     )
 
     def problems(self) -> Iterator[str]:
@@ -51,13 +66,22 @@ class MaskRecipe(ClientsRecipe):
             )
 
 
-@click.command()
-@recipe_options(MaskRecipe, skip=("train_head", "augment", "label_smoothing"))
-@click.option(
-    "--describe",
-    help="A saved mask to describe, instead of making one; --base tells q, k and v apart.",
-)
-def mask(config: str | None, describe: str | None, **options: Any) -> None:
+def read_mask(config: str | None, settings: Mapping[str, Any]) -> MaskRecipe | DescribeRecipe:
+    """The recipe of the mask to make, or to describe. Raises DeltaflError."""
+    if "describe" not in settings:
+        return read_recipe(MaskRecipe, config, settings)
+    odd = [*settings.keys() - DescribeRecipe.model_fields.keys(), *["config"] * bool(config)]
+    if odd:
+        wrong = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(odd))
+        raise DeltaflError(
+            f"--describe makes no mask and takes --base, --device and --out only; leave {wrong} out"
+        )
+    return DescribeRecipe.of(**settings)
+
+
+@recipe_command(MaskRecipe, read=read_mask)
+@dry_run
+def mask(recipe: MaskRecipe | DescribeRecipe, dry_run: bool) -> None:
     """Make the mask that a federated run with these settings would make, or describe one.
 
     \b
@@ -65,81 +89,64 @@ def mask(config: str | None, describe: str | None, **options: Any) -> None:
     deltafl federate ... --mask-file DIR/mask.safetensors
     deltafl mask --describe DIR/mask.safetensors --base MODEL
     """
-    given = {name: value for name, value in options.items() if value not in (None, ())}
-    out, overwrite = given.get("out"), given.get("overwrite", False)
-    if describe is not None:
-        odd = given.keys() - {"model", "device", "out", "overwrite"}
-        if odd or config is not None:
-            names = sorted([*odd, *(["config"] if config else [])])
-            wrong = ", ".join(f"--{name.replace('_', '-')}" for name in names)
-            raise DeltaflError(
-                "--describe makes no mask and takes --base, --device and --out only; "
-                f"leave {wrong} out"
-            )
-        if out is not None:
-            check_output(out, overwrite=overwrite)
-        made, result = None, described(describe, given.get("model"), given.get("device"))
+    if isinstance(recipe, MaskRecipe):
+        made, result = make(recipe, dry_run)
     else:
-        recipe = read_recipe(MaskRecipe, config, given)
-        out, overwrite = recipe.out, recipe.overwrite
-        if out is None:
-            raise DeltaflError("out is missing; name it with --out")
-        check_output(out, overwrite=overwrite)
-        made, result = make(recipe)
+        if recipe.out is not None:
+            check_output(recipe.out, overwrite=recipe.overwrite)
+        made, result = None, described(recipe)
     click.echo(text(result))
-    if out is not None:
-        write(made, result, out, overwrite)
+    if recipe.out is None:
+        return
+    with atomic_folder(recipe.out, overwrite=recipe.overwrite) as folder:
         if made is not None:
-            click.echo(f"mask: {Path(out) / MASK_FILE}")
-        click.echo(f"report: {Path(out) / 'report.html'}")
+            save_mask(made, folder / MASK_FILE, result["model_hash"], result["made"])
+        write_json(folder / "mask.json", result)
+        write_files(folder, page_files(mask_page(result)))
+    if made is not None:
+        click.echo(f"mask: {Path(recipe.out) / MASK_FILE}")
+    click.echo(f"report: {Path(recipe.out) / 'report.html'}")
 
 
-def make(recipe: MaskRecipe) -> tuple[Mask, dict[str, Any]]:
+def make(recipe: MaskRecipe, dry_run: bool) -> tuple[Mask, dict[str, Any]]:
     """The mask, by the very steps of a federated run, and what there is to tell of it."""
-    net = load_net(recipe.model)
-    task = load_task(recipe.data, net.inputs, recipe.seed)
+    net, task = prepared(recipe, resume=False, dry_run=dry_run)
     shards = make_shards(task, recipe)
-    net = net.copy_to(_device(recipe.device))
+    net = _moved(net, recipe.device)
     fit_head(net, task, shards, recipe)
     made = make_mask(net, task, shards, recipe)
     assert made is not None
     settings = {"base": recipe.model, "task": task.name, "limit": recipe.data.limit}
     for section in (recipe.sparse, recipe.sharding, recipe.head):
         settings |= section.resolved()
-    settings |= {
-        name: getattr(recipe, name) for name in ("participation_rate", "mixed_precision", "seed")
-    }
+    settings |= recipe.model_dump(include={"participation_rate", "mixed_precision", "seed"})
     told = {n: value for n, value in settings.items() if value is not None and value is not False}
-    return made, _result(made, eligible(net), model_hash(net), told)
+    return made, _result(made, net, told)
 
 
-def described(path: str, base: str | None, device: str | None) -> dict[str, Any]:
+def described(recipe: DescribeRecipe) -> dict[str, Any]:
     """What there is to tell of a saved mask; without its model all coordinates count as eligible.
 
     Raises:
-        DeltaflError: not a mask, or made for another model than `base`.
+        DeltaflError: not a mask, or made for another model.
     """
-
-    if base is None:
-        return _result(load_mask(path, None), None, None, mask_meta(path))
-    net = load_net(base).copy_to(_device(device))
-    return _result(load_mask(path, net), eligible(net), model_hash(net), mask_meta(path))
+    net = None if recipe.model is None else _moved(load_net(recipe.model), recipe.device)
+    return _result(load_mask(recipe.describe, net), net, mask_meta(recipe.describe))
 
 
-def _device(name: str | None) -> str:
+def _moved(net: Net, device: str | None) -> Net:
+    return net.copy_to(
+        str(device_named(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    )
 
-    return str(device_named(name or ("cuda" if torch.cuda.is_available() else "cpu")))
 
-
-def _result(
-    mask: Mask, able: Eligible | None, model: str | None, made: Mapping[str, Any]
-) -> dict[str, Any]:
-
-    known = able or Eligible({name: tuple(kept.shape) for name, kept in mask.items()})
+def _result(mask: Mask, net: Net | None, made: Mapping[str, Any]) -> dict[str, Any]:
+    shapes = {name: tuple(kept.shape) for name, kept in mask.items()}
+    known = eligible(net) if net else Eligible(shapes)
     rows = describe_mask(mask, known)
     return {
         "made": dict(made),
-        "model_hash": model,
+        "model_hash": model_hash(net) if net else None,
         "parameters": sum(kept.numel() for kept in mask.values()),
         "eligible": sum(row.eligible for row in rows.values()),
         "kept": sum(row.kept for row in rows.values()),
@@ -175,13 +182,3 @@ def text(result: Mapping[str, Any]) -> str:
         excluded = "; ".join(f"{count} tensors, {why}" for why, count in reasons.items())
         lines.append(f"excluded: {result['parameters'] - eligible:,} coordinates ({excluded})")
     return "\n".join([*lines, "", as_text(kinds_table(result))])
-
-
-def write(made: Mask | None, result: Mapping[str, Any], out: str, overwrite: bool) -> None:
-    """mask.json, figure.png, report.html, and mask.safetensors where one was made; whole or not at all."""
-
-    with atomic_folder(out, overwrite=overwrite) as folder:
-        if made is not None:
-            save_mask(made, folder / MASK_FILE, result["model_hash"], result["made"])
-        write_json(folder / "mask.json", result)
-        write_files(folder, page_files(mask_page(result)))

@@ -1,6 +1,6 @@
 """`deltafl merge`."""
 
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -14,21 +14,20 @@ from deltafl.files import check_output
 from deltafl.merge.mergekit import translate
 from deltafl.merge.plan import Plan, plan_merge
 from deltafl.merge.recipe import MergeRecipe
-from deltafl.recipes import load_yaml
+from deltafl.recipes import load_yaml, read_recipe
 
 
-def load_recipe(path: str | Path) -> dict[str, Any]:
-    """The keys of a recipe file, ours or mergekit's; of the latter, what makes no difference is noted on stderr."""
-    data = load_yaml(path)
-    if "merge_method" not in data:
-        return data
-    data, notes = translate(data)
-    for note in notes:
-        click.echo(f"note: {note}", err=True)
-    return data
+def read_merge(config: str | None, settings: Mapping[str, Any]) -> MergeRecipe:
+    """The recipe of a file, ours or mergekit's; of the latter, what makes no difference is noted on stderr."""
+    data = load_yaml(config) if config else {}
+    if "merge_method" in data:
+        data, notes = translate(data)
+        for note in notes:
+            click.echo(f"note: {note}", err=True)
+    return read_recipe(MergeRecipe, data, settings)
 
 
-@recipe_command(MergeRecipe, argument="config", load=load_recipe)
+@recipe_command(MergeRecipe, argument="config", read=read_merge)
 @dry_run
 @quiet
 def merge(recipe: MergeRecipe, dry_run: bool, quiet: bool) -> None:

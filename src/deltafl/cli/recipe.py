@@ -11,7 +11,7 @@ from pydantic_core import to_jsonable_python
 from deltafl.cli import COMMANDS, app
 from deltafl.cli.command import RecipeCommand, default_text, is_size, meaning, option_names
 from deltafl.errors import DeltaflError, did_you_mean
-from deltafl.recipes import Leaf, Recipe, is_flattened, leaves, recipes_in, section
+from deltafl.recipes import Flattened, Leaf, Recipe, leaves, mark_of, recipes_in, section
 
 
 @click.command()
@@ -44,7 +44,7 @@ def template(kind: type[Recipe], indent: str = "") -> Iterator[str]:
     """The lines of a YAML file with every key at its default; what has none is commented out, or to be filled in."""
     for name, field in kind.model_fields.items():
         key = field.alias or name
-        if is_flattened(field):
+        if mark_of(field, Flattened):
             yield f"{indent}# {meaning(field)}"
             continue
         if inner := section(field):
@@ -77,7 +77,7 @@ def _rows(kind: type[Recipe], above: str, known: dict[tuple[str, ...], Leaf]) ->
         if inner := section(field):
             yield from _rows(inner, f"{key}.", known)
             continue
-        if is_flattened(field):
+        if mark_of(field, Flattened):
             key = f"{above}NAME"
         leaf = known.get(tuple(key.split(".")))
         options = " ".join(f"`{option}`" for option in option_names(leaf)) if leaf else ""

@@ -1,6 +1,5 @@
 """`deltafl suite`."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -48,19 +47,9 @@ def suite(
         raise DeltaflError(*(f"{name} needs {why}" for name, why in lacking.items()))
     for name, why in lacking.items():
         click.echo(f"left out: {name}, which needs {why}", err=True)
-    run_and_show([n for n in chosen if n not in lacking], recipes, resume=resume, quiet=quiet)
-
-
-def run_and_show(
-    names: Sequence[str],
-    recipes: tuple[SuiteRecipe, TrainingRecipe],
-    *,
-    resume: bool,
-    quiet: bool,
-) -> None:
-    """Run suites, and show all tables on the terminal."""
     with drawn_progress(quiet=quiet) as show:
-        result = run_suites(names, *recipes, resume=resume, on_progress=show)
+        wanted = [name for name in chosen if name not in lacking]
+        result = run_suites(wanted, *recipes, resume=resume, on_progress=show)
     if not quiet:
         for table in comparison_page(result).tables:
             click.echo(f"{as_text(table)}\n")

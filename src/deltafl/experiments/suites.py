@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from deltafl.experiments.recipe import ValuesRecipe
 from deltafl.federated import FederatedRecipe
 from deltafl.rules.rule import load_rules
-from deltafl.sparse.masks import MASK_STRATEGIES
+from deltafl.sparse.strategies import MASK_STRATEGIES
 
 Rows = Sequence[tuple[Mapping[str, str | float | int], FederatedRecipe]]
 """Labels and recipe of each row of a suite's table; every row is run with several seeds."""

@@ -16,8 +16,8 @@ PROJECTIONS = (
     ("q_lin", "k_lin", "v_lin"),
     ("wq", "wk", "wv"),
 )
-"""What attention modules call their projections: transformers, diffusers and lucidrains, DistilBERT,
-plain code. With grouped queries the key's is smaller.
+"""What attention modules call their projections: transformers, diffusers and lucidrains,
+DistilBERT, plain code. With grouped queries the key's is smaller.
 """
 
 ROTATIONS = ("rope", "rotary")
@@ -31,9 +31,10 @@ KEY_TRANSFORMS = (*ROTATIONS, "norm", "temperature", "logit_scale")
 class Eligible:
     """Trained tensors in the order of `Net.flat`; True = a mask may keep the coordinate.
 
-    shapes: the tensors that a mask narrows. partial: bool, in the tensor's shape, for those that are
-    not eligible as a whole, which are attention key biases. fused: tensors whose first dimension
-    holds query, key and value, in thirds. whole: shapes of the trained tensors that no mask narrows.
+    shapes: the tensors that a mask narrows. partial: bool, in the tensor's shape, for those that
+    are not eligible as a whole, which are attention key biases. fused: tensors whose first
+    dimension holds query, key and value, in thirds. whole: shapes of the trained tensors that no
+    mask narrows.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -67,15 +68,16 @@ class Eligible:
 
 
 def eligible(net: Net) -> Eligible:
-    """All trained coordinates but those of a classifier's head, which trains whole, and the biases of
-    attention keys, which are found by the structure of the modules.
+    """All trained coordinates but those of a classifier's head, which trains whole, and the biases
+    of attention keys, which are found by the structure of the modules.
 
-    softmax_j(q . (k_j + b)) = softmax_j(q . k_j): the bias moves no output, its gradient is rounding
-    noise, and a mask of the least sensitive coordinates would take all of it. Seen are separate
-    projections (`PROJECTIONS`, also with grouped queries), a fused Linear `qkv` (timm, DINO) and the
-    `in_proj_bias` of nn.MultiheadAttention, of which the key's third is excluded. Keys that are
-    normalised, rotated by their positions (Llama types) or joined by other keys depend on the bias;
-    there it stays eligible, as it does where another module shares the parameter.
+    softmax_j(q . (k_j + b)) = softmax_j(q . k_j): the bias moves no output, its gradient is
+    rounding noise, and a mask of the least sensitive coordinates would take all of it. Seen are
+    separate projections (`PROJECTIONS`, also with grouped queries), a fused Linear `qkv` (timm,
+    DINO) and the `in_proj_bias` of nn.MultiheadAttention, of which the key's third is excluded.
+    Keys that are normalised, rotated by their positions (Llama types) or joined by other keys
+    depend on the bias; there it stays eligible, as it does where another module shares the
+    parameter.
     """
     parameters = trained(net)
     names = {id(p): n for n, p in parameters.items()}
@@ -106,7 +108,9 @@ def trained(net: Net) -> dict[str, nn.Parameter]:
 
 
 def _key_biases(root: nn.Module) -> Iterator[tuple[Tensor, bool]]:
-    """(bias, whether the key is a third of it) of each attention module whose keys are only projected."""
+    """(bias, whether the key is a third of it) of each attention module whose keys are only
+    projected.
+    """
     if any(word in path for path, _ in root.named_modules() for word in ROTATIONS):
         return
     for module in root.modules():
@@ -139,7 +143,9 @@ def _fused(root: nn.Module) -> Iterator[Tensor]:
 
 
 def _qkv(module: nn.Module) -> nn.Linear | None:
-    """The fused projection of an attention module in timm's layout, (query, key, value) in the outputs."""
+    """The fused projection of an attention module in timm's layout, (query, key, value) in the
+    outputs.
+    """
     linear = dict(module.named_children()).get("qkv")
     if isinstance(linear, nn.Linear) and linear.out_features == 3 * linear.in_features:
         return linear

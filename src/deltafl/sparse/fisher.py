@@ -1,4 +1,6 @@
-"""Sensitivity of a model's parameters: the diagonal of the Fisher information (arXiv 1612.00796)."""
+"""Sensitivity of a model's parameters: the diagonal of the Fisher information (arXiv
+1612.00796).
+"""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -22,7 +24,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FisherSum:
-    """sum_i E_y[(d log p(y | x_i) / d theta)^2] by name, in each parameter's shape, over `count` examples.
+    """sum_i E_y[(d log p(y | x_i) / d theta)^2] by name, in each parameter's shape, over `count`
+    examples.
 
     Sums of disjoint data add up to the sum of their union, up to rounding: clients send this, the
     server adds.
@@ -50,11 +53,11 @@ class FisherSum:
 class FisherScorer:
     """Sums over examples of E_y[(d log p(y | x_i) / d theta_j)^2], of gradients of single examples.
 
-    theta is what trains of `net`, -log p(y | x_i) the loss of `task` (of a line: of all its tokens),
-    in eval mode and at least float32. labels: "sampled" averages over `draws` targets y that the
-    task draws from the model; "empirical" takes the data's. Values, gradients, modes and hooks of
-    the model stay as they are. What no layer serves (`find_layers`, asked at the first batch) goes
-    example by example, which is logged.
+    theta is what trains of `net`, -log p(y | x_i) the loss of `task` (of a line: of all its
+    tokens), in eval mode and at least float32. labels: "sampled" averages over `draws` targets y
+    that the task draws from the model; "empirical" takes the data's. Values, gradients, modes and
+    hooks of the model stay as they are. What no layer serves (`find_layers`, asked at the first
+    batch) goes example by example, which is logged.
 
     Raises:
         DeltaflError: unknown `labels`, draws or batch_size < 1, or batch norm without running
@@ -88,8 +91,8 @@ class FisherScorer:
     def __call__(
         self, split: Split, ids: Tensor, generator: torch.Generator | None = None
     ) -> FisherSum:
-        """The sum over the examples at `ids`, int64 (n,), on the net's device, in the order of `flat`;
-        batches are summed in float64. Sampled targets are drawn with `generator`.
+        """The sum over the examples at `ids`, int64 (n,), on the net's device, in the order of
+        `flat`; batches are summed in float64. Sampled targets are drawn with `generator`.
 
         Raises:
             DeltaflError: no generator for sampled labels, or a task that draws none.

@@ -1,8 +1,8 @@
 """Squared gradients of single examples, layer by layer, from one pass over a batch.
 
-A rule adds to `sums` (a module's own parameters that are wanted -> accumulators of their shapes) the
-squares of each example's gradient. It gets all calls of its module in one pass, for the gradient of
-an example is the sum over them, taken before squaring.
+A rule adds to `sums` (a module's own parameters that are wanted -> accumulators of their shapes)
+the squares of each example's gradient. It gets all calls of its module in one pass, for the
+gradient of an example is the sum over them, taken before squaring.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -138,16 +138,21 @@ RULES: Mapping[type[nn.Module], Rule] = {
     nn.BatchNorm2d: norm,
     nn.Embedding: embedding,
 }
-"""For exactly these classes, since a subclass may compute something else; `any_module` for others."""
+"""For exactly these classes, since a subclass may compute something else; `any_module` for
+others.
+"""
 
 
 def _add_squares(total: Tensor, values: Tensor) -> None:
-    """total += sum_b values[b]^2, with `values` (B, ...) of as many elements as `total` per example."""
+    """total += sum_b values[b]^2, with `values` (B, ...) of as many elements as `total` per
+    example.
+    """
     total.add_(values.square().sum(0).view(total.shape))
 
 
 def _add_outer_squares(total: Tensor, grads: Tensor, inputs: Tensor) -> None:
-    """total (o, i) += sum_b (sum_t g[b, t, :] x[b, t, :]^T)^2, with grads (B, T, o), inputs (B, T, i).
+    """total (o, i) += sum_b (sum_t g[b, t, :] x[b, t, :]^T)^2, with grads (B, T, o), inputs (B, T,
+    i).
 
     The products are formed in chunks, never (B, o, i) at once. One token needs none: (g x)^2 =
     g^2 x^2. Tokens without gradient (all but the class token in the last block of a ViT) are left

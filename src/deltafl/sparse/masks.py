@@ -41,11 +41,11 @@ def make_mask(
     """Keep exactly k = round(keep * n) of n eligible coordinates, those that `strategy` prefers.
 
     global: n and k over all tensors at once. per_layer: n and k for each tensor by itself, so that
-    the sum differs from the global k by up to half a coordinate a tensor. Equal keys at the threshold
-    are drawn by a permutation from `generator` (on the CPU). `scores` (only read by the strategies
-    that need them) and `weights` hold every tensor of `eligible`; the mask is on the device of each.
-    among: choose only what this mask keeps; n is the same. Selection is exact for any number of
-    elements.
+    the sum differs from the global k by up to half a coordinate a tensor. Equal keys at the
+    threshold are drawn by a permutation from `generator` (on the CPU). `scores` (only read by the
+    strategies that need them) and `weights` hold every tensor of `eligible`; the mask is on the
+    device of each. among: choose only what this mask keeps; n is the same. Selection is exact for
+    any number of elements.
 
     Raises:
         DeltaflError: unknown strategy, `keep` outside (0, 1], scores absent, misshapen or NaN, or
@@ -146,8 +146,8 @@ def describe_mask(mask: Mask, eligible: Eligible) -> dict[str, Kept]:
 
 
 def model_hash(net: Net) -> str:
-    """sha256 over names (those of the model's files), shapes and float32 values (little-endian) of the
-    tensors that a mask narrows, in their order.
+    """sha256 over names (those of the model's files), shapes and float32 values (little-endian) of
+    the tensors that a mask narrows, in their order.
     """
     digest = hashlib.sha256()
     narrowed = eligible(net).shapes
@@ -163,8 +163,8 @@ def model_hash(net: Net) -> str:
 def save_mask(
     mask: Mask, path: str | Path, model_hash: str, meta: Mapping[str, Any] | None = None
 ) -> Path:
-    """Write a safetensors file of packed bits (uint8, 8 coordinates each, little bit order), whole or
-    not at all.
+    """Write a safetensors file of packed bits (uint8, 8 coordinates each, little bit order), whole
+    or not at all.
 
     `model_hash`: of the model that the mask was made for. `meta`: values that JSON can hold, for
     `mask_meta`.
@@ -184,8 +184,8 @@ def mask_meta(path: str | Path) -> dict[str, Any]:
 
 
 def load_mask(path: str | Path, net: Net | None) -> dict[str, Tensor]:
-    """The mask of a file, on the CPU, for the trained tensors of `net`; None: of whatever model, under
-    the names in the file, to describe it.
+    """The mask of a file, on the CPU, for the trained tensors of `net`; None: of whatever model,
+    under the names in the file, to describe it.
 
     The file may name tensors as the net or as the net's files do. A head trains whole, whether the
     file has it or not.

@@ -13,7 +13,8 @@ from deltafl.sparse.masks import Mask
 def kept_index(
     mask: Mask, slices: Mapping[str, slice], device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Where in `Net.flat`, whose `slices` these are, the kept coordinates are: int32 (k,), ascending.
+    """Where in `Net.flat`, whose `slices` these are, the kept coordinates are: int32 (k,),
+    ascending.
 
     Raises:
         DeltaflError: the mask holds other tensors, other sizes or another dtype than the model, or

@@ -1,4 +1,6 @@
-"""Squared gradients of the loss of single examples: by layers where that is right, else one by one."""
+"""Squared gradients of the loss of single examples: by layers where that is right, else one by
+one.
+"""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -17,7 +19,9 @@ Layers: TypeAlias = Mapping[str, Mapping[str, str]]
 """Module path -> name of a parameter in the module -> its name in the net."""
 
 CHECKED = 2
-"""Examples on which a layer must give what autograd gives; two, for one has no order of examples."""
+"""Examples on which a layer must give what autograd gives; two, for one has no order of
+examples.
+"""
 TOLERANCE = 1e-3
 """Relative to a tensor's largest score, beyond rounding in float32."""
 NOISE = 1e-12
@@ -25,8 +29,8 @@ NOISE = 1e-12
 
 
 def find_layers(net: Net, task: Task, batch: Batch, wanted: Mapping[str, Tensor]) -> Layers:
-    """The layers that on `CHECKED` examples of a batch give the scores of autograd; `wanted`: name ->
-    a tensor like the scores.
+    """The layers that on `CHECKED` examples of a batch give the scores of autograd; `wanted`: name
+    -> a tensor like the scores.
 
     That leaves out weights that are tied or read elsewhere, examples that are not the first
     dimension of a call, inputs that are changed in place, and modules that vmap cannot trace.
@@ -98,7 +102,8 @@ def add_by_layers(
     One backward pass of the summed losses gives the gradients at all layers' outputs of every
     example, since examples do not meet. Parameters take part without gradient, so that autograd
     computes input gradients alone. Returns the names that were served, those of layers that were
-    called on the whole batch, and the batch with its targets. checked: rules that fail are left out.
+    called on the whole batch, and the batch with its targets. checked: rules that fail are left
+    out.
     """
     calls = checked or _Calls(len(next(iter(batch.values()))))
     modules = {path: net.module.get_submodule(path) for path in layers}
@@ -154,7 +159,8 @@ def _add_by_autograd(net: Net, task: Task, batch: Batch, sums: Mapping[str, Tens
 
 
 class _Once:
-    """A net's module with parameters of its own, at least float32, of which `trained` have gradients.
+    """A net's module with parameters of its own, at least float32, of which `trained` have
+    gradients.
 
     The output is that of the first call: a task that draws targets from it and then takes the loss
     with these targets asks for the same twice.

@@ -14,7 +14,9 @@ FisherLabels: TypeAlias = Literal["sampled", "empirical"]
 
 
 class SparseRecipe(Recipe):
-    """Which coordinates train: a share of them, chosen before the first round, or a finished mask."""
+    """Which coordinates train: a share of them, chosen before the first round, or a finished
+    mask.
+    """
 
     sparsity_ratio: float = Field(
         0.0, ge=0, lt=1, description="share of frozen coordinates; 0: all train"

@@ -61,7 +61,9 @@ class SparseSGDM(torch.optim.Optimizer):
 
     @torch.no_grad()
     def mask_gradients_(self) -> None:
-        """Zero the frozen coordinates of the gradient, so that a norm or a sum sees kept ones only."""
+        """Zero the frozen coordinates of the gradient, so that a norm or a sum sees kept ones
+        only.
+        """
         if self.flat.grad is not None and self.index is not None:
             kept = self.flat.grad.index_select(0, self.index)
             self.flat.grad.zero_().index_copy_(0, self.index.long(), kept)

@@ -31,9 +31,10 @@ def local_source(path: Path, columns: Columns) -> Source:
     if not path.is_dir():
         sets = _parquet_sets(path.parent)
         if path.name not in sets:
+            folders = {folder.name for folder in path.parent.glob("[!.]*") if folder.is_dir()}
             raise DeltaflError(
                 f'there is no folder "{path}" and no Parquet file of that name; '
-                f"{did_you_mean(path.name, sets)}"
+                f"{did_you_mean(path.name, folders | sets.keys())}"
             )
         return _parquet(path.name, sets[path.name], columns)
     sets = _parquet_sets(path) or _parquet_sets(path / "data")

@@ -1,4 +1,6 @@
-"""Mask strategies: what makes a coordinate worth training. A file of this folder registers its own."""
+"""Mask strategies: what makes a coordinate worth training. A file of this folder registers its
+own.
+"""
 
 import importlib
 import pkgutil
@@ -11,7 +13,9 @@ from torch import Tensor
 from deltafl.registry import Registry
 
 Keys: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-"""(scores, weights) of one tensor -> its keys in its shape; coordinates with small keys are kept."""
+"""(scores, weights) of one tensor -> its keys in its shape; coordinates with small keys are
+kept.
+"""
 
 
 @dataclass(frozen=True)
