@@ -165,7 +165,7 @@ class MaskRecipe(SparseRecipe):
 class SuiteRecipe(FederatedRecipe):
     """Federated runs compared, and merges of fine-tunes; every run with several seeds."""
 
-    sparse: MaskRecipe = MaskRecipe()
+    sparse: MaskRecipe = MaskRecipe.of()
     quick: Annotated[bool, Incidental] = Field(
         False, description="small settings: minutes on two cores"
     )
@@ -176,8 +176,8 @@ class SuiteRecipe(FederatedRecipe):
     tensorboard: Annotated[bool, Incidental] = Field(
         False, description="write OUT/metrics for TensorBoard too, a folder for each run"
     )
-    values: ValuesRecipe = ValuesRecipe()
-    study: StudyRecipe = StudyRecipe()
+    values: ValuesRecipe = ValuesRecipe.of()
+    study: StudyRecipe = StudyRecipe.of()
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
