@@ -1,6 +1,7 @@
 """A command from its recipe: one option for each setting, the file, and the checks, in one decorator."""
 
 import functools
+import re
 import shlex
 import types
 from collections.abc import Callable, Collection, Iterator
@@ -42,7 +43,7 @@ class RecipeCommand(click.Command):
         current = None
         for arg in args:
             name = arg.split("=", 1)[0]
-            if arg.startswith("-") and not _is_number(arg):
+            if re.match(r"-(?![\d.])", arg):  # no negative number
                 current = name if name in many else None
                 spread += [arg] if arg != current else []
             else:
@@ -200,11 +201,3 @@ def _range(field: FieldInfo) -> Iterator[str]:
                 yield f"At most {high}"
             case Lt(lt=high):
                 yield f"Below {high}"
-
-
-def _is_number(arg: str) -> bool:
-    try:
-        float(arg)
-    except ValueError:
-        return False
-    return True
