@@ -13,10 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from checkpoint_files import cli, make_world, refusal, save, succeed, toy, tuned
-from deltafl.cli.studies import study_of
-from deltafl.cli.suite import leaves_of, suite_kind
-from deltafl.experiments.quickstart import TASKS
-from deltafl.experiments.studies.options import STUDY_NAMES
+from deltafl.experiments import STUDIES, read_suite
+from deltafl.experiments.quickstart import VARIANTS
 from deltafl.merge.plan import source_of
 from deltafl.merge.recipe import MergeRecipe
 from deltafl.merge.search import check_methods
@@ -97,13 +95,13 @@ def test_an_own_rule_in_the_package_would_be_a_rule_like_the_others():
 def test_the_merge_recipe_is_read():
     recipe = read_recipe(MergeRecipe, ROOT / "configs" / "merge-example.yaml")
     paths = [model.path for model in recipe.entries.values()]
-    assert paths == [f"quickstart/models/{task.variant}" for task in TASKS]
+    assert paths == [f"quickstart/models/{task.name}" for task in VARIANTS]
 
 
 def test_the_search_recipe_is_read():
     recipe = read_recipe(SearchRecipe, ROOT / "configs" / "search-digits.yaml")
     assert [(model.path, model.data) for model in recipe.models] == [
-        (f"quickstart/models/{task.variant}", f"digits:{task.variant}") for task in TASKS
+        (f"quickstart/models/{task.name}", f"digits:{task.name}") for task in VARIANTS
     ]
     assert recipe.base == "quickstart/base"
 
@@ -122,9 +120,8 @@ STUDY = ROOT / "configs" / "realdata-study.yaml"
 
 
 def test_the_study_on_real_data_has_every_setting_that_its_studies_need():
-    kind = suite_kind()
-    held = leaves_of(kind, read_recipe(kind, STUDY, defaults={"data": ""}).resolved())
-    assert study_of(held).problems(STUDY_NAMES) == []
+    recipe, _ = read_suite(STUDY, {})
+    assert not any(recipe.study.lacking(name) for name in STUDIES)
 
 
 @pytest.mark.realdata
@@ -153,7 +150,7 @@ def test_a_study_of_two_steps_on_real_data(tmp_path, monkeypatch, realdata):
     limits = ("--test-limit", 50, "--jobs", 1, "--out", tmp_path / "out")
     succeed("suite", "negation", "scaling-coef", "--config", STUDY, *tasks, *small, *limits)
     assert "median" in (tmp_path / "out" / "scaling-coef" / "table.md").read_text()
-    assert len(list((tmp_path / "out" / "studies" / "models").iterdir())) == 2
+    assert len(list((tmp_path / "out" / "works" / "fine-tunes").iterdir())) == 2
 
 
 def blocks(page: str, language: str) -> list[str]:

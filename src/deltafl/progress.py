@@ -25,15 +25,3 @@ OnProgress: TypeAlias = Callable[[Progress], None]
 
 def ignore(progress: Progress) -> None:
     """Show nothing."""
-
-
-def counted(on_progress: OnProgress, name: str, parts: int, total: int) -> Callable[[int], None]:
-    """A function that is told how many of all parts more are done, and reports the same share of `total` bytes."""
-    seen = 0
-
-    def add(count: int) -> None:
-        nonlocal seen
-        seen += count
-        on_progress(Progress(name, total * seen // max(parts, 1), total, {"unit": "bytes"}))
-
-    return add

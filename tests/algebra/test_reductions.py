@@ -5,7 +5,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltafl.algebra import reductions
 from deltafl.algebra.deltas import Deltas, Update
 from deltafl.algebra.reductions import gram_matrix, magnitude_thresholds
 from deltafl.algebra.streaming import CHUNK
@@ -18,13 +17,6 @@ from laws.worlds import flatten, make
 def rows_of(*deltas: Mapping[str, Tensor]) -> Deltas:
     updates = [Update(d, Source(f"m{i}")) for i, d in enumerate(deltas)]
     return Deltas(updates, as_weights(None, len(updates)))
-
-
-@pytest.fixture(params=["at once", "streamed"])
-def way(request, monkeypatch):
-    """Both ways to find a threshold: magnitudes held together, and histograms."""
-    if request.param == "streamed":
-        monkeypatch.setattr(reductions, "AT_ONCE", 0)
 
 
 def kth(values: Tensor, density: float) -> tuple[float, float]:
@@ -56,32 +48,15 @@ def adversarial() -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("density", [0.0, 1e-3, 0.2, 0.5, 0.999, 1.0])
 @pytest.mark.parametrize("kind", adversarial())
 def test_the_threshold_is_the_sorted_one(kind, density):
     values = adversarial()[kind]
-    thresholds, kept = magnitude_thresholds(rows_of({"w": values}), density, per_tensor=False)
-    assert (thresholds["w"][0], kept[0]) == kth(values, density)
+    for per_tensor in (False, True):
+        thresholds, kept = magnitude_thresholds(rows_of({"w": values}), density, per_tensor)
+        assert (thresholds["w"][0], kept[0]) == kth(values, density)
 
 
-@pytest.mark.usefixtures("way")
-@pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("density", [0.01, 0.3, 0.9])
-def test_a_sample_that_misleads_costs_time_only(density, threads):
-    """Of 200 tensors a few are sampled: those hold the smallest values, or the largest."""
-    for sampled, others in ((1e-6, 1e3), (1e3, 1e-6)):
-        delta = {
-            f"t{i}": torch.randn(50, generator=torch.Generator().manual_seed(i))
-            * (sampled if i % 3 == 0 else others)
-            for i in range(200)
-        }
-        thresholds, kept = magnitude_thresholds(rows_of(delta), density, False, threads)
-        assert (thresholds["t0"][0], kept[0]) == kth(flatten(delta), density)
-        assert {t[0] for t in thresholds.values()} == {thresholds["t0"][0]}
-
-
-@pytest.mark.usefixtures("way")
 def test_each_delta_and_with_per_tensor_each_tensor_has_its_own():
     deltas = [
         {"a": d["layer.weight"], "b": d["layer.bias"] * 100, "none": d["nothing"]}
@@ -98,7 +73,6 @@ def test_each_delta_and_with_per_tensor_each_tensor_has_its_own():
         assert single["none"][i] == np.inf
 
 
-@pytest.mark.usefixtures("way")
 def test_each_delta_may_have_a_density_of_its_own():
     deltas = make(3, 0).deltas
     thresholds, kept = magnitude_thresholds(
@@ -110,7 +84,6 @@ def test_each_delta_may_have_a_density_of_its_own():
     ]
 
 
-@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_and_inf_count_as_largest_and_end_the_search(value):
     """The rule refuses them later, with the model's name; here they must not hang or hide."""

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from checkpoint_files import cli, problems_of, refused, succeed
-from deltafl.experiments.federated_suites import SUITES, Cell, SuiteOptions, check_suites
-from deltafl.experiments.suite_runs import Bench, run_suite
+from deltafl.experiments import SUITES
+from deltafl.experiments.recipe import ValuesRecipe
 from deltafl.rules.rule import load_rules
 from deltafl.sparse.strategies import MASK_STRATEGIES
-from federated.worlds import RECIPE, halves, plain
+from federated.worlds import RECIPE
 from tiny_models import vit_file
 
 MODEL = vit_file(num_hidden_layers=1)
@@ -25,7 +25,7 @@ SMALL = (
 def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("suite") / "out"
     succeed(
-        "suite", "heterogeneity", "calibration-rounds", *SMALL, "--sparsity-ratio", 0.5, "--calibration-values", 1, 2,
+        "suite", "heterogeneity", "calibration-rounds", *SMALL, "--sparsity-ratios", 0.5, "--calibration-values", 1, 2,
         "--num-runs", 2, "--out", out,
     )  # fmt: skip
     return out
@@ -48,7 +48,9 @@ def test_the_table_is_the_mean_and_spread_of_the_runs(suite: Path) -> None:
     for row, sharding in zip(rows, ("iid", "non_iid"), strict=True):
         found = [
             result["test_score"]
-            for result in map(json.loads, (f.read_text() for f in suite.glob("runs/*/result.json")))
+            for result in map(
+                json.loads, (f.read_text() for f in suite.glob("works/runs/*/result.json"))
+            )
             if (c := result["config"])["sharding"]["sharding"] == sharding
             and c["sparse"]["sparsity_ratio"] == 0
         ]
@@ -58,28 +60,28 @@ def test_the_table_is_the_mean_and_spread_of_the_runs(suite: Path) -> None:
         assert row["runs"] == "2"
 
 
-def test_a_cell_that_cannot_run_says_why_and_the_others_go_on(tmp_path: Path) -> None:
-    base = RECIPE.replace(num_clients=4, participation_rate=0.5, num_rounds=1)
-    cells = [Cell({"rule": rule}, base.replace(aggregator=rule)) for rule in ("krum", "median")]
-    bench = Bench(plain(), lambda seed: halves(), tmp_path / "runs", 2)
-    krum, median = run_suite("aggregators", cells, bench, lambda *told: None)
-    assert (krum["runs"], median["runs"]) == (0, 2)
-    assert "needs at least 2f + 3 = 3 models" in krum["failed"]
-    assert krum["failed"].startswith("krum: 2 models")
-    assert check_suites(["aggregators"], base, SuiteOptions())["aggregators"]
-
-
-def test_event_files_of_every_run_lie_under_its_suite_and_cell(tmp_path: Path) -> None:
+def test_a_row_that_cannot_run_says_why_and_the_others_go_on(tmp_path: Path) -> None:
+    """Krum needs three models and a round has two clients; event files lie under suite and row."""
     pytest.importorskip("tensorboard")
-    recipe = RECIPE.replace(num_clients=4, num_rounds=1, seed=0)
-    cells = [Cell({"rule": "median"}, recipe)]
-    bench = Bench(plain(), lambda seed: halves(), tmp_path / "runs", 2, tmp_path / "metrics")
-    run_suite("aggregators", cells, bench, lambda *told: None)
-    for seed in (0, 1):
-        assert (
-            len(list((tmp_path / "metrics" / "aggregators" / "median" / f"seed-{seed}").iterdir()))
-            == 1
-        )
+    few = (
+        "--num-clients",
+        4,
+        "--nc-values",
+        5,
+        "--num-rounds",
+        1,
+        "--tensorboard",
+        "--out",
+        tmp_path / "out",
+    )
+    succeed("suite", "aggregators", *SMALL, *few)
+    found = json.loads((tmp_path / "out" / "suite.json").read_text())["suites"]["aggregators"]
+    rows = {row["name"]: row for row in found if row["labels"]["sharding"] == "IID"}
+    krum, median = rows["krum, IID, equal"], rows["median, IID, equal"]
+    assert (krum["runs"], median["runs"]) == (0, 1)
+    assert krum["failed"].startswith("krum: 2 models")
+    events = tmp_path / "out" / "metrics" / "aggregators" / "median, IID, equal" / "seed-0"
+    assert len(list(events.iterdir())) == 1
 
 
 @pytest.mark.parametrize(
@@ -89,7 +91,7 @@ def test_event_files_of_every_run_lie_under_its_suite_and_cell(tmp_path: Path) -
         (("heterogeneity", "--num-clients", 5000), "heterogeneity, IID: num_clients is 5000"),
         (
             ("calibration-rounds", "--calibration-values", 1, 3),
-            "calibration-rounds, average, R = 3: 3 calibration",
+            "3 calibration rounds of 4 fresh clients",
         ),
         (("sparsity", "--mask-file", "mask"), "mask_file is a finished mask"),
         (
@@ -118,13 +120,13 @@ def test_a_suite_none_of_whose_runs_can_be_made_is_an_error(tmp_path: Path) -> N
 
 
 def test_a_resumed_suite_repeats_no_run_and_gives_the_same_tables(suite: Path) -> None:
-    stamps = {f: f.stat().st_mtime_ns for f in suite.glob("runs/*/result.json")}
+    stamps = {f: f.stat().st_mtime_ns for f in suite.glob("works/runs/*/result.json")}
     before = (suite / "heterogeneity" / "table.csv").read_text()
     succeed(
         "suite",
         "heterogeneity",
         *SMALL,
-        "--sparsity-ratio",
+        "--sparsity-ratios",
         0.5,
         "--num-runs",
         2,
@@ -132,53 +134,63 @@ def test_a_resumed_suite_repeats_no_run_and_gives_the_same_tables(suite: Path) -
         "--out",
         suite,
     )
-    assert {f: f.stat().st_mtime_ns for f in suite.glob("runs/*/result.json")} == stamps
+    assert {f: f.stat().st_mtime_ns for f in suite.glob("works/runs/*/result.json")} == stamps
     assert (suite / "heterogeneity" / "table.csv").read_text() == before
 
 
 @pytest.mark.parametrize(
-    "flag", ["--heterogeneity-experiment", "--local-steps-experiment", "--compare-strategies"]
+    ("flag", "name"),
+    [
+        ("--heterogeneity-experiment", "heterogeneity"),
+        ("--local-steps-experiment", "local-steps"),
+        ("--compare-strategies", "mask-strategies"),
+    ],
 )
 def test_the_spellings_of_the_course_work_start_a_suite(
-    flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    flag: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
     monkeypatch.setattr(
-        "deltafl.cli.suite.run_suites", lambda names, *rest, **more: asked.extend(names)
+        "deltafl.cli.suite.run_suites",
+        lambda names, recipe, training, **rest: asked.append((*names, recipe)) or {},
     )
-    succeed("federate", "--model", MODEL, "--data", "digits", flag, "--out", tmp_path / "x")
-    assert asked == [
-        {"--het": "heterogeneity", "--loc": "local-steps", "--com": "mask-strategies"}[flag[:5]]
-    ]
+    given = ("--nc-values", 1, 2, "--j-values", 4, 8, "--sparsity-ratio", 0.8, "--num-rounds", 3)
+    call = ("federate", "--model", MODEL, "--data", "digits", flag, *given, "--quiet")
+    succeed(*call, "--out", tmp_path / "x")
+    ((found, recipe),) = asked
+    assert found == name
+    assert (recipe.num_rounds, recipe.values.nc_values, recipe.values.j_values) == (
+        3,
+        (1, 2),
+        (4, 8),
+    )
+    assert recipe.values.sparsity == 0.8
 
 
 def test_equal_work_for_every_number_of_local_steps() -> None:
-    rows = SUITES["local-steps"](RECIPE.replace(num_rounds=40), SuiteOptions(j_values=(4, 8, 16)))
-    assert {row.changes["local_steps"] * row.changes["num_rounds"] for row in rows} == {160}
+    rows = SUITES["local-steps"](RECIPE.replace(num_rounds=40), ValuesRecipe())
+    assert {row.local.local_steps * row.num_rounds for _, row in rows} == {160}
 
 
 def test_the_quick_suite_divides_its_work_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[int, tuple[int, ...]]] = []
+    asked = []
     monkeypatch.setattr(
-        "deltafl.cli.suite.run_suites",
-        lambda names, recipe, values, *rest, **more: asked.append(
-            (recipe.num_rounds, values.j_values)
-        ),
+        "deltafl.cli.suite.run_suites", lambda names, recipe, *_, **__: asked.append(recipe) or {}
     )
-    succeed("suite", "local-steps", "--quick")
-    succeed("suite", "local-steps", "--quick", "--j-values", 2, 3)
-    (rounds, quick), (_, given) = asked
-    assert [rounds * quick[0] % j for j in quick] == [0] * len(quick)
-    assert given == (2, 3)
+    succeed("suite", "local-steps", "--quick", "--quiet")
+    succeed("suite", "local-steps", "--quick", "--j-values", 2, 3, "--quiet")
+    quick, given = asked
+    assert {quick.num_rounds * quick.values.j_values[0] % j for j in quick.values.j_values} == {0}
+    assert given.values.j_values == (2, 3)
 
 
 def test_every_strategy_and_rule_is_compared() -> None:
     base = RECIPE.replace(num_clients=100, participation_rate=0.1)
-    cells = check_suites(list(SUITES), base, SuiteOptions())
-    strategies = [c.recipe.sparse.mask_strategy for c in cells["mask-strategies"][1:]]
+    rows = {name: suite(base, ValuesRecipe()) for name, suite in SUITES.items()}
+    strategies = [row.sparse.mask_strategy for _, row in rows["mask-strategies"][1:]]
     assert sorted(strategies) == sorted(MASK_STRATEGIES)
-    assert {c.recipe.server.aggregator for c in cells["aggregators"]} == set(load_rules())
-    assert all(cells.values())
+    assert {row.server.aggregator for _, row in rows["aggregators"]} == set(load_rules())
+    assert all(rows.values())
 
 
 @pytest.mark.parametrize(
@@ -188,7 +200,7 @@ def test_every_strategy_and_rule_is_compared() -> None:
         (("heterogenity",), 'no suite "heterogenity"; did you mean "heterogeneity"?'),
         (("all", "--quick", "--full"), "give one of them"),
         (("heterogeneity", *SMALL, "--lr", -1), "local.lr: must be greater than 0, not -1"),
-        (("heterogeneity", *SMALL, "--num-runs", 0), "num-runs"),
+        (("heterogeneity", *SMALL, "--num-runs", 0), "num_runs: must be"),
     ],
 )
 def test_bad_input_is_one_clear_line(

@@ -19,6 +19,7 @@ from deltafl.merge.inputs import open_updates
 from deltafl.merge.inspect import advise, cosines, inspect_models, layer_of, measure
 from deltafl.merge.plan import plan_merge
 from deltafl.merge.recipe import MergeRecipe
+from deltafl.progress import Progress
 
 
 def rows_of(deltas: Sequence[dict[str, Tensor]]) -> Deltas:
@@ -113,9 +114,10 @@ def test_a_delta_that_is_not_finite_is_an_error_that_names_model_and_tensor(bad:
 
 def test_progress_counts_every_element_of_every_model() -> None:
     deltas = random_deltas(3)
-    told: list[int] = []
-    measure(rows_of(deltas), on_elements=told.append)
-    assert sum(told) == sum(t.numel() for d in deltas for t in d.values())
+    told: list[Progress] = []
+    measure(rows_of(deltas), on_progress=told.append)
+    numel = sum(t.numel() for d in deltas for t in d.values())
+    assert (told[-1].done, told[-1].total) == (4 * numel, 4 * numel)
 
 
 # Everything together

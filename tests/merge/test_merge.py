@@ -142,10 +142,10 @@ def test_progress_reaches_its_total(world: World, tmp_path: Path) -> None:
         plan = plan_merge(MergeRecipe.of(base=base, models=models, method=method, **params))
         told: list[Progress] = []
         run_merge(plan, tmp_path / method, on_progress=told.append)
-        assert {progress.total for progress in told} == {plan.bytes_read}
-        seen = [progress.done for progress in told]
-        assert seen == sorted(seen)
-        assert 1 <= seen[-1] / plan.bytes_read <= 1.01  # integer tensors are written too
+        assert len(told) >= plan.passes
+        for name in {progress.name for progress in told}:
+            seen = [(progress.done, progress.total) for progress in told if progress.name == name]
+            assert (seen[-1][0], len({total for _, total in seen})) == (seen[-1][1], 1)
 
 
 def test_patterns_of_weights_choose_per_tensor(world: World, tmp_path: Path) -> None:

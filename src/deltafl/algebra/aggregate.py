@@ -14,9 +14,9 @@ from torch import Tensor
 
 from deltafl.algebra.deltas import Deltas, Update
 from deltafl.algebra.reductions import gram_matrix, magnitude_thresholds
-from deltafl.algebra.streaming import OnElements, ignore
 from deltafl.algebra.tensors import Lazy, Spec, Tensors, lazy, memory_like, round_once
 from deltafl.errors import DeltaflError, shorten
+from deltafl.progress import OnProgress, ignore
 from deltafl.rules.rule import CoordinateRule, LinearRule, Rule, Stats, TensorRule, check_rule
 from deltafl.rules.weights import Weights, WeightsLike, as_weights, shares
 
@@ -36,7 +36,7 @@ class Aggregate(Lazy):
         *,
         dtype: torch.dtype = torch.float32,
         threads: int = 1,
-        on_elements: OnElements = ignore,
+        on_progress: OnProgress = ignore,
     ) -> None:
         sources = tuple(u.source for u in updates)
         check_rule(rule, sources)
@@ -46,12 +46,12 @@ class Aggregate(Lazy):
         self.whole = isinstance(self._core, TensorRule)
         self._last = _LastTensor()
         self._deltas = Deltas(updates, self.weights, dtype)
-        self.names = self._deltas.weights_of
+        self.names = self._deltas.specs
         for transform in rule.transforms:
             thresholds = None
             if transform.density is not None:
                 thresholds, kept = magnitude_thresholds(
-                    self._deltas, transform.density, transform.per_tensor, threads, on_elements
+                    self._deltas, transform.density, transform.per_tensor, threads, on_progress
                 )
                 names = (s.name for s in sources)
                 self.report["kept_fraction"] = dict(zip(names, kept, strict=True))
@@ -60,13 +60,13 @@ class Aggregate(Lazy):
         if isinstance(self._core, LinearRule):
             gram = torch.empty(0, 0, dtype=torch.float64)
             if self._core.needs_gram:
-                gram = gram_matrix(self._deltas, threads, on_elements)
+                gram = gram_matrix(self._deltas, threads, on_progress)
             self._stats = Stats(sources, gram)
             if any(self.weights.default):
                 self.report["coefficients"] = list(self._linear(self._core, self.weights.default))
 
     def spec(self, name: str) -> Spec:
-        return self._deltas.spec(name)
+        return self._deltas.specs[name]
 
     def read(self, name: str, start: int, stop: int, out: Tensor) -> None:
         weights, spec = self._deltas.weights_of[name], self.spec(name)

@@ -89,8 +89,8 @@ class Difference(Lazy):
 class Deltas:
     """The transformed, signed deltas of n updates: what reductions and combinations see.
 
-    names: the tensors that all share, in the order of the first. dtype: float32, or float64 to be
-    exact. weights_of: name -> weights, (n,).
+    specs: of the tensors that all share, in the order of the first, in the dtype of the arithmetic:
+    float32, or float64 to be exact. weights_of: name -> weights, (n,).
 
     Raises:
         DeltaflError: the updates differ in tensors or shapes.
@@ -99,11 +99,11 @@ class Deltas:
     def __init__(
         self, updates: Sequence[Update], weights: Weights, dtype: torch.dtype = torch.float32
     ) -> None:
-        self.updates, self.dtype = updates, dtype
+        self.updates = updates
         self._deltas = [lazy(update.delta) for update in updates]
-        self.names = tuple(self._deltas[0])
-        self.weights_of = {name: weights.of(name) for name in self.names}
-        self._specs = {n: self._deltas[0].spec(n)._replace(dtype=dtype) for n in self.names}
+        first = self._deltas[0]
+        self.specs = {name: first.spec(name)._replace(dtype=dtype) for name in first}
+        self.weights_of = {name: weights.of(name) for name in first}
         self._transforms: list[tuple[Transform, Mapping[str, Sequence[float]] | None]] = []
         self._refuse_others()
 
@@ -111,11 +111,11 @@ class Deltas:
         first, problems = self.updates[0].source.name, []
         for update, delta in zip(self.updates[1:], self._deltas[1:], strict=True):
             other = update.source.name
-            if odd := sorted(set(delta) ^ set(self.names)):
+            if odd := sorted(set(delta) ^ set(self.specs)):
                 problems.append(f'"{other}" and "{first}" differ in tensors: {shorten(odd)}')
                 continue
-            for name in self.names:
-                here, there = self.spec(name).shape, delta.spec(name).shape
+            for name in self.specs:
+                here, there = self.specs[name].shape, delta.spec(name).shape
                 if here != there:
                     problems.append(f'tensor "{name}" is {there} in "{other}", {here} in "{first}"')
         if problems:
@@ -126,10 +126,6 @@ class Deltas:
     ) -> None:
         """Apply one more transform to what is read from now on; thresholds: name -> (n,)."""
         self._transforms.append((transform, thresholds))
-
-    def spec(self, name: str) -> Spec:
-        """Shape of one tensor, the dtype of the arithmetic, and the device that it is done on."""
-        return self._specs[name]
 
     def read(self, i: int, name: str, start: int, out: Tensor) -> None:
         """Write delta i, signed and transformed, from element `start` on into `out`, of our dtype."""
@@ -143,25 +139,22 @@ class Deltas:
         if row is not out:
             out.copy_(row)
 
-    def row(self, i: int, name: str, start: int, stop: int) -> Tensor:
-        """Delta i, (stop - start,); the caller's own."""
-        row = torch.empty(stop - start, dtype=self.dtype, device=self.spec(name).device)
-        self.read(i, name, start, row)
-        return row
-
-    def stack(self, name: str, start: int, stop: int) -> Tensor:
-        """All deltas, (n, stop - start); the caller's own."""
-        shape = (len(self.updates), stop - start)
-        stack = torch.empty(shape, dtype=self.dtype, device=self.spec(name).device)
+    def stack(
+        self, name: str, start: int, stop: int, models: Sequence[int] | None = None
+    ) -> Tensor:
+        """The deltas of all models, or of some, (n, stop - start); the caller's own."""
+        models = range(len(self.updates)) if models is None else models
+        spec = self.specs[name]
+        stack = torch.empty((len(models), stop - start), dtype=spec.dtype, device=spec.device)
         for first, last in blocks(stop - start):
-            for i, row in enumerate(stack[:, first:last].unbind()):
+            for i, row in zip(models, stack[:, first:last].unbind(), strict=True):
                 self.read(i, name, start + first, row)
         return stack
 
     def refuse_nonfinite(self, name: str, start: int, stop: int) -> None:
         """Raise DeltaflError that names tensor and model if a delta has NaN or Inf there."""
         for i, update in enumerate(self.updates):
-            bad = ~torch.isfinite(self.row(i, name, start, stop))
+            bad = ~torch.isfinite(self.stack(name, start, stop, [i])[0])
             if bad.any():
                 at = start + int(bad.nonzero()[0, 0])
                 raise DeltaflError(

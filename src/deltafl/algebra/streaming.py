@@ -1,97 +1,92 @@
-"""The order in which tensors are visited, and the few threads or processes that visit them."""
+"""One pass over tensors: the units of work that it is cut into, and who does them."""
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeAlias, TypeVar
 
 import torch
 
-from deltafl.algebra.tensors import blocks
+from deltafl.algebra.tensors import Spec, blocks
 from deltafl.forking import can_fork
 from deltafl.pool import Pool
+from deltafl.progress import OnProgress, Progress, ignore
 
-G = TypeVar("G")
 T = TypeVar("T")
 
 CHUNK = 1 << 21
-"""Elements in one unit of work for a thread or process."""
+"""Elements in one unit of work."""
 
 Piece: TypeAlias = tuple[str, int, int]
-"""Tensor, first flat element, last + 1."""
+"""Tensor, first flat element, last + 1: one block."""
 
-OnElements: TypeAlias = Callable[[int], None]
-"""Told how many more elements have been read, for a progress bar."""
-
-
-def ignore(count: int) -> None:
-    """The `OnElements` that shows nothing."""
-
-
-def length(group: Sequence[Piece]) -> int:
-    """Elements in a group of blocks."""
-    return sum(stop - start for _, start, stop in group)
+Unit: TypeAlias = Sequence[Piece]
 
 
 def chunks(
-    sizes: Sequence[tuple[str, int]], chunk: int = CHUNK, *, whole: bool = False
+    specs: Mapping[str, Spec], chunk: int = CHUNK, *, whole: bool = False
 ) -> Iterator[list[Piece]]:
-    """Blocks (name, start, stop) of all tensors in order, in units of about `chunk` elements.
+    """The blocks of all tensors in order, in units of about `chunk` elements.
 
     whole: all blocks of a tensor are in one unit.
     """
-    group: list[Piece] = []
-    held = 0
-    for name, numel in sizes:
-        for start, stop in blocks(numel):
-            group.append((name, start, stop))
-            held += stop - start
-            if held >= chunk and (stop == numel or not whole):
-                yield group
-                group, held = [], 0
-    if group:
-        yield group
+    unit: list[Piece] = []
+    size = 0
+    for name, spec in specs.items():
+        for start, stop in blocks(spec.numel):
+            unit.append((name, start, stop))
+            size += stop - start
+            if size >= chunk and (stop == spec.numel or not whole):
+                yield unit
+                unit, size = [], 0
+    if unit:
+        yield unit
 
 
-def _keep_freed_memory() -> None:
-    """Free one large piece: glibc then keeps freed blocks for the next ones instead of returning them to the system.
+def visit(
+    specs: Mapping[str, Spec],
+    work: Callable[[Unit], T],
+    threads: int = 1,
+    *,
+    forks: bool = True,
+    whole: bool = False,
+    name: str = "",
+    width: int = 4,
+    on_progress: OnProgress = ignore,
+) -> Iterator[tuple[Unit, T]]:
+    """Every unit with what `work` gives for it, in order, a few units ahead of who consumes them.
 
-    Every block would otherwise come as page faults, up to half of the time of a merge. Nothing is touched here.
+    By `threads` forked processes, where forking is safe, `forks` is allowed (`work` changes nothing in
+    memory, and its results can be pickled) and all tensors are on the CPU; else by threads, which lose
+    a third of their time to the interpreter's lock. Each uses one core, so that torch splits no
+    operation and the result does not depend on their number. Progress counts `width` bytes for each
+    element under `name`.
     """
-    torch.empty(8 << 20, dtype=torch.uint8)
+    units = list(chunks(specs, whole=whole))
+    workers = min(threads, len(units))
+    torch.empty(
+        8 << 20, dtype=torch.uint8
+    )  # glibc then keeps freed blocks: half the time of a merge
+    forks = forks and can_fork() and all(s.device.type == "cpu" for s in specs.values())
+    done, total = 0, width * sum(spec.numel for spec in specs.values())
+    with Pool(lambda i: work(units[i]), workers if forks else 1) as pool:
+        threaded = workers > 1 and not forks
+        results = _threads(work, units, workers) if threaded else pool.map(range(len(units)))
+        for unit, result in zip(units, results, strict=True):
+            yield unit, result
+            done += width * sum(stop - start for _, start, stop in unit)
+            on_progress(Progress(name, done, total, {"unit": "bytes"}))
 
 
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-def in_order(
-    work: Callable[[G], T], groups: Sequence[G], threads: int, *, processes: bool = False
-) -> Generator[T, None, None]:
-    """`work` of each group, in order, by a few threads that use one core each.
-
-    One core for each: torch then splits no operation, and the result does not depend on the number of threads. Few
-    groups are ahead of the consumer, so results do not pile up.
-
-    processes: `work` changes nothing in memory, its results can be pickled, and it computes on the CPU. Forked
-    processes then take the place of the threads, which lose a third of their time to the interpreter's lock, where
-    that is safe.
-    """
-    workers = min(threads, len(groups))
-    if processes and workers > 1 and can_fork():
-        _keep_freed_memory()
-        with Pool(lambda number: work(groups[number]), workers) as pool:
-            yield from pool.map(range(len(groups)))
-        return
-    mine = torch.get_num_threads()
-    _keep_freed_memory()
-    pool = ThreadPoolExecutor(threads, initializer=_one_thread)
+def _threads(work: Callable[[Unit], T], units: Sequence[Unit], threads: int) -> Iterator[T]:
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
     try:
-        waiting = [pool.submit(work, g) for g in groups[: 2 * threads]]
-        for following in range(len(waiting), len(groups) + len(waiting)):
+        waiting = [pool.submit(work, unit) for unit in units[: 2 * threads]]
+        for following in range(len(waiting), len(units) + len(waiting)):
             future = waiting.pop(0)
-            if following < len(groups):
-                waiting.append(pool.submit(work, groups[following]))
+            if following < len(units):
+                waiting.append(pool.submit(work, units[following]))
             yield future.result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-        torch.set_num_threads(mine)
+        torch.set_num_threads(before)

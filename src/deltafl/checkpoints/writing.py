@@ -12,15 +12,16 @@ from pathlib import Path
 
 import torch
 
-from deltafl.algebra.streaming import OnElements, Piece, chunks, ignore, in_order, length
+from deltafl.algebra.streaming import Unit, visit
 from deltafl.algebra.tensors import Tensors, lazy
 from deltafl.checkpoints.checkpoint import DTYPES
 from deltafl.checkpoints.layout import COMPANIONS, SIZES, Entry
 from deltafl.errors import DeltaflError
+from deltafl.progress import OnProgress, ignore
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-SYNC = 1 << 27
-"""Bytes after which what has been written is sent to the disk, while the next blocks are computed."""
+SYNC = 1 << 26
+"""Elements after which what has been written is sent to the disk, while the next blocks are computed."""
 
 INDEX = "model.safetensors.index.json"
 NOT_COPIED = frozenset({INDEX, "pytorch_model.bin.index.json", "training.json", "deltafl.json"})
@@ -97,12 +98,11 @@ def write_tensors(
     folder: Path,
     *,
     threads: int,
-    processes: bool = False,
-    on_elements: OnElements = ignore,
+    on_progress: OnProgress = ignore,
 ) -> None:
     """Compute and write all tensors, block by block, each block where it belongs; then sync the files.
 
-    Space is reserved first, so that a full disk is found before the work. `on_elements` is told what has been written.
+    Space is reserved first, so that a full disk is found before the work.
 
     Raises:
         DeltaflError: the disk is full.
@@ -119,28 +119,24 @@ def write_tensors(
         entries = {name: entry for shard in shards for name, entry in shard.entries.items()}
         source = lazy(tensors)
 
-        def write(group: list[Piece]) -> None:
-            for name, start, stop in group:
+        def write(unit: Unit) -> None:
+            for name, start, stop in unit:
                 entry = entries[name]
                 block = torch.empty(stop - start, dtype=DTYPES[entry.dtype])
                 source.read(name, start, stop, block)
                 data = memoryview(block.view(torch.uint8).numpy())  # type: ignore[arg-type]
                 _write_all(handles[entry.file], data, entry.start + start * SIZES[entry.dtype])
 
-        sizes = [(name, entries[name].numel) for name in tensors]
-        groups = list(chunks(sizes, whole=source.whole))
+        specs = {name: source.spec(name) for name in source}
+        passed = visit(
+            specs, write, threads, whole=source.whole, name="writing", on_progress=on_progress
+        )
         with ThreadPoolExecutor(1) as background:
             sent, unsent = Future[None](), 0
             sent.set_result(None)
-            # closing: nobody writes once it is left
-            with contextlib.closing(
-                in_order(write, groups, threads, processes=processes)
-            ) as results:
-                for group, _ in zip(groups, results, strict=True):
-                    on_elements(length(group))
-                    unsent += sum(
-                        (stop - start) * SIZES[entries[name].dtype] for name, start, stop in group
-                    )
+            with contextlib.closing(passed):  # nobody writes once it is left
+                for unit, _ in passed:
+                    unsent += sum(stop - start for _, start, stop in unit)
                     if unsent >= SYNC and sent.done():
                         sent.result()
                         sent, unsent = background.submit(_sync, handles.values()), 0

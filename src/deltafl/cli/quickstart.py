@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from deltafl.cli.options import progress_by_stage
+from deltafl.cli.progress import drawn_progress
 from deltafl.cli.results import as_text, write_search
 
 
@@ -21,10 +21,10 @@ def quickstart(out: str, seed: int, overwrite: bool, quiet: bool) -> None:
 
     check_output(out, overwrite=overwrite)
     with (
-        progress_by_stage(quiet=quiet) as on_stage,
+        drawn_progress(quiet=quiet) as show,
         atomic_folder(out, overwrite=overwrite) as folder,
     ):
-        result = run_quickstart(folder, seed=seed, on_stage=on_stage)
+        result = run_quickstart(folder, seed=seed, on_progress=show)
         command = f"deltafl quickstart --seed {seed}"
         write_search(
             result | {"command": command}, folder, {"command": command, "seed": seed}, story=True

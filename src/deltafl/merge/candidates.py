@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deltafl.algebra.aggregate import Aggregate, Weights
-from deltafl.algebra.streaming import chunks, in_order
+from deltafl.algebra.streaming import Unit, visit
 from deltafl.errors import DeltaflError
 from deltafl.rules.rule import Rule, Source, build_rule, check_rule, load_rules
 
@@ -204,12 +204,12 @@ def materialize(aggregate: Aggregate, threads: int) -> tuple[dict[str, Tensor], 
     tensors = {n: torch.empty(aggregate.spec(n).shape) for n in aggregate}
     flat = {n: t.reshape(-1) for n, t in tensors.items()}
 
-    def fill(group: list[tuple[str, int, int]]) -> None:
-        for name, start, stop in group:
+    def fill(unit: Unit) -> None:
+        for name, start, stop in unit:
             aggregate.read(name, start, stop, flat[name][start:stop])
 
-    sizes = [(name, tensor.numel()) for name, tensor in flat.items()]
-    for _ in in_order(fill, list(chunks(sizes, whole=aggregate.whole)), threads):
+    specs = {name: aggregate.spec(name) for name in aggregate}
+    for _ in visit(specs, fill, threads, forks=False, whole=aggregate.whole):
         pass
     digest = hashlib.sha256()
     for tensor in flat.values():

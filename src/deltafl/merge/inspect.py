@@ -1,7 +1,7 @@
 """How much fine-tunes of one base differ: norms, cosines, sign agreement, per layer, and what follows for merging."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from deltafl.algebra.deltas import Deltas
-from deltafl.algebra.reductions import on_cpu, sizes_of
-from deltafl.algebra.streaming import Piece, chunks, in_order, length
+from deltafl.algebra.streaming import Unit, visit
 from deltafl.checkpoints.naming import canonical
 from deltafl.merge.inputs import Opened, large_deltas
 from deltafl.merge.plan import Plan, read_training
-from deltafl.progress import OnProgress, counted, ignore
+from deltafl.progress import OnProgress, ignore
 from deltafl.rules.rule import Source
 
 LAYER = re.compile(r"^(?:.*?\.)?(?:layers?|blocks?|h|resblocks)\.\d+(?=\.)")
@@ -42,19 +41,17 @@ def layer_of(name: str) -> str:
     return found.group() if found else canonical(name).split(".")[0]
 
 
-def measure(
-    deltas: Deltas, threads: int = 1, on_elements: Callable[[int], None] = lambda count: None
-) -> Geometry:
+def measure(deltas: Deltas, threads: int = 1, on_progress: OnProgress = ignore) -> Geometry:
     """One streaming pass over all deltas. Raises DeltaflError on NaN and Inf."""
     n = len(deltas.updates)
 
-    def partial(group: list[Piece]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    def partial(unit: Unit) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         gram: dict[str, Tensor] = {}
         moved, agreeing = (
             torch.zeros(n, n, dtype=torch.float64),
             torch.zeros(n, n, dtype=torch.float64),
         )
-        for name, start, stop in group:
+        for name, start, stop in unit:
             block = deltas.stack(name, start, stop)
             signs = block.sign()
             wide = block.double()
@@ -71,17 +68,16 @@ def measure(
             agreeing += (product + both) / 2
         return gram, moved, agreeing
 
-    groups = list(chunks(sizes_of(deltas)))
+    passed = visit(
+        deltas.specs, partial, threads, name="reading", width=4 * n, on_progress=on_progress
+    )
     total: dict[str, Tensor] = {}
     moved, agreeing = torch.zeros(n, n, dtype=torch.float64), torch.zeros(n, n, dtype=torch.float64)
-    for group, (gram, more, same) in zip(
-        groups, in_order(partial, groups, threads, processes=on_cpu(deltas)), strict=True
-    ):
+    for _, (gram, more, same) in passed:
         for layer, part in gram.items():
             total[layer] = total[layer] + part if layer in total else part
         moved += more
         agreeing += same
-        on_elements(n * length(group))
     return Geometry(total, moved, agreeing)
 
 
@@ -93,9 +89,7 @@ def cosines(gram: Tensor) -> Tensor:
 
 def inspect_models(plan: Plan, opened: Opened, on_progress: OnProgress = ignore) -> dict[str, Any]:
     """Everything that `deltafl inspect` tells, as plain values."""
-    elements, size = plan.num_elements * len(plan.sources), plan.bytes_read // plan.passes
-    on_elements = counted(on_progress, "reading", elements, size)
-    geometry = measure(Deltas(opened.updates, opened.weights), plan.threads, on_elements)
+    geometry = measure(Deltas(opened.updates, opened.weights), plan.threads, on_progress)
     gram = geometry.total
     names = [s.name for s in plan.sources]
     norms = gram.diagonal().sqrt().tolist()

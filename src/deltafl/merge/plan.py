@@ -40,7 +40,8 @@ class Plan:
     @property
     def passes(self) -> int:
         """How often all inputs are read."""
-        thresholds = sum(t.density is not None for t in self.rule.transforms)
+        searched = [t for t in self.rule.transforms if t.density is not None]
+        thresholds = sum(1 if t.per_tensor else 2 for t in searched)
         return 1 + thresholds + self.rule.core.needs_gram
 
     @property

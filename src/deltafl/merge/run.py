@@ -19,7 +19,7 @@ from deltafl.files import atomic_folder
 from deltafl.merge.inputs import Opened, large_deltas, open_updates
 from deltafl.merge.plan import Plan
 from deltafl.merge.recipe import MergeRecipe
-from deltafl.progress import OnProgress, counted, ignore
+from deltafl.progress import OnProgress, ignore
 from deltafl.rules.weights import first_match
 from deltafl.version import __version__
 
@@ -44,15 +44,13 @@ def run_merge(
 ) -> dict[str, Any]:
     """Merge and write the directory `out`, whole or not at all; returns what deltafl.json records.
 
-    on_progress: told of bytes that were read.
+    on_progress: told of each pass over the models, by name.
 
     Raises:
         DeltaflError: bad input that only shows while reading (NaN, a file that changed); `out` exists.
         OSError: the disk is full, or fails.
     """
-    recipe, n = plan.recipe, len(plan.sources)
-    elements = plan.num_elements * n * plan.passes
-    on_elements = counted(on_progress, "merging", elements, plan.bytes_read)
+    recipe = plan.recipe
     plan.refuse_as_output(out)
     with atomic_folder(out, overwrite=overwrite) as folder, open_updates(plan) as opened:
         aggregate = Aggregate(
@@ -61,7 +59,7 @@ def run_merge(
             opened.weights,
             dtype=opened.dtype,
             threads=plan.threads,
-            on_elements=on_elements,
+            on_progress=on_progress,
         )
         dtype = DTYPES[recipe.stored_dtype] if recipe.stored_dtype else None
         scale = step_scale(recipe, opened.weights)
@@ -72,8 +70,7 @@ def run_merge(
             shards,
             folder,
             threads=plan.threads,
-            processes=opened.base.device.type == "cpu",
-            on_elements=lambda count: on_elements(n * count),
+            on_progress=on_progress,
         )
         if any(
             (plan.base.folder / mark).exists() for mark in ("config.json", "deltafl_model.json")

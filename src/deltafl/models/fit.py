@@ -99,6 +99,13 @@ def classifier_of(net: Net) -> Classifier:
     return net.module
 
 
+def head_of(net: Net) -> Head:
+    """The net's head. Raises DeltaflError if it has none."""
+    if (head := classifier_of(net).head) is None:
+        raise DeltaflError(f'model "{net.origin}" has no head; give one with --head')
+    return head
+
+
 @torch.inference_mode()
 def features_of(
     net: Net,

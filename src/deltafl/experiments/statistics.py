@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from scipy import stats
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -17,9 +19,8 @@ class Summary:
 
 def summary(values: Sequence[float]) -> Summary:
     """Of at least one value."""
-    return Summary(
-        statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None, len(values)
-    )
+    spread = statistics.stdev(values) if len(values) > 1 else None
+    return Summary(statistics.mean(values), spread, len(values))
 
 
 def by_seed(points: Sequence[Mapping[str, Any]], key: str) -> list[float]:
@@ -30,22 +31,18 @@ def by_seed(points: Sequence[Mapping[str, Any]], key: str) -> list[float]:
 
 def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float] | None:
     """Student's t interval of the mean: mean -+ t_{n-1} s / sqrt(n). None for fewer than two values."""
-    from scipy.stats import t
-
     if len(values) < 2:
         return None
-    half = (
-        float(t.ppf((1 + confidence) / 2, len(values) - 1))
-        * statistics.stdev(values)
-        / len(values) ** 0.5
+    low, high = stats.t.interval(
+        confidence, len(values) - 1, statistics.mean(values), stats.sem(values) or 1e-300
     )
-    return statistics.mean(values) - half, statistics.mean(values) + half
+    return float(low), float(high)
 
 
-def gained(gains: Sequence[float], *, told: bool) -> dict[str, float | None]:
-    """gain (the mean), low and high (its interval); all None where a gain says nothing."""
-    low, high = (interval(gains) if told else None) or (None, None)
-    return {"gain": summary(gains).mean if told else None, "low": low, "high": high}
+def gains(values: Sequence[float]) -> dict[str, float | None]:
+    """gain (the mean), low and high (its interval); all None where there are no values."""
+    low, high = interval(values) or (None, None)
+    return {"gain": summary(values).mean if values else None, "low": low, "high": high}
 
 
 def correlation(x: Sequence[float], y: Sequence[float]) -> float | None:

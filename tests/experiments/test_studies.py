@@ -14,11 +14,11 @@ import torch
 
 from checkpoint_files import cli, refused, succeed
 from deltafl.checkpoints.checkpoint import open_tensors
-from deltafl.experiments.studies.merging import settled
+from deltafl.experiments.study import rows_of
 from deltafl.merge.plan import plan_merge
 from deltafl.merge.recipe import MergeRecipe
 from deltafl.merge.run import run_merge
-from deltafl.tasks.arrays import load_arrays
+from deltafl.tasks import ImageInput, load_task
 from tiny_models import judged, tiny_clip, vit_file
 
 NAMES = ("training-heterogeneity", "data-heterogeneity", "scaling-coef", "negation", "analogy")
@@ -63,13 +63,14 @@ def test_a_merge_in_the_table_is_what_merge_and_evaluate_give(done: Path) -> Non
     accuracies = []
     for seed in (0, 1):
         search = next(
-            s for f in (done / "studies" / "searches").glob("*.json") for s in [json.loads(f.read_text())]
+            s for f in (done / "works" / "searches").glob("*/found.json")
+            for s in [json.loads(f.read_text())]
             if s["seed"] == seed and s["tasks"] == ["digits_mirrored", "digits_thick", "digits_textured"]
-            and all(steps == {"lr": 1e-3, "steps": 40} for _, steps in s["asked"])
+            and all((one["lr"], one["steps"]) == (1e-3, 40) for one in s["asked"])
         )  # fmt: skip
-        accuracies.append(settled(search)["median"]["mean"])
+        accuracies.append(rows_of(search)["median"]["mean"])
         told = max(search["rows"][2:], key=lambda r: r["val"])
-        folders = [done / "studies" / "models" / t["model"] for t in search["training"]]
+        folders = [done / "works" / "fine-tunes" / t["model"] for t in search["training"]]
         merged = done.parent / f"merged-{seed}"
         coefficient = told["scaling_coef"]
         recipe = MergeRecipe.of(
@@ -129,11 +130,11 @@ def test_subsets_of_every_size_and_parts_of_one_data_set_are_compared(done: Path
 def test_parts_of_a_data_set_are_trained_on_their_classes_only_and_share_the_head(
     done: Path,
 ) -> None:
-    parts = sorted((done / "studies" / "models").glob("digits_?of4*-seed0-*"))
+    parts = sorted((done / "works" / "fine-tunes").glob("digits_?of4*-seed0-*"))
     assert len(parts) == 4
     trainings = [json.loads((part / "training.json").read_text()) for part in parts]
-    whole = load_arrays("digits", image_size=8, channels=1, seed=0)
-    assert sum(t["num_examples"] for t in trainings) == len(whole.train)
+    whole = load_task("digits", ImageInput(8, 1, (0.5,), (0.5,)), 0)
+    assert sum(t["num_examples"] for t in trainings) == whole.size("train")
     heads = {(part / "head.safetensors").read_bytes() for part in parts}
     assert len(heads) == 1
 
@@ -149,7 +150,7 @@ def test_negation_forgets_the_target_within_the_control(done: Path) -> None:
     ]
     by_way = {row["way"]: row for row in found["rows"]}
     for point in (p for p in found["points"] if p["way"] == "fine-tuned" and p["seed"] == 0):
-        (folder,) = (done / "studies" / "models").glob(f"{point['task']}-lr0.001-steps40-seed0-*")
+        (folder,) = (done / "works" / "fine-tunes").glob(f"{point['task']}-lr0.001-steps40-seed0-*")
         whole = judged(folder, point["task"].replace("_", ":"))
         assert abs(point["target"] - whole.score) < 0.15  # 80 of the 200 images
     assert by_way["base"]["scaling_coef"] == 0
@@ -159,7 +160,7 @@ def test_negation_forgets_the_target_within_the_control(done: Path) -> None:
 
 
 def test_a_changed_rule_or_grid_does_not_train_again(done: Path) -> None:
-    folder = done / "studies" / "models"
+    folder = done / "works" / "fine-tunes"
     before = {f: f.stat().st_mtime_ns for f in folder.rglob("*")}
     changed = [("geometric_median" if a == "median" else 0.7 if a == 0.3 else a) for a in SMALL]
     succeed("suite", "scaling-coef", *changed, "--num-runs", 2, "--resume", "--out", done)
@@ -228,9 +229,15 @@ def test_the_base_is_one_of_the_candidates(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("scaling-coef", *SMALL, "--methods", "medain"), 'unknown method "medain"'),
+        (
+            ("scaling-coef", *SMALL, "--methods", "medain"),
+            'unknown "medain"; did you mean "median"?',
+        ),
         (("scaling-coef", *SMALL, "--tasks", "digits:none"), 'unknown variant of digits "none"'),
-        (("scaling-coef", *SMALL, "--search-strategy", "rase"), "known: exhaustive, racing"),
+        (
+            ("scaling-coef", *SMALL, "--search-strategy", "rase"),
+            'unknown "rase"',
+        ),
         (
             ("scaling-coef", *SMALL, "--few-shot", 3, "--head", "linear"),
             "few_shot is about the ridge head",
@@ -300,7 +307,7 @@ def test_zero_shot_heads_come_from_the_text_tower_of_the_model_that_was_named(
     )  # fmt: skip
     assert "median" in outcome.out
     trained = [
-        json.loads(f.read_text()) for f in tmp_path.glob("out/studies/models/*/training.json")
+        json.loads(f.read_text()) for f in tmp_path.glob("out/works/fine-tunes/*/training.json")
     ]
     assert [t["num_examples"] for t in trained] == [80, 80]
 
@@ -316,7 +323,7 @@ def test_a_dot_in_a_task_s_name_does_not_mix_up_heads(
     monkeypatch.chdir(tmp_path)
     dotted = ["dotted_task:dotted" if a == "digits:textured" else a for a in SMALL]
     succeed("suite", "scaling-coef", *dotted, "--num-runs", 2, "--out", "out")
-    assert len(list((tmp_path / "out" / "studies" / "heads").glob("v1.5-*.safetensors"))) == 2
+    assert len(list((tmp_path / "out" / "works" / "heads").glob("v1.5-*/head.safetensors"))) == 2
 
 
 def test_the_base_folder_holds_the_model_that_was_named(done: Path) -> None:
