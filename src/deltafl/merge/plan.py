@@ -39,9 +39,8 @@ class Plan:
 
     @property
     def passes(self) -> int:
-        """How often all inputs are read."""
-        searched = [t for t in self.rule.transforms if t.density is not None]
-        thresholds = sum(1 if t.per_tensor else 2 for t in searched)
+        """How often all inputs are read; once or twice more where a threshold is not guessed well."""
+        thresholds = sum(t.density is not None for t in self.rule.transforms)
         return 1 + thresholds + self.rule.core.needs_gram
 
     @property
