@@ -17,7 +17,6 @@ from deltafl.recipes import (
     Size,
     leaves,
     load_yaml,
-    parse,
     parse_size,
     read_recipe,
 )
@@ -118,14 +117,14 @@ class Whole(Recipe):
 )
 def test_a_mistake_is_one_line_with_the_path_of_its_key(data: dict[str, Any], told: str):
     with pytest.raises(DeltaflError) as caught:
-        parse(Whole, {"model": "m"} | data)
+        read_recipe(Whole, {"model": "m"} | data)
     assert str(caught.value) == told
 
 
 def test_all_mistakes_are_told_at_once():
     data = {"num_clients": 0, "K": 3, "seed": "x", "sparse": {"strategy": 3}, "server": {"q": 1}}
     with pytest.raises(DeltaflError) as caught:
-        parse(Whole, data)
+        read_recipe(Whole, data)
     assert {line.split(":")[0].split(";")[0] for line in caught.value.problems} == {
         '"K" is now "num_clients"',
         "model is missing",
@@ -170,9 +169,9 @@ def test_a_section_may_be_given_as_its_leaf_of_the_same_name(tmp_path: Path):
     probe = Run(head=Head(head="probe", few_shot=3))
     assert read_recipe(Run, tmp_path / "r.yaml", {"few_shot": 3}) == probe
     assert Run.of(head="probe", few_shot=3) == probe == Run.of(head=probe.head)
-    assert parse(Run, {"head": {"head": "probe", "few_shot": 3}}) == probe
+    assert read_recipe(Run, {"head": {"head": "probe", "few_shot": 3}}) == probe
     with pytest.raises(DeltaflError, match='"few_shot" is now "head'):
-        parse(Run, {"few_shot": 3})
+        read_recipe(Run, {"few_shot": 3})
     assert {"type": "string"} in Run.model_json_schema()["properties"]["head"]["anyOf"]
 
 
@@ -180,7 +179,7 @@ def test_a_recipe_is_what_its_own_resolved_settings_say():
     recipe = Whole.of(
         model="m", models=["a", {"path": "b"}], rho=0.3, density={"*": [0.5]}, out="o"
     )
-    assert parse(Whole, recipe.resolved()) == recipe
+    assert read_recipe(Whole, recipe.resolved()) == recipe
     assert yaml.safe_load(yaml.safe_dump(recipe.resolved())) == recipe.resolved()
     assert recipe.resolved()["server"] == {"rule": "fedavg", "rho": 0.3, "density": {"*": [0.5]}}
     assert recipe.content() == {k: v for k, v in recipe.resolved().items() if k != "out"}

@@ -5,8 +5,8 @@ command, `--help`, the errors, the page of the documentation and the JSON schema
 section: `sparse: {sparsity_ratio: 0.9}` in the file, `--sparsity-ratio 0.9` on the command line.
 """
 
-import copy
 import difflib
+import functools
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -68,7 +68,7 @@ class Recipe(BaseModel):
 
     def replace(self, **settings: Any) -> Self:
         """The same recipe with other values of some leaves, checked as a whole. Raises DeltaflError."""
-        return parse(type(self), _layered(type(self), self.resolved(), settings))
+        return read_recipe(type(self), self.resolved(), settings)
 
     def problems(self) -> Iterable[str]:
         """What values that are good one by one cannot do together, one line each."""
@@ -83,7 +83,7 @@ class Recipe(BaseModel):
         data = self.resolved()
         for leaf in leaves(type(self)).values():
             if Incidental in leaf.field.metadata:
-                del _inside(data, leaf.path[:-1])[leaf.name]
+                functools.reduce(dict.__getitem__, leaf.path[:-1], data).pop(leaf.name)
         return data
 
     @field_validator("*", mode="before")
@@ -276,83 +276,69 @@ def read_recipe(
         DeltaflError: one line for each mistake, with the path of the key.
     """
     data = load_yaml(file) if isinstance(file, str | Path) else file or {}
-    data = _layered(kind, data, defaults or {}, under=True)
-    return parse(kind, _layered(kind, data, settings or {}))
-
-
-def _layered(
-    kind: type[Recipe], data: Mapping[str, Any], settings: Mapping[str, Any], *, under: bool = False
-) -> dict[str, Any]:
-    """`data` with the leaves in `settings` over it, without the alternatives of these; or under it."""
-    data, known = _sectioned(kind, data), leaves(kind)
-
-    def place(name: str) -> dict[str, Any]:
-        whole = isinstance(settings.get(name), Recipe)  # a section
-        return _inside(data, () if whole or name not in known else known[name].path[:-1])
-
-    def alternatives(name: str) -> set[str]:
-        return {name, *(other for group in kind.alternatives if name in group for other in group)}
-
-    for name in settings if not under else ():
-        for other in alternatives(name):
-            place(other).pop(other, None)
-    said = {n for n in settings if under and any(o in place(o) for o in alternatives(n))}
-    for name in settings.keys() - said:
-        place(name)[name] = settings[name]
-    return data
-
-
-def _sectioned(kind: type[Recipe], data: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of `data` with a mapping for each section; `head: ridge` is short for `head: {head: ridge}`."""
-    data = copy.deepcopy(dict(data))
-    for name, field in kind.model_fields.items():
-        if inner := section(field):
-            value = data.get(name, {})
-            if isinstance(value, Recipe):
-                value = value.resolved()
-            elif not isinstance(value, dict) and name in inner.model_fields:
-                value = {name: value}
-            data[name] = _sectioned(inner, value) if isinstance(value, dict) else value
-    return data
-
-
-def _inside(data: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
-    """The mapping under these keys, made if need be; an unused one where a value is in its place."""
-    for key in keys:
-        data = data.setdefault(key, {})
-        data = data if isinstance(data, dict) else {}
-    return data
-
-
-def parse(kind: type[R], data: Mapping[str, Any]) -> R:
-    """The recipe `kind` from nested mappings. Raises DeltaflError with one line for each mistake."""
-    data = _sectioned(kind, data)
-    found = list(_moved(kind, data))
+    told, found = _values(kind, data)
+    asked, more = _values(kind, settings or {}, anywhere=True)
+    values = _over(kind, _over(kind, defaults or {}, told), asked)
+    nested: dict[str, Any] = {}
+    for leaf in leaves(kind).values():
+        place = nested
+        for key in leaf.path[:-1]:
+            place = place.setdefault(key, {})
+        if leaf.name in values:
+            place[leaf.name] = values[leaf.name]
+    found += more
     try:
-        recipe = kind.model_validate(data)
+        recipe = kind.model_validate(nested)
     except ValidationError as error:
-        found += _problems(kind, data, error.errors())
+        found += _problems(kind, nested, error.errors())
     else:
         if not found:
             return recipe
     raise DeltaflError(*found)
 
 
-def _moved(kind: type[Recipe], data: dict[str, Any]) -> Iterator[str]:
-    """A line for each key that has another name or place now; its value goes there."""
-    moves = dict(kind.renamed)
-    for leaf in leaves(kind).values():
-        for keys in (leaf.path[:depth] for depth in range(len(leaf.path) - 1)):
-            if (*keys, leaf.name) != leaf.path[:-1]:
-                moves[".".join((*keys, leaf.name))] = ".".join(leaf.path)
-    for old, new in moves.items():
-        *keys, name = old.split(".")
-        if name in (section := _inside(data, keys)):
-            value = section.pop(name)
-            yield f'"{old}": {new}' if " " in new else f'"{old}" is now "{new}"'
-            if " " not in new:
-                *keys, name = new.split(".")
-                _inside(data, keys).setdefault(name, value)
+def _over(kind: type[Recipe], below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves of both, those in `above` first, and of `below` only what they are no alternative to."""
+    groups = [group for group in kind.alternatives if not above.keys().isdisjoint(group)]
+    replaced = {name for group in groups for name in group}
+    return {name: value for name, value in below.items() if name not in replaced} | {**above}
+
+
+def _values(
+    kind: type[Recipe], data: Mapping[str, Any], *, anywhere: bool = False
+) -> tuple[dict[str, Any], list[str]]:
+    """Leaf -> value, of nested mappings or, `anywhere`, side by side; and a line for each key out of place.
+
+    `head: ridge` is short for `head: {head: ridge}`.
+    """
+    known, values, found = leaves(kind), dict[str, Any](), list[str]()
+    for path, value in _walk(kind, data):
+        key, leaf = ".".join(path), known.get(path[-1])
+        new = kind.renamed.get(key) or (leaf and ".".join(leaf.path))
+        if new:
+            values.setdefault(new.rpartition(".")[2], value)
+            if " " in new:
+                found.append(f'"{key}": {new}')
+            elif not anywhere and new not in (key, f"{key}.{path[-1]}"):
+                found.append(f'"{key}" is now "{new}"')
+        elif path[-1] in kind.model_fields:
+            found.append(f"{key}: must be a mapping of keys to values, not {value!r}")
+        elif kind.model_config.get("extra") == "forbid":
+            found.append(f'unknown key "{key}"; {_meant(kind, path)}')
+    return values, found
+
+
+def _walk(
+    kind: type[Recipe], data: Mapping[str, Any], path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """The keys that lead to each value, through sections."""
+    for key, value in data.items():
+        inner = section(kind.model_fields[key]) if key in kind.model_fields else None
+        value = value.resolved() if isinstance(value, Recipe) else value
+        if inner and isinstance(value, Mapping):
+            yield from _walk(inner, value, (*path, key))
+        else:
+            yield (*path, str(key)), value
 
 
 def _problems(

@@ -12,7 +12,7 @@ from deltafl.errors import DeltaflError
 from deltafl.federated import FederatedRecipe
 from deltafl.federated.rounds import Workers, aggregate, run_round
 from deltafl.federated.server import SERVER_OPTIMIZERS, ServerRecipe, ServerState, server_step
-from deltafl.recipes import parse
+from deltafl.recipes import read_recipe
 from deltafl.rules.rule import Source
 from federated.worlds import RECIPE, begin, federate, halves, normed, one_round, plain
 
@@ -231,7 +231,7 @@ def test_all_wrong_values_are_told_at_once() -> None:
 )
 def test_an_old_key_is_told_its_new_place(old: dict, line: str) -> None:
     with pytest.raises(DeltaflError) as error:
-        parse(FederatedRecipe, {"model": "m", "data": "d", **old})
+        read_recipe(FederatedRecipe, {"model": "m", "data": "d", **old})
     assert line in error.value.problems[0]
 
 

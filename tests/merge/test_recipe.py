@@ -7,7 +7,7 @@ import pytest
 from deltafl.errors import DeltaflError
 from deltafl.merge.recipe import MergeRecipe
 from deltafl.merge.search_recipe import SearchRecipe
-from deltafl.recipes import parse
+from deltafl.recipes import read_recipe
 
 LEAST: dict[str, Any] = {"base": "b", "models": ["x/m1", "m2"]}
 
@@ -83,7 +83,7 @@ def test_a_mistake_is_one_line_that_begins_with_its_key(
     change: dict[str, Any], wanted: str
 ) -> None:
     with pytest.raises(DeltaflError) as error:
-        parse(MergeRecipe, LEAST | change)
+        read_recipe(MergeRecipe, LEAST | change)
     (found,) = error.value.problems
     assert found.startswith(wanted)
 

@@ -1,9 +1,10 @@
 """A command from its recipe: one option for each setting, the file, and the checks, in one decorator."""
 
 import functools
+import re
 import shlex
 import types
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import click
@@ -42,7 +43,7 @@ class RecipeCommand(click.Command):
         current = None
         for arg in args:
             name = arg.split("=", 1)[0]
-            if arg.startswith("-") and not _is_number(arg):
+            if re.match(r"-(?![\d.])", arg):  # no negative number
                 current = name if name in many else None
                 spread += [arg] if arg != current else []
             else:
@@ -110,20 +111,6 @@ def recipe_command(
             count, name = -1 if many else 1, f"[{argument.upper()}]"
             call = click.argument("bare", nargs=count, required=False, metavar=name)(call)
         return click.command(cls=RecipeCommand, recipe=recipe)(call)
-
-    return decorate
-
-
-def recipe_options(
-    recipe: type[Recipe], skip: Collection[str] = ()
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: the options of a recipe's settings but `skip`, and --config, for a command that reads it by itself."""
-
-    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        for leaf in reversed(leaves(recipe).values()):
-            if leaf.name not in skip and (names := option_names(leaf)):
-                command = click.option(*names, leaf.name, **_looks(leaf))(command)
-        return click.option("--config", metavar="FILE", help=CONFIG)(command)
 
     return decorate
 
@@ -200,11 +187,3 @@ def _range(field: FieldInfo) -> Iterator[str]:
                 yield f"At most {high}"
             case Lt(lt=high):
                 yield f"Below {high}"
-
-
-def _is_number(arg: str) -> bool:
-    try:
-        float(arg)
-    except ValueError:
-        return False
-    return True

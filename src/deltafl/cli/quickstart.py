@@ -4,40 +4,39 @@ from pathlib import Path
 
 import click
 
+from deltafl.cli.command import dry_run, quiet, recipe_command
 from deltafl.cli.progress import drawn_progress
 from deltafl.cli.results import as_text, write_search
+from deltafl.cli.run import show_settings
+from deltafl.experiments import run_quickstart
+from deltafl.experiments.recipe import QuickstartRecipe
+from deltafl.files import atomic_folder, check_output
+from deltafl.report import results_table
 
 
-@click.command()
-@click.option("--out", default="quickstart", show_default=True, help="The folder to write.")
-@click.option("--seed", default=0, show_default=True, help="Same seed, same numbers.")
-@click.option("--overwrite", is_flag=True, help="Replace an existing output.")
-@click.option("--quiet", is_flag=True, help="No progress, no table.")
-def quickstart(out: str, seed: int, overwrite: bool, quiet: bool) -> None:
+@recipe_command(QuickstartRecipe)
+@dry_run
+@quiet
+def quickstart(recipe: QuickstartRecipe, dry_run: bool, quiet: bool) -> None:
     """Pre-train, fine-tune, merge, search and test on real digits, offline, in about a minute."""
-    from deltafl.experiments.quickstart import run_quickstart
-    from deltafl.files import atomic_folder, check_output
-    from deltafl.report import results_table
-
-    check_output(out, overwrite=overwrite)
+    out = Path(recipe.out)
+    check_output(out, overwrite=recipe.overwrite)
+    if dry_run:
+        show_settings(recipe)
     with (
         drawn_progress(quiet=quiet) as show,
-        atomic_folder(out, overwrite=overwrite) as folder,
+        atomic_folder(out, overwrite=recipe.overwrite) as folder,
     ):
-        result = run_quickstart(folder, seed=seed, on_progress=show)
-        command = f"deltafl quickstart --seed {seed}"
-        write_search(
-            result | {"command": command}, folder, {"command": command, "seed": seed}, story=True
-        )
+        result = run_quickstart(folder, seed=recipe.seed, on_progress=show)
+        command = f"deltafl quickstart --seed {recipe.seed}"
+        told = {"command": command, "seed": recipe.seed}
+        write_search(result | {"command": command}, folder, told, story=True)
         for file in folder.rglob("*.json"):  # the records name the folder as it will be called
-            file.write_text(file.read_text().replace(str(folder), str(Path(out).absolute())))
+            file.write_text(file.read_text().replace(str(folder), str(out.absolute())))
     if not quiet:
         click.echo(as_text(results_table(result)))
-        merged = Path(out) / "merged"
-        made = (
-            f"one model for all tasks: {merged}"
-            if merged.exists()
-            else "no merge beats the base on validation data"
-        )
+        merged = out / "merged"
+        one = f"one model for all tasks: {merged}"
+        made = one if merged.exists() else "no merge beats the base on validation data"
         click.echo(f"{result['seconds']:.0f} s; {made}")
-        click.echo(f"the story with figures: {Path(out) / 'report.html'}")
+        click.echo(f"the story with figures: {out / 'report.html'}")

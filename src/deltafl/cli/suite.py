@@ -4,9 +4,10 @@ from pathlib import Path
 
 import click
 
-from deltafl.cli.command import quiet, recipe_command, resume
+from deltafl.cli.command import dry_run, quiet, recipe_command, resume
 from deltafl.cli.progress import drawn_progress
 from deltafl.cli.results import as_text
+from deltafl.cli.run import show_settings
 from deltafl.errors import DeltaflError
 from deltafl.experiments import (
     STUDIES,
@@ -23,11 +24,13 @@ from deltafl.training import TrainingRecipe
 @recipe_command(SuiteRecipe, read=read_suite)
 @click.argument("names", nargs=-1)
 @resume
+@dry_run
 @quiet
 def suite(
     recipes: tuple[SuiteRecipe, TrainingRecipe],
     names: tuple[str, ...],
     resume: bool,
+    dry_run: bool,
     quiet: bool,
 ) -> None:
     """Compare federated runs: heterogeneity, local-steps, sparsity, calibration-rounds, mask-strategies, aggregators;
@@ -47,6 +50,8 @@ def suite(
         raise DeltaflError(*(f"{name} needs {why}" for name, why in lacking.items()))
     for name, why in lacking.items():
         click.echo(f"left out: {name}, which needs {why}", err=True)
+    if dry_run:
+        show_settings(recipes[0])
     with drawn_progress(quiet=quiet) as show:
         wanted = [name for name in chosen if name not in lacking]
         result = run_suites(wanted, *recipes, resume=resume, on_progress=show)

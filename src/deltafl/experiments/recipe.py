@@ -53,6 +53,14 @@ BUNDLED: Mapping[str, Any] = {
 """Without --model, --data and --tasks: digits, on which a small pre-trained ViT is poor at first."""
 
 
+class QuickstartRecipe(Recipe):
+    """The whole story on bundled data."""
+
+    seed: int = Field(0, description="same seed, same numbers")
+    out: Annotated[str, Incidental] = Field("quickstart", description="the folder to write")
+    overwrite: Annotated[bool, Incidental] = Field(False, description="replace an existing output")
+
+
 class ValuesRecipe(Recipe):
     """The values that suites of federated runs go through."""
 
@@ -156,16 +164,18 @@ class StudyRecipe(Recipe):
         return tuple((name, rules[name].values) for name in named)
 
 
-class MaskRecipe(SparseRecipe):
+class SuiteSparseRecipe(SparseRecipe):
     """Masks, whose sparsity the suites choose."""
 
-    sparsity_ratio: Annotated[float, Flags()] = 0.0
+    sparsity_ratio: Annotated[float, Flags()] = Field(
+        0.0, ge=0, lt=1, description="chosen by each suite, see sparsity_ratios"
+    )
 
 
 class SuiteRecipe(FederatedRecipe):
     """Federated runs compared, and merges of fine-tunes; every run with several seeds."""
 
-    sparse: MaskRecipe = MaskRecipe.of()
+    sparse: SuiteSparseRecipe = SuiteSparseRecipe.of()
     quick: Annotated[bool, Incidental] = Field(
         False, description="small settings: minutes on two cores"
     )

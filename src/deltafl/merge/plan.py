@@ -15,7 +15,7 @@ from deltafl.checkpoints.align import Alignment, align
 from deltafl.checkpoints.layout import SIZES, Layout
 from deltafl.errors import DeltaflError
 from deltafl.merge.recipe import MergeRecipe, ModelEntry
-from deltafl.recipes import Recipe, parse
+from deltafl.recipes import Recipe, read_recipe
 from deltafl.rules.rule import Rule, Source, TensorRule, build_rule, check_rule
 
 
@@ -175,7 +175,7 @@ def read_training(layout: Layout) -> dict[str, Any]:
     try:
         data = json.loads(file.read_text())
         problems = [] if isinstance(data, dict) else ["is not a JSON object"]
-        parse(_Training, data if isinstance(data, dict) else {})
+        read_recipe(_Training, data if isinstance(data, dict) else {})
     except ValueError:
         problems = ["is not valid JSON"]
     except DeltaflError as error:

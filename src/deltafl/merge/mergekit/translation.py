@@ -16,7 +16,7 @@ from deltafl.checkpoints.layout import read_layout
 from deltafl.errors import DeltaflError
 from deltafl.merge.mergekit.format import METHODS, Mergekit, OfModel
 from deltafl.merge.plan import entries_in
-from deltafl.recipes import parse
+from deltafl.recipes import read_recipe
 
 Layers: TypeAlias = Mapping[str, tuple[int, int]]
 """Tensor -> (its layer, the number of layers)."""
@@ -72,7 +72,7 @@ def translate(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
     Raises DeltaflError with one line for each key that is wrong or not supported.
     """
-    config = parse(Mergekit, data)
+    config = read_recipe(Mergekit, data)
     spans = list(_spans(config))
     if bool(config.models) == bool(config.slices):
         raise DeltaflError("models: give models, or slices")
