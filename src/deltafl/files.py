@@ -6,7 +6,7 @@ import re
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from deltafl.errors import DeltaflError
@@ -15,7 +15,7 @@ if sys.platform != "win32":
     import fcntl
 
 
-def write_atomically(path: str | Path, data: bytes | Sequence[bytes | memoryview]) -> Path:
+def write_atomically(path: str | Path, data: bytes | Iterable[bytes | memoryview]) -> Path:
     """Write `data`, or its parts one after the other, to `path` as `atomic_file` does; returns the path."""
     with atomic_file(path) as temporary, temporary.open("xb") as file:
         file.writelines([data] if isinstance(data, bytes) else data)

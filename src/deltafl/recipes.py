@@ -122,7 +122,7 @@ class Recipe(BaseModel):
         found = handler.resolve_ref_schema(handler(schema))
         for name, field in cls.model_fields.items():
             if (inner := section(field)) and name in inner.model_fields:
-                short = TypeAdapter[Any](inner.model_fields[name].annotation).json_schema()
+                short = TypeAdapter[Any](inner.model_fields[name].annotation or Any).json_schema()
                 found["properties"][name] = {"anyOf": [found["properties"][name], short]}
         for name, flattened in _flattened(cls).items():
             del found["properties"][name]

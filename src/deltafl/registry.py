@@ -1,11 +1,12 @@
 """Names to builders. A misspelt name is an error that offers the right one."""
 
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 from deltafl.errors import DeltaflError, did_you_mean
 
 T = TypeVar("T")
+E = TypeVar("E")
 
 
 class Registry(Generic[T]):
@@ -15,13 +16,13 @@ class Registry(Generic[T]):
         self.kind = kind
         self._entries: dict[str, T] = {}
 
-    def register(self, name: str) -> Callable[[T], T]:
+    def register(self, name: str) -> Callable[[E], E]:
         """Decorator: `@RULES.register("median")`. Registering one name twice is a programming error."""
 
-        def add(entry: T) -> T:
+        def add(entry: E) -> E:
             if name in self._entries:
                 raise ValueError(f'{self.kind} "{name}" is registered twice')
-            self._entries[name] = entry
+            self._entries[name] = cast(T, entry)
             return entry
 
         return add

@@ -390,7 +390,7 @@ def test_every_tensor_has_one_name_in_the_file_and_in_the_module(
 
 
 def entries(*names: str, shape: tuple[int, ...] = (2, 2), dtype: str = "F32") -> dict[str, Entry]:
-    return {n: Entry(dtype, shape, Path(), 0, 0) for n in names}
+    return {n: Entry(dtype, shape) for n in names}
 
 
 def two_towers(*prefixes: str) -> dict[str, Entry]:

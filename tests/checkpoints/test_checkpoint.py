@@ -248,5 +248,5 @@ def test_a_header_of_wrong_kinds_is_one_clear_line(
     entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} | wrong
     raw = json.dumps({"w": entry}).encode()
     (tmp_path / "x.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw + b"\0" * 4)
-    with pytest.raises(DeltaflError, match=r"header is corrupt|not supported"):
+    with pytest.raises(DeltaflError, match=r"truncated, corrupt or not a safetensors file"):
         read_layout(tmp_path / "x.safetensors")

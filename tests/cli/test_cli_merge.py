@@ -296,7 +296,7 @@ FILES: dict[str, tuple[Callable[[World], None], str]] = {
         for name in ("base", "m1")
         for keep in (0, 5, 100, -1)
     },
-    "bytes after the end": (raw(lambda b: b + b"x"), "truncated or corrupt"),
+    "bytes after the end": (raw(lambda b: b + b"x"), "truncated, corrupt"),
     "not json": (raw(lambda b: b[:8] + b"?" + b[9:]), CORRUPT),
     "not text": (raw(lambda b: b[:9] + b"\xff\xfe" + b[11:]), CORRUPT),
     "endless": (raw(lambda b: b"\xff" * 8 + b[8:]), NO_FILE),
@@ -317,8 +317,8 @@ FILES: dict[str, tuple[Callable[[World], None], str]] = {
     "a hole": (header(lambda h: h.pop("embed.weight")), CORRUPT),
     "backwards": (header(lambda h: h["embed.weight"].update(data_offsets=[288, 0])), CORRUPT),
     "unknown dtype": (
-        header(lambda h: h["embed.weight"].update(dtype="F4")),
-        'tensor "embed.weight" has dtype F4, which is not supported',
+        header(lambda h: h["embed.weight"].update(dtype="F8_E8M0", shape=[288])),
+        'tensor "embed.weight" has dtype F8_E8M0, which is not supported',
     ),
     **{
         f"training.json {text}": (written("m1/training.json", text), '".*m1/training.json": ')

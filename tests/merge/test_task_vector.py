@@ -121,10 +121,10 @@ def test_a_task_vector_from_files_reads_only_when_asked(
     from deltafl.checkpoints.checkpoint import Checkpoint
 
     reads: list[str] = []
-    original = Checkpoint._read
+    original = Checkpoint.read
     monkeypatch.setattr(
         Checkpoint,
-        "_read",
+        "read",
         lambda self, name, *rest: (reads.append(name), original(self, name, *rest)),
     )
     save(tmp_path / "base", toy())

@@ -1,6 +1,6 @@
 """One pass over tensors: the units of work that it is cut into, and who does them."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeAlias, TypeVar
 
@@ -52,7 +52,7 @@ def visit(
     name: str = "",
     width: int = 4,
     on_progress: OnProgress = ignore,
-) -> Iterator[tuple[Unit, T]]:
+) -> Generator[tuple[Unit, T], None, None]:
     """Every unit with what `work` gives for it, in order, a few units ahead of who consumes them.
 
     By `threads` forked processes, where forking is safe, `forks` is allowed (`work` changes nothing in
@@ -68,7 +68,7 @@ def visit(
     )  # glibc then keeps freed blocks: half the time of a merge
     forks = forks and can_fork() and all(s.device.type == "cpu" for s in specs.values())
     done, total = 0, width * sum(spec.numel for spec in specs.values())
-    with Pool(lambda i: work(units[i]), workers if forks else 1) as pool:
+    with Pool[int, T](lambda i: work(units[i]), workers if forks else 1) as pool:
         threaded = workers > 1 and not forks
         results = _threads(work, units, workers) if threaded else pool.map(range(len(units)))
         for unit, result in zip(units, results, strict=True):

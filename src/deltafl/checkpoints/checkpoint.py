@@ -13,16 +13,22 @@ from torch import Tensor
 from deltafl.algebra.tensors import Lazy, Spec, Tensors, blocks, lazy, memory_like
 from deltafl.checkpoints import layout as layouts
 from deltafl.checkpoints.align import Alignment
-from deltafl.checkpoints.layout import SIZES, Entry, Layout
+from deltafl.checkpoints.layout import Entry, Layout
 from deltafl.errors import DeltaflError, shorten
 
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "C64": torch.complex64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+    "BOOL": torch.bool,
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def bytes_of(block: Tensor) -> memoryview:
+    """The memory of a flat CPU tensor, to read into or to write from."""
+    return block.view(torch.uint8).numpy().data
 
 
 class Checkpoint(Lazy):
@@ -47,20 +53,17 @@ class Checkpoint(Lazy):
         """Raises DeltaflError if the file is shorter than its header said."""
         entry, dtype = self.layout.entries[name], self._specs[name].dtype
         values = memory_like(out, dtype, torch.device("cpu"))
-        self._read(name, entry, start, memoryview(values.view(torch.uint8).numpy()))  # type: ignore[arg-type]
-        if values is not out:
-            out.copy_(values)
-
-    def _read(self, name: str, entry: Entry, start: int, into: memoryview) -> None:
-        """Fill `into` from element `start` on. Raises DeltaflError if the file is shorter than its header said."""
-        at, handle = entry.start + start * SIZES[entry.dtype], self._files[entry.file]
+        into, at = bytes_of(values), entry.start + start * dtype.itemsize
         while into.nbytes:
-            count = os.preadv(handle, [into], at)
+            count = os.preadv(self._files[entry.file], [into], at)
             if not count:
                 raise DeltaflError(
-                    f'"{entry.file}": ended while tensor "{name}" was read; was it changed meanwhile?'
+                    f'"{entry.file}": ended while tensor "{name}" was read; '
+                    "was it changed meanwhile?"
                 )
             into, at = into[count:], at + count
+        if values is not out:
+            out.copy_(values)
 
     def close(self) -> None:
         """Close the files."""
@@ -133,9 +136,7 @@ def entries_of(tensors: Tensors) -> Mapping[str, Entry]:
     """Name, dtype and shape of every tensor, as the naming layer compares them."""
     held = lazy(tensors)
     specs = {name: held.spec(name) for name in held}
-    return {
-        n: Entry(NAMES.get(s.dtype, str(s.dtype)), s.shape, Path(), 0, 0) for n, s in specs.items()
-    }
+    return {n: Entry(NAMES.get(s.dtype, str(s.dtype)), s.shape) for n, s in specs.items()}
 
 
 def refuse_untied(alignment: Alignment, base: Tensors, tuned: Mapping[str, Tensors]) -> None:

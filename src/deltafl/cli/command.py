@@ -163,7 +163,7 @@ def meaning(field: FieldInfo) -> str:
 def default_text(field: FieldInfo) -> str:
     """The default as one would type it; empty if there is none, or nothing is the default."""
     default = None if field.is_required() else field.get_default(call_default_factory=True)
-    if is_size(field):
+    if is_size(field) and isinstance(default, int):
         return as_bytes(default)
     if isinstance(default, tuple):
         few = default if len(default) < 8 else (*default[:2], "..", default[-1])

@@ -26,9 +26,14 @@ is_main = int(os.environ.get("RANK", 0)) == 0
 class FinishedRun(Protocol):
     """A folder with a record, as training and federation leave it."""
 
-    out: Path
-    result: Mapping[str, Any]
-    rows: Sequence[Mapping[str, Any]]
+    @property
+    def out(self) -> Path: ...
+
+    @property
+    def result(self) -> Mapping[str, Any]: ...
+
+    @property
+    def rows(self) -> Sequence[Mapping[str, Any]]: ...
 
 
 def prepared(

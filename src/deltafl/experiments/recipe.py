@@ -175,7 +175,7 @@ class SuiteSparseRecipe(SparseRecipe):
 class SuiteRecipe(FederatedRecipe):
     """Federated runs compared, and merges of fine-tunes; every run with several seeds."""
 
-    sparse: SuiteSparseRecipe = SuiteSparseRecipe()
+    sparse: SuiteSparseRecipe = SuiteSparseRecipe.of()
     quick: Annotated[bool, Incidental] = Field(
         False, description="small settings: minutes on two cores"
     )
@@ -186,8 +186,8 @@ class SuiteRecipe(FederatedRecipe):
     tensorboard: Annotated[bool, Incidental] = Field(
         False, description="write OUT/metrics for TensorBoard too, a folder for each run"
     )
-    values: ValuesRecipe = ValuesRecipe()
-    study: StudyRecipe = StudyRecipe()
+    values: ValuesRecipe = ValuesRecipe.of()
+    study: StudyRecipe = StudyRecipe.of()
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()

@@ -32,7 +32,7 @@ from deltafl.files import atomic_folder, check_output, write_atomically
 from deltafl.models import HEAD_FILE, Net
 from deltafl.progress import OnProgress, ignore
 from deltafl.report import comparison_page, page_files
-from deltafl.tasks import Task, load_task
+from deltafl.tasks import ImageTask, Task, load_task
 from deltafl.tasks.task import hash_of
 from deltafl.training import TRAINING_JSON, TrainingRecipe
 from deltafl.training.record import write_json
@@ -165,7 +165,7 @@ def run_suites(
     return result
 
 
-def _cells(name: str, recipe: SuiteRecipe) -> list[Cell]:
+def _cells(name: str, recipe: SuiteRecipe) -> list[Cell[FederatedWork]]:
     """One cell for each row of a suite and seed. Raises DeltaflError with every mistake of a row."""
     base = FederatedRecipe(
         **{field: getattr(recipe, field) for field in FederatedRecipe.model_fields}
@@ -201,7 +201,10 @@ def _study(recipe: SuiteRecipe, training: TrainingRecipe, base: str) -> Study:
 
 
 def _check(
-    suites: Mapping[str, Sequence[Cell]], study: Study, studies: Sequence[str], net: Net
+    suites: Mapping[str, Sequence[Cell[FederatedWork]]],
+    study: Study,
+    studies: Sequence[str],
+    net: Net,
 ) -> None:
     """Raise DeltaflError with what some run could only say when its turn comes: shards that cannot be
     dealt, data sets that are not there, have one name, or other classes than they should.
@@ -234,7 +237,8 @@ def _check(
         if len(same) > 1:
             line = f'--tasks: {", ".join(same)} are all called "{name}"'
             problems[line] = line
-    names = {tasks[spec].class_names for spec in study.domains if spec in tasks}
+    shared = [tasks[spec] for spec in study.domains if spec in tasks]
+    names = {task.class_names for task in shared if isinstance(task, ImageTask)}
     if "analogy" in studies and len(names) > 1:
         both = " and ".join(study.domains)
         line = f"analogy: {both} have other classes; give --domains with the same ones"
@@ -314,7 +318,9 @@ def _mean_curve(runs: Sequence[Sequence[Mapping[str, Any]]], key: str) -> list[t
     ]
 
 
-def _write_metrics(folder: Path, cells: Sequence[Cell], found: Sequence[Result]) -> None:
+def _write_metrics(
+    folder: Path, cells: Sequence[Cell[FederatedWork]], found: Sequence[Result]
+) -> None:
     for cell, result in zip(cells, found, strict=True):
         if "failed" not in result:
             write_rows(result["rows"], folder / cell.name / f"seed-{cell.work.recipe.seed}")

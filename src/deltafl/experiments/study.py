@@ -28,7 +28,7 @@ from deltafl.tasks.arrays import arrays_of
 from deltafl.tasks.classes import class_groups, only_classes
 from deltafl.tasks.recipe import TrainingDataRecipe
 from deltafl.tasks.selection import stratified
-from deltafl.tasks.task import hash_of
+from deltafl.tasks.task import Split, hash_of
 from deltafl.training import TrainingRecipe, finetune
 
 Method = tuple[str, Mapping[str, Any]]
@@ -100,7 +100,8 @@ class Study:
         """The task with no more validation and test examples than merges are judged on."""
         task = self.task(data, seed)
         rows = {"train": torch.arange(task.size("train"))}
-        for split, most in (("val", self.val_limit), ("test", self.test_limit)):
+        limits: dict[Split, int | None] = {"val": self.val_limit, "test": self.test_limit}
+        for split, most in limits.items():
             rows[split] = torch.arange(task.size(split))
             if most is not None:
                 groups, rng = task.groups(split).numpy(), np.random.default_rng([seed, most])
@@ -287,9 +288,9 @@ def rows_of(result: Result) -> dict[str, Mapping[str, Any]]:
     """Rule -> its row in a search, the single-task models and the base first; the base's, lambda 0,
     where validation puts that above everything that the rule gives.
     """
-    rows = {row["rule"]: row for row in result["rows"]}
+    rows: dict[str, Mapping[str, Any]] = {row["rule"]: row for row in result["rows"]}
     base = rows[BASE]
-    worse = {
+    worse: dict[str, Mapping[str, Any]] = {
         name: {**base, "rule": name}
         for name, row in rows.items()
         if name not in (SINGLE, BASE) and row["val"] < base["val"]

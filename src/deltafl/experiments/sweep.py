@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from deltafl.checkpoints.layout import file_hash
 from deltafl.errors import DeltaflError
@@ -51,12 +51,15 @@ class Work(ABC):
         return ()
 
 
+W = TypeVar("W", bound=Work)
+
+
 @dataclass(frozen=True)
-class Cell:
+class Cell(Generic[W]):
     """One run behind a row of a table: what sets the row apart (column -> value), and the work."""
 
     labels: Mapping[str, str | float | int]
-    work: Work
+    work: W
 
     @property
     def name(self) -> str:
@@ -127,14 +130,14 @@ def sweep(
         except DeltaflError as error:
             return {"failed": str(error)}
 
-    def found() -> Iterator[Result]:
+    def outcomes() -> Iterator[Result]:
         if any(work.alone for work in distinct):
             yield from map(outcome, range(len(distinct)))
         else:
             with Pool(outcome, at_once if can_fork() else 1) as pool:
                 yield from pool.map(range(len(distinct)))
 
-    for done, (work, result) in enumerate(zip(distinct, found(), strict=True), 1):
+    for done, (work, result) in enumerate(zip(distinct, outcomes(), strict=True), 1):
         results[work] = result
         on_progress(Progress(work.kind, done, len(distinct)))
     return [results[work] for work in works]

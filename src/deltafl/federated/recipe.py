@@ -37,9 +37,9 @@ class ClientsRecipe(Recipe):
     out: Annotated[str | None, Incidental] = Field(None, description="the folder to write")
     overwrite: Annotated[bool, Incidental] = Field(False, description="replace an existing output")
     data: TrainingDataRecipe
-    sharding: ShardingRecipe = ShardingRecipe()
-    sparse: SparseRecipe = SparseRecipe()
-    head: HeadRecipe = HeadRecipe()
+    sharding: ShardingRecipe = ShardingRecipe.of()
+    sparse: SparseRecipe = SparseRecipe.of()
+    head: HeadRecipe = HeadRecipe.of()
 
     def problems(self) -> Iterator[str]:
         """Shares of the clients that are none, or more than all."""
@@ -86,8 +86,8 @@ class FederatedRecipe(ClientsRecipe):
     save_client_updates: Annotated[tuple[str | int, ...], Incidental] = Field(
         (), description="rounds (or all) whose clients' models are written to OUT/updates"
     )
-    local: LocalRecipe = LocalRecipe()
-    server: ServerRecipe = ServerRecipe()
+    local: LocalRecipe = LocalRecipe.of()
+    server: ServerRecipe = ServerRecipe.of()
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()

@@ -123,8 +123,9 @@ def _charts(name: str, study: Record, metric: str) -> list[Figure]:
         lines = _by_size(study["rows"])
         return [_lines(f"{name}/by_size", lines, "Normalised test score", "models merged", ".1%")]
     score = "target" if name == "negation" else "test"
-    means = pd.DataFrame(study["points"]).groupby(["way", "task"], sort=False)[score].mean()
-    scores = {way: means[way].to_dict() for way in means.index.unique("way")}
+    points = pd.DataFrame(study["points"])
+    means = points.pivot_table(score, "task", "way", sort=False)
+    scores = {str(way): means[way].to_dict() for way in points["way"].unique()}
     return [task_map(scores, metric, "For each task, mean over seeds.", f"{name}/by_task")]
 
 
@@ -133,7 +134,10 @@ def _gains(file: str, study: Record, key: str, word: str) -> Figure:
     points = pd.DataFrame(study["points"])
     rules = points[points["rule"] != "task_arithmetic"].groupby("rule", sort=False)
     return chart(
-        {rule: own[[f"{key}_ratio", "gain"]].to_numpy().tolist() for rule, own in rules},
+        {
+            str(rule): pd.DataFrame(own)[[f"{key}_ratio", "gain"]].values.tolist()
+            for rule, own in rules
+        },
         "Gain over task arithmetic",
         f"{word}: largest over smallest",
         show="+.2%",

@@ -83,7 +83,7 @@ def chart(
         caption += f" The {len(names)} best of {len(tops)} are drawn."
     labels = [_end(name, 40) for name in names]
     columns = max(1, int(WIDTH // (LETTER * max(map(len, labels), default=1) + 40)))
-    points = {name: np.array(sorted(series[name]), dtype=float) for name in names}
+    points = {name: np.array(sorted(map(tuple, series[name])), dtype=float) for name in names}
     ends = [line[-1, 0] for line in points.values()]
     whole = all((line[:, 0] % 1 == 0).all() for line in points.values())
     log = bool(not whole and 0 < APART * min(ends) <= max(ends))
@@ -147,7 +147,7 @@ def heat_map(
             value, share = values[row, column], strength[row, column]
             text = f"{value:{show}}".strip("%").replace("-", "−").replace("inf", "–")
             if np.isfinite(value):
-                image[row, column] = to_rgba(FILLS[int(share < 0)], 0.06 + 0.94 * abs(share))
+                image[row, column] = to_rgba(FILLS[int(share < 0)], 0.06 + 0.94 * float(abs(share)))
             if height >= 16 and LETTER * len(text) < width:
                 look = {"ha": "center", "va": "center_baseline", "in_layout": False}
                 axes.text(column, row, text, color="white" if abs(share) > 0.8 else INK, **look)

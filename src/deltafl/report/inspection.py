@@ -151,7 +151,11 @@ def shards_page(result: Record) -> Page:
         "result": result,
         "missing": [name for name, count in zip(names, result["left_out"], strict=True) if count],
         "counts": heat_map(
-            counts.replace(0, nan), title, show=".0f", caption=caption, file="figure"
+            pd.DataFrame(counts.mask(counts == 0)),
+            title,
+            show=".0f",
+            caption=caption,
+            file="figure",
         ),
         "clients": Table(rows, columns, "Examples and classes of every client."),
         "span": span,

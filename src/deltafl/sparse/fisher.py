@@ -102,7 +102,7 @@ class FisherScorer:
                 'Fisher labels "sampled" need a generator; give one, or labels="empirical"'
             )
         net, task = self._net, self._task
-        draw = partial(task.sampled, generator=generator) if self._sampled else None
+        draw = partial(task.sampled, generator=generator) if generator and self._sampled else None
         sums = {
             n: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)).detach()
             for n, p in trained(net).items()

@@ -110,7 +110,9 @@ def _image_folder(path: Path) -> Source:
     def raw_split(split: str) -> RawSplit:
         labels = [classes.index(image.parent.name) for image in files[split]]
         where = f'image folder "{path / split}"'
-        return RawSplit(np.array(labels, np.int64), np.array(files[split]).__getitem__, where)
+        return RawSplit(
+            np.array(labels, np.int64), lambda rows: [files[split][i] for i in rows], where
+        )
 
     def opened(scratch: Path) -> RawTask:
         return RawTask({SPLIT_NAMES[split]: raw_split(split) for split in files}, tuple(classes))

@@ -100,4 +100,4 @@ def _encoded(cell: Mapping[str, Any] | None) -> Encoded:
     """Bytes where the file holds them, else the path; empty for a null, which then fails to decode."""
     if cell and cell["bytes"] is None and cell["path"]:
         return Path(cell["path"])
-    return (cell and cell["bytes"]) or b""
+    return (cell["bytes"] if cell else None) or b""

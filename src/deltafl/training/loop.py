@@ -169,9 +169,10 @@ def train(
     every, started = recipe.eval_every, time.perf_counter()
 
     def tell(row: Row, validated: bool) -> None:
-        row["val_score"] = run.validate() if validated else None
+        row["val_score"] = None
         if validated:
-            run.best.see(run.net, run.epoch, row["val_score"])
+            row["val_score"] = score = run.validate()
+            run.best.see(run.net, run.epoch, score)
         if main:
             record(row)
         numbers = {
@@ -212,8 +213,9 @@ def _join(device: str | None) -> tuple[PartialState, str]:
         device_named(device)
     processes = PartialState(cpu=device == "cpu")
     processes.wait_for_everyone()
-    alone = device is not None and processes.num_processes == 1
-    return processes, device if alone else str(processes.device)
+    if device is not None and processes.num_processes == 1:
+        return processes, device
+    return processes, str(processes.device)
 
 
 def _sum_over_processes(tensor: Tensor) -> Tensor:
@@ -222,8 +224,9 @@ def _sum_over_processes(tensor: Tensor) -> Tensor:
 
 
 def _optimiser(net: Net, recipe: TrainingRecipe) -> torch.optim.Optimizer:
-    decay = {"weight_decay": recipe.weight_decay}
+    decay = recipe.weight_decay
     if recipe.optimizer == "adamw":
-        return torch.optim.AdamW([net.flat], recipe.lr, fused=True, **decay)
-    momentum = {"momentum": recipe.momentum, "nesterov": recipe.nesterov}
-    return torch.optim.SGD([net.flat], recipe.lr, **momentum, **decay)
+        return torch.optim.AdamW([net.flat], recipe.lr, weight_decay=decay, fused=True)
+    return torch.optim.SGD(
+        [net.flat], recipe.lr, recipe.momentum, weight_decay=decay, nesterov=recipe.nesterov
+    )

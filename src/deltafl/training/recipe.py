@@ -70,7 +70,7 @@ class TrainingRecipe(Recipe):
         False, description="replace an existing output, or an unfinished run"
     )
     data: TrainingDataRecipe
-    head: HeadRecipe = HeadRecipe()
+    head: HeadRecipe = HeadRecipe.of()
 
     def problems(self) -> Iterator[str]:
         both, neither = (self.steps, self.epochs), self.steps is None and self.epochs is None

@@ -29,7 +29,7 @@ METHODS = {
 }
 
 
-def _setting(good: Callable[[Any], bool], wanted: str) -> Any:
+def _setting(good: Callable[[Any], bool], wanted: str) -> BeforeValidator:
     """A scalar, a list of values over the layers, or these by `filter`, in the one form of `Setting`."""
 
     def read(value: Any) -> Setting:
@@ -42,10 +42,10 @@ def _setting(good: Callable[[Any], bool], wanted: str) -> Any:
             if part.keys() - {"filter", "value"} or not values or not all(map(good, values)):
                 forms = f"{wanted}, a list of such over the layers, or a list of {{filter, value}}"
                 raise problem(f"must be {forms}, not {value!r}")
-            found.append(((part.get("filter") or "*").replace("*", ""), values))
+            found.append((str(part.get("filter") or "*").replace("*", ""), values))
         return tuple(found)
 
-    return Annotated[Any, BeforeValidator(read)]
+    return BeforeValidator(read)
 
 
 def _is_number(value: Any) -> bool:
@@ -69,8 +69,8 @@ def _base(value: Any) -> Any:
     return value
 
 
-Numbers = _setting(_is_number, "a number")
-Switch = _setting(lambda value: isinstance(value, bool), "true or false")
+Numbers: TypeAlias = Annotated[Any, _setting(_is_number, "a number")]
+Switch: TypeAlias = Annotated[Any, _setting(lambda value: isinstance(value, bool), "true or false")]
 Reference: TypeAlias = Annotated[str, BeforeValidator(_reference)]
 BaseOnly: TypeAlias = Annotated[Any, BeforeValidator(_base)]
 Dtype: TypeAlias = Literal["float32", "float16", "bfloat16", "float64"]
