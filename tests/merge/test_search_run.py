@@ -143,7 +143,7 @@ def test_mistake_checkpoints_read_again_for_every_candidate(
     trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reads = counting(
-        monkeypatch, Checkpoint, "_read", lambda self, name, *rest: (self.layout.ref, name)
+        monkeypatch, Checkpoint, "read", lambda self, name, *rest: (self.layout.ref, name)
     )
     run(search_recipe(trained))
     assert {ref for ref, _ in reads} == {str(trained / n) for n in ("base", *VARIANTS)}
@@ -156,7 +156,7 @@ def test_streaming_gives_the_rows_of_memory_without_reading_per_coefficient(
     assert run(search_recipe(trained)) == run(search_recipe(trained, memory=0))
     methods = ["median"]
     reads = counting(
-        monkeypatch, Checkpoint, "_read", lambda self, *rest: Path(self.layout.ref).name
+        monkeypatch, Checkpoint, "read", lambda self, *rest: Path(self.layout.ref).name
     )
     counts = []
     for lambdas in ((0.1,), (0.1, 0.2, 0.3, 0.4)):
