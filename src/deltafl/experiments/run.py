@@ -196,7 +196,7 @@ def _study(recipe: SuiteRecipe, training: TrainingRecipe, base: str) -> Study:
         strategy=study.search_strategy,
         val_limit=study.val_limit,
         test_limit=study.test_limit,
-        device=recipe.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=str(device_named(recipe.device)),
     )
 
 
