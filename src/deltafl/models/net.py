@@ -179,7 +179,9 @@ class Net:
         needed = [n for n, p in self.module.named_parameters() if p.requires_grad]
         pairs = {n: n for n in state if n in tensors}
         if not pairs.keys() >= set(needed):
-            files = {self.format.file_name(n): n for n in state}
+            files: dict[str, str] = {}
+            for name in state:  # an encoder's own head goes before the one beside it
+                files.setdefault(self.format.file_name(name), name)
             matched = _matched(tuple(files), tuple(tensors))
             pairs = {files[n]: given for n, given in matched.items()}
         if missing := [n for n in needed if n not in pairs]:
