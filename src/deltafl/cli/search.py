@@ -40,11 +40,11 @@ def search(recipe: SearchRecipe, dry_run: bool, quiet: bool) -> None:
             with atomic_folder(recipe.out, overwrite=recipe.overwrite) as folder:
                 scores = folder / "scores.safetensors"
                 result = run_search(recipe, folder / "merged", scores=scores, on_progress=show)
-                write_search(published(result, recipe), folder, recipe.resolved())
+                write_search(_published(result, recipe), folder, recipe.resolved())
     if not quiet:
-        click.echo(as_text(results_table(published(result, recipe))))
+        click.echo(as_text(results_table(_published(result, recipe))))
         if result["strategy"] == "racing":
-            click.echo(race_line(result["examples"]))
+            click.echo(_race_line(result["examples"]))
         if recipe.out is not None:
             merged = f"merged model: {Path(recipe.out) / 'merged'}"
             kept = "no merged model: on validation data no candidate is better than the base"
@@ -52,13 +52,14 @@ def search(recipe: SearchRecipe, dry_run: bool, quiet: bool) -> None:
             click.echo(f"report: {Path(recipe.out) / 'report.html'}")
 
 
-def published(result: dict[str, Any], recipe: SearchRecipe) -> dict[str, Any]:
+def _published(result: dict[str, Any], recipe: SearchRecipe) -> dict[str, Any]:
     """The result with the scores that were published, as shares."""
     reference = {name: round(value / 100, 6) for name, value in recipe.reference.items()}
     return result | {"reference": reference, "command": command_line()}
 
 
-def race_line(examples: dict[str, int]) -> str:
+def _race_line(examples: dict[str, int]) -> str:
     """How much a race evaluated, against an exhaustive search."""
     evaluated, whole = examples["evaluated"], examples["exhaustive"]
-    return f"racing: {evaluated:,} examples evaluated, {whole / evaluated:.1f} times fewer than all {whole:,}"
+    fewer = f"{whole / evaluated:.1f} times fewer than all {whole:,}"
+    return f"racing: {evaluated:,} examples evaluated, {fewer}"
