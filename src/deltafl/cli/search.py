@@ -8,9 +8,12 @@ import click
 from deltafl.cli.command import command_line, dry_run, quiet, recipe_command
 from deltafl.cli.merge import describe_plan
 from deltafl.cli.progress import drawn_progress
+from deltafl.cli.results import as_text, write_search
 from deltafl.files import atomic_folder, check_output
 from deltafl.merge.plan import plan_merge
 from deltafl.merge.search_recipe import SearchRecipe
+from deltafl.merge.search_run import run_search
+from deltafl.report import results_table
 
 
 @recipe_command(SearchRecipe, argument="config")
@@ -29,10 +32,6 @@ def search(recipe: SearchRecipe, dry_run: bool, quiet: bool) -> None:
     if dry_run:
         click.echo(describe_plan(plan))
         return
-    from deltafl.cli.results import as_text, write_search
-    from deltafl.merge.search_run import run_search  # torch
-    from deltafl.report import results_table
-
     with drawn_progress(quiet=quiet) as show:
         if recipe.out is None:
             result = run_search(recipe, None, on_progress=show)
