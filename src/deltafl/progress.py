@@ -9,8 +9,8 @@ from typing import SupportsFloat, TypeAlias
 class Progress:
     """`done` of `total` parts of the work called `name` are finished.
 
-    numbers: what there is to see on the way, as {"loss": 0.31}; a number may be a tensor, which is read only if it
-    is shown. {"unit": "bytes"} says what done and total count.
+    numbers: what there is to see on the way, as {"loss": 0.31}; a number may be a tensor, which is
+    read only if it is shown. {"unit": "bytes"} says what done and total count.
     """
 
     name: str

@@ -1,8 +1,9 @@
 """Recipes: one class per command, the only place where its settings are written.
 
-The fields of a `Recipe`, with their types, ranges and descriptions, are the keys of its YAML file, the options of its
-command, `--help`, the errors, the page of the documentation and the JSON schema. A field that is a Recipe itself is a
-section: `sparse: {sparsity_ratio: 0.9}` in the file, `--sparsity-ratio 0.9` on the command line.
+The fields of a `Recipe`, with their types, ranges and descriptions, are the keys of its YAML file,
+the options of its command, `--help`, the errors, the page of the documentation and the JSON schema.
+A field that is a Recipe itself is a section: `sparse: {sparsity_ratio: 0.9}` in the file,
+`--sparsity-ratio 0.9` on the command line.
 """
 
 import difflib
@@ -39,12 +40,13 @@ T = TypeVar("T")
 
 
 class Recipe(BaseModel):
-    """The settings of a command, or a section of them: frozen, no unknown keys, no silent conversion.
+    """The settings of a command, or a section of them: frozen, no unknown keys, no conversion.
 
-    Annotate sequences as tuples; a list of the file becomes one. Leaves (what is no section) have unique names.
+    Annotate sequences as tuples; a list of the file becomes one. Leaves (what is no section) have
+    unique names.
 
     renamed: path of an old key -> path of the new one, or a sentence that says why there is none.
-    alternatives: groups of leaves that say one thing; an option of a group replaces all of the group in the file.
+    alternatives: groups of leaves that say one thing; an option replaces its whole group in a file.
     defaults: of fields that are those of the parent class but for their default.
     """
 
@@ -67,7 +69,7 @@ class Recipe(BaseModel):
         return read_recipe(cls, settings=settings)
 
     def replace(self, **settings: Any) -> Self:
-        """The same recipe with other values of some leaves, checked as a whole. Raises DeltaflError."""
+        """The same recipe with other values of some leaves, checked. Raises DeltaflError."""
         return read_recipe(type(self), self.resolved(), settings)
 
     def problems(self) -> Iterable[str]:
@@ -118,7 +120,9 @@ class Recipe(BaseModel):
     def __get_pydantic_json_schema__(
         cls, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
-        """As pydantic's, with the keys of flattened fields beside the others, and the short form of sections."""
+        """As pydantic's, with the keys of flattened fields beside the others, and the short form of
+        sections.
+        """
         found = handler.resolve_ref_schema(handler(schema))
         for name, field in cls.model_fields.items():
             if (inner := section(field)) and name in inner.model_fields:
@@ -135,7 +139,7 @@ class Recipe(BaseModel):
 
 
 class Incidental:
-    """Marks a setting that decides no number: `out: Annotated[str, Incidental]`. No result depends on it."""
+    """Marks a setting that decides no number: `out: Annotated[str, Incidental]`."""
 
 
 @dataclass(frozen=True)
@@ -166,9 +170,11 @@ class OneOf:
 
 @dataclass(frozen=True)
 class Flattened:
-    """Marks a mapping whose keys stand beside its siblings and are named elsewhere: the parameters of a rule.
+    """Marks a mapping whose keys stand beside its siblings and are named elsewhere: the parameters
+    of a rule.
 
-    fields: key -> its type and description. A key that is missing keeps the default of what it is a parameter of.
+    fields: key -> its type and description. A key that is missing keeps the default of what it is a
+    parameter of.
     """
 
     fields: Callable[[], Mapping[str, FieldInfo]]
@@ -206,13 +212,15 @@ Size: TypeAlias = Annotated[
 
 
 def problem(*lines: str) -> PydanticCustomError:
-    """What a validator raises to say in its own words what is wrong; the key's path goes before each line."""
+    """What a validator raises to say in its own words what is wrong; the key's path goes before
+    each line.
+    """
     return PydanticCustomError("recipe", "{text}", {"text": "\n".join(lines)})
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """A setting: its name, the keys that lead to it, and whether it is a key of a flattened mapping."""
+    """A setting: its name, the keys that lead to it, whether it is in a flattened mapping."""
 
     name: str
     path: tuple[str, ...]
@@ -227,7 +235,7 @@ class Leaf:
 
 
 def leaves(kind: type[Recipe], path: tuple[str, ...] = ()) -> dict[str, Leaf]:
-    """Name -> leaf of a recipe and its sections, in order. Raises TypeError if a name is used twice."""
+    """Name -> leaf of a recipe and its sections. Raises TypeError if a name is used twice."""
     found: dict[str, Leaf] = {}
     for name, field in kind.model_fields.items():
         key = field.alias or name
@@ -270,7 +278,8 @@ def read_recipe(
     *,
     defaults: Mapping[str, Any] | None = None,
 ) -> R:
-    """The recipe of a file, or its content, with leaves in `settings` over it and leaves in `defaults` under it.
+    """The recipe of a file, or its content, with leaves in `settings` over it and leaves in
+    `defaults` under it.
 
     Raises:
         DeltaflError: one line for each mistake, with the path of the key.
@@ -298,7 +307,9 @@ def read_recipe(
 
 
 def _over(kind: type[Recipe], below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """The leaves of both, those in `above` first, and of `below` only what they are no alternative to."""
+    """The leaves of both, those in `above` first, and of `below` only what they are no alternative
+    to.
+    """
     groups = [group for group in kind.alternatives if not above.keys().isdisjoint(group)]
     replaced = {name for group in groups for name in group}
     return {name: value for name, value in below.items() if name not in replaced} | {**above}
@@ -307,7 +318,8 @@ def _over(kind: type[Recipe], below: Mapping[str, Any], above: Mapping[str, Any]
 def _values(
     kind: type[Recipe], data: Mapping[str, Any], *, anywhere: bool = False
 ) -> tuple[dict[str, Any], list[str]]:
-    """Leaf -> value, of nested mappings or, `anywhere`, side by side; and a line for each key out of place.
+    """Leaf -> value, of nested mappings or, `anywhere`, side by side; and a line for each key out
+    of place.
 
     `head: ridge` is short for `head: {head: ridge}`.
     """
@@ -344,7 +356,9 @@ def _walk(
 def _problems(
     kind: type[Recipe], data: Mapping[str, Any], errors: Sequence[ErrorDetails]
 ) -> list[str]:
-    """One line for each key of `data` with a mistake; of "a string or a mapping", those inside the mapping."""
+    """One line for each key of `data` with a mistake; of "a string or a mapping", those inside the
+    mapping.
+    """
     found: dict[str, list[str]] = {}
     paths = [_path(data, item) for item in errors]
     for keys, item in zip(paths, errors, strict=True):
@@ -354,7 +368,9 @@ def _problems(
 
 
 def _path(tree: Any, item: ErrorDetails) -> list[str]:
-    """The keys that lead to a mistake: pydantic's, less the names that it gives to alternatives of a type."""
+    """The keys that lead to a mistake: pydantic's, less the names that it gives to alternatives of
+    a type.
+    """
     keys = []
     for key in item["loc"]:
         tree = dict(enumerate(tree)) if isinstance(tree, list | tuple) else tree

@@ -1,4 +1,6 @@
-"""The command line: parse, call, show progress, print errors. Commands are imported when they are used."""
+"""The command line: parse, call, show progress, print errors. Commands are imported when they are
+used.
+"""
 
 import atexit
 import gc
@@ -53,7 +55,8 @@ EXPERIMENTS = {
     "--local-steps-experiment": "local-steps",
     "--compare-strategies": "mask-strategies",
 }
-"""Flag of `deltafl federate` -> the suite that it stands for, with the other options as they are."""
+"""Flag of `deltafl federate` -> the suite that it stands for, with the other options as they are.
+"""
 
 
 class LazyGroup(click.Group):

@@ -1,4 +1,6 @@
-"""A command from its recipe: one option for each setting, the file, and the checks, in one decorator."""
+"""A command from its recipe: one option for each setting, the file, and the checks, in one
+decorator.
+"""
 
 import functools
 import re
@@ -28,14 +30,18 @@ COMMAND_LINE = f"{__name__}.command_line"
 
 
 class RecipeCommand(click.Command):
-    """A command that makes a recipe. Options that may be repeated also take several values: `--models A B C`."""
+    """A command that makes a recipe. Options that may be repeated also take several values:
+    `--models A B C`.
+    """
 
     def __init__(self, *args: Any, recipe: type[Recipe], **attributes: Any) -> None:
         super().__init__(*args, **attributes)
         self.recipe = recipe
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Write `--models A B` as `--models A --models B`, then parse as usual; an old option names the new one."""
+        """Write `--models A B` as `--models A --models B`, then parse as usual; an old option names
+        the new one.
+        """
         ctx.meta[COMMAND_LINE] = shlex.join(["deltafl", ctx.info_name or "", *args])
         options = [p for p in self.params if isinstance(p, click.Option)]
         many = {name for p in options if p.multiple for name in p.opts}
@@ -80,11 +86,13 @@ def recipe_command(
     only: type[Recipe] | None = None,
     read: Callable[[str | None, dict[str, Any]], Any] | None = None,
 ) -> Callable[[Callable[..., Any]], RecipeCommand]:
-    """Decorator: f(recipe, **what click options below the decorator say) as a command with the options of a recipe.
+    """Decorator: f(recipe, **what click options below the decorator say) as a command with the
+    options of a recipe.
 
     argument: the option that may also be given without its name: config, or that of a setting.
-    only: a recipe whose settings are those of which there are options; the others may be in the file.
-    read: makes of the file and the settings what the command is called with; None: the recipe.
+    only: a recipe whose settings are those of which there are options; the others may be in the
+    file. read: makes of the file and the settings what the command is called with; None: the
+    recipe.
     """
     among = leaves(only or recipe)
     shown = {name: leaf for name, leaf in leaves(recipe).items() if name in among}

@@ -17,11 +17,11 @@ def federate(
 ) -> None:
     """Federated training of a pre-trained model, test once, write the best model and report.html.
 
-    With --heterogeneity-experiment, --local-steps-experiment or --compare-strategies it is `deltafl suite`
-    with heterogeneity, local-steps or mask-strategies.
+    With --heterogeneity-experiment, --local-steps-experiment or --compare-strategies it is `deltafl
+    suite` with heterogeneity, local-steps or mask-strategies.
 
     \b
-    deltafl federate --model facebook/dino-vits16 --data cifar100 --sharding non_iid --nc 5 --out DIR
+    deltafl federate --model M --data cifar100 --sharding non_iid --nc 5 --out DIR
     """
     net, task = prepared(recipe, resume=resume, dry_run=dry_run, tensorboard=tensorboard)
     with drawn_progress(quiet=quiet) as show:

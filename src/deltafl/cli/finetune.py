@@ -46,7 +46,7 @@ def centralized(
     """Train on all samples in one place: SGDM, the best epoch on validation, tested once.
 
     \b
-    deltafl centralized --model facebook/dino-vits16 --data cifar100 --epochs 50 --lr 0.001 --out DIR
+    deltafl centralized --model M --data cifar100 --epochs 50 --lr 0.001 --out DIR
     """
     net, task = prepared(recipe, resume=resume, dry_run=dry_run, tensorboard=tensorboard)
     quiet = quiet or not is_main

@@ -37,14 +37,14 @@ def inspect(recipe: MergeRecipe, quiet: bool) -> None:
         from deltafl.report import inspect_page
         from deltafl.report.inspection import training_table
     click.echo(as_text(training_table(result["training"])))
-    click.echo(text(result))
+    click.echo(_text(result))
     click.echo("\n".join(outside(plan)))
     if recipe.out is not None:
         page = inspect_page(result)
         write_result(recipe.out, recipe.overwrite, page, "inspect.json", result)
 
 
-def text(result: Mapping[str, Any]) -> str:
+def _text(result: Mapping[str, Any]) -> str:
     """Cosines and signs as plain tables, then notes and advice."""
     parts, names = [], result["models"]
     for key, title in (("cosine", "cosine"), ("sign_agreement", "same sign")):

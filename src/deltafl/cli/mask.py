@@ -77,16 +77,16 @@ def mask(recipe: MaskRecipe | DescribeRecipe, dry_run: bool) -> None:
     """Make the mask that a federated run with these settings would make, or describe one.
 
     \b
-    deltafl mask --base MODEL --data TASK --sparsity-ratio 0.9 --mask-strategy least_sensitive --out DIR
+    deltafl mask --base MODEL --data TASK --sparsity-ratio 0.9 --out DIR
     deltafl federate ... --mask-file DIR/mask.safetensors
     deltafl mask --describe DIR/mask.safetensors --base MODEL
     """
     if recipe.out is not None:
         check_output(recipe.out, overwrite=recipe.overwrite)
     make = isinstance(recipe, MaskRecipe)
-    mask, net, about = made(recipe, dry_run) if make else described(recipe)
-    result = facts(mask, net, about)
-    click.echo(text(result))
+    mask, net, about = _made(recipe, dry_run) if make else _described(recipe)
+    result = _facts(mask, net, about)
+    click.echo(_text(result))
     if recipe.out is None:
         return
     with atomic_folder(recipe.out, overwrite=recipe.overwrite) as folder:
@@ -99,8 +99,8 @@ def mask(recipe: MaskRecipe | DescribeRecipe, dry_run: bool) -> None:
     click.echo(f"report: {Path(recipe.out) / 'report.html'}")
 
 
-def made(recipe: MaskRecipe, dry_run: bool) -> tuple[Mask, Net, dict[str, Any]]:
-    """The mask, by the very steps of a federated run, its model, and the settings that decided it."""
+def _made(recipe: MaskRecipe, dry_run: bool) -> tuple[Mask, Net, dict[str, Any]]:
+    """The mask, by the very steps of a federated run, its model, and what decided it."""
     net, task = prepared(recipe, resume=False, dry_run=dry_run)
     net, shards = net.copy_to(device_named(recipe.device)), make_shards(task, recipe)
     fit_head(net, task, shards, recipe)
@@ -114,13 +114,15 @@ def made(recipe: MaskRecipe, dry_run: bool) -> tuple[Mask, Net, dict[str, Any]]:
     return mask, net, shown
 
 
-def described(recipe: DescribeRecipe) -> tuple[Mask, Net | None, dict[str, Any]]:
-    """A saved mask, its model if that is named, and the settings that decided it. Raises DeltaflError."""
+def _described(recipe: DescribeRecipe) -> tuple[Mask, Net | None, dict[str, Any]]:
+    """A saved mask, its model if that is named, and the settings that decided it. Raises
+    DeltaflError.
+    """
     net = load_net(recipe.model).copy_to(device_named(recipe.device)) if recipe.model else None
     return load_mask(recipe.describe, net), net, mask_meta(recipe.describe)
 
 
-def facts(mask: Mask, net: Net | None, about: Mapping[str, Any]) -> dict[str, Any]:
+def _facts(mask: Mask, net: Net | None, about: Mapping[str, Any]) -> dict[str, Any]:
     """What there is to tell of a mask; without its model all coordinates count as eligible."""
     shapes = {name: tuple(kept.shape) for name, kept in mask.items()}
     known = eligible(net) if net else Eligible(shapes)
@@ -139,7 +141,7 @@ def facts(mask: Mask, net: Net | None, about: Mapping[str, Any]) -> dict[str, An
     }
 
 
-def text(result: Mapping[str, Any]) -> str:
+def _text(result: Mapping[str, Any]) -> str:
     """A line in all, how it was made, then every kind of tensor."""
     kept, eligible = result["kept"], result["eligible"]
     of = "coordinates (name --base to leave ineligible ones out)"

@@ -18,7 +18,9 @@ from deltafl.recipes import load_yaml, read_recipe
 
 
 def read_merge(config: str | None, settings: Mapping[str, Any]) -> MergeRecipe:
-    """The recipe of a file, ours or mergekit's; of the latter, what makes no difference is noted on stderr."""
+    """The recipe of a file, ours or mergekit's; of the latter, what makes no difference is noted on
+    stderr.
+    """
     data = load_yaml(config) if config else {}
     if "merge_method" in data:
         data, notes = translate(data)
@@ -52,18 +54,20 @@ def merge(recipe: MergeRecipe, dry_run: bool, quiet: bool) -> None:
     for warning in record["warnings"]:
         click.echo(f"warning: {warning}", err=True)
     if not quiet:
-        click.echo(summary(plan, record, recipe.out))
+        click.echo(_summary(plan, record, recipe.out))
 
 
 def describe_plan(plan: Plan) -> str:
     """What a merge would read, write and need."""
     n, merged = len(plan.sources), plan.alignment.merged
+    passes = f"{plan.passes} pass{'es' * (plan.passes > 1)}"
     lines = [
         f"merge {n} models into {plan.base.ref} by {plan.recipe.method}",
         f"  tensors: {len(merged)} merged ({plan.num_elements:,} elements)",
-        f"  read: {as_bytes(plan.bytes_read)} in {plan.passes} pass{'es' * (plan.passes > 1)} over {n + 1} checkpoints",
+        f"  read: {as_bytes(plan.bytes_read)} in {passes} over {n + 1} checkpoints",
         f"  write: {as_bytes(plan.bytes_written)}",
-        f"  memory: about {as_bytes(plan.working_memory)} of blocks in {plan.threads} threads, beside torch itself",
+        f"  memory: about {as_bytes(plan.working_memory)} of blocks in {plan.threads} threads, "
+        "beside torch itself",
     ]
     return "\n".join([*lines, *outside(plan), *(f"  note: {note}" for note in plan.notes)])
 
@@ -82,7 +86,7 @@ def outside(plan: Plan) -> list[str]:
     return lines
 
 
-def summary(plan: Plan, record: dict[str, Any], out: str) -> str:
+def _summary(plan: Plan, record: dict[str, Any], out: str) -> str:
     """What was done, in a few lines."""
     scale = (
         f"server_lr {record['server_lr']:g} = scaling_coef {record['scaling_coef']:g} on the sum"

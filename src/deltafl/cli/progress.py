@@ -15,10 +15,12 @@ from deltafl.progress import OnProgress, Progress, ignore
 
 @contextmanager
 def drawn_progress(*, quiet: bool) -> Iterator[OnProgress]:
-    """One bar on stderr for each name of a Progress, with counts, numbers and remaining time; none off a terminal.
+    """One bar on stderr for each name of a Progress, with counts, numbers and remaining time; none
+    off a terminal.
 
-    It is drawn at most ten times a second by the thread that reports: a thread of its own could hold a lock while
-    another part of the program forks, which is why that part does not fork where there is one (`can_fork`).
+    It is drawn at most ten times a second by the thread that reports: a thread of its own could
+    hold a lock while another part of the program forks, which is why that part does not fork where
+    there is one (`can_fork`).
     """
     if quiet or not sys.stderr.isatty():
         yield ignore

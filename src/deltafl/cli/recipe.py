@@ -29,7 +29,7 @@ def recipe(ctx: click.Context, command: str | None, schema: bool, markdown: bool
     commands = {name: app.get_command(ctx, name) for name in COMMANDS if command in (None, name)}
     found = {name: c.recipe for name, c in commands.items() if isinstance(c, RecipeCommand)}
     if markdown and found:
-        tables = [[f"## {name}", "", *table(kind), ""] for name, kind in found.items()]
+        tables = [[f"## {name}", "", *_table(kind), ""] for name, kind in found.items()]
         click.echo("\n".join(line for lines in tables for line in lines).rstrip())
     elif command not in found:
         hint = f"; {did_you_mean(command, COMMANDS)}" if command else ""
@@ -37,18 +37,20 @@ def recipe(ctx: click.Context, command: str | None, schema: bool, markdown: bool
     elif schema:
         click.echo(json.dumps(found[command].model_json_schema(), indent=2))
     else:
-        click.echo("\n".join(template(found[command])))
+        click.echo("\n".join(_template(found[command])))
 
 
-def template(kind: type[Recipe], indent: str = "") -> Iterator[str]:
-    """The lines of a YAML file with every key at its default; what has none is commented out, or to be filled in."""
+def _template(kind: type[Recipe], indent: str = "") -> Iterator[str]:
+    """The lines of a YAML file with every key at its default; what has none is commented out, or to
+    be filled in.
+    """
     for name, field in kind.model_fields.items():
         key = field.alias or name
         if mark_of(field, Flattened):
             yield f"{indent}# {meaning(field)}"
             continue
         if inner := section(field):
-            lines = list(template(inner, f"{indent}  "))
+            lines = list(_template(inner, f"{indent}  "))
             empty = all(line.lstrip().startswith("#") for line in lines)
             yield from ("", f"{indent}{'# ' if empty else ''}{key}:", *lines)
             continue
@@ -65,7 +67,7 @@ def template(kind: type[Recipe], indent: str = "") -> Iterator[str]:
         yield f"{indent}# {key}:" if value in (None, [], {}) else f"{indent}{key}: {shown}"
 
 
-def table(kind: type[Recipe]) -> Iterator[str]:
+def _table(kind: type[Recipe]) -> Iterator[str]:
     """The lines of a Markdown table with every key, also those of the mappings in lists."""
     yield from ("| key | default | meaning | option |", "|---|---|---|---|")
     yield from _rows(kind, "", {leaf.path: leaf for leaf in leaves(kind).values()})

@@ -31,7 +31,9 @@ def write_result(
 def write_search(
     result: Mapping[str, Any], folder: Path, config: dict[str, Any], *, story: bool = False
 ) -> None:
-    """config.yaml, record.jsonl (one row for each candidate), result.json, table.md/.csv/.tex and report.html."""
+    """config.yaml, record.jsonl (one row for each candidate), result.json, table.md/.csv/.tex and
+    report.html.
+    """
     record = RunRecord.create(folder, config)
     for row in result["candidates"]:
         record.append({"event": "candidate", **row})

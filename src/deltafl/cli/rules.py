@@ -11,7 +11,7 @@ from deltafl.rules.rule import load_rules, parameters
 @click.command()
 @click.argument("name", required=False)
 def rules(name: str | None) -> None:
-    """List every method with its formula, parameters and (in its default form) traits, or show one."""
+    """List every method with its formula, parameters and traits of its default form, or one."""
     registry = load_rules()
     for key in [name] if name else list(registry):
         rule = registry[key]
@@ -27,6 +27,7 @@ def rules(name: str | None) -> None:
             click.echo(f"  --{parameter.replace('_', '-')}  {shown}")
         traits = dataclasses.asdict(rule(**rule.typical()).traits)
         click.echo(
-            f"  native scale: {traits.pop('native_scale')}; {', '.join(k for k, v in traits.items() if v)}"
+            f"  native scale: {traits.pop('native_scale')}; "
+            f"{', '.join(trait for trait, kept in traits.items() if kept)}"
         )
         click.echo(f"  file: rules/{rule.__module__.rsplit('.', 1)[-1]}.py\n")

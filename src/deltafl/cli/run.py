@@ -73,19 +73,19 @@ def finish(run: FinishedRun, *, quiet: bool, tensorboard: bool) -> None:
     if tensorboard:
         write_scalars(run.out)
     if not quiet:
-        lines = [table((str(run.result["title"]), ""), list(facts(run.result).items()))]
+        lines = [table((str(run.result["title"]), ""), list(_facts(run.result).items()))]
         lines += [f"model: {run.out / 'model'}", f"report: {run.out / 'report.html'}"]
         click.echo("\n".join(lines))
 
 
-def facts(result: Mapping[str, Any]) -> dict[str, str]:
+def _facts(result: Mapping[str, Any]) -> dict[str, str]:
     """The result in a few words."""
     unit, metric = "round" if "best_round" in result else "epoch", result["metric"]
     test, val = (as_score(result[f"{s}_score"], result["ratio_scaled"]) for s in ("test", "val"))
     found = {
         f"test {metric}": f"{test} of {result['test_examples']}",
         f"validation {metric}": f"{val} after {unit} {result[f'best_{unit}']}",
-        f"{unit}s": f"{result[f'{unit}s']}{', stopped early' if result.get('stopped_early') else ''}",
+        f"{unit}s": f"{result[f'{unit}s']}{', stopped early' * result.get('stopped_early', False)}",
     }
     if unit == "round":
         up, down = (as_bytes(result[f"setup_bytes_{way}"]) for way in ("up", "down"))

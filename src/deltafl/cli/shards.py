@@ -22,7 +22,8 @@ from deltafl.tasks.loading import load_task
 
 @recipe_command(ShardsRecipe, argument="data")
 def shards(recipe: ShardsRecipe) -> None:
-    """Which client would hold which training samples of a task: digits, a folder, a name, hub:owner/name, module:attr.
+    """Which client would hold which training samples of a task: digits, a folder, a name,
+    hub:owner/name, module:attr.
 
     \b
     deltafl shards digits --num-clients 10 --sharding non_iid --nc 2 --out DIR
@@ -46,13 +47,13 @@ def shards(recipe: ShardsRecipe) -> None:
         **{key: torch.as_tensor(value).tolist() for key, value in vars(found).items()},
         "positions": [rows.tolist() for rows in positions],
     }
-    click.echo(text(result))
+    click.echo(_text(result))
     if recipe.out is not None:
         page = shards_page(result)
         write_result(recipe.out, recipe.overwrite, page, "shards.json", result)
 
 
-def text(result: dict[str, Any]) -> str:
+def _text(result: dict[str, Any]) -> str:
     """A line in all, then every client; of more than 20 the first and last five."""
     sizes, classes, names = result["sizes"], result["classes"], result["class_names"]
     lines = [

@@ -33,15 +33,17 @@ def suite(
     dry_run: bool,
     quiet: bool,
 ) -> None:
-    """Compare federated runs: heterogeneity, local-steps, sparsity, calibration-rounds, mask-strategies, aggregators;
-    and merges of fine-tunes: training-heterogeneity, data-heterogeneity, scaling-coef, negation, analogy.
+    """Compare federated runs: heterogeneity, local-steps, sparsity, calibration-rounds,
+    mask-strategies, aggregators; and merges of fine-tunes: training-heterogeneity,
+    data-heterogeneity, scaling-coef, negation, analogy.
 
-    Without --model, --data and --tasks a small ViT is pre-trained on scikit-learn's digits, offline.
+    Without --model, --data and --tasks a small ViT is pre-trained on scikit-learn's digits,
+    offline.
 
     \b
     deltafl suite all --quick
-    deltafl suite heterogeneity --nc-values 1 5 10 50 --full --num-runs 3 --model facebook/dino-vits16 --data DATA
-    deltafl suite training-heterogeneity --num-runs 3 --model openai/clip-vit-base-patch32 --head zero-shot --tasks ...
+    deltafl suite heterogeneity --nc-values 1 5 10 50 --full --num-runs 3 --model M --data DATA
+    deltafl suite training-heterogeneity --num-runs 3 --model CLIP --head zero-shot --tasks ...
     """
     study = recipes[0].study
     chosen = suite_names(names, (*SUITES, *STUDIES))

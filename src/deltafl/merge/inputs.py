@@ -1,4 +1,4 @@
-"""The checkpoints of a planned merge, opened as lazy deltas, and what only their values can tell."""
+"""The checkpoints of a planned merge, opened as lazy deltas, and what only values tell."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -23,7 +23,8 @@ from deltafl.merge.plan import Plan
 class Opened:
     """The lazy mappings of a merge: base, models and deltas, in the precision `dtype`.
 
-    tuned: each model whole, under the base's names: what it lacks (a projection, a text tower) is the base's.
+    tuned: each model whole, under the base's names: what it lacks (a projection, a text tower) is
+    the base's.
     """
 
     base: CachedBlocks
@@ -35,7 +36,8 @@ class Opened:
 
 @contextmanager
 def open_updates(plan: Plan, memory: int = 0) -> Iterator[Opened]:
-    """Open all checkpoints of a plan; read them into memory if they fit into `memory` bytes together.
+    """Open all checkpoints of a plan; read them into memory if they fit into `memory` bytes
+    together.
 
     Raises DeltaflError if a tied tensor does not equal its twin.
     """
@@ -69,13 +71,17 @@ def open_updates(plan: Plan, memory: int = 0) -> Iterator[Opened]:
 
 
 def _completed(base: Tensors, tuned: Tensors, names: Mapping[str, str]) -> Joined:
-    """A model under the base's names, with the base's tensors where it has none; names: here -> there."""
+    """A model under the base's names, with the base's tensors where it has none; names: here ->
+    there.
+    """
     there = {name: names.get(name, name) for name in base}
     return Joined({n: (tuned, own) if own in tuned else (base, n) for n, own in there.items()})
 
 
 def large_deltas(opened: Opened, limit: float = 0.5) -> list[str]:
-    """A warning for each model whose delta is about as large as the base, judged from a sample of the tensors."""
+    """A warning for each model whose delta is about as large as the base, judged from a sample of
+    the tensors.
+    """
     names = list(opened.updates[0].delta)
     warnings = []
     for update in opened.updates:
@@ -88,7 +94,8 @@ def large_deltas(opened: Opened, limit: float = 0.5) -> list[str]:
             base += float(block.double().square().sum())
         if base and (delta / base) ** 0.5 >= limit:
             warnings.append(
-                f'model "{update.source.name}": its delta is {(delta / base) ** 0.5:.2g} times as large as the base; '
+                f'model "{update.source.name}": its delta is {(delta / base) ** 0.5:.2g} times as '
+                "large as the base; "
                 "is it a fine-tune of this base?"
             )
     return warnings

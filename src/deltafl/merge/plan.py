@@ -1,4 +1,6 @@
-"""The preflight of a merge: everything that headers and metadata tell, compared before any tensor is read."""
+"""The preflight of a merge: everything that headers and metadata tell, compared before any tensor
+is read.
+"""
 
 import json
 import os
@@ -21,7 +23,9 @@ from deltafl.rules.rule import Rule, Source, TensorRule, build_rule, check_rule
 
 @dataclass(frozen=True)
 class Plan:
-    """A merge that has passed the preflight. `entries`: the base's tensors by name; `layouts`: the models' files."""
+    """A merge that has passed the preflight. `entries`: the base's tensors by name; `layouts`: the
+    models' files.
+    """
 
     recipe: MergeRecipe
     rule: Rule
@@ -39,7 +43,7 @@ class Plan:
 
     @property
     def passes(self) -> int:
-        """How often all inputs are read; once or twice more where a threshold is not guessed well."""
+        """How often all inputs are read; once or twice more where a threshold is guessed badly."""
         thresholds = sum(t.density is not None for t in self.rule.transforms)
         return 1 + thresholds + self.rule.core.needs_gram
 
@@ -89,9 +93,11 @@ class Plan:
 
 
 def plan_merge(recipe: MergeRecipe) -> Plan:
-    """The preflight: names, shapes and dtypes of all models against the base, and the rule against what is known.
+    """The preflight: names, shapes and dtypes of all models against the base, and the rule against
+    what is known.
 
-    Reads headers only; torch is imported only for torch state dicts. Raises DeltaflError with every problem at once.
+    Reads headers only; torch is imported only for torch state dicts. Raises DeltaflError with every
+    problem at once.
     """
     problems: list[str] = []
 
@@ -168,7 +174,9 @@ class _Training(Recipe):
 
 
 def read_training(layout: Layout) -> dict[str, Any]:
-    """What training.json beside the weights says; {} if there is none. Raises DeltaflError if it cannot be right."""
+    """What training.json beside the weights says; {} if there is none. Raises DeltaflError if it
+    cannot be right.
+    """
     file = layout.folder / "training.json"
     if not file.is_file():
         return {}
@@ -197,7 +205,8 @@ def other_base(name: str, trained: Mapping[str, Any], base: Layout) -> str | Non
     recorded = trained.get("base") or {}
     if not recorded.get("fingerprint") or recorded["fingerprint"] == layouts.fingerprint(base):
         return None
+    other = recorded.get("id", "unknown")
     return (
-        f'model "{name}": was fine-tuned from another base ("{recorded.get("id", "unknown")}") than "{base.ref}"; '
+        f'model "{name}": was fine-tuned from another base ("{other}") than "{base.ref}"; '
         "give that base, or insist with --allow-other-base"
     )

@@ -66,8 +66,8 @@ class DeltaRecipe(Recipe):
 
     @property
     def entries(self) -> dict[str, ModelEntry]:
-        """Name -> model, with all that is said of it. A name is the last part of the path, where two share it the path,
-        and at worst a number.
+        """Name -> model, with all that is said of it. A name is the last part of the path, where
+        two share it the path, and at worst a number.
         """
         plain = [m if isinstance(m, ModelEntry) else ModelEntry.of(path=m) for m in self.models]
         last = [Path(entry.path).name for entry in plain]
@@ -85,7 +85,9 @@ class DeltaRecipe(Recipe):
 
     @property
     def model_weights(self) -> Weights:
-        """The weights of the models for all tensors. Raises DeltaflError if they are not one for each, or all 0."""
+        """The weights of the models for all tensors. Raises DeltaflError if they are not one for
+        each, or all 0.
+        """
         numbers = [entry.weight for entry in self.entries.values()]
         default = tuple(1.0 if number is None else number for number in numbers)
         return as_weights(Weights(default, self._weights_by_name()), len(numbers))
@@ -119,7 +121,7 @@ class DeltaRecipe(Recipe):
 
 
 class MergeRecipe(DeltaRecipe):
-    """One server step over fine-tuned models: base + server_lr times the rule's mean-scale update."""
+    """One server step over fine-tuned models: base + server_lr times the rule's mean update."""
 
     alternatives: ClassVar = (("server_lr", "scaling_coef", "scale_patterns"),)
 
@@ -133,11 +135,11 @@ class MergeRecipe(DeltaRecipe):
     )
     weight_patterns: dict[str, list[float]] = Field(
         {},
-        description="Glob on the base's tensor names: one weight for each model; the first match counts.",
+        description="Glob on the base's tensor names: one weight for each model; the first match.",
     )
     scale_patterns: dict[str, float] = Field(
         {},
-        description="Glob on the base's tensor names: their scale, before server_lr or scaling_coef.",
+        description="Glob on the base's tensor names: their scale, before the general one.",
     )
     dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = Field(
         None, description="Of the output. Default: the base's."

@@ -25,7 +25,9 @@ from deltafl.version import __version__
 
 
 def step_scale(recipe: MergeRecipe, weights: Weights) -> Callable[[str], float]:
-    """What multiplies the mean-scale update of a tensor: server_lr, by default 1, or lambda's equivalent."""
+    """What multiplies the mean-scale update of a tensor: server_lr, by default 1, or lambda's
+    equivalent.
+    """
     given = recipe.server_lr if recipe.scaling_coef is None else recipe.scaling_coef
 
     def scale(name: str) -> float:
@@ -47,7 +49,7 @@ def run_merge(
     on_progress: told of each pass over the models, by name.
 
     Raises:
-        DeltaflError: bad input that only shows while reading (NaN, a file that changed); `out` exists.
+        DeltaflError: bad input that only reading shows (NaN, a file that changed); `out` exists.
         OSError: the disk is full, or fails.
     """
     recipe = plan.recipe
@@ -87,7 +89,9 @@ def run_merge(
 def describe(
     plan: Plan, opened: Opened, aggregate: Aggregate, warnings: Sequence[str]
 ) -> dict[str, Any]:
-    """The record of a merge: inputs by identity, rule, parameters, both scales, what was left out, versions."""
+    """The record of a merge: inputs by identity, rule, parameters, both scales, what was left out,
+    versions.
+    """
     recipe, total = plan.recipe, sum(map(abs, opened.weights.default))
     if recipe.scaling_coef is not None:
         server_lr = total * recipe.scaling_coef

@@ -22,7 +22,7 @@ class TaskModel(ModelEntry):
     data: str = Field(description="The task, as `deltafl finetune --data` takes one.")
     head: str | None = Field(
         None,
-        description="A head.safetensors, or zero-shot: of the base, a CLIP model. Default: in its folder.",
+        description="A head.safetensors, or zero-shot (of a CLIP base). Default: in its folder.",
     )
 
 
@@ -50,7 +50,7 @@ class SearchRecipe(DeltaRecipe):
     methods: tuple[str | MethodEntry, ...] = Field(
         METHODS,
         min_length=1,
-        description="Names, or in a file {method: NAME, ...} with parameters, where a list is a grid.",
+        description="Names, or in a file {method: NAME, ...} with parameters; a list is a grid.",
     )
     scaling_coefs: tuple[float, ...] = Field(
         LAMBDAS, min_length=1, description="Values of lambda, the scale of the sum of deltas."
@@ -61,7 +61,7 @@ class SearchRecipe(DeltaRecipe):
     )
     metric: Literal["normalized", "absolute"] = Field(
         "normalized",
-        description="Mean over tasks of scores: divided by that of the task's own model, or as they are.",
+        description="Mean over tasks of scores, divided by that of the task's own model or not.",
     )
     strategy: Literal["exhaustive", "racing"] = Field(
         "exhaustive", description="Evaluate all, or race: drop early what cannot win."
@@ -74,7 +74,7 @@ class SearchRecipe(DeltaRecipe):
     )
     memory: Annotated[Size, Incidental] = Field(
         8_000_000_000,
-        description="Hold the checkpoints in memory if they fit into this, else read them again. 0: never.",
+        description="Hold the checkpoints in memory if they fit into this, else read them again.",
     )
     batch_size: Annotated[int, Incidental] = Field(
         256, ge=1, description="Examples in one step of an evaluation."

@@ -1,4 +1,4 @@
-"""The parameters of all rules as settings of recipes, so that a new rule's are there by themselves."""
+"""The parameters of all rules as settings of recipes: a new rule's are there by themselves."""
 
 import dataclasses
 from typing import Annotated, Any, TypeAlias
@@ -10,7 +10,7 @@ from deltafl.rules.rule import load_rules, parameters
 
 
 def rule_fields() -> dict[str, FieldInfo]:
-    """Parameter -> its type, the default of the first rule that takes it, and which rules take it."""
+    """Parameter -> its type, the default of the first rule that takes it, who takes it."""
     fields: dict[str, FieldInfo] = {}
     rules = load_rules()
     for name in rules:
@@ -37,7 +37,9 @@ def rule_grids() -> dict[str, FieldInfo]:
 
 
 RuleParameters: TypeAlias = Annotated[dict[str, Any], Flattened(rule_fields)]
-"""Parameters of a rule: name -> value, for `build_rule`; in a file and on the command line beside its name."""
+"""Parameters of a rule: name -> value, for `build_rule`; in a file and on the command line beside
+its name.
+"""
 
 RuleGrids: TypeAlias = Annotated[dict[str, Any], Flattened(rule_grids)]
 """Parameters of a rule, each one value or a list of values to choose from."""

@@ -1,4 +1,6 @@
-"""The keys of a mergekit configuration that are understood; every other is a mistake, one line each."""
+"""The keys of a mergekit configuration that are understood; every other is a mistake, one line
+each.
+"""
 
 import math
 from collections.abc import Callable, Iterator
@@ -9,11 +11,15 @@ from pydantic import BeforeValidator, Field
 from deltafl.recipes import OneOf, Recipe, problem
 
 Setting: TypeAlias = tuple[tuple[str, tuple[float, ...]], ...]
-"""(part of a tensor's name, values over the layers): the first part that is in the name counts; (): not given."""
+"""(part of a tensor's name, values over the layers): the first part that is in the name counts; ():
+not given.
+"""
 
 
 class Method(NamedTuple):
-    """What a merge_method does. sparsify: by magnitude ("trim") or at random ("drop"); elect: signs, as TIES does."""
+    """What a merge_method does. sparsify: by magnitude ("trim") or at random ("drop"); elect:
+    signs, as TIES does.
+    """
 
     sparsify: Literal["", "trim", "drop"]
     elect: bool
@@ -30,7 +36,9 @@ METHODS = {
 
 
 def _setting(good: Callable[[Any], bool], wanted: str) -> BeforeValidator:
-    """A scalar, a list of values over the layers, or these by `filter`, in the one form of `Setting`."""
+    """A scalar, a list of values over the layers, or these by `filter`, in the one form of
+    `Setting`.
+    """
 
     def read(value: Any) -> Setting:
         by_filter = isinstance(value, tuple) and value and isinstance(value[0], dict)

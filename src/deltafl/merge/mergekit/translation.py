@@ -1,8 +1,10 @@
-"""A mergekit configuration as a merge recipe: the same numbers in our terms, or one line for every key that has none.
+"""A mergekit configuration as a merge recipe: the same numbers in our terms, or one line for every
+key that has none.
 
-The meaning of the keys is that of mergekit 0.1.5. A parameter of a model is looked up in its own parameters, then in
-those of the slice, then in those of all. A list of values is interpolated at t, which runs from 0 to 1 over the layers
-of a slice (1 if it has one layer) and is 0 outside the layers.
+The meaning of the keys is that of mergekit 0.1.5. A parameter of a model is looked up in its own
+parameters, then in those of the slice, then in those of all. A list of values is interpolated at t,
+which runs from 0 to 1 over the layers of a slice (1 if it has one layer) and is 0 outside the
+layers.
 """
 
 import glob
@@ -28,7 +30,9 @@ BEFORE_LAYERS = ("embed", "wte", "wpe")
 
 @dataclass(frozen=True)
 class Span:
-    """Layers [start, stop); for each model, and for "" (all), the parameters in the order they are looked up in."""
+    """Layers [start, stop); for each model, and for "" (all), the parameters in the order they are
+    looked up in.
+    """
 
     start: int
     stop: float
@@ -59,7 +63,9 @@ def interpolated(values: Sequence[float], t: float) -> float:
 
 @dataclass(frozen=True)
 class Values:
-    """What holds for one tensor: a weight and a density for each model beside the base, lambda, and normalize."""
+    """What holds for one tensor: a weight and a density for each model beside the base, lambda, and
+    normalize.
+    """
 
     weights: list[float]
     densities: list[float]
@@ -68,7 +74,8 @@ class Values:
 
 
 def translate(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The keys of a `MergeRecipe`, and notes on what has no effect. Reads the base's headers where names matter.
+    """The keys of a `MergeRecipe`, and notes on what has no effect. Reads the base's headers where
+    names matter.
 
     Raises DeltaflError with one line for each key that is wrong or not supported.
     """
@@ -137,7 +144,8 @@ def _conflicts(config: Mergekit, base: str, spans: Sequence[Span]) -> Iterator[s
 
 
 def layers_of(names: Iterable[str]) -> dict[str, tuple[int, int]]:
-    """Tensor -> (its layer, the number of layers): the first number in a name, if under its prefix they run from 0 on.
+    """Tensor -> (its layer, the number of layers): the first number in a name, if under its prefix
+    they run from 0 on.
 
     One number alone under a prefix counts as a layer only if no prefix has more.
     """
@@ -161,7 +169,9 @@ def place_of(name: str, spans: Sequence[Span], layers: Layers) -> tuple[Span, fl
 
 
 def _values(method: str, span: Span, base: str, name: str, t: float, problems: list[str]) -> Values:
-    """What holds for one tensor, the weights divided by their sum where that is what normalise means."""
+    """What holds for one tensor, the weights divided by their sum where that is what normalise
+    means.
+    """
     kind = METHODS[method]
     models = [m for m in span.models if m != base]
     weights: dict[str, float] = {}
@@ -239,10 +249,12 @@ def _notes(config: Mergekit, base: str) -> list[str]:
     ]
     if method.sparsify == "drop":
         notes.append(
-            f"{name}: other random numbers than mergekit's, and what is kept is divided by the density"
+            f"{name}: other random numbers than mergekit's, and what is kept is divided by the "
+            "density"
         )
     if config.dtype in ("float16", "bfloat16"):
         notes.append(
-            f"dtype: computed in float32 and rounded once, where mergekit computes in {config.dtype}"
+            "dtype: computed in float32 and rounded once, where mergekit computes in "
+            f"{config.dtype}"
         )
     return notes
