@@ -188,7 +188,7 @@ def test_query_key_and_value_of_one_tensor_are_told_apart(tmp_path: Path):
             "2 calibration rounds of 9 fresh clients",
         ),
         (["--describe", "none.safetensors"], 'mask "none.safetensors" cannot be read'),
-        (["--describe", "m", "--sparsity-ratio", "0.5", "--data", TASK], "leave --data, --sparsity-ratio out"),
+        (["--describe", "m", "--seed", "3"], 'unknown key "seed"; known: describe, device, model'),
     ],
 )  # fmt: skip
 def test_mistakes_are_told_and_nothing_is_written(

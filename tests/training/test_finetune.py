@@ -299,8 +299,6 @@ def test_with_validations_the_best_model_is_kept(tmp_path: Path):
         ({"lr": -1.0}, "lr: must be greater than 0"),
         ({"optimizer": "adam"}, 'did you mean "adamw"'),
         ({"lr_schedule": "triangle"}, 'lr_schedule: unknown "triangle"'),
-        ({"schedule": "step"}, '"schedule" is now "lr_schedule"'),
-        ({"base": "b"}, '"base" is now "model"'),
         ({"mixed_precision": "fp16"}, 'unknown "fp16"'),
         ({"label_smoothing": 1.0}, "data.label_smoothing: must be less than 1"),
         ({"few_shot": 3}, "head: few_shot is about the ridge head"),

@@ -181,10 +181,14 @@ def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(back != values, odd, bits).view(torch.float32).to(dtype)
 
 
-def device_named(name: str) -> torch.device:
-    """The device that a user names: cpu, cuda or cuda:1. Raises DeltaflError if it is not here."""
+def device_named(name: str | None) -> torch.device:
+    """The device that a user names: cpu, cuda or cuda:1; None: the GPU where there is one.
+
+    Raises:
+        DeltaflError: it is not here.
+    """
     try:
-        device = torch.device(name)
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
         raise DeltaflError(
             f'--device "{name}" is not a device; write cpu, cuda or cuda:1'

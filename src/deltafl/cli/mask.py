@@ -1,19 +1,18 @@
 """`deltafl mask`."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from textwrap import fill
 from typing import Annotated, Any
 
 import click
-import torch
 from pydantic import Field
 
 from deltafl.algebra.tensors import device_named
 from deltafl.cli.command import dry_run, recipe_command
 from deltafl.cli.results import as_text
 from deltafl.cli.run import prepared
-from deltafl.errors import DeltaflError
 from deltafl.federated.recipe import ClientsRecipe
 from deltafl.federated.setup import MASK_FILE, fit_head, make_mask, make_shards
 from deltafl.files import atomic_folder, check_output, write_files
@@ -68,15 +67,8 @@ class MaskRecipe(ClientsRecipe):
 
 def read_mask(config: str | None, settings: Mapping[str, Any]) -> MaskRecipe | DescribeRecipe:
     """The recipe of the mask to make, or to describe. Raises DeltaflError."""
-    if "describe" not in settings:
-        return read_recipe(MaskRecipe, config, settings)
-    odd = [*settings.keys() - DescribeRecipe.model_fields.keys(), *["config"] * bool(config)]
-    if odd:
-        wrong = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(odd))
-        raise DeltaflError(
-            f"--describe makes no mask and takes --base, --device and --out only; leave {wrong} out"
-        )
-    return DescribeRecipe.of(**settings)
+    kind = DescribeRecipe if "describe" in settings else MaskRecipe
+    return read_recipe(kind, config, settings)
 
 
 @recipe_command(MaskRecipe, read=read_mask)
@@ -89,68 +81,57 @@ def mask(recipe: MaskRecipe | DescribeRecipe, dry_run: bool) -> None:
     deltafl federate ... --mask-file DIR/mask.safetensors
     deltafl mask --describe DIR/mask.safetensors --base MODEL
     """
-    if isinstance(recipe, MaskRecipe):
-        made, result = make(recipe, dry_run)
-    else:
-        if recipe.out is not None:
-            check_output(recipe.out, overwrite=recipe.overwrite)
-        made, result = None, described(recipe)
+    if recipe.out is not None:
+        check_output(recipe.out, overwrite=recipe.overwrite)
+    make = isinstance(recipe, MaskRecipe)
+    mask, net, about = made(recipe, dry_run) if make else described(recipe)
+    result = facts(mask, net, about)
     click.echo(text(result))
     if recipe.out is None:
         return
     with atomic_folder(recipe.out, overwrite=recipe.overwrite) as folder:
-        if made is not None:
-            save_mask(made, folder / MASK_FILE, result["model_hash"], result["made"])
+        if make:
+            save_mask(mask, folder / MASK_FILE, result["model_hash"], about)
         write_json(folder / "mask.json", result)
         write_files(folder, page_files(mask_page(result)))
-    if made is not None:
+    if make:
         click.echo(f"mask: {Path(recipe.out) / MASK_FILE}")
     click.echo(f"report: {Path(recipe.out) / 'report.html'}")
 
 
-def make(recipe: MaskRecipe, dry_run: bool) -> tuple[Mask, dict[str, Any]]:
-    """The mask, by the very steps of a federated run, and what there is to tell of it."""
+def made(recipe: MaskRecipe, dry_run: bool) -> tuple[Mask, Net, dict[str, Any]]:
+    """The mask, by the very steps of a federated run, its model, and the settings that decided it."""
     net, task = prepared(recipe, resume=False, dry_run=dry_run)
-    shards = make_shards(task, recipe)
-    net = _moved(net, recipe.device)
+    net, shards = net.copy_to(device_named(recipe.device)), make_shards(task, recipe)
     fit_head(net, task, shards, recipe)
-    made = make_mask(net, task, shards, recipe)
-    assert made is not None
-    settings = {"base": recipe.model, "task": task.name, "limit": recipe.data.limit}
+    mask = make_mask(net, task, shards, recipe)
+    assert mask is not None
+    shown = {"base": recipe.model, "task": task.name, "limit": recipe.data.limit}
     for section in (recipe.sparse, recipe.sharding, recipe.head):
-        settings |= section.resolved()
-    settings |= recipe.model_dump(include={"participation_rate", "mixed_precision", "seed"})
-    told = {n: value for n, value in settings.items() if value is not None and value is not False}
-    return made, _result(made, net, told)
+        shown |= section.resolved()
+    shown |= recipe.model_dump(include={"participation_rate", "mixed_precision", "seed"})
+    shown = {n: value for n, value in shown.items() if value is not None and value is not False}
+    return mask, net, shown
 
 
-def described(recipe: DescribeRecipe) -> dict[str, Any]:
-    """What there is to tell of a saved mask; without its model all coordinates count as eligible.
-
-    Raises:
-        DeltaflError: not a mask, or made for another model.
-    """
-    net = None if recipe.model is None else _moved(load_net(recipe.model), recipe.device)
-    return _result(load_mask(recipe.describe, net), net, mask_meta(recipe.describe))
+def described(recipe: DescribeRecipe) -> tuple[Mask, Net | None, dict[str, Any]]:
+    """A saved mask, its model if that is named, and the settings that decided it. Raises DeltaflError."""
+    net = load_net(recipe.model).copy_to(device_named(recipe.device)) if recipe.model else None
+    return load_mask(recipe.describe, net), net, mask_meta(recipe.describe)
 
 
-def _moved(net: Net, device: str | None) -> Net:
-    return net.copy_to(
-        str(device_named(device or ("cuda" if torch.cuda.is_available() else "cpu")))
-    )
-
-
-def _result(mask: Mask, net: Net | None, made: Mapping[str, Any]) -> dict[str, Any]:
+def facts(mask: Mask, net: Net | None, about: Mapping[str, Any]) -> dict[str, Any]:
+    """What there is to tell of a mask; without its model all coordinates count as eligible."""
     shapes = {name: tuple(kept.shape) for name, kept in mask.items()}
     known = eligible(net) if net else Eligible(shapes)
     rows = describe_mask(mask, known)
     return {
-        "made": dict(made),
+        "made": dict(about),
         "model_hash": model_hash(net) if net else None,
         "parameters": sum(kept.numel() for kept in mask.values()),
         "eligible": sum(row.eligible for row in rows.values()),
         "kept": sum(row.kept for row in rows.values()),
-        "excluded": dict(known.excluded),
+        "excluded": known.excluded,
         "tensors": [
             {"name": n, "kept": r.kept, "eligible": r.eligible, "share": r.fraction}
             for n, r in rows.items()
@@ -160,25 +141,14 @@ def _result(mask: Mask, net: Net | None, made: Mapping[str, Any]) -> dict[str, A
 
 def text(result: Mapping[str, Any]) -> str:
     """A line in all, how it was made, then every kind of tensor."""
-
     kept, eligible = result["kept"], result["eligible"]
-    of = (
-        "eligible coordinates"
-        if result["model_hash"]
-        else "coordinates (name --base to leave ineligible ones out)"
-    )
-    lines = [
-        f"{kept:,} of {eligible:,} {of} kept, {kept / eligible:.2%}; {1 - kept / eligible:.2%} frozen"
-    ]
-    if result["made"]:
-        made = ", ".join(
-            f"{key} {value}" for key, value in result["made"].items() if value is not None
-        )
+    of = "coordinates (name --base to leave ineligible ones out)"
+    of = "eligible coordinates" if result["model_hash"] else of
+    frozen = f"{1 - kept / eligible:.2%} frozen"
+    lines = [f"{kept:,} of {eligible:,} {of} kept, {kept / eligible:.2%}; {frozen}"]
+    if made := ", ".join(f"{k} {v}" for k, v in result["made"].items() if v is not None):
         lines.append(fill(made, 100, break_long_words=False))
-    reasons: dict[str, int] = {}
-    for why in result["excluded"].values():
-        reasons[why] = reasons.get(why, 0) + 1
-    if reasons:
+    if reasons := Counter(result["excluded"].values()):
         excluded = "; ".join(f"{count} tensors, {why}" for why, count in reasons.items())
         lines.append(f"excluded: {result['parameters'] - eligible:,} coordinates ({excluded})")
     return "\n".join([*lines, "", as_text(kinds_table(result))])

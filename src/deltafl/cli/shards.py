@@ -3,6 +3,7 @@
 from typing import Any
 
 import click
+import torch
 
 from deltafl.cli.command import recipe_command
 from deltafl.cli.results import write_result
@@ -42,11 +43,7 @@ def shards(recipe: ShardsRecipe) -> None:
         "how": f"{sharding}({', '.join(f'{key}={value}' for key, value in given.items())})",
         "num_clients": clients,
         "class_names": list(names),
-        "sizes": found.sizes.tolist(),
-        "classes": found.classes.tolist(),
-        "left_out": found.left_out.tolist(),
-        "duplicates": found.duplicates,
-        "counts": found.counts.tolist(),
+        **{key: torch.as_tensor(value).tolist() for key, value in vars(found).items()},
         "positions": [rows.tolist() for rows in positions],
     }
     click.echo(text(result))
@@ -64,17 +61,15 @@ def text(result: dict[str, Any]) -> str:
     ]
     if missing := [name for name, count in zip(names, result["left_out"], strict=True) if count]:
         lines.append(f"left out: {sum(result['left_out'])} samples of {shorten(missing)}")
-    shown = (
-        range(len(sizes)) if len(sizes) <= 20 else [*range(5), *range(len(sizes) - 5, len(sizes))]
-    )
-    held = {
-        k: shorten([name for name, n in zip(names, result["counts"][k], strict=True) if n], 4)
-        for k in shown
-    }
-    width = max(map(len, held.values()))
-    rows = [[str(k), str(sizes[k]), str(classes[k]), held[k].ljust(width)] for k in shown]
-    if len(sizes) > len(shown):
-        rows.insert(5, ["...", "", "", ""])
-    return "\n".join(
-        [*lines, "", table(["client", "samples", "classes", "held".ljust(width)], rows)]
-    )
+    few = [*range(5), None, *range(len(sizes) - 5, len(sizes))]
+    held = [[n for n, count in zip(names, row, strict=True) if count] for row in result["counts"]]
+    rows = [
+        ["...", "", "", ""]
+        if k is None
+        else [str(k), str(sizes[k]), str(classes[k]), shorten(held[k], 4)]
+        for k in (range(len(sizes)) if len(sizes) <= 20 else few)
+    ]
+    width = max(len(row[3]) for row in rows)
+    rows = [[*row[:3], row[3].ljust(width)] for row in rows]
+    columns = ["client", "samples", "classes", "held".ljust(width)]
+    return "\n".join([*lines, "", table(columns, rows)])

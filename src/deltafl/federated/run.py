@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from deltafl.algebra.tensors import device_named
 from deltafl.errors import DeltaflError
 from deltafl.federated.callbacks import (
@@ -82,7 +80,7 @@ def federate(
             "examples"
         )
     recipe.check_rule()
-    device = device_named(recipe.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device_named(recipe.device)
     count = count_workers(recipe, device)
     config = json.loads(json.dumps(run_config(net, task, recipe)))
     shards = make_shards(task, recipe)

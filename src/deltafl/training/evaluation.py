@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -76,9 +75,7 @@ def evaluate(
         DeltaflError: a model without a head for the task, no such device.
     """
     net.check(task)
-    if device is not None:
-        device_named(device)
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    where = device_named(device)
     autocast = PRECISIONS[mixed_precision]
     found = scores(net.copy_to(where), task, split, None, batch_size, autocast)
     return Evaluation(found.double().mean().item(), found)
