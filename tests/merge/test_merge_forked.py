@@ -12,7 +12,7 @@ import torch
 
 from checkpoint_files import cli, files_in, make_world, problems_of, refusal, save, succeed
 from deltafl.algebra import streaming
-from deltafl.pool import Pool
+from deltafl.pool import Pool, R, T
 from deltafl.rules.rule import load_rules
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork")
@@ -29,7 +29,7 @@ def forks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Every block is a unit of work, and the test runner's threads do not matter; how many workers each pass forked."""
     asked: list[int] = []
 
-    class Counted(Pool):
+    class Counted(Pool[T, R]):
         def __init__(self, work, workers, **options) -> None:
             if workers > 1:
                 asked.append(workers)

@@ -57,7 +57,7 @@ def test_a_model_of_weight_0_is_not_chosen_and_does_not_count():
 
 
 @pytest.mark.parametrize("rule", [Krum, MultiKrum])
-@pytest.mark.parametrize(("n", "f"), [(2, 0), (4, 1), (6, 2), (5, -1)])
+@pytest.mark.parametrize(("n", "f"), [(2, 0), (4, 1), (6, 2)])
 def test_too_few_models_are_refused(rule, n, f):
     with pytest.raises(
         DeltaflError, match=f"{n} models .* num_byzantine {f}; .* at least 2f \\+ 3 = {2 * f + 3}"

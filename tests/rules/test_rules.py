@@ -1,6 +1,8 @@
 import dataclasses
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal
 
 import pytest
 
@@ -13,6 +15,7 @@ from deltafl.rules.rule import (
     CoordinateRule,
     LinearRule,
     TensorRule,
+    Within,
     build_rule,
     load_rules,
     parameters,
@@ -127,3 +130,49 @@ def test_a_name_is_registered_once():
     assert "two" not in registry
     with pytest.raises(ValueError, match="registered twice"):
         RULES.register("ties")(Ties)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranged(TaskArithmetic):
+    """A rule that is not registered, with a parameter of each kind."""
+
+    share: Annotated[float | Mapping[str, Sequence[float]], Within(0, 1)] = 0.5
+    count: Annotated[int, Within(1)] = 1
+    kind: Literal["a", "b", "c"] = "a"
+
+
+@pytest.mark.parametrize(
+    ("params", "problem"),
+    [
+        ({"share": 1.5}, "Ranged: share is 1.5; it must be in [0, 1]"),
+        ({"share": float("nan")}, "Ranged: share is nan; it must be in [0, 1]"),
+        ({"share": {"*": [0.5, -1]}}, "Ranged: share is -1; it must be in [0, 1]"),
+        (
+            {"share": {"x": [0.5]}},
+            'Ranged: share by tensor needs "*" as its last pattern, for all the others',
+        ),
+        ({"count": 0}, "Ranged: count is 0; it must be 1 or more"),
+        ({"kind": "d"}, 'Ranged: kind is "d"; it must be a, b or c'),
+    ],
+)
+def test_parameters_are_held_to_their_types(params, problem):
+    Ranged(0, 5, "c")
+    Ranged({"x.*": [0, 1], "*": [1, 1]})
+    with pytest.raises(DeltaflError) as error:
+        Ranged(**params)
+    assert str(error.value) == problem
+
+
+def test_a_comparison_takes_typical_parameters_and_a_search_a_grid():
+    assert CClip.typical() == {"unit": "quantile", "rho": 0.5}
+    assert CClip.grid({"unit": "quantile"}, (1.0, 2.0)) == {}
+    rhos = CClip.grid({}, (1.0, 2.0, 3.0))["rho"]
+    assert (rhos[0], len(rhos)) == (1.0, 10)
+    assert 3.0 < rhos[-1] < 3.0 + 1e-11
+    assert (TaskArithmetic.typical(), TaskArithmetic.grid({}, (1.0,))) == ({}, {})
+
+
+def test_a_rule_that_draws_takes_the_seed_of_the_run_if_it_is_given_none():
+    assert Dare.seeded({"drop_rate": 0.5}, 3) == {"drop_rate": 0.5, "seed": 3}
+    assert Dare.seeded({"seed": 1}, 3) == {"seed": 1}
+    assert CClip.seeded({"rho": 1.0}, 3) == {"rho": 1.0}

@@ -115,7 +115,10 @@ def test_a_zero_sum_elects_plus_if_so_asked():
     ("rule", "line"),
     [
         (lambda: Ties({"a": [1, 1]}), r'ties: density by tensor needs "\*" as its last pattern'),
-        (lambda: Ties({"a": [1, 1], "*": [1, 1]}), "ties: density by tensor needs per_tensor"),
+        (
+            lambda: apply(Ties({"a": [1, 1], "*": [1, 1]}), rows(2)),
+            "ties: density by tensor needs per_tensor",
+        ),
         (lambda: Ties({"*": [1, 2]}), "ties: density is 2"),
         (
             lambda: apply(Ties({"*": [0.5, 0.5]}), rows(3)),

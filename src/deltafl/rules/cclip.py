@@ -2,17 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from deltafl.rules.rule import (
-    RULES,
-    LinearRule,
-    Stats,
-    Tensor,
-    Traits,
-    refuse_other,
-    refuse_outside,
-)
+from deltafl.rules.rule import RULES, LinearRule, Source, Stats, Tensor, Traits, Within
 
 LEVELS = 10
 
@@ -29,19 +21,17 @@ class CClip(LinearRule):
     the largest clips nothing.
     """
 
-    rho: float
+    rho: Annotated[float, Within(0)]
     unit: Literal["absolute", "quantile"] = "absolute"
-    iterations: int = 1
+    iterations: Annotated[int, Within(1)] = 1
 
     traits = Traits(fixed_point=False, native_scale="sum")
     needs_gram = True
     values: ClassVar = {"unit": "quantile", "rho": [0.0, 0.25, 0.5, 0.75, 1.0]}
 
-    def __post_init__(self) -> None:
-        refuse_other("cclip", "unit", self.unit, "absolute", "quantile")
-        high = 1 if self.unit == "quantile" else float("inf")
-        refuse_outside("cclip", "rho", self.rho, 0, high)
-        refuse_outside("cclip", "iterations", self.iterations, 1, float("inf"))
+    def problems(self, sources: Sequence[Source]) -> list[str]:
+        wrong = self.unit == "quantile" and self.rho > 1
+        return [f"cclip: rho is {self.rho:g}; as a quantile it is at most 1"] if wrong else []
 
     @classmethod
     def grid(cls, given: Mapping[str, Any], norms: Sequence[float]) -> Mapping[str, Any]:

@@ -3,9 +3,9 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from deltafl.rules.rule import RULES, Rule, Source, Tensor, Traits, Transform, refuse_outside
+from deltafl.rules.rule import RULES, Rule, Source, Tensor, Traits, Transform, Within
 from deltafl.rules.task_arithmetic import TaskArithmetic
 from deltafl.rules.weights import PerModel, numbers_missing, numbers_of
 
@@ -41,14 +41,11 @@ class Drop(Transform):
 class Dare(Rule):
     """R = inner rule of the dropped and rescaled deltas; the inner rule's reductions see those too."""
 
-    drop_rate: PerModel
+    drop_rate: Annotated[PerModel, Within(0, 1 - 1 / LEVELS)]
     inner: Rule = field(default_factory=TaskArithmetic)
     seed: int = 0
 
     values: ClassVar = {"drop_rate": 0.5}
-
-    def __post_init__(self) -> None:
-        refuse_outside("dare", "drop_rate", self.drop_rate, 0, 1 - 1 / LEVELS)
 
     @property
     def core(self) -> Rule:

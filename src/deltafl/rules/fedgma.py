@@ -3,9 +3,9 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from deltafl.rules.rule import RULES, CoordinateRule, Tensor, Traits, refuse_outside
+from deltafl.rules.rule import RULES, CoordinateRule, Tensor, Traits, Within
 from deltafl.rules.weighted import weighted_sum
 
 
@@ -19,13 +19,10 @@ class FedGMA(CoordinateRule):
     the paper's grid, rho in 0.1 .. 0.9.
     """
 
-    rho: float
+    rho: Annotated[float, Within(0, 1)]
 
     traits = Traits(native_scale="sum")
     values: ClassVar = {"rho": [0.3, 0.6, 0.9]}
-
-    def __post_init__(self) -> None:
-        refuse_outside("fedgma", "rho", self.rho, 0, 1)
 
     @classmethod
     def grid(cls, given: Mapping[str, Any], norms: Sequence[float]) -> Mapping[str, Any]:

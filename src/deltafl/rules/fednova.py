@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from deltafl.rules.rule import RULES, LinearRule, Source, Stats, Tensor, Traits, refuse_other
+from deltafl.rules.rule import RULES, LinearRule, Source, Stats, Tensor, Traits
 
 
 @RULES.register("fednova")
@@ -22,9 +22,6 @@ class FedNova(LinearRule):
     normalizer: Literal["sgd", "momentum", "prox"] = "sgd"
 
     traits = Traits(fixed_point=False)
-
-    def __post_init__(self) -> None:
-        refuse_other("fednova", "normalizer", self.normalizer, "sgd", "momentum", "prox")
 
     def problems(self, sources: Sequence[Source]) -> list[str]:
         problems = []

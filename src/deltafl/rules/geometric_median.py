@@ -1,9 +1,9 @@
 """Geometric median by smoothed Weiszfeld iterations (RFA, arXiv 1912.13445)."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from deltafl.errors import DeltaflError
-from deltafl.rules.rule import RULES, LinearRule, Stats, Tensor
+from deltafl.rules.rule import RULES, LinearRule, Stats, Tensor, Within
 
 
 @RULES.register("geometric_median")
@@ -16,16 +16,10 @@ class GeometricMedian(LinearRule):
     coefficient moves by more than 1e-12.
     """
 
-    iterations: int = 100
-    smoothing: float = 1e-6
+    iterations: Annotated[int, Within(1)] = 100
+    smoothing: Annotated[float, Within(1e-30)] = 1e-6
 
     needs_gram = True
-
-    def __post_init__(self) -> None:
-        if self.iterations < 1 or not self.smoothing > 0:
-            raise DeltaflError(
-                "geometric_median: iterations must be 1 or more and smoothing above 0"
-            )
 
     def coefficients(self, stats: Stats, weights: Tensor) -> Tensor:
         gram = stats.gram

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from deltafl.rules.ordering import ranks, weighted_median
-from deltafl.rules.rule import RULES, CoordinateRule, Tensor, Traits, refuse_other
+from deltafl.rules.rule import RULES, CoordinateRule, Tensor, Traits
 
 
 @RULES.register("median")
@@ -18,9 +18,6 @@ class Median(CoordinateRule):
     """
 
     middle: Literal["midpoint", "lower"] = "midpoint"
-
-    def __post_init__(self) -> None:
-        refuse_other("median", "middle", self.middle, "midpoint", "lower")
 
     @property
     def traits(self) -> Traits:

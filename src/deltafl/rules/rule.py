@@ -6,12 +6,14 @@ heavy imports begin; rules speak to tensors through the tensors' own methods.
 
 import dataclasses
 import importlib
+import itertools
+import math
 import pkgutil
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from deltafl.errors import DeltaflError, did_you_mean
 from deltafl.registry import Registry
@@ -63,6 +65,29 @@ class Stats:
     gram: Tensor
 
 
+class Within(NamedTuple):
+    """The range of a parameter, both ends included: `Annotated[float, Within(0, 1)]`."""
+
+    low: float
+    high: float = float("inf")
+
+
+def _refuse(what: str, hint: object, value: PerModel | str) -> None:
+    """Raise DeltaflError unless the value, and each of its numbers by model and tensor, fits the type."""
+    kinds, choices = typing.get_args(hint), typing.get_origin(hint) is Literal
+    if choices and value not in kinds:
+        known = f"{', '.join(kinds[:-1])} or {kinds[-1]}"
+        raise DeltaflError(f'{what} is "{value}"; it must be {known}')
+    by_name = isinstance(value, Mapping)
+    if by_name and list(value)[-1:] != ["*"]:
+        raise DeltaflError(f'{what} by tensor needs "*" as its last pattern, for all the others')
+    for low, high in (kind for kind in kinds if isinstance(kind, Within)):
+        for one in itertools.chain(*value.values()) if by_name else [value]:
+            if not low <= one <= high:
+                limits = f"in [{low:g}, {high:g}]" if high < math.inf else f"{low:g} or more"
+                raise DeltaflError(f"{what} is {one:g}; it must be {limits}")
+
+
 class Transform(ABC):
     """A change of each delta, block by block, before anything is reduced or combined.
 
@@ -86,6 +111,9 @@ class Rule:
     A rule is of one kind: a `LinearRule`, a `CoordinateRule` or a `TensorRule`. What it does not say
     has a default. needs_gram: it wants the Gram matrix. weighs_examples: it weighs the deltas by their
     numbers of examples itself. values: parameters to compare where none are named, a value or a list.
+
+    Raises:
+        DeltaflError: a parameter is not one of its type's `Literal`, or outside its `Within`.
     """
 
     traits: ClassVar[Traits] = Traits()
@@ -93,6 +121,17 @@ class Rule:
     needs_gram: ClassVar[bool] = False
     weighs_examples: ClassVar[bool] = False
     values: ClassVar[Mapping[str, Any]] = {}
+
+    def __post_init__(self) -> None:
+        for key, hint in typing.get_type_hints(type(self), include_extras=True).items():
+            if key in vars(self):
+                _refuse(f"{self.name}: {key}", hint, vars(self)[key])
+
+    @property
+    def name(self) -> str:
+        """What it is registered as."""
+        named = (name for name in RULES if RULES[name] is type(self))
+        return next(named, type(self).__name__)
 
     @property
     def core(self) -> "Rule":
@@ -200,26 +239,3 @@ def build_rule(name: str, params: Mapping[str, Any]) -> Rule:
     if problems:
         raise DeltaflError(*problems)
     return rule(**own)
-
-
-def refuse_outside(rule: str, name: str, value: PerModel, low: float, high: float) -> None:
-    """Raise DeltaflError unless low <= value <= high, each number if it is by model and tensor.
-
-    By tensor the last pattern must be "*".
-    """
-    if isinstance(value, Mapping) and list(value)[-1:] != ["*"]:
-        raise DeltaflError(
-            f'{rule}: {name} by tensor needs "*" as its last pattern, for all the others'
-        )
-    for row in value.values() if isinstance(value, Mapping) else [[value]]:
-        for one in row:
-            if not low <= one <= high:
-                limits = f"in [{low:g}, {high:g}]" if high < float("inf") else f"{low:g} or more"
-                raise DeltaflError(f"{rule}: {name} is {one:g}; it must be {limits}")
-
-
-def refuse_other(rule: str, name: str, value: str, *choices: str) -> None:
-    """Raise DeltaflError unless the value is one of the choices."""
-    if value not in choices:
-        known = f"{', '.join(choices[:-1])} or {choices[-1]}"
-        raise DeltaflError(f'{rule}: {name} is "{value}"; it must be {known}')

@@ -3,19 +3,9 @@
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from deltafl.errors import DeltaflError
-from deltafl.rules.rule import (
-    RULES,
-    CoordinateRule,
-    Source,
-    Tensor,
-    Traits,
-    Transform,
-    refuse_other,
-    refuse_outside,
-)
+from deltafl.rules.rule import RULES, CoordinateRule, Source, Tensor, Traits, Transform, Within
 from deltafl.rules.weighted import weighted_sum
 from deltafl.rules.weights import PerModel, numbers_missing
 
@@ -51,19 +41,12 @@ class Ties(CoordinateRule):
     integer ratios) deltas that cancel sum to exactly 0.
     """
 
-    density: PerModel = 0.2
+    density: Annotated[PerModel, Within(0, 1)] = 0.2
     merge: Literal["mean", "sum"] = "mean"
     per_tensor: bool = False
     zero_sum: Literal["none", "positive"] = "none"
 
     values: ClassVar = {"density": [0.2, 0.5]}
-
-    def __post_init__(self) -> None:
-        refuse_outside("ties", "density", self.density, 0, 1)
-        refuse_other("ties", "merge", self.merge, "mean", "sum")
-        refuse_other("ties", "zero_sum", self.zero_sum, "none", "positive")
-        if isinstance(self.density, Mapping) and len(self.density) > 1 and not self.per_tensor:
-            raise DeltaflError("ties: density by tensor needs per_tensor")
 
     @property
     def traits(self) -> Traits:
@@ -77,7 +60,10 @@ class Ties(CoordinateRule):
         return () if self.density == 1 else (Trim(self.density, self.per_tensor),)
 
     def problems(self, sources: Sequence[Source]) -> list[str]:
-        return numbers_missing("ties: density", self.density, len(sources))
+        by_tensor = isinstance(self.density, Mapping) and len(self.density) > 1
+        wrong = ["ties: density by tensor needs per_tensor"]
+        missing = numbers_missing("ties: density", self.density, len(sources))
+        return missing + wrong * (by_tensor and not self.per_tensor)
 
     def combine(self, block: Tensor, weights: Sequence[float]) -> Tensor:
         least = min(w for w in weights if w > 0)

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 from deltafl.errors import DeltaflError
 from deltafl.rules.ordering import ranks
-from deltafl.rules.rule import RULES, CoordinateRule, Source, Tensor, refuse_outside
+from deltafl.rules.rule import RULES, CoordinateRule, Source, Tensor, Within
 from deltafl.rules.weighted import weighted_sum
 
 
@@ -19,10 +20,7 @@ class TrimmedMean(CoordinateRule):
     the models matter.
     """
 
-    trim: int = 1
-
-    def __post_init__(self) -> None:
-        refuse_outside("trimmed_mean", "trim", self.trim, 0, float("inf"))
+    trim: Annotated[int, Within(0)] = 1
 
     def problems(self, sources: Sequence[Source]) -> list[str]:
         return self._too_few(len(sources))
