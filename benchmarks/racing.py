@@ -4,7 +4,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from deltafl.merge.race import race
+from deltafl.merge.race import looks, orders, race
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Table:
         return [s.shape[1] for s in self.scores.values()]
 
     @property
-    def per_image(self) -> float:
-        """What one image of each task is worth."""
+    def per_example(self) -> float:
+        """What one example of each task is worth."""
         return sum(a / n for a, n in zip(self.scale, self.sizes, strict=True)) / len(self.sizes)
 
 
@@ -53,30 +53,33 @@ def read(folder: Path) -> Table:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One race: images evaluated, images of the winner's way to the best (0: it is the best), survivors."""
+    """One race: examples evaluated, examples of the winner's way to the best (0: it is the best), survivors."""
 
-    images: int
-    images_short: float
+    examples: int
+    examples_short: float
     winner: str
     kept: int
 
 
 def run(table: Table, confidence: float, seed: int) -> Outcome:
     """Race the table's candidates in the order of `seed`."""
-    stacks = list(table.scores.values())
+    plan, drawn = looks(table.sizes), orders(table.sizes, seed)
+    stacks = [s[:, order] for s, order in zip(table.scores.values(), drawn, strict=True)]
+    evaluated = 0
 
-    def judge(alive: Sequence[int], ids: Sequence[Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
-        for candidate in alive:
-            yield candidate, [s[candidate][i] for s, i in zip(stacks, ids, strict=True)]
+    def judge(alive: Sequence[int], look: int) -> list[Tensor]:
+        nonlocal evaluated
+        starts = plan[look - 1] if look else [0] * len(stacks)
+        evaluated += len(alive) * (sum(plan[look]) - sum(starts))
+        spans = zip(stacks, starts, plan[look], strict=True)
+        return [scores[list(alive), start:stop] for scores, start, stop in spans]
 
-    found = race(
-        judge, len(table.labels), table.sizes, table.scale, confidence=confidence, seed=seed
-    )
+    found = race(judge, len(table.labels), plan, table.scale, confidence)
     values = table.values
-    kept = [c for c, finish in enumerate(found) if finish.dropped_at is None]
+    kept = [candidate for candidate, dropped_at in enumerate(found) if dropped_at is None]
     winner = max(kept, key=lambda c: float(values[c]))
-    short = float(values.max() - values[winner]) / table.per_image
-    return Outcome(sum(f.evaluated for f in found), short, table.labels[winner], len(kept))
+    short = float(values.max() - values[winner]) / table.per_example
+    return Outcome(evaluated, short, table.labels[winner], len(kept))
 
 
 def main() -> None:
@@ -92,27 +95,27 @@ def main() -> None:
     best = table.labels[int(table.values.argmax())]
     whole = len(table.labels) * sum(table.sizes)
     print(
-        f"{len(table.labels)} candidates, {len(table.sizes)} tasks of {table.sizes} images; exhaustive: {whole:,}"
+        f"{len(table.labels)} candidates, {len(table.sizes)} tasks of {table.sizes} examples; exhaustive: {whole:,}"
     )
     started = time.perf_counter()
     found = [run(table, args.confidence, seed) for seed in range(args.orders)]
     seconds = (time.perf_counter() - started) / len(found)
-    ratios = sorted(whole / o.images for o in found)
-    same, near = (sum(o.images_short <= bound for o in found) for bound in (1e-9, 1 + 1e-9))
+    ratios = sorted(whole / o.examples for o in found)
+    same, near = (sum(o.examples_short <= bound for o in found) for bound in (1e-9, 1 + 1e-9))
     print(
-        f"best of all: {best}, {float(table.values.max()):.4f}; one image of each task is {table.per_image:.4f}"
+        f"best of all: {best}, {float(table.values.max()):.4f}; one example of each task is {table.per_example:.4f}"
     )
-    print(f"times fewer images: median {median(ratios):.2f}, {ratios[0]:.2f} to {ratios[-1]:.2f}")
+    print(f"times fewer examples: median {median(ratios):.2f}, {ratios[0]:.2f} to {ratios[-1]:.2f}")
     print(
         f"candidates that saw everything: {min(o.kept for o in found)} to {max(o.kept for o in found)}"
     )
     print(
-        f"winner as good as the best: {same} of {len(found)}; within one image per task: {near} of {len(found)}"
+        f"winner as good as the best: {same} of {len(found)}; within one example per task: {near} of {len(found)}"
     )
     print(f"the race's own arithmetic: {seconds:.2f} s")
     if args.check and (median(ratios) < 5 or near < math.ceil(0.95 * len(found))):
         raise SystemExit(
-            "missed: at least 5 times fewer images, and within one image per task in 19 of 20 orders"
+            "missed: at least 5 times fewer examples, and within one example per task in 19 of 20 orders"
         )
 
 

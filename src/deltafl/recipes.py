@@ -387,8 +387,8 @@ def _meant(kind: type[Recipe], keys: Sequence[str]) -> str:
     """Which key an unknown one may have been meant to be: one of its section, or else of any."""
     kinds = [kind]
     for key in (key for key in keys[:-1] if not key.isdigit()):
-        fields = [k.model_fields[key] for k in kinds if key in k.model_fields]
-        kinds = [k for field in fields for k in recipes_in(field.annotation)]
+        if fields := [k.model_fields[key] for k in kinds if key in k.model_fields]:
+            kinds = [k for field in fields for k in recipes_in(field.annotation)]
     here, known = {leaf.path[0] for k in kinds for leaf in leaves(k).values()}, leaves(kind)
     close = difflib.get_close_matches(keys[-1], known, 1)
     if close and not difflib.get_close_matches(keys[-1], here, 1):

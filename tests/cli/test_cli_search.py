@@ -16,7 +16,7 @@ from deltafl.merge.search_recipe import SearchRecipe
 from deltafl.models.fit import random_head
 from deltafl.models.head import HEAD_FILE, save_head
 from deltafl.training.record import read_rows
-from experiments.test_one_shot import VARIANTS, train_digits
+from merge.test_search_run import VARIANTS, train_digits
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from deltafl.experiments.heterogeneity import KINDS, draws, mean_cosine, subsets
 from deltafl.experiments.recipe import StudyRecipe, suite_names
 from deltafl.experiments.run import STUDIES
 from deltafl.experiments.statistics import by_seed, correlation, interval, summary
-from deltafl.experiments.study import BASE, SINGLE, Study, rows_of
+from deltafl.experiments.study import SINGLE, UNMERGED, Study, rows_of
 from deltafl.merge.task_vector import TaskVector
 from deltafl.tasks.classes import class_groups
 from deltafl.training import TrainingRecipe
@@ -110,12 +110,12 @@ def test_means_are_over_the_points_of_each_seed() -> None:
 
 def test_a_rule_that_validation_puts_below_the_base_is_the_base() -> None:
     single = {"rule": SINGLE, "val": None, "mean": 1.0}
-    base = {"rule": BASE, "val": 0.5, "mean": 0.3}
+    base = {"rule": UNMERGED, "val": 0.5, "mean": 0.3}
     median = {"rule": "median", "val": 0.4, "mean": 0.9}
     ties = {"rule": "ties", "val": 0.5, "mean": 0.8}
     assert rows_of({"rows": [single, base, median, ties]}) == {
         SINGLE: single,
-        BASE: base,
+        UNMERGED: base,
         "median": {**base, "rule": "median"},
         "ties": ties,
     }

@@ -13,24 +13,36 @@ from torch import Tensor
 from deltafl import Source, Update
 from deltafl.algebra.tensors import Tensors
 from deltafl.errors import DeltaflError
-from deltafl.merge.search import (
-    LAMBDAS,
-    Goal,
-    Problem,
-    Row,
-    SearchResult,
-    curves,
-    grid_of,
-    search,
-    test_once,
-    test_singles,
-)
+from deltafl.merge.candidates import Row, grid_of
+from deltafl.merge.problem import Goal, Problem
+from deltafl.merge.search import SearchResult, search
+from deltafl.merge.search_recipe import LAMBDAS, SearchRecipe
+from deltafl.progress import OnProgress, Progress, ignore
 from laws.worlds import ByBlocks
-
-test_once.__test__ = test_singles.__test__ = False  # type: ignore[attr-defined]
 
 ALL = (("task_arithmetic", {}), ("fednova", {}), ("fedgma", {}), ("median", {}), ("cclip", {}))
 GRID = (0.1, 0.3, 0.5, 1.0)
+
+
+Methods = Sequence[tuple[str, Mapping[str, Any]]]
+
+
+def run(
+    problem: Problem,
+    methods: Methods = ALL,
+    lambdas: Sequence[float] = GRID,
+    on_progress: OnProgress = ignore,
+    **settings: Any,
+) -> SearchResult:
+    """The search of a recipe whose files are not read."""
+    recipe = SearchRecipe.of(
+        base="base",
+        models=[{"path": u.source.name, "data": "none"} for u in problem.updates],
+        methods=[{"method": method, **params} for method, params in methods],
+        scaling_coefs=lambdas,
+        **settings,
+    )
+    return search(problem, recipe, on_progress)
 
 
 @dataclass
@@ -77,15 +89,22 @@ def make_problem(
 ) -> Problem:
     draw = torch.Generator().manual_seed(seed)
     base = {"w": torch.randn(dims, generator=draw)}
-    updates, goals = [], []
+    updates, goals, model = [], [], Loaded()
     for i in range(n):
         delta = (1 + i) * torch.randn(dims, generator=draw)
         source = Source(f"m{i}", num_steps=steps[i] if steps else 100 * (i + 1))
         updates.append(Update({"w": delta}, source))
         single = base["w"] + delta
         val, test = (Near(single + 0.3 * torch.randn(dims, generator=draw), 2.0) for _ in range(2))
-        goals.append(Goal(f"task{i}", val, test, {"w": single}))
-    return Problem(Loaded(), base, updates, goals)
+        goals.append(Goal(f"task{i}", model, val, test, {"w": single}))
+    return Problem(base, updates, goals)
+
+
+def loaded(problem: Problem) -> Loaded:
+    """The one model of all goals."""
+    model = problem.goals[0].net
+    assert isinstance(model, Loaded)
+    return model
 
 
 def val_calls(problem: Problem) -> list[int]:
@@ -150,7 +169,7 @@ def brute_force(
             ]
             own = [
                 math.exp(-(((float(x - t)) / val.width) ** 2))
-                for x, t in zip(goal.single["w"], val.target, strict=True)
+                for x, t in zip(goal.tuned["w"], val.target, strict=True)
             ]
             total += (
                 (sum(scores) / sum(own)) if metric == "normalized" else sum(scores) / len(scores)
@@ -172,7 +191,7 @@ def brute_force(
 @pytest.mark.parametrize("n", [2, 3, 5])
 def test_every_row_is_that_of_a_brute_force(metric: Any, paper: bool, n: int) -> None:
     problem = make_problem(n, seed=n)
-    found = search(problem, ALL, lambdas=GRID, metric=metric, native_scale=paper)
+    found = run(problem, metric=metric, grid="paper" if paper else "default")
     wanted = brute_force(problem, metric, GRID, paper)
     assert [r.method for r in found.rows] == [m for m, _ in wanted]
     for row, (_, value) in zip(found.rows, wanted, strict=True):
@@ -186,7 +205,7 @@ def test_every_row_is_that_of_a_brute_force(metric: Any, paper: bool, n: int) ->
 
 def test_the_metric_decides_the_winner() -> None:
     # Task a's own model scores 0.1 and task b's 1: normalised, a point more in a counts ten times one in b.
-    base = {"w": torch.zeros(1)}
+    base, model = {"w": torch.zeros(1)}, Loaded()
 
     class Table(Near):
         def __init__(self, scores: Mapping[float, float]) -> None:
@@ -199,12 +218,12 @@ def test_the_metric_decides_the_winner() -> None:
     a = Table({0.0: 0.0, 9.0: 0.1, 1.0: 0.1, 2.0: 0.05, 8.0: 0.0})
     b = Table({0.0: 0.0, 8.0: 1.0, 1.0: 0.5, 2.0: 0.9, 9.0: 0.0})
     goals = [
-        Goal("a", a, a, {"w": torch.tensor([9.0])}),
-        Goal("b", b, b, {"w": torch.tensor([8.0])}),
+        Goal("a", model, a, a, {"w": torch.tensor([9.0])}),
+        Goal("b", model, b, b, {"w": torch.tensor([8.0])}),
     ]
-    problem = Problem(Loaded(), base, [Update({"w": torch.ones(1)}, Source("m"))], goals)
+    problem = Problem(base, [Update({"w": torch.ones(1)}, Source("m"))], goals)
     found = {
-        m: search(problem, [("task_arithmetic", {})], lambdas=[1.0, 2.0], metric=m)
+        m: run(problem, [("task_arithmetic", {})], lambdas=[1.0, 2.0], metric=m)
         for m in ("normalized", "absolute")
     }
     assert found["normalized"].best.scaling_coef == 1.0  # (0.1 / 0.1 + 0.5 / 1) / 2 = 0.75 > 0.7
@@ -216,10 +235,10 @@ def test_the_metric_decides_the_winner() -> None:
 
 def test_mistake_averaging_inside_the_task_loop_so_that_the_order_of_tasks_decides() -> None:
     problem = make_problem(3)
-    wanted = search(problem, ALL, lambdas=GRID)
+    wanted = run(problem)
     values = {r.label: r.value for r in wanted.rows}
     for order in itertools.permutations(range(3)):
-        found = search(replace(problem, goals=[problem.goals[i] for i in order]), ALL, lambdas=GRID)
+        found = run(replace(problem, goals=[problem.goals[i] for i in order]))
         assert (found.best.method, found.best.params, found.best.scaling_coef) == (
             wanted.best.method, wanted.best.params, wanted.best.scaling_coef,
         )  # fmt: skip
@@ -230,41 +249,39 @@ def test_mistake_averaging_inside_the_task_loop_so_that_the_order_of_tasks_decid
 def test_mistake_normalising_validation_by_test_scores() -> None:
     problem = make_problem()
     goals = [replace(g, test=Constant(torch.zeros(5), score=1e-3)) for g in problem.goals]
-    found, other = (
-        search(replace(problem, goals=g), ALL, lambdas=GRID) for g in (problem.goals, goals)
-    )
+    found, other = (run(replace(problem, goals=g)) for g in (problem.goals, goals))
     assert [r.value for r in found.rows] == [r.value for r in other.rows]
     model = Loaded()
     for goal in problem.goals:
-        model.load(goal.single)
+        model.load(goal.tuned)
         assert found.single[goal.name] == float(goal.val(model, torch.arange(12)).double().mean())
 
 
 def test_mistake_selecting_on_test_data() -> None:
     problem = make_problem()
-    found = search(problem, ALL, lambdas=GRID)
+    found = run(problem)
     assert test_calls(problem) == [0, 0, 0]
-    test_singles(problem)
+    problem.own_scores(test=True)
     assert test_calls(problem) == [1, 1, 1]
-    test_once(problem, found.base, None)
+    problem.test_scores(found.base)
     assert test_calls(problem) == [2, 2, 2]
 
 
 def test_mistake_candidates_applied_on_top_of_each_other() -> None:
     problem = make_problem()
     base = problem.base["w"].clone()
-    together = {r.label: r for r in search(problem, ALL, lambdas=GRID).rows}
+    together = {r.label: r for r in run(problem).rows}
     assert torch.equal(problem.base["w"], base)
     for method in ALL:
         for coef in GRID:
-            alone = search(make_problem(), [method], lambdas=[coef]).rows[1:]
+            alone = run(make_problem(), [method], lambdas=[coef]).rows[1:]
             for row in alone:
                 assert row.val == together[row.label].val, row.label
 
 
 def test_mistake_the_unclipped_end_is_never_searched() -> None:
     for seed in range(20):
-        found = search(
+        found = run(
             make_problem(seed=seed), [("task_arithmetic", {}), ("cclip", {})], lambdas=[0.3]
         )
         rhos = [r.params["rho"] for r in found.rows if r.method == "cclip"]
@@ -283,7 +300,7 @@ def test_mistake_deltas_read_again_for_every_candidate() -> None:
         problem = make_problem()
         deltas = [ByBlocks(u.delta) for u in problem.updates]
         updates = [Update(d, u.source) for d, u in zip(deltas, problem.updates, strict=True)]
-        search(replace(problem, updates=updates), ALL, lambdas=lambdas)
+        run(replace(problem, updates=updates), ALL, lambdas=lambdas)
         reads.append([d.reads for d in deltas])
     assert reads[0] == reads[1]
     assert min(reads[0]) > 0
@@ -298,19 +315,18 @@ def evaluated(found: SearchResult) -> list[Row]:
 
 def test_each_distinct_candidate_is_evaluated_once() -> None:
     problem = make_problem()
-    found = search(problem, ALL, lambdas=GRID)
+    found = run(problem)
     assert (
         val_calls(problem) == [len(evaluated(found)) + 1] * 3
     )  # + 1: a task's own model is scored on its task only
-    model = problem.model
-    assert isinstance(model, Loaded)
+    model = loaded(problem)
     candidates = model.seen[len(problem.goals) :]
     assert len(candidates) == len(set(candidates)) == len(evaluated(found))
     assert len(found.rows) == 1 + (1 + 1 + 9 + 1 + 10) * len(GRID)
 
 
 def test_levels_of_fedgma_that_give_one_update_are_one_candidate() -> None:
-    found = search(make_problem(3), [("fedgma", {})], lambdas=[0.3])
+    found = run(make_problem(3), [("fedgma", {})], lambdas=[0.3])
     # |sum of three signs| is 1 or 3: up to rho = 1/3 nothing is softened, above it the coordinates of 1 are.
     assert [r.params["rho"] for r in evaluated(found)[1:]] == [0.1, 0.4]
     assert {r.same_as for r in found.rows[2:4]} == {"fedgma rho=0.1 lambda=0.3"}
@@ -322,7 +338,7 @@ def test_levels_of_fedgma_that_give_one_update_are_one_candidate() -> None:
 @pytest.mark.parametrize("n", range(2, 9))
 def test_fednova_with_equal_steps_is_task_arithmetic(n: int) -> None:
     problem = make_problem(n, steps=[7] * n)
-    found = search(problem, [("task_arithmetic", {}), ("fednova", {})], lambdas=GRID)
+    found = run(problem, [("task_arithmetic", {}), ("fednova", {})])
     assert [r.same_as for r in found.rows if r.method == "fednova"] == [
         f"task_arithmetic lambda={c}" for c in GRID
     ]
@@ -332,31 +348,26 @@ def test_one_factor_written_in_two_ways_is_one_candidate() -> None:
     problem = make_problem(
         3, steps=[7] * 3
     )  # on the paper's grid fednova at 0.3 is task arithmetic at 0.3 / 3
-    found = search(
-        problem, [("task_arithmetic", {}), ("fednova", {})], lambdas=[0.1, 0.3], native_scale=True
+    found = run(
+        problem, [("task_arithmetic", {}), ("fednova", {})], lambdas=[0.1, 0.3], grid="paper"
     )
     assert found.rows[4].scaling_coef != 0.1
     assert found.rows[4].same_as == "task_arithmetic lambda=0.1"
 
 
-def test_a_method_listed_twice_is_refused() -> None:
-    with pytest.raises(DeltaflError, match="median is named twice"):
-        search(make_problem(), [("median", {}), ("median", {})], lambdas=GRID)
-
-
 def test_a_value_listed_twice_is_evaluated_once() -> None:
-    found = search(make_problem(), [("fedgma", {"rho": [0.5, 0.5]})], lambdas=GRID)
+    found = run(make_problem(), [("fedgma", {"rho": [0.5, 0.5]})])
     assert (len(evaluated(found)), len(found.rows)) == (1 + len(GRID), 1 + 2 * len(GRID))
 
 
 def test_scores_of_evaluated_rows_are_kept_under_labels_of_their_own() -> None:
     problem = make_problem(3)
     near = [1.0, 1.0 + 1e-9]  # alike in six digits
-    found = search(problem, [("cclip", {"rho": near})], lambdas=GRID)
+    found = run(problem, [("cclip", {"rho": near})])
     assert len({r.label for r in found.rows}) == len(found.rows)
-    assert set(found.correct) == {r.label for r in evaluated(found)}
+    assert set(found.scores) == {r.label for r in evaluated(found)}
     for row in evaluated(found):
-        for task, scores in found.correct[row.label].items():
+        for task, scores in found.scores[row.label].items():
             assert row.val[task] == float(scores.double().mean())
 
 
@@ -366,7 +377,7 @@ def test_scores_of_evaluated_rows_are_kept_under_labels_of_their_own() -> None:
 def test_the_base_is_a_candidate_and_wins_when_everything_else_is_worse() -> None:
     problem = make_problem()
     goals = [replace(g, val=Near(problem.base["w"], 3.0)) for g in problem.goals]
-    found = search(replace(problem, goals=goals), ALL, lambdas=GRID)
+    found = run(replace(problem, goals=goals))
     assert found.best is found.base
     assert (found.best.method, found.best.scaling_coef, found.best.server_lr) == ("base", 0.0, 0.0)
     assert set(found.best_of) == {m for m, _ in ALL}
@@ -374,7 +385,7 @@ def test_the_base_is_a_candidate_and_wins_when_everything_else_is_worse() -> Non
 
 def test_coefficient_zero_of_a_method_is_the_base_and_is_not_evaluated_again() -> None:
     problem = make_problem()
-    found = search(problem, [("median", {})], lambdas=[0.0, 0.3])
+    found = run(problem, [("median", {})], lambdas=[0.0, 0.3])
     assert found.rows[1].same_as == found.base.label
     assert found.rows[1].value == found.base.value
     assert len(evaluated(found)) == 2
@@ -383,7 +394,7 @@ def test_coefficient_zero_of_a_method_is_the_base_and_is_not_evaluated_again() -
 def test_of_equal_values_the_first_row_wins() -> None:
     problem = make_problem()
     goals = [replace(g, val=Constant(torch.zeros(5))) for g in problem.goals]
-    found = search(replace(problem, goals=goals), ALL, lambdas=GRID)
+    found = run(replace(problem, goals=goals))
     assert found.best is found.rows[0]
     for method, row in found.best_of.items():
         assert row is next(r for r in found.rows if r.method == method)
@@ -397,8 +408,8 @@ def test_a_value_that_is_not_a_number_never_wins() -> None:
     problem = make_problem(2)
     small = float(problem.base["w"].norm())
     assert small < 5
-    goals = [replace(g, val=Overflowing(problem.goals[0].single["w"], 9.0)) for g in problem.goals]
-    found = search(
+    goals = [replace(g, val=Overflowing(problem.goals[0].tuned["w"], 9.0)) for g in problem.goals]
+    found = run(
         replace(problem, goals=goals),
         [("task_arithmetic", {})],
         lambdas=[0.01, 1.5],
@@ -415,22 +426,13 @@ def test_a_value_that_is_not_a_number_never_wins() -> None:
 def test_the_default_grid_is_that_of_the_paper() -> None:
     assert len(LAMBDAS) == 40
     assert pytest.approx([0.05 * i for i in range(1, 41)]) == LAMBDAS
-    found = search(make_problem(), [("task_arithmetic", {})])
+    found = run(make_problem(), [("task_arithmetic", {})], LAMBDAS)
     assert [r.scaling_coef for r in found.rows[1:]] == list(LAMBDAS)
 
 
 def test_rho_of_fedgma_is_from_a_tenth_to_nine_tenths() -> None:
-    assert [p["rho"] for p in grid_of("fedgma", {}, (1.0, 2.0))] == [
-        0.1,
-        0.2,
-        0.3,
-        0.4,
-        0.5,
-        0.6,
-        0.7,
-        0.8,
-        0.9,
-    ]
+    rhos = [p["rho"] for p in grid_of("fedgma", {}, (1.0, 2.0))]
+    assert rhos == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
 
 
 def test_a_given_parameter_takes_the_place_of_its_grid_and_lists_are_crossed() -> None:
@@ -446,7 +448,7 @@ def test_a_given_parameter_takes_the_place_of_its_grid_and_lists_are_crossed() -
 def test_the_papers_grid_is_a_mean_for_fednova_and_median_and_a_sum_for_the_others(
     paper: bool,
 ) -> None:
-    found = search(make_problem(4), ALL, lambdas=[0.6], native_scale=paper)
+    found = run(make_problem(4), ALL, lambdas=[0.6], grid="paper" if paper else "default")
     for row in found.rows[1:]:
         mean = paper and row.method in ("fednova", "median")
         assert row.server_lr == pytest.approx(0.6 if mean else 0.6 * 4), row.label
@@ -455,9 +457,8 @@ def test_the_papers_grid_is_a_mean_for_fednova_and_median_and_a_sum_for_the_othe
 
 def test_weights_change_the_scale_and_the_rules() -> None:
     problem = replace(make_problem(2), weights=(1.0, 3.0))
-    found = search(problem, [("task_arithmetic", {})], lambdas=[0.2])
-    model = problem.model
-    assert isinstance(model, Loaded)
+    found = run(problem, [("task_arithmetic", {})], lambdas=[0.2])
+    model = loaded(problem)
     a, b = (u.delta["w"] for u in problem.updates)
     torch.testing.assert_close(torch.tensor(model.seen[-1]), problem.base["w"] + 0.2 * a + 0.6 * b)
     assert found.rows[1].server_lr == pytest.approx(0.8)
@@ -466,15 +467,21 @@ def test_weights_change_the_scale_and_the_rules() -> None:
 # What is kept
 
 
-def test_rows_are_told_as_they_come_and_all_are_kept() -> None:
-    told: list[Row] = []
-    found = search(make_problem(), ALL, lambdas=GRID, on_row=told.append)
-    assert tuple(told) == found.rows
+@pytest.mark.parametrize(
+    "settings", [{}, {"strategy": "racing"}, {"strategy": "racing", "each_method": True}]
+)
+def test_progress_never_falls_and_ends_with_every_row(settings: Mapping[str, Any]) -> None:
+    told: list[Progress] = []
+    found = run(make_problem(), on_progress=told.append, **settings)
+    done = [p.done for p in told]
+    assert done == sorted(done)
+    assert done[-1] == len(found.rows)
+    assert {p.total for p in told} == {len(found.rows)}
 
 
 def test_curves_hold_the_best_value_at_each_coefficient() -> None:
-    found = search(make_problem(), ALL, lambdas=GRID)
-    for method, curve in curves(found):
+    found = run(make_problem())
+    for method, curve in found.curves.items():
         assert [x for x, _ in curve] == [0.0, *GRID]
         assert curve[0][1] == found.base.value
         for coef, value in curve[1:]:
@@ -485,7 +492,7 @@ def test_curves_hold_the_best_value_at_each_coefficient() -> None:
 
 def test_norms_and_cosines_are_those_of_the_deltas() -> None:
     problem = make_problem()
-    found = search(problem, [("median", {})], lambdas=[0.1])
+    found = run(problem, [("median", {})], lambdas=[0.1])
     deltas = torch.stack([u.delta["w"].double() for u in problem.updates])
     torch.testing.assert_close(found.gram, deltas @ deltas.T)
     assert found.norms == pytest.approx(deltas.norm(dim=1).tolist())
@@ -493,16 +500,14 @@ def test_norms_and_cosines_are_those_of_the_deltas() -> None:
 
 @pytest.mark.parametrize("method", [m for m, _ in ALL])
 def test_the_test_score_is_that_of_the_chosen_candidate(method: str) -> None:
-    from deltafl.rules.rule import build_rule
-
     problem = make_problem()
-    found = search(problem, ALL, lambdas=GRID)
+    found = run(problem)
     row = found.best_of[method]
     # On validation data the same call gives the row's own scores, bit for bit.
     swapped = replace(problem, goals=[replace(g, test=g.val) for g in problem.goals])
-    assert test_once(swapped, row, build_rule(method, row.params)) == row.val
-    assert test_once(swapped, found.base, None) == found.base.val
-    assert test_singles(swapped) == found.single
+    assert swapped.test_scores(row) == row.val
+    assert swapped.test_scores(found.base) == found.base.val
+    assert swapped.own_scores(test=True) == found.single
 
 
 def test_log_likelihoods_can_be_searched_on_as_absolute_scores() -> None:
@@ -514,14 +519,14 @@ def test_log_likelihoods_can_be_searched_on_as_absolute_scores() -> None:
     problem = make_problem()
     goals = [replace(g, val=LogLikelihood(g.val.target)) for g in problem.goals]  # type: ignore[attr-defined]
     problem = replace(problem, goals=goals)
-    found = search(problem, [("task_arithmetic", {})], lambdas=GRID, metric="absolute")
+    found = run(problem, [("task_arithmetic", {})], metric="absolute")
     total = sum(u.delta["w"].double() for u in problem.updates)
     for row in found.rows:
         w = problem.base["w"].double() + row.scaling_coef * total
         wanted = -sum(float(((w - g.val.target) ** 2).mean()) for g in goals) / 3  # type: ignore[attr-defined]
         assert row.value == pytest.approx(wanted, rel=1e-5)
     with pytest.raises(DeltaflError, match="use metric: absolute"):
-        search(problem, [("task_arithmetic", {})], lambdas=GRID)
+        run(problem, [("task_arithmetic", {})])
 
 
 # What is refused, before anything is evaluated
@@ -538,45 +543,41 @@ def test_a_single_task_score_of_zero_is_an_error_that_names_the_task(score: floa
     with pytest.raises(
         DeltaflError, match=r'task "task2": its own model scores .* metric: absolute'
     ):
-        search(problem, ALL, lambdas=GRID)
-    search(problem, ALL, lambdas=[0.3], metric="absolute")
+        run(problem)
+    run(problem, ALL, lambdas=[0.3], metric="absolute")
 
 
-REFUSED: dict[str, tuple[tuple[str, Mapping[str, Any]], Sequence[float], str]] = {
-    "method": (("fedgm", {}), GRID, 'unknown method "fedgm"; did you mean "fedgma"?'),
-    "parameter": (("median", {"rho": 0.5}), GRID, 'median has no parameter "rho"'),
-    "range": (("fedgma", {"rho": [0.5, 1.5]}), GRID, "rho is 1.5"),
-    "empty": (("fedgma", {"rho": []}), GRID, "rho is an empty list"),
-    "missing": (("ties", {"density": []}), GRID, "density is an empty list"),
-    "krum": (("krum", {"byzantine": 1}), GRID, "krum"),
-    "lambda": (("median", {}), (0.1, math.nan), "scaling_coefs: nan"),
+REFUSED: dict[str, tuple[tuple[str, Mapping[str, Any]], str]] = {
+    "method": (("fedgm", {}), 'unknown method "fedgm"; did you mean "fedgma"?'),
+    "parameter": (("median", {"rho": 0.5}), 'median has no parameter "rho"'),
+    "range": (("fedgma", {"rho": [0.5, 1.5]}), "rho is 1.5"),
+    "empty": (("fedgma", {"rho": []}), "rho is an empty list"),
+    "krum": (("krum", {"num_byzantine": 2}), "krum"),
+    "twice": (("task_arithmetic", {}), "task_arithmetic is named twice"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_searched_is_an_error_before_anything_is_evaluated(case: str) -> None:
-    method, lambdas, message = REFUSED[case]
+    method, message = REFUSED[case]
     problem = make_problem()
     with pytest.raises(DeltaflError) as error:
-        search(problem, [("task_arithmetic", {}), method], lambdas=lambdas)
+        run(problem, [("task_arithmetic", {}), method, ("median", {"middle": "lower"})])
     assert message in str(error.value)
     assert val_calls(problem) == [0, 0, 0]
 
 
 def test_fednova_without_steps_is_an_error_before_anything_is_evaluated() -> None:
     problem = make_problem()
-    updates = [
-        problem.updates[0],
-        *(Update(u.delta, Source(u.source.name)) for u in problem.updates[1:]),
-    ]
-    problem = replace(problem, updates=updates)
+    unknown = [Update(u.delta, Source(u.source.name)) for u in problem.updates[1:]]
+    problem = replace(problem, updates=[problem.updates[0], *unknown])
     with pytest.raises(DeltaflError) as error:
-        search(problem, ALL, lambdas=GRID)
+        run(problem)
     assert [name in str(error.value) for name in ('"m0"', '"m1"', '"m2"')] == [False, True, True]
     assert val_calls(problem) == [0, 0, 0]
 
 
 def test_every_reason_is_given_at_once() -> None:
     with pytest.raises(DeltaflError) as error:
-        search(make_problem(), [("fedgm", {}), ("median", {"rho": 1})], lambdas=[math.inf])
-    assert len(error.value.problems) == 3
+        run(make_problem(), [("fedgm", {}), ("median", {"rho": 1.0})])
+    assert len(error.value.problems) == 2

@@ -30,7 +30,7 @@ def search(recipe: SearchRecipe, dry_run: bool, quiet: bool) -> None:
         click.echo(describe_plan(plan))
         return
     from deltafl.cli.results import as_text, write_search
-    from deltafl.experiments.one_shot import run_search  # torch
+    from deltafl.merge.search_run import run_search  # torch
     from deltafl.report import results_table
 
     with drawn_progress(quiet=quiet) as show:

@@ -15,8 +15,8 @@ from deltafl.algebra.reductions import gram_matrix
 from deltafl.errors import DeltaflError
 from deltafl.experiments.statistics import correlation, gains, summary
 from deltafl.experiments.study import (
-    BASE,
     SINGLE,
+    UNMERGED,
     Data,
     FineTune,
     Search,
@@ -99,7 +99,7 @@ def training_rows(study: Study, cells: Sequence[Cell], results: Sequence[Result]
     points = [point for cell, r in zip(cells, results, strict=True) for point in _points(cell, r)]
     rules = [name for name, _ in study.methods]
     rows = []
-    for kind, rule in itertools.product(KINDS, (SINGLE, BASE, *rules)):
+    for kind, rule in itertools.product(KINDS, (SINGLE, UNMERGED, *rules)):
         if group := [p for p in points if p["kind"] == kind and p["rule"] == rule]:
             rows.append({"kind": kind, **_row(rule, group)})
     relations = [
@@ -143,7 +143,7 @@ def _ratio(values: Sequence[float]) -> float:
 
 def _row(rule: str, points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Means of one rule's points; a gain says something of rules other than the reference only."""
-    counted = [] if rule in (SINGLE, BASE, REFERENCE) else [p["gain"] for p in points]
+    counted = [] if rule in (SINGLE, UNMERGED, REFERENCE) else [p["gain"] for p in points]
     return {
         "rule": rule,
         **asdict(summary([p["normalized"] for p in points])),
@@ -225,7 +225,7 @@ def mean_cosine(cosines: Tensor, subset: Sequence[int]) -> float:
 def data_rows(study: Study, cells: Sequence[Cell], results: Sequence[Result]) -> dict[str, Any]:
     """Normalised test score of every rule for every subset, and the gain over task arithmetic."""
     points = [point for cell, r in zip(cells, results, strict=True) for point in _points(cell, r)]
-    rules = (SINGLE, BASE, *(name for name, _ in study.methods))
+    rules = (SINGLE, UNMERGED, *(name for name, _ in study.methods))
     rows = []
     for subset, size in dict.fromkeys((p["subset"], p["size"]) for p in points):
         here = [p for p in points if (p["subset"], p["size"]) == (subset, size)]
@@ -251,8 +251,8 @@ def scaling_rows(study: Study, cells: Sequence[Cell], results: Sequence[Result])
     """
     rules = [name for name, _ in study.methods if name not in results[0]["left_out"]]
     found, rows = [rows_of(result) for result in results], []
-    for rule in (SINGLE, BASE, *rules):
-        coefs = [r[rule]["scaling_coef"] for r in found if rule not in (SINGLE, BASE)]
+    for rule in (SINGLE, UNMERGED, *rules):
+        coefs = [r[rule]["scaling_coef"] for r in found if rule not in (SINGLE, UNMERGED)]
         rows.append(
             {
                 "rule": rule,
@@ -265,7 +265,7 @@ def scaling_rows(study: Study, cells: Sequence[Cell], results: Sequence[Result])
     return {
         "rows": rows,
         "curves": {rule: _mean_curve(curve) for rule, curve in curves.items()},
-        "base": summary([r[BASE]["val"] for r in found]).mean,
+        "base": summary([r[UNMERGED]["val"] for r in found]).mean,
         "notes": notes(results),
     }
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deltafl.experiments.one_shot import run_search
 from deltafl.merge.search_recipe import SearchRecipe
+from deltafl.merge.search_run import run_search
 from deltafl.models import HEAD_FILE, Net, load_net, new_net
 from deltafl.pool import one_thread
 from deltafl.progress import OnProgress, Progress, ignore

@@ -13,28 +13,22 @@ import torch
 
 from deltafl.checkpoints.layout import file_hash
 from deltafl.errors import DeltaflError
-from deltafl.experiments.one_shot import run_search
 from deltafl.experiments.sweep import Result, Store, Work
 from deltafl.files import atomic_folder
-from deltafl.merge.candidates import grid_of
+from deltafl.merge.candidates import Method, grid_of
 from deltafl.merge.search_recipe import SearchRecipe
+from deltafl.merge.search_run import SINGLE, UNMERGED, run_search
 from deltafl.models import HEAD_FILE, HeadFit, Net, load_net
 from deltafl.models.fit import head_of
 from deltafl.models.head import save_head
 from deltafl.rules.rule import Source, build_rule, check_rule, load_rules
 from deltafl.seeding import keyed_generator
 from deltafl.tasks import Task, load_task
-from deltafl.tasks.arrays import arrays_of
 from deltafl.tasks.classes import class_groups, only_classes
 from deltafl.tasks.recipe import TrainingDataRecipe
 from deltafl.tasks.selection import stratified
 from deltafl.tasks.task import Split, hash_of
 from deltafl.training import TrainingRecipe, finetune
-
-Method = tuple[str, Mapping[str, Any]]
-"""A rule by name and its parameters; a list is a grid."""
-
-SINGLE, BASE = "single-task models", "base (unmerged)"
 
 
 @dataclass(frozen=True)
@@ -276,8 +270,7 @@ class Search(Work):
             threads=1,
             device=self.study.device,
         )
-        tasks = [arrays_of(model.judging()) for model in self.models]
-        result = run_search(recipe, None, tasks=tasks)
+        result = run_search(recipe, None, tasks=[model.judging() for model in self.models])
         asked = [{**asdict(m.data), "lr": m.lr, "steps": m.steps} for m in self.models]
         for key in ("candidates", "seconds", "versions"):
             del result[key]
@@ -289,11 +282,11 @@ def rows_of(result: Result) -> dict[str, Mapping[str, Any]]:
     where validation puts that above everything that the rule gives.
     """
     rows: dict[str, Mapping[str, Any]] = {row["rule"]: row for row in result["rows"]}
-    base = rows[BASE]
+    base = rows[UNMERGED]
     worse: dict[str, Mapping[str, Any]] = {
         name: {**base, "rule": name}
         for name, row in rows.items()
-        if name not in (SINGLE, BASE) and row["val"] < base["val"]
+        if name not in (SINGLE, UNMERGED) and row["val"] < base["val"]
     }
     return rows | worse
 

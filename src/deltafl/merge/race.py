@@ -1,12 +1,13 @@
-"""Race candidates over shared, growing validation subsets, dropping one as soon as a bound says that it cannot win.
+"""Race candidates over shared, growing validation subsets, dropping one once a bound says it cannot win.
 
-A race knows of candidates only what `judge` tells: per-example scores. All candidates see the same examples, so that
-two are compared by paired differences, whose variance is far below that of either score.
+A race knows of candidates only what `judge` tells: scores, example by example. All candidates see the
+same examples, so that two are compared by paired differences: what is common to all scores of an
+example (how hard it is, the -3 of a log-likelihood) does not count, and what is left varies far less.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from itertools import compress
 from statistics import NormalDist
 
 import torch
@@ -21,25 +22,12 @@ FIRST = 8
 ROUNDING = 1e-12
 """Sums of equal worth may differ by this much in float64; no candidate is dropped for it."""
 
-Judge = Callable[[Sequence[int], Sequence[Tensor]], Iterable[tuple[int, Sequence[Tensor]]]]
-"""(candidates, ids of each task) -> (candidate, scores (n_t,) of each task), once for each candidate, in any order."""
-
-
-@dataclass(frozen=True)
-class Finish:
-    """How far one candidate came.
-
-    scores: of each task, (n_t,), in the order of the race's subset, or of the examples where all were seen.
-    evaluated: examples, over all tasks. dropped_at: the look (from 1) after which it was dropped; None: it was kept.
-    """
-
-    scores: tuple[Tensor, ...]
-    evaluated: int
-    dropped_at: int | None
+Judge = Callable[[Sequence[int], int], Sequence[Tensor]]
+"""(candidates, look) -> of each task their scores, (candidates, examples that the look adds)."""
 
 
 def orders(sizes: Sequence[int], seed: int) -> list[Tensor]:
-    """For each task the one random order in which all candidates see its examples, int64 (N_t,)."""
+    """For each task the random order in which all candidates see its examples, int64 (N_t,)."""
     return [
         torch.randperm(size, generator=keyed_generator(seed, "racing", task, size))
         for task, size in enumerate(sizes)
@@ -47,7 +35,7 @@ def orders(sizes: Sequence[int], seed: int) -> list[Tensor]:
 
 
 def looks(sizes: Sequence[int], first: int = FIRST) -> list[list[int]]:
-    """Examples of each task seen by each look: first, then half as many again, a task's size at most, all at last."""
+    """Examples of each task seen by each look: first, half as many again, and so on, all at last."""
     found, count = [], first
     while count < max(sizes):
         found.append([min(count, size) for size in sizes])
@@ -58,11 +46,16 @@ def looks(sizes: Sequence[int], first: int = FIRST) -> list[list[int]]:
 def critical_value(confidence: float, inexact_looks: int) -> float:
     """z with 1 - Phi(z) = (1 - confidence) / (K (K - 1) / 2), for K looks before the exact one.
 
-    The leader after look j is compared with everyone at each later look k, by examples drawn after it was chosen.
-    Given the first j looks it is one fixed candidate, so the best candidate takes part in a single comparison for each
-    pair j < k: Bonferroni over pairs of looks holds for any number of candidates, though who leads is known only from
-    the data. Infinite where 1 - confidence vanishes in float64.
+    The leader after look j is compared with everyone at each later look k, by examples drawn after it
+    was chosen. Given the first j looks it is one fixed candidate, so the best candidate takes part in
+    a single comparison for each pair j < k: Bonferroni over pairs of looks holds for any number of
+    candidates, though who leads is known only from the data. Infinite where 1 - confidence vanishes.
+
+    Raises:
+        DeltaflError: confidence is not between 0 and 1.
     """
+    if not 0 < confidence < 1:
+        raise DeltaflError(f"confidence: {confidence:g} is not between 0 and 1; 0.95 is usual")
     share = (1 - confidence) / max(inexact_looks * (inexact_looks - 1) / 2, 1)
     return -NormalDist().inv_cdf(share) if share > 0 else math.inf
 
@@ -78,147 +71,81 @@ def upper_bounds(
 
         bound = 1/T sum_t a_t m_t + z sqrt(1/T^2 sum_t a_t^2 v_t)
         m_t   = (sum of the first k_t d_ti + (N_t - k_t) mean of the others) / N_t
-        v_t   = ((N_t - k_t) / N_t)^2 (1 - f_t / (N_t - k_t)) q_t / f_t,   q_t = mean of all n_t d_ti^2
+        v_t   = ((N_t - k_t) / N_t)^2 (1 - f_t / (N_t - k_t)) q_t / f_t
+        q_t   = the larger of the mean of all n_t d_ti^2 and that of the last f_t
 
-    differences: for each of T tasks (C, n_t), paired, on n_t of its N_t = sizes[t] examples drawn without
-    replacement. known: k_t, how many of them, the first, were seen when the leader was chosen: they count as they are,
-    and the f_t = n_t - k_t others estimate the rest. scale: a_t, the worth of a unit of the task's score. A normal
-    approximation, with the correction for a finite population: at n_t = N_t the bound is the mean. q_t is taken about
-    zero, as in McNemar's test, and not about the mean: it is not below the variance, and it does not vanish where a
-    few examples all differ by the same.
+    differences: for each of T tasks (C, n_t), paired, on n_t of its N_t = sizes[t] examples drawn
+    without replacement. known: k_t, how many of them, the first, were seen when the leader was
+    chosen: they count as they are, and the f_t = n_t - k_t others estimate the rest. scale: a_t, the
+    worth of a unit of the task's score.
+
+    A normal approximation with the correction for a finite population: at n_t = N_t the bound is the
+    mean. Squares are taken about zero, as in McNemar's test: that is not below the variance, it does
+    not vanish where a few examples differ by the same, and it makes the mean a self-normalised sum.
+    Of normal differences such a sum has lighter tails than the normal law at any n, and of symmetric
+    ones, however heavy their tails, those of a sub-Gaussian (Efron 1969). The last f_t count alone
+    too because the leader may lead for having been spared its rare losses in the first k_t. What no
+    bound can know is a gain on rare examples of which none was drawn yet.
     """
     mean = torch.zeros(len(differences[0]), dtype=torch.float64)
     variance = torch.zeros_like(mean)
     for d, k, size, a in zip(differences, known, sizes, scale, strict=True):
-        old, fresh = d[:, :k].sum(1), d[:, k:]
-        rest, count = size - k, fresh.shape[1]
-        if count:
-            mean += a * (old + rest * fresh.mean(1)) / size
-            variance += (a * rest / size) ** 2 * (1 - count / rest) / count * d.square().mean(1)
-        else:
-            mean += a * old / k
+        old, new, rest = d[:, :k].sum(1), d[:, k:], size - k
+        if not (count := new.shape[1]):
+            mean += a * old / size
+            continue
+        squares = torch.maximum(d.square().mean(1), new.square().mean(1))
+        mean += a * (old + rest * new.mean(1)) / size
+        variance += (a * rest / size) ** 2 * (1 - count / rest) / count * squares
     return (mean + torch.where(variance > 0, z * variance.sqrt(), 0.0)) / len(sizes)
-
-
-def check_confidence(confidence: float) -> None:
-    """Raise DeltaflError unless 0 < confidence < 1."""
-    if not 0 < confidence < 1:
-        raise DeltaflError(
-            f"confidence: {confidence:g} is not between 0 and 1; a usual value is 0.95"
-        )
-
-
-@dataclass
-class _Contest:
-    """Candidates of which the best is wanted, and who led after each look, with how many examples of each task."""
-
-    members: frozenset[int]
-    leaders: list[tuple[int, list[int]]] = field(default_factory=list)
-
-    def lost(
-        self,
-        alive: Sequence[int],
-        values: Tensor,
-        stacks: Sequence[Tensor],
-        bounds: Callable[[Sequence[Tensor], Sequence[int]], Tensor],
-    ) -> Tensor:
-        """Which of `alive` an earlier leader beats, bool (A,); who is no member has lost, the first one never has.
-
-        values (A,): means so far; stacks: scores (A, n_t) of each task; bounds: see `upper_bounds`.
-        """
-        outside = torch.tensor([c not in self.members for c in alive])
-        if outside.all():
-            return outside
-        behind = values.isnan()
-        for leader, known in self.leaders:
-            if leader in alive:
-                behind |= bounds([s - s[alive.index(leader)] for s in stacks], known) < -ROUNDING
-        first = self._first(alive, values)
-        behind &= values != values[first]
-        behind[first] = False
-        return outside | behind
-
-    def choose(self, alive: Sequence[int], values: Tensor, counts: list[int]) -> None:
-        """Note who leads now."""
-        if not self.members.isdisjoint(alive):
-            self.leaders.append((alive[self._first(alive, values)], counts))
-
-    def _first(self, alive: Sequence[int], values: Tensor) -> int:
-        ranked = [-math.inf if math.isnan(v) else v for v in values.tolist()]
-        return max((i for i, c in enumerate(alive) if c in self.members), key=lambda i: ranked[i])
 
 
 def race(
     judge: Judge,
     candidates: int,
-    sizes: Sequence[int],
+    plan: Sequence[Sequence[int]],
     scale: Sequence[float],
-    *,
-    contests: Sequence[Sequence[int]] | None = None,
     confidence: float = 0.95,
-    seed: int = 0,
-    on_finish: Callable[[int, Finish], None] = lambda candidate, finish: None,
-) -> list[Finish]:
-    """Evaluate `candidates` (at least 1) on growing subsets; after each look drop those with an upper bound below 0.
+) -> list[int | None]:
+    """For each candidate the look, from 1, after which it was dropped; None: it saw all examples.
 
-    contests: who competes with whom; each candidate is in at least one, and is dropped once it has lost all that it is
-    in. None: one contest of all.
+    A candidate's value is the mean over tasks of scale[t] * mean score. The leader after a look is
+    the candidate with the highest mean so far, the first of equal ones; neither it nor an equal one
+    is dropped then. At every later look all are compared with it by the examples seen since (see
+    `critical_value`, and `upper_bounds` for what is approximate). With `confidence` the candidate
+    that is best on all data is among those that are left. A score that is not a finite number drops
+    its candidate at once: its mean over all examples is none either.
 
-    A candidate's value is the mean over tasks of scale[t] * mean score. The leader after a look is the candidate with
-    the highest mean so far, the first of equal ones; neither it nor an equal one is dropped then. At every later look
-    all are compared with it by the examples seen since (see `critical_value`, `upper_bounds` for what is approximate).
-    Those that are left at last see all N_t = sizes[t] examples of each task; with `confidence`, the candidate that is
-    best on the full data of its contest is among them. A score that is not a number drops its candidate at once: its
-    mean over all examples is none either.
+    plan: examples of each task seen by each look (see `looks`); the last sees all.
 
     Raises:
-        DeltaflError: confidence is not between 0 and 1, or a task has no examples.
+        DeltaflError: a task has no examples; confidence is not between 0 and 1.
     """
-    check_confidence(confidence)
+    sizes = plan[-1]
     if min(sizes) < 1:
-        raise DeltaflError(
-            "a task has no validation examples; a search needs at least one of each task"
-        )
-    drawn, plan = orders(sizes, seed), looks(sizes)
+        raise DeltaflError("a task has no validation examples; a search needs one of each task")
     z = critical_value(confidence, len(plan) - 1)
-    rounds = [_Contest(frozenset(members)) for members in contests or [range(candidates)]]
-    seen: dict[int, list[Tensor]] = {}
-    finished: dict[int, Finish] = {}
-    before = [0] * len(sizes)
-    alive = list(range(candidates))
-
-    def finish(candidate: int, look: int | None) -> None:
-        scores = seen.pop(candidate)
-        count = sum(map(len, scores))
-        if count == sum(sizes):
-            scores = [s[order.argsort()] for s, order in zip(scores, drawn, strict=True)]
-        finished[candidate] = Finish(tuple(scores), count, look)
-        on_finish(candidate, finished[candidate])
-
-    for look, counts in enumerate(plan, 1):
-        ids = [order[start:stop] for order, start, stop in zip(drawn, before, counts, strict=True)]
-        for candidate, scores in judge(alive, ids):
-            old = seen.get(candidate)
-            pairs = zip(old, scores, strict=True) if old else ((new, new[:0]) for new in scores)
-            seen[candidate] = [torch.cat([a, b]) if len(b) else a for a, b in pairs]
-        before = counts
-        if look == len(plan):
+    dropped: list[int | None] = [None] * candidates
+    alive, leaders = list(range(candidates)), list[tuple[int, Sequence[int]]]()
+    seen = [torch.empty(candidates, 0, dtype=torch.float64) for _ in sizes]
+    for look, counts in enumerate(plan):
+        seen = [torch.cat([s, new], 1) for s, new in zip(seen, judge(alive, look), strict=True)]
+        if look == len(plan) - 1:
             break
-        stacks = [
-            torch.stack([seen[c][task] for c in alive]).double() for task in range(len(sizes))
-        ]
-        values = torch.stack([a * s.mean(1) for a, s in zip(scale, stacks, strict=True)]).sum(0)
-        gone_now = torch.ones(len(alive), dtype=torch.bool)
-        for contest in rounds:
-            gone_now &= contest.lost(
-                alive, values, stacks, lambda d, known: upper_bounds(d, known, sizes, scale, z)
-            )
-            contest.choose(alive, values, counts)
-        lost = gone_now.tolist()
-        for candidate, gone in zip(alive, lost, strict=True):
-            if gone:
-                finish(candidate, look)
-        alive = [c for c, gone in zip(alive, lost, strict=True) if not gone]
-    for candidate in alive:
-        finish(candidate, None)
-    return [finished[c] for c in range(candidates)]
+        parts = [a * s.mean(1) for a, s in zip(scale, seen, strict=True)]
+        values = torch.stack(parts).sum(0).nan_to_num(-math.inf, -math.inf, -math.inf)
+        behind = values.isinf()
+        for leader, known in leaders:
+            if leader in alive:
+                differences = [s - s[alive.index(leader)] for s in seen]
+                behind |= upper_bounds(differences, known, sizes, scale, z) < -ROUNDING
+        ranked = values.tolist()
+        first = ranked.index(max(ranked))
+        behind &= (values != values[first]) | values.isinf()
+        behind[first] = False
+        leaders.append((alive[first], counts))
+        for candidate in compress(alive, behind.tolist()):
+            dropped[candidate] = look + 1
+        alive = list(compress(alive, (~behind).tolist()))
+        seen = [s[~behind] for s in seen]
+    return dropped

@@ -1,262 +1,240 @@
-"""Choose method and coefficients on validation data, exhaustively or by racing; look at the test split once.
+"""Choose method and coefficients on validation data, exhaustively or by racing.
 
-A candidate is (method, its parameters, lambda). Everything a search knows of tasks are per-example scores. The update
-of a method is computed once and reused for every lambda; two updates with the same bits are one, whatever methods and
-parameters they come from (most of a rho grid of FedGMA gives the same few updates).
+A candidate is (method, its parameters, lambda). Everything that a search knows of tasks are scores,
+example by example. The update of a method is computed once and reused for every lambda; candidates
+whose models have the same bits are one, whatever methods and parameters they come from.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from deltafl.algebra.aggregate import Aggregate, Stepped, as_weights, sum_scale
 from deltafl.algebra.deltas import Deltas
 from deltafl.algebra.reductions import gram_matrix
-from deltafl.algebra.tensors import Tensors
-from deltafl.errors import DeltaflError, did_you_mean
-from deltafl.merge.candidates import Held, Planned, Row, Shelf, check_methods, grid_of, planned
-from deltafl.merge.race import Finish, check_confidence, race
-from deltafl.merge.scores import (
-    Goal,
-    Judged,
-    Metric,
-    Problem,
-    Scorer,
-    Working,
-    metric_value,
-    single_scores,
-)
-from deltafl.merge.search_recipe import LAMBDAS
-from deltafl.rules.rule import Rule
-
-__all__ = [
-    "STRATEGIES", "Goal", "Metric", "Problem", "Row", "Scorer", "SearchResult", "Working", "check_methods",
-    "check_strategy", "curves", "grid_of", "metric_value", "search", "test_once", "test_singles",
-]  # fmt: skip
-
-STRATEGIES = ("exhaustive", "racing")
+from deltafl.errors import DeltaflError
+from deltafl.merge.candidates import BASE, Method, Row, check_methods, grid_of
+from deltafl.merge.problem import Problem
+from deltafl.merge.race import looks, orders, race
+from deltafl.merge.search_recipe import SearchRecipe
+from deltafl.merge.updates import UpdateCache
+from deltafl.progress import OnProgress, Progress, ignore
+from deltafl.rules.rule import build_rule
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """Every row in the order tried, the best of all and of each method, and what they are measured against.
+    """Every row in the order tried, the base first, and what they are measured against.
 
-    single: task -> validation score of its own model. correct: label of a row that was evaluated on all validation
-    data -> task -> scores (N,). The best of a method whose every row was dropped is the one that lasted longest.
-    examples: examples that candidates were evaluated on; exhaustive_examples: those that an exhaustive search takes.
+    single: task -> validation score of its own model. scores: label of a row that was evaluated on all
+    validation data -> task -> scores (N,). gram: of the deltas, (n, n) float64. val_examples: of all
+    tasks together.
     """
 
-    best: Row
     rows: tuple[Row, ...]
-    best_of: Mapping[str, Row]
-    base: Row
     single: Mapping[str, float]
-    correct: Mapping[str, Mapping[str, Tensor]]
-    norms: tuple[float, ...]
+    scores: Mapping[str, Mapping[str, Tensor]]
     gram: Tensor
-    examples: int
-    exhaustive_examples: int
+    val_examples: int
+
+    @property
+    def base(self) -> Row:
+        """The row of the base."""
+        return self.rows[0]
+
+    @property
+    def best(self) -> Row:
+        """The row to use; of equal values the first."""
+        return max(self.rows, key=lambda row: row.rank)
+
+    @property
+    def best_of(self) -> dict[str, Row]:
+        """Method -> its best row; where all were dropped, the one that lasted longest."""
+        found: dict[str, Row] = {}
+        for row in self.rows[1:]:
+            found[row.method] = max(found.get(row.method, row), row, key=lambda row: row.rank)
+        return found
+
+    @property
+    def norms(self) -> list[float]:
+        """Of the deltas."""
+        return self.gram.diagonal().sqrt().tolist()
+
+    @property
+    def examples(self) -> dict[str, int]:
+        """Examples that candidates were `evaluated` on, and that an `exhaustive` search takes."""
+        seen = [row.evaluated for row in self.rows if row.evaluated is not None]
+        return {"evaluated": sum(seen), "exhaustive": len(seen) * self.val_examples}
+
+    @property
+    def curves(self) -> dict[str, list[list[float]]]:
+        """Method -> [lambda, best value over its other parameters]; lambda 0 is the base."""
+        found: dict[str, dict[float, float]] = {}
+        for row in self.rows[1:]:
+            best = found.setdefault(row.method, {0.0: self.base.value})
+            best[row.scaling_coef] = max(best.get(row.scaling_coef, row.value), row.value)
+        return {method: sorted(map(list, best.items())) for method, best in found.items()}
 
 
 def search(
-    problem: Problem,
-    methods: Sequence[tuple[str, Mapping[str, Any]]],
-    *,
-    lambdas: Sequence[float] = LAMBDAS,
-    native_scale: bool = False,
-    metric: Metric = "normalized",
-    strategy: str = "exhaustive",
-    confidence: float = 0.95,
-    each_method: bool = False,
-    seed: int = 0,
-    memory: int = 8_000_000_000,
-    on_row: Callable[[Row], None] = lambda row: None,
+    problem: Problem, recipe: SearchRecipe, on_progress: OnProgress = ignore
 ) -> SearchResult:
-    """Evaluate the candidates on the validation data; the base (lambda 0) is one.
+    """Evaluate the candidates of `recipe` on the validation data; the base (lambda 0) is one.
 
-    native_scale: read the grid in each method's own convention (`grid: paper`): a rule whose paper averages has
-    server_lr = value; otherwise the grid is lambda, on the sum, for all. metric "normalized": mean over tasks of
-    score / score of the task's own model; "absolute": mean score. Of equal values the first row wins.
+    grid "paper": coefficients in each method's own convention: a rule whose paper averages has
+    server_lr = value; "default": they are lambda, on the sum, for all. metric "normalized": mean over
+    tasks of score / score of the task's own model; "absolute": mean score.
 
-    strategy "exhaustive": every candidate on all validation data. "racing": see `deltafl.merge.race.race`, which
-    `confidence` and `seed` (of the subsets) are for; rows that are dropped hold estimates and are not chosen.
-    each_method: a candidate races only with those of its method, so that the best of every method is exact. memory:
-    bytes of updates that a race holds; those above it are computed again at every look. on_row is told of a row as
-    soon as it is known: in order, or, of a race, as it is dropped or has finished.
+    strategy "exhaustive": every candidate on all validation data. "racing": see `race`, which
+    `confidence` and `seed` (of the subsets) are for; rows that are dropped hold estimates and are not
+    chosen. each_method: one race for each method, so that the best of every method is exact. memory:
+    bytes of updates that a race holds; those above it are computed again at every look.
 
     Raises:
-        DeltaflError: a method, parameter, strategy or confidence does not fit, or a single-task model scores 0 under
-            "normalized".
+        DeltaflError: a method or parameter does not fit, or a task's own model does not score above 0
+            under "normalized".
     """
-    check_strategy(strategy, confidence)
-    check_methods(methods, lambdas, [u.source for u in problem.updates])
-    weights = as_weights(problem.weights, len(problem.updates))
-    gram = gram_matrix(Deltas(problem.updates, weights), problem.threads)
-    norms = tuple(gram.diagonal().sqrt().tolist())
-    single = single_scores(problem, metric)
-    plan = planned(
-        methods,
-        lambdas,
-        lambda rule: Aggregate(rule, problem.updates, weights, threads=problem.threads),
-        norms,
-        native_scale=native_scale,
-        threads=problem.threads,
+    check_methods(recipe.grids, [u.source for u in problem.updates])
+    gram = gram_matrix(Deltas(problem.updates, problem.all_weights), problem.threads)
+    norms = gram.diagonal().sqrt().tolist()
+    grids = [[(m, point) for point in grid_of(m, given, norms)] for m, given in recipe.grids]
+    points = list(chain.from_iterable(grids))
+    total = 1 + len(points) * len(recipe.scaling_coefs)
+    single = problem.own_scores()
+    units = [_unit(*own, metric=recipe.metric) for own in single.items()]
+    tried = _Tried(
+        problem,
+        recipe,
+        units,
+        lambda done: on_progress(Progress("search on validation", done, total)),
     )
-    judged = Judged(problem, single, metric)
-    if strategy == "racing":
-        rows = _race(
-            judged, plan, Shelf(memory, problem.threads), confidence, each_method, seed, on_row
-        )
-    else:
-        rows = _exhaust(judged, plan, on_row)
-    best_of = {m: max((r for r in rows if r.method == m), key=lambda r: r.rank) for m, _ in methods}
-    best = max(rows, key=lambda r: r.rank)
-    evaluated = [r.evaluated for r in rows if r.evaluated is not None]
-    whole = len(evaluated) * sum(len(g.val) for g in problem.goals)
-    return SearchResult(
-        best,
-        tuple(rows),
-        best_of,
-        rows[0],
-        single,
-        judged.correct,
-        norms,
-        gram,
-        sum(evaluated),
-        whole,
+    contests = grids if recipe.each_method else [points]
+    if recipe.strategy == "exhaustive":
+        contests = [[point] for point in points]
+    if apart := recipe.each_method or recipe.strategy == "exhaustive":
+        tried.race(0)
+    for contest in contests:
+        start = len(tried.rows) if apart else 0
+        tried.add(contest)
+        tried.race(start)
+    rows, scores = tried.results()
+    return SearchResult(tuple(rows), single, scores, gram, sum(tried.looks[-1]))
+
+
+def _unit(task: str, score: float, metric: str) -> float:
+    """What scores of a task are divided by. Raises DeltaflError."""
+    if metric == "absolute":
+        return 1.0
+    if score > 0:
+        return score
+    raise DeltaflError(
+        f'task "{task}": its own model scores {score:g} on validation data, so scores cannot be '
+        "normalised by it; use metric: absolute, or check model, head and data"
     )
 
 
-def check_strategy(strategy: str, confidence: float) -> None:
-    """Raise DeltaflError if there is no such strategy, or the confidence is not between 0 and 1."""
-    if strategy not in STRATEGIES:
-        raise DeltaflError(f'strategy: unknown "{strategy}"; {did_you_mean(strategy, STRATEGIES)}')
-    check_confidence(confidence)
+@dataclass(frozen=True, order=True)
+class _Model:
+    """What tells the bits of a candidate: the digest of its update, and the factors of that."""
+
+    update: str
+    factors: tuple[float, ...]
+    scaling_coef: float = field(compare=False)
 
 
-BASE = Row("base", {}, 0.0, 0.0)
+class _Tried:
+    """The rows tried so far, and the scores of their models, each of which is evaluated once.
 
+    units: what scores of each task are divided by. on_progress: told how many rows are done.
+    """
 
-def _exhaust(judged: Judged, plan: Iterable[Planned], on_row: Callable[[Row], None]) -> list[Row]:
-    """Every row, evaluated on everything, in order."""
-    ids = [torch.arange(len(g.val)) for g in judged.problem.goals]
-    count = sum(map(len, ids))
-    base = judged.row(BASE, Finish(tuple(judged.scores(BASE, None, ids)), count, None))
-    rows, seen = [base], {}
-    on_row(base)
-    for row, bits, _, update in plan:
-        twin = seen.get(bits) if row.scaling_coef else base
-        if twin is None:
-            row = seen[bits] = judged.row(
-                row, Finish(tuple(judged.scores(row, update, ids)), count, None)
+    def __init__(
+        self,
+        problem: Problem,
+        recipe: SearchRecipe,
+        units: Sequence[float],
+        on_progress: Callable[[int], None],
+    ) -> None:
+        self.problem, self.recipe, self.units = problem, recipe, units
+        self.on_progress = on_progress
+        self.updates = UpdateCache(recipe.memory, problem.threads)
+        self.rows, self.models = [BASE], [_Model("", (), 0.0)]
+        self.seen: defaultdict[_Model, list[list[Tensor]]] = defaultdict(list)
+        sizes = [len(goal.val) for goal in problem.goals]
+        self.looks, self.orders = [sizes], [torch.arange(size) for size in sizes]
+        if recipe.strategy == "racing":
+            self.looks, self.orders = looks(sizes), orders(sizes, recipe.seed or 0)
+
+    def add(self, points: Sequence[Method]) -> None:
+        """Add a row for each coefficient of each method. Lambda 0 is the base whatever the update."""
+        weights = self.problem.all_weights
+        given = [weights.default, *(row for _, row in weights.patterns)]
+        totals = [sum(map(abs, row)) for row in given]
+        for method, params in points:
+            rule = build_rule(method, params)
+            update = self.updates.add(self.problem.aggregate(rule))
+            averages = self.recipe.grid == "paper" and rule.traits.native_scale == "mean"
+            for value in self.recipe.scaling_coefs:
+                coef = value / totals[0] if averages else value
+                factors = torch.tensor([coef * t for t in totals], dtype=torch.float32).tolist()
+                model = _Model(update, tuple(factors), coef) if coef else self.models[0]
+                self.models.append(model)
+                self.rows.append(Row(method, params, coef, coef * totals[0]))
+
+    def race(self, start: int) -> None:
+        """Race the models of the rows from `start` on; with one look that is to evaluate them."""
+        runners = list(dict.fromkeys(self.models[start:]))
+
+        def judge(alive: Sequence[int], look: int) -> list[Tensor]:
+            models = [runners[i] for i in alive]
+            before, is_last = len(runners) - len(models) + start, look == len(self.looks) - 1
+            self.updates.keep({model.update for model in models})
+            for done, model in enumerate(sorted(models), 1):  # those of one update together
+                if len(self.seen[model]) == look:  # else another race was here
+                    self.seen[model].append(self.evaluate(model, look))
+                self.on_progress(before + done * is_last)
+            tasks = range(len(self.units))
+            return [torch.stack([self.seen[m][look][t] for m in models]) for t in tasks]
+
+        race(judge, len(runners), self.looks, [1 / u for u in self.units], self.recipe.confidence)
+        self.on_progress(len(self.rows))
+
+    def evaluate(self, model: _Model, look: int) -> list[Tensor]:
+        """Of each task the scores of the examples that a look adds."""
+        starts = self.looks[look - 1] if look else [0] * len(self.units)
+        spans = zip(self.orders, starts, self.looks[look], strict=True)
+        ids = [order[start:stop] for order, start, stop in spans]
+        update = self.updates.get(model.update) if model.update else None
+        self.problem.load(update, model.scaling_coef)
+        goals = self.problem.goals
+        return [goal.val(goal.net, i) for goal, i in zip(goals, ids, strict=True)]
+
+    def results(self) -> tuple[list[Row], dict[str, dict[str, Tensor]]]:
+        """The rows with what is known of their models; label -> task -> scores of all examples."""
+        rows, first, scores = [], dict[_Model, Row](), {}
+        for row, model in zip(self.rows, self.models, strict=True):
+            if same := first.get(model):
+                known = {"val": same.val, "value": same.value, "dropped_at": same.dropped_at}
+                rows.append(replace(row, same_as=same.label, **known))
+                continue
+            drawn = [torch.cat(parts) for parts in zip(*self.seen[model], strict=True)]
+            dropped_at: int | None = len(self.seen[model])
+            names = [goal.name for goal in self.problem.goals]
+            if dropped_at == len(self.looks):
+                dropped_at = None
+                drawn = [s[o.argsort()] for s, o in zip(drawn, self.orders, strict=True)]
+                scores[row.label] = dict(zip(names, drawn, strict=True))
+            means = [float(s.double().mean()) for s in drawn]
+            values = [mean / unit for mean, unit in zip(means, self.units, strict=True)]
+            first[model] = replace(
+                row,
+                val=dict(zip(names, means, strict=True)),
+                value=sum(values) / len(values),
+                evaluated=sum(map(len, drawn)),
+                dropped_at=dropped_at,
             )
-        else:
-            row = row.twin_of(twin)
-        rows.append(row)
-        on_row(row)
-    return rows
-
-
-def _race(
-    judged: Judged,
-    plan: Iterable[Planned],
-    shelf: Shelf,
-    confidence: float,
-    each_method: bool,
-    seed: int,
-    on_row: Callable[[Row], None],
-) -> list[Row]:
-    """Every row, in order, of which those that lasted are evaluated on everything."""
-    rows, runners, updates = [BASE], [0], dict[str, Held]()
-    digest_of: dict[int, str] = {}
-    first: dict[tuple[str, tuple[float, ...]], int] = {}
-    twins: dict[int, list[int]] = {}
-    contests: dict[str, set[int]] = {"base": {0}}
-    for row, bits, aggregate, update in plan:
-        at = len(rows)
-        rows.append(row)
-        twin = first.setdefault(bits, at) if row.scaling_coef else 0
-        contests.setdefault(row.method, set()).add(
-            runners.index(twin) if twin != at else len(runners)
-        )
-        if twin != at:
-            twins.setdefault(twin, []).append(at)
-            continue
-        runners.append(at)
-        digest_of[at] = bits[0]
-        if bits[0] not in updates:
-            updates[bits[0]] = shelf.put(aggregate, update, bits[0])
-
-    def judge(alive: Sequence[int], ids: Sequence[Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
-        by_update: dict[str, list[int]] = {}
-        for runner in alive:
-            by_update.setdefault(digest_of.get(runners[runner], ""), []).append(runner)
-        for digest, held in updates.items():
-            if digest not in by_update:
-                shelf.drop(held)
-        for digest, members in by_update.items():
-            update = shelf.get(updates[digest]) if digest else None
-            for runner in members:
-                yield runner, judged.scores(rows[runners[runner]], update, ids)
-
-    def settle(runner: int, finish: Finish) -> None:
-        at = runners[runner]
-        rows[at] = judged.row(rows[at], finish)
-        on_row(rows[at])
-        for twin in twins.get(at, ()):
-            rows[twin] = rows[twin].twin_of(rows[at])
-            on_row(rows[twin])
-
-    goals, single = judged.problem.goals, judged.single
-    scale = [1 / single[g.name] if judged.metric == "normalized" else 1.0 for g in goals]
-    sizes = [len(g.val) for g in goals]
-    apart = [sorted(members) for members in contests.values()] if each_method else None
-    race(
-        judge,
-        len(runners),
-        sizes,
-        scale,
-        contests=apart,
-        confidence=confidence,
-        seed=seed,
-        on_finish=settle,
-    )
-    return rows
-
-
-def test_once(problem: Problem, row: Row, rule: Rule | None) -> dict[str, float]:
-    """Test score per task of a chosen candidate (rule None: the base). Call it once per row that is reported."""
-    tensors: Tensors = problem.base
-    if rule is not None:
-        weights = as_weights(problem.weights, len(problem.updates))
-        aggregate = Aggregate(rule, problem.updates, weights, threads=problem.threads)
-        tensors = dict(Stepped(problem.base, aggregate, sum_scale(weights, row.scaling_coef)))
-    problem.model.load(tensors)
-    return {
-        g.name: float(g.test(problem.model, torch.arange(len(g.test))).double().mean())
-        for g in problem.goals
-    }
-
-
-def test_singles(problem: Problem) -> dict[str, float]:
-    """Test score of each task's own model."""
-    scores = {}
-    for goal in problem.goals:
-        problem.model.load(goal.single)
-        scores[goal.name] = float(
-            goal.test(problem.model, torch.arange(len(goal.test))).double().mean()
-        )
-    return scores
-
-
-def curves(result: SearchResult) -> Iterator[tuple[str, list[tuple[float, float]]]]:
-    """For each method the best value at each lambda, over its other parameters; lambda 0 is the base."""
-    for method in result.best_of:
-        best: dict[float, float] = {0.0: result.base.value}
-        for row in result.rows:
-            if row.method == method:
-                best[row.scaling_coef] = max(best.get(row.scaling_coef, row.value), row.value)
-        yield method, sorted(best.items())
+            rows.append(first[model])
+        return rows, scores

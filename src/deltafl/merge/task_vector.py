@@ -6,21 +6,17 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeVar, overload
+from typing import Literal, Self, TypeAlias, TypeVar, overload
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from deltafl.algebra.aggregate import Aggregate, Stepped
 from deltafl.algebra.deltas import Difference, Update
-from deltafl.algebra.tensors import Joined, Spec, Tensors, blocks, lazy
+from deltafl.algebra.tensors import Joined, Lazy, Tensors, blocks, lazy
 from deltafl.checkpoints.align import align
-from deltafl.checkpoints.checkpoint import (
-    Checkpoint,
-    entries_of,
-    open_tensors,
-    refuse_untied,
-)
+from deltafl.checkpoints.checkpoint import Checkpoint, entries_of, open_tensors, refuse_untied
 from deltafl.errors import DeltaflError, shorten
 from deltafl.rules.cclip import CClip
 from deltafl.rules.fedavg import FedAvg
@@ -32,79 +28,73 @@ from deltafl.rules.task_arithmetic import TaskArithmetic
 
 logger = logging.getLogger(__name__)
 
-ModelLike: TypeAlias = Tensors | nn.Module | str | os.PathLike[str]
+PathLike: TypeAlias = str | os.PathLike[str]
 M = TypeVar("M", bound=nn.Module)
 
 
 class TaskVector:
     """delta = tuned - base, a mapping name -> float tensor with the algebra of a vector space.
 
-    `tensors` is a dict, or, from files, a lazy mapping that reads when asked. No operation changes its operands.
-    Operands must hold the same tensors in the same shapes; anything else is an error that names them.
+    `tensors` are in memory, or, from files, read when asked. No operation changes its operands, which
+    must hold the same tensors in the same shapes; anything else is an error that names them.
     """
 
     def __init__(self, tensors: Tensors) -> None:
-        self.tensors: Tensors = tensors
+        self.tensors: Lazy = lazy(tensors)
 
     @classmethod
-    def from_checkpoints(cls, base: ModelLike, finetuned: ModelLike) -> "TaskVector":
-        """tuned - base in the base's names, in float32, or in float64 where one of them holds that. Each: a mapping, a
-        module, a path or a hub id.
+    def from_checkpoints(
+        cls, base: Tensors | nn.Module | PathLike, finetuned: Tensors | nn.Module | PathLike
+    ) -> Self:
+        """tuned - base in the base's names, in float32, or in float64 where one of them holds that.
+        Each: a mapping, a module, a path or a hub id.
 
-        From two files it is read when asked; a model in memory may be trained further, so its difference is taken now.
-        Heads and towers that only one of the two has are left out; any other difference raises DeltaflError.
+        From two files it is read when asked; a model in memory may be trained further, so its
+        difference is taken now. Heads and towers that only one of the two has are left out.
+
+        Raises:
+            DeltaflError: they differ in anything else.
         """
-        ours, theirs = as_tensors(base), as_tensors(finetuned)
+        ours, theirs = _tensors_of(base), _tensors_of(finetuned)
         found = align(entries_of(ours), {"finetuned": entries_of(theirs)})
         if found.problems:
             raise DeltaflError(*found.problems)
         refuse_untied(found, ours, {"finetuned": theirs})
         for reason, left in (*found.copied.items(), *found.ignored.get("finetuned", {}).items()):
             logger.info("left out of the task vector: %d tensors (%s)", len(left), reason)
-        names = found.names["finetuned"]
-        tuned = Joined({n: (theirs, names[n]) for n in found.merged})
-        dtypes = {lazy(held).spec(n).dtype for n in found.merged for held in (ours, tuned)}
-        wide = torch.float64 in dtypes
-        delta = Difference(ours, tuned, torch.float64 if wide else torch.float32)
+        tuned = Joined({n: (theirs, found.names["finetuned"][n]) for n in found.merged})
+        dtypes = {held.spec(n).dtype for n in found.merged for held in (lazy(ours), tuned)}
+        delta = Difference(ours, tuned, torch.float64 if torch.float64 in dtypes else torch.float32)
         on_disk = isinstance(ours, Checkpoint) and isinstance(theirs, Checkpoint)
         return cls(delta if on_disk else dict(delta))
 
     def _check_alike(self, other: "TaskVector") -> None:
         """Raise DeltaflError unless the other one holds the same tensors in the same shapes."""
-        if set(self.tensors) != set(other.tensors):
-            raise DeltaflError(
-                f"task vectors differ in tensors: {shorten(sorted(set(self.tensors) ^ set(other.tensors)))}"
-            )
+        if odd := set(self.tensors) ^ set(other.tensors):
+            raise DeltaflError(f"task vectors differ in tensors: {shorten(sorted(odd))}")
         for name in self.tensors:
-            a, b = self._spec(name).shape, other._spec(name).shape
+            a, b = self.tensors.spec(name).shape, other.tensors.spec(name).shape
             if a != b:
                 raise DeltaflError(f'task vectors differ: tensor "{name}" is {a} and {b}')
 
-    def _spec(self, name: str) -> Spec:
-        return lazy(self.tensors).spec(name)
-
-    def _combine(self, other: "TaskVector", sign: int) -> "TaskVector":
-        self._check_alike(other)
-        return TaskVector(
-            {n: torch.add(t, other.tensors[n], alpha=sign) for n, t in self.tensors.items()}
-        )
-
     def __add__(self, other: "TaskVector") -> "TaskVector":
-        return self._combine(other, 1) if isinstance(other, TaskVector) else NotImplemented
+        if not isinstance(other, TaskVector):
+            return NotImplemented
+        self._check_alike(other)
+        return TaskVector({name: t + other.tensors[name] for name, t in self.tensors.items()})
 
     def __radd__(self, other: object) -> "TaskVector":
-        return (
-            self if isinstance(other, int) and other == 0 else NotImplemented
-        )  # what `sum` starts with
+        # 0 is what `sum` starts with.
+        return self if isinstance(other, int) and other == 0 else NotImplemented
 
     def __sub__(self, other: "TaskVector") -> "TaskVector":
-        return self._combine(other, -1) if isinstance(other, TaskVector) else NotImplemented
+        return self + -other if isinstance(other, TaskVector) else NotImplemented
 
     def __neg__(self) -> "TaskVector":
-        return TaskVector({n: -t for n, t in self.tensors.items()})
+        return self * -1
 
     def __mul__(self, factor: float) -> "TaskVector":
-        return TaskVector({n: t * factor for n, t in self.tensors.items()})
+        return TaskVector({name: t * factor for name, t in self.tensors.items()})
 
     __rmul__ = __mul__
 
@@ -114,16 +104,18 @@ class TaskVector:
     @property
     def num_elements(self) -> int:
         """Number of coordinates."""
-        return sum(self._spec(n).numel for n in self.tensors)
+        return sum(self.tensors.spec(name).numel for name in self.tensors)
 
     def dot(self, other: "TaskVector") -> float:
-        """<self, other> over all tensors: float64 in each block, the blocks added with one rounding, in any order."""
+        """<self, other> over all tensors: float64 in each block, the blocks added with one rounding, in
+        any order.
+        """
         self._check_alike(other)
-        ours, theirs, parts = lazy(self.tensors), lazy(other.tensors), list[float]()
-        for name in ours:
-            for span in blocks(ours.spec(name).numel):
-                a = ours.block(name, *span, torch.float64)
-                parts.append(float(a @ theirs.block(name, *span, torch.float64)))
+        parts: list[float] = []
+        for name in self.tensors:
+            for span in blocks(self.tensors.spec(name).numel):
+                a, b = (v.tensors.block(name, *span, torch.float64) for v in (self, other))
+                parts.append(float(a @ b))
         return math.fsum(parts)
 
     def norm(self) -> float:
@@ -135,46 +127,43 @@ class TaskVector:
 
     @overload
     def apply_to(
-        self, base: Tensors | str | os.PathLike[str], scaling_coef: float = 1.0
+        self, base: Tensors | PathLike, scaling_coef: float = 1.0
     ) -> dict[str, Tensor]: ...
 
-    def apply_to(self, base: Any, scaling_coef: float = 1.0) -> Any:
+    def apply_to(
+        self, base: nn.Module | Tensors | PathLike, scaling_coef: float = 1.0
+    ) -> nn.Module | dict[str, Tensor]:
         """base + scaling_coef * delta: a new module for a module, a new dict for a mapping or a path.
 
         Rounded once to each base tensor's dtype; tensors that the vector does not hold are the base's.
         """
-        held = as_tensors(base)
+        held = lazy(_tensors_of(base))
         stepped = Stepped(held, self.tensors, scaling_coef)
         for name in self.tensors:
-            ours, theirs = self._spec(name).shape, lazy(held).spec(name).shape
+            ours, theirs = self.tensors.spec(name).shape, held.spec(name).shape
             if ours != theirs:
                 raise DeltaflError(
                     f'tensor "{name}" is {ours} in the task vector, {theirs} in the base'
                 )
         if not isinstance(base, nn.Module):
-            return {name: stepped[name].clone() for name in stepped}
+            return {name: tensor.clone() for name, tensor in stepped.items()}
         applied = copy.deepcopy(base)
         applied.load_state_dict(dict(stepped))
         return applied
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: PathLike) -> None:
         """Write the tensors to one .safetensors file."""
-        from safetensors.torch import save_file
-
-        save_file(
-            {n: t.clone(memory_format=torch.contiguous_format) for n, t in self.tensors.items()},
-            path,
-            metadata={"format": "pt"},
-        )
+        one_each = torch.contiguous_format
+        held = {n: t.clone(memory_format=one_each) for n, t in self.tensors.items()}
+        save_file(held, path, metadata={"format": "pt"})
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "TaskVector":
+    def load(cls, path: PathLike) -> Self:
         """Read what `save` wrote, lazily."""
         return cls(open_tensors(Path(path)))
 
 
-def as_tensors(model: ModelLike) -> Tensors:
-    """The named tensors of a mapping, a module, a path or a hub id."""
+def _tensors_of(model: Tensors | nn.Module | PathLike) -> Tensors:
     if isinstance(model, nn.Module):
         return model.state_dict()
     return model if isinstance(model, Mapping) else open_tensors(model)
@@ -183,21 +172,13 @@ def as_tensors(model: ModelLike) -> Tensors:
 def merge_vectors(
     task_vectors: Sequence[TaskVector], rule: Rule, sources: Sequence[Source] | None = None
 ) -> TaskVector:
-    """Any rule on task vectors, at mean scale. Raises DeltaflError unless there is one source for each."""
-    known = (
-        [Source(f"task vector {i}") for i in range(len(task_vectors))]
-        if sources is None
-        else sources
-    )
-    if len(known) != len(task_vectors):
-        raise DeltaflError(f"{len(known)} numbers for {len(task_vectors)} task vectors")
-    return TaskVector(
-        dict(
-            Aggregate(
-                rule, [Update(v.tensors, s) for v, s in zip(task_vectors, known, strict=True)]
-            )
-        )
-    )
+    """Any rule on task vectors, at mean scale. Raises DeltaflError unless there is a source for each."""
+    if sources is None:
+        sources = [Source(f"task vector {i}") for i in range(len(task_vectors))]
+    if len(sources) != len(task_vectors):
+        raise DeltaflError(f"{len(sources)} numbers for {len(task_vectors)} task vectors")
+    updates = [Update(v.tensors, s) for v, s in zip(task_vectors, sources, strict=True)]
+    return TaskVector(dict(Aggregate(rule, updates)))
 
 
 def task_arithmetic(task_vectors: Sequence[TaskVector]) -> TaskVector:
@@ -212,7 +193,7 @@ def fedavg(task_vectors: Sequence[TaskVector], num_examples: Sequence[int]) -> T
 
 
 def fednova(task_vectors: Sequence[TaskVector], local_steps: Sequence[int]) -> TaskVector:
-    """Each task vector normalised by its local steps: sum_i mean(tau) / (n tau_i) delta_i (arXiv 2007.07481)."""
+    """Each normalised by its local steps: sum_i mean(tau) / (n tau_i) delta_i (arXiv 2007.07481)."""
     sources = [Source(f"task vector {i}", num_steps=n) for i, n in enumerate(local_steps)]
     return merge_vectors(task_vectors, FedNova(), sources)
 

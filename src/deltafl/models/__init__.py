@@ -1,7 +1,6 @@
 """Models: load one by name, give it a head, say what of it trains, save it to load again."""
 
 from deltafl.models import probe, ridge, zero_shot  # noqa: F401  (they register)
-from deltafl.models.encoder import InputSpec, LoadedEncoder, load_encoder, save_encoder
 from deltafl.models.head import HEAD_FILE, Head
 from deltafl.models.head_recipe import HeadFit, HeadRecipe
 from deltafl.models.loading import load_net, new_net
@@ -13,11 +12,7 @@ __all__ = [
     "Head",
     "HeadFit",
     "HeadRecipe",
-    "InputSpec",
-    "LoadedEncoder",
     "Net",
-    "load_encoder",
     "load_net",
     "new_net",
-    "save_encoder",
 ]

@@ -3,7 +3,7 @@
 import copy
 import json
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,12 @@ from deltafl.tasks.task import Task, check_task
 
 WEIGHTS = "model.safetensors"
 MODEL_JSON = "deltafl_model.json"
+
+
+@lru_cache(maxsize=16)
+def _matched(files: tuple[str, ...], given: tuple[str, ...]) -> Mapping[str, str]:
+    """Name in files -> name given; kept, for a search loads models of the same names by the hundred."""
+    return match(files, given)[0]
 
 
 class Format:
@@ -174,7 +180,8 @@ class Net:
         pairs = {n: n for n in state if n in tensors}
         if not pairs.keys() >= set(needed):
             files = {self.format.file_name(n): n for n in state}
-            pairs = {files[n]: given for n, given in match(files, tensors.keys())[0].items()}
+            matched = _matched(tuple(files), tuple(tensors))
+            pairs = {files[n]: given for n, given in matched.items()}
         if missing := [n for n in needed if n not in pairs]:
             raise DeltaflError(
                 f"the model needs {shorten(missing)}, not among the {len(tensors)} tensors given"
@@ -219,6 +226,12 @@ class Net:
     def save(self, folder: Path) -> None:
         """Write the model into the existing `folder`, so that `load_net(folder)` gives it back."""
         self.format.save(self.module, folder)
+
+    def sharing(self) -> "Net":
+        """A net on the same tensors, for another head: what is loaded into one of them is in both."""
+        tensors = [*self.module.parameters(), *self.module.buffers()]
+        module = copy.deepcopy(self.module, {id(tensor): tensor for tensor in tensors})
+        return Net(module, self.inputs, self.format, self.origin)
 
     def copy_to(self, device: torch.device | str) -> "Net":
         """A copy of the model on `device`."""

@@ -124,14 +124,18 @@ def check_task(task: Task, model: Model, device: Device = "cpu") -> None:
         check_values(task, "score", task.score(model, batch).float(), len(ids))
 
 
-def check_values(task: Task, field: str, values: Tensor, count: int) -> None:
-    """Raise DeltaflError if `values`, a field of `task`, are not `count` finite float numbers."""
+def check_values(
+    task: Task, field: str, values: Tensor, count: int, *, finite: bool = True
+) -> None:
+    """Raise DeltaflError if `values`, a field of `task`, are not `count` float numbers, all finite
+    unless a model may have diverged.
+    """
     if not values.is_floating_point() or values.shape != (count,):
         raise DeltaflError(
             f'task "{task.name}": {field} must be float ({count},), a number for each example, not '
             f"{values.dtype} {tuple(values.shape)}"
         )
-    if not values.isfinite().all():
+    if finite and not values.isfinite().all():
         raise DeltaflError(f'task "{task.name}": {field} is not finite: {values.tolist()[:9]}')
 
 

@@ -1,6 +1,5 @@
 """A search over real fine-tunes of a tiny ViT on the digits: what it reads, and that its winner is what it writes."""
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -13,14 +12,17 @@ import torch
 from checkpoint_files import load
 from deltafl.checkpoints.checkpoint import Checkpoint
 from deltafl.errors import DeltaflError
-from deltafl.experiments.one_shot import BASE, SINGLE, most_rows, run_search
+from deltafl.merge import search_run
 from deltafl.merge.search_recipe import SearchRecipe
+from deltafl.merge.search_run import SINGLE, UNMERGED, run_search
 from deltafl.models import HEAD_FILE, load_net
+from deltafl.models.fit import random_head
+from deltafl.models.head import save_head
 from deltafl.progress import Progress
 from deltafl.tasks import load_task
-from deltafl.tasks.arrays import load_arrays
 from deltafl.training import TrainingRecipe, finetune
-from tiny_models import judged, vit_file
+from deltafl.training.step import TaskScorer, scores
+from tiny_models import judged, tiny_llama, vit_file
 
 VARIANTS = ("mirrored", "thick")
 METHODS: tuple[tuple[str, Mapping[str, Any]], ...] = (
@@ -78,7 +80,7 @@ def test_the_rows_are_singles_base_and_each_method_with_their_own_test_scores(
     trained: Path,
 ) -> None:
     result = run(search_recipe(trained))
-    assert [r["rule"] for r in result["rows"]] == [SINGLE, BASE, *(m for m, _ in METHODS)]
+    assert [r["rule"] for r in result["rows"]] == [SINGLE, UNMERGED, *(m for m, _ in METHODS)]
     for i, variant in enumerate(VARIANTS):
         data, name, head = f"digits:{variant}", result["tasks"][i], trained / "base" / HEAD_FILE
         assert result["single"][name] == judged(trained / variant, data).score
@@ -108,13 +110,11 @@ def test_the_merged_model_scores_what_its_row_says(trained: Path, tmp_path: Path
     assert record["scaling_coef"] == pytest.approx(best["scaling_coef"])
 
 
-def test_every_candidate_is_kept_and_told(trained: Path) -> None:
+def test_every_candidate_is_kept_and_counted(trained: Path) -> None:
     told: list[Progress] = []
-    recipe = search_recipe(trained)
-    result = run_search(recipe, None, on_progress=told.append)
-    count = 1 + 2 * (1 + 1 + 2 + 1 + 2)
-    assert len(result["candidates"]) == most_rows(recipe) == count
-    assert [(p.done, p.total) for p in told] == [(i + 1, count) for i in range(count)]
+    result = run_search(search_recipe(trained), None, on_progress=told.append)
+    assert len(result["candidates"]) == 1 + 2 * (1 + 1 + 2 + 1 + 2)
+    assert (told[-1].done, told[-1].total) == (len(result["candidates"]),) * 2
 
 
 def test_the_same_search_gives_the_same_numbers(trained: Path) -> None:
@@ -143,7 +143,7 @@ def test_mistake_checkpoints_read_again_for_every_candidate(
     trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reads = counting(
-        monkeypatch, Checkpoint, "_read", lambda self, name, *rest: (self.layout.ref, name)
+        monkeypatch, Checkpoint, "read", lambda self, name, *rest: (self.layout.ref, name)
     )
     run(search_recipe(trained))
     assert {ref for ref, _ in reads} == {str(trained / n) for n in ("base", *VARIANTS)}
@@ -156,7 +156,7 @@ def test_streaming_gives_the_rows_of_memory_without_reading_per_coefficient(
     assert run(search_recipe(trained)) == run(search_recipe(trained, memory=0))
     methods = ["median"]
     reads = counting(
-        monkeypatch, Checkpoint, "_read", lambda self, *rest: Path(self.layout.ref).name
+        monkeypatch, Checkpoint, "read", lambda self, *rest: Path(self.layout.ref).name
     )
     counts = []
     for lambdas in ((0.1,), (0.1, 0.2, 0.3, 0.4)):
@@ -179,17 +179,11 @@ def test_mistake_images_decoded_again_for_every_candidate(
 def test_the_test_split_is_scored_once_for_each_reported_row(
     trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from deltafl.training.legacy import Accuracy
-
-    def split_of(scorer: Accuracy, *rest: object) -> str:
-        return hashlib.sha256(scorer.split.images.numpy().tobytes()).hexdigest()
-
-    scored = counting(monkeypatch, Accuracy, "__call__", split_of)
+    scored = counting(
+        monkeypatch, TaskScorer, "__call__", lambda self, *rest: (self.task.name, self.split)
+    )
     result = run(search_recipe(trained))
-    for name, variant in zip(result["tasks"], VARIANTS, strict=True):
-        test = load_arrays(f"digits:{variant}", image_size=8, channels=1).test
-        digest = hashlib.sha256(test.images.numpy().tobytes()).hexdigest()
-        assert scored[digest] == len(result["rows"]), name
+    assert {scored[name, "test"] for name in result["tasks"]} == {len(result["rows"])}
     assert len(scored) == 4
 
 
@@ -198,25 +192,19 @@ def test_the_test_split_is_scored_once_for_each_reported_row(
 
 def refused(recipe: SearchRecipe, monkeypatch: pytest.MonkeyPatch) -> DeltaflError:
     """The error of a search that must not come to scoring anything."""
-    from deltafl.training.legacy import Accuracy
-
-    scored = counting(monkeypatch, Accuracy, "__call__", lambda *rest: None)
+    scored = counting(monkeypatch, TaskScorer, "__call__", lambda *rest: None)
     with pytest.raises(DeltaflError) as error:
         run(recipe)
     assert not scored
     return error.value
 
 
-def test_unknown_methods_and_missing_steps_are_found_before_any_data_is_loaded(
+def test_unknown_methods_are_found_before_any_data_is_loaded(
     trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from deltafl.experiments import one_shot
-
-    monkeypatch.setattr(one_shot, "load_arrays", lambda *a, **k: pytest.fail("data was loaded"))
-    error = refused(
-        search_recipe(trained, methods=["fedgm", {"method": "median", "rho": 1.0}]), monkeypatch
-    )
-    assert len(error.problems) == 2
+    monkeypatch.setattr(search_run, "load_task", lambda *rest: pytest.fail("data was loaded"))
+    methods = ["fedgm", {"method": "median", "rho": 1.0}]
+    assert len(refused(search_recipe(trained, methods=methods), monkeypatch).problems) == 2
 
 
 def test_two_models_of_one_task_are_an_error(
@@ -230,9 +218,6 @@ def test_two_models_of_one_task_are_an_error(
 def test_heads_that_are_missing_or_of_another_model_are_all_reported(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from deltafl.models.fit import random_head
-    from deltafl.models.head import save_head
-
     save_head(
         random_head(32, tuple("0123456789"), torch.Generator()), tmp_path / "wide.safetensors"
     )
@@ -253,7 +238,7 @@ def test_where_the_base_is_best_nothing_is_merged(trained: Path, tmp_path: Path)
     )
     assert result["best"]["method"] == "base"
     assert not (tmp_path / "merged").exists()
-    assert [r["rule"] for r in result["rows"]] == [SINGLE, BASE, "median"]
+    assert [r["rule"] for r in result["rows"]] == [SINGLE, UNMERGED, "median"]
 
 
 def test_a_search_changes_no_input(trained: Path, tmp_path: Path) -> None:
@@ -261,3 +246,78 @@ def test_a_search_changes_no_input(trained: Path, tmp_path: Path) -> None:
     run(search_recipe(trained), tmp_path / "merged")
     for name, tensors in before.items():
         assert all(torch.equal(t, tensors[n]) for n, t in load(trained / name).items())
+
+
+# Language
+
+
+@pytest.fixture(scope="module")
+def spoken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny Llama, two folders of lines, and a fine-tune of it on each of them."""
+    root = tmp_path_factory.mktemp("spoken")
+    base = tiny_llama(root / "base")
+    base.save(root / "base")
+    for source, text in (("sums", "{} and {} are more"), ("days", "the {}th of May {}")):
+        (root / source).mkdir()
+        for split in ("train", "test"):
+            lines = "\n".join(text.format(i % 7, i) for i in range(30))
+            (root / source / f"{split}.txt").write_text(lines)
+        recipe = TrainingRecipe.of(
+            model=str(root / "base"), data=str(root / source), steps=20, lr=3e-3, batch_size=9,
+            out=str(root / f"on-{source}"),
+        )  # fmt: skip
+        net = load_net(recipe.model)
+        finetune(net, load_task(recipe.data, net.inputs), recipe)
+    return root
+
+
+def language_recipe(root: Path, **changes: Any) -> SearchRecipe:
+    sources = ("sums", "days")
+    recipe = SearchRecipe.of(
+        base=str(root / "base"),
+        models=[{"path": str(root / f"on-{s}"), "data": str(root / s)} for s in sources],
+        methods=["task_arithmetic", {"method": "ties", "density": 0.5}, "median"],
+        scaling_coefs=[0.2, 0.5, 1.0],
+        metric="absolute",
+        threads=1,
+    )
+    return recipe.replace(**changes)
+
+
+def test_language_models_are_searched_by_the_likelihood_of_lines(
+    spoken: Path, tmp_path: Path
+) -> None:
+    result = run(language_recipe(spoken), tmp_path / "merged")
+    best, base = result["best"], result["candidates"][0]
+    assert result["metric"] == "log-likelihood"
+    assert base["value"] < best["value"] < 0
+    assert all(row["normalized"] is None for row in result["rows"])
+    net = load_net(tmp_path / "merged")
+    for name in result["tasks"]:
+        task = load_task(str(spoken / name), net.inputs)
+        assert float(scores(net, task, "val").double().mean()) == best["val"][name]
+        own = load_net(spoken / f"on-{name}")
+        assert float(scores(own, task, "test").double().mean()) == result["single"][name]
+
+
+@pytest.mark.parametrize("each_method", [False, True])
+def test_a_race_of_language_models_has_the_same_winner(spoken: Path, each_method: bool) -> None:
+    whole = run(language_recipe(spoken))
+    raced = run(language_recipe(spoken, strategy="racing", each_method=each_method))
+    assert raced["best"]["value"] == whole["best"]["value"]
+    assert raced["rows"] == whole["rows"] or not each_method
+
+
+def test_a_merge_that_diverges_is_not_chosen(spoken: Path) -> None:
+    result = run(language_recipe(spoken, methods=["median"], scaling_coefs=[0.2, 1e40]))
+    assert result["candidates"][2]["value"] < -1e5
+    assert result["best"]["scaling_coef"] == 0.2
+
+
+def test_a_likelihood_is_not_divided_by_another(
+    spoken: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = refused(language_recipe(spoken, metric="normalized"), monkeypatch)
+    assert len(error.problems) == 2
+    assert 'task "sums": log-likelihood is no ratio' in error.problems[0]
+    assert "give --metric absolute" in error.problems[0]

@@ -144,14 +144,11 @@ def test_templates_and_saved_heads_take_the_place_of_the_built_in_prompts(
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"method": "ties"}, "fixed.mine: scaling_coef must be a number, not None"),
-        (
-            {"scaling_coef": 0.3},
-            "fixed.mine: {} does not say which method it is; write {method: NAME, ...}",
-        ),
+        ({"method": "ties"}, "fixed.mine.scaling_coef is missing"),
+        ({"scaling_coef": 0.3}, "fixed.mine.method is missing"),
         (
             {"method": "ties", "scaling_coef": 0.3, "densty": 1},
-            'fixed.mine: ties: unknown key "densty"',
+            'unknown key "fixed.mine.densty"; did you mean "density"?',
         ),
     ],
 )
@@ -167,4 +164,4 @@ def test_a_fixed_candidate_that_is_none_is_one_line(
 def test_a_reference_that_is_no_percentage_is_one_line(tmp_path: Path) -> None:
     held = load_yaml(RECIPE)
     said = refusal(tmp_path, "search", write(tmp_path, held | {"reference": {"ties": 722.0}}))
-    assert said == "reference.ties: input should be less than or equal to 100, not 722.0"
+    assert said == "reference.ties: must be less than or equal to 100, not 722.0"

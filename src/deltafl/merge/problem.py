@@ -1,0 +1,84 @@
+"""What a search judges merges by: goals, each a task with a scorer, and nets that candidates go into."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from deltafl.algebra.aggregate import Aggregate, Stepped, sum_scale
+from deltafl.algebra.deltas import Update
+from deltafl.algebra.tensors import Tensors
+from deltafl.merge.candidates import BASE, Row
+from deltafl.models.net import Net
+from deltafl.rules.rule import Rule, build_rule
+from deltafl.rules.weights import Weights, WeightsLike, as_weights
+
+
+class Scorer(Protocol):
+    """`scorer(net, ids)`: scores (n,) of the examples at `ids`; see `deltafl.training.TaskScorer`."""
+
+    def __len__(self) -> int: ...
+
+    def __call__(self, net: Net, ids: Tensor, /) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A task: its net, how that is scored on validation and on test data, and its own fine-tune.
+
+    The nets of all goals share the weights that candidates are loaded into; heads are their own.
+    """
+
+    name: str
+    net: Net
+    val: Scorer
+    test: Scorer
+    tuned: Tensors
+
+    def mean(self, scorer: Scorer) -> float:
+        """Mean score of the net as it is."""
+        return float(scorer(self.net, torch.arange(len(scorer))).double().mean())
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Base, deltas, and the goals that a merge of them is judged by."""
+
+    base: Tensors
+    updates: Sequence[Update]
+    goals: Sequence[Goal]
+    weights: WeightsLike = None
+    threads: int = 1
+
+    @property
+    def all_weights(self) -> Weights:
+        """One weight for each update."""
+        return as_weights(self.weights, len(self.updates))
+
+    def aggregate(self, rule: Rule) -> Aggregate:
+        """The update that a rule makes of the deltas."""
+        return Aggregate(rule, self.updates, self.all_weights, threads=self.threads)
+
+    def load(self, update: Tensors | None, scaling_coef: float) -> None:
+        """Put a candidate into the nets, tensor by tensor; update None: the base."""
+        model = self.base
+        if update is not None:
+            model = Stepped(model, update, sum_scale(self.all_weights, scaling_coef))
+        self.goals[0].net.load(model)
+
+    def own_scores(self, *, test: bool = False) -> dict[str, float]:
+        """Task -> mean score of its own model on validation or on test data."""
+        found = {}
+        for goal in self.goals:
+            goal.net.load(goal.tuned)
+            found[goal.name] = goal.mean(goal.test if test else goal.val)
+        return found
+
+    def test_scores(self, row: Row) -> dict[str, float]:
+        """Task -> test score of a chosen candidate. Call it once for each row that is reported."""
+        base = row.method == BASE.method
+        update = None if base else self.aggregate(build_rule(row.method, row.params))
+        self.load(update, row.scaling_coef)
+        return {goal.name: goal.mean(goal.test) for goal in self.goals}
