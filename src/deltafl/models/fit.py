@@ -73,9 +73,7 @@ class ClassifierFormat(Format):
 
     def prepare(self, net: Net, task: Task, recipe: HeadRecipe, fit: HeadFit) -> None:
         """The head that `recipe` names, one of `HEADS` or a file; it trains if that says so."""
-        classifier = classifier_of(net)
-        if not isinstance(task, ImageTask):
-            raise DeltaflError(f'model "{net.origin}" takes images; task "{task.name}" has none')
+        classifier, task = classifier_of(net), _with_images(net, task)
         if recipe.head in HEADS:
             head = HEADS[recipe.head](net, task, recipe, fit)
         else:
@@ -84,12 +82,14 @@ class ClassifierFormat(Format):
         classifier.head = head.requires_grad_(recipe.train_head).to(net.device)
 
     def check(self, net: Net, task: Task) -> None:
-        classifier = classifier_of(net)
-        if not isinstance(task, ImageTask):
-            raise DeltaflError(f'model "{net.origin}" takes images; task "{task.name}" has none')
-        if classifier.head is None:
-            raise DeltaflError(f'model "{net.origin}" has no {HEAD_FILE}; give a head with --head')
-        classifier.head.check(classifier.feature_dim, task.class_names, f"of {net.origin}")
+        features, names = classifier_of(net).feature_dim, _with_images(net, task).class_names
+        head_of(net).check(features, names, f"of {net.origin}")
+
+
+def _with_images(net: Net, task: Task) -> ImageTask:
+    if not isinstance(task, ImageTask):
+        raise DeltaflError(f'model "{net.origin}" takes images; task "{task.name}" has none')
+    return task
 
 
 def classifier_of(net: Net) -> Classifier:
@@ -102,7 +102,7 @@ def classifier_of(net: Net) -> Classifier:
 def head_of(net: Net) -> Head:
     """The net's head. Raises DeltaflError if it has none."""
     if (head := classifier_of(net).head) is None:
-        raise DeltaflError(f'model "{net.origin}" has no head; give one with --head')
+        raise DeltaflError(f'model "{net.origin}" has no {HEAD_FILE}; give a head with --head')
     return head
 
 

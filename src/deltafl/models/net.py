@@ -205,8 +205,7 @@ class Net:
 
         Raises:
             DeltaflError: a head of another model or task, one that this model cannot have, or a
-            task
-                that does not keep what `Task` promises.
+                task that does not keep what `Task` promises.
         """
         self.format.prepare(self, task, recipe, fit or HeadFit())
         check_task(task, self, self.device)
