@@ -44,7 +44,8 @@ def measure(
                 deltas.refuse_nonfinite(name, start, stop)
             agreeing = (signs @ signs.T + moved) / 2
             part = torch.stack([gram, moved.double(), agreeing.double()]).cpu()
-            found[layer_of(name)] = part + found.get(layer_of(name), 0)
+            layer = layer_of(name)
+            found[layer] = part + found.get(layer, 0)
         return found
 
     total: dict[str, Tensor] = {}

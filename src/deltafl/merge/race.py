@@ -23,7 +23,7 @@ ROUNDING = 1e-12
 """Sums of equal worth may differ by this much in float64; no candidate is dropped for it."""
 
 Judge = Callable[[Sequence[int], int], Sequence[Tensor]]
-"""(candidates, look) -> of each task their scores, (candidates, examples that the look adds)."""
+"""(candidates, look) -> of each task their scores so far, (candidates, examples seen at that look)."""
 
 
 def orders(sizes: Sequence[int], seed: int) -> list[Tensor]:
@@ -127,9 +127,8 @@ def race(
     z = critical_value(confidence, len(plan) - 1)
     dropped: list[int | None] = [None] * candidates
     alive, leaders = list(range(candidates)), list[tuple[int, Sequence[int]]]()
-    seen = [torch.empty(candidates, 0, dtype=torch.float64) for _ in sizes]
     for look, counts in enumerate(plan):
-        seen = [torch.cat([s, new], 1) for s, new in zip(seen, judge(alive, look), strict=True)]
+        seen = [scores.double() for scores in judge(alive, look)]
         if look == len(plan) - 1:
             break
         parts = [a * s.mean(1) for a, s in zip(scale, seen, strict=True)]
@@ -147,5 +146,4 @@ def race(
         for candidate in compress(alive, behind.tolist()):
             dropped[candidate] = look + 1
         alive = list(compress(alive, (~behind).tolist()))
-        seen = [s[~behind] for s in seen]
     return dropped

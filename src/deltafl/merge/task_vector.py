@@ -29,6 +29,7 @@ from deltafl.rules.task_arithmetic import TaskArithmetic
 logger = logging.getLogger(__name__)
 
 PathLike: TypeAlias = str | os.PathLike[str]
+ModelLike: TypeAlias = Tensors | nn.Module | PathLike
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -43,9 +44,7 @@ class TaskVector:
         self.tensors: Lazy = lazy(tensors)
 
     @classmethod
-    def from_checkpoints(
-        cls, base: Tensors | nn.Module | PathLike, finetuned: Tensors | nn.Module | PathLike
-    ) -> Self:
+    def from_checkpoints(cls, base: ModelLike, finetuned: ModelLike) -> Self:
         """tuned - base in the base's names, in float32, or in float64 where one of them holds that.
         Each: a mapping, a module, a path or a hub id.
 
@@ -72,10 +71,15 @@ class TaskVector:
         """Raise DeltaflError unless the other one holds the same tensors in the same shapes."""
         if odd := set(self.tensors) ^ set(other.tensors):
             raise DeltaflError(f"task vectors differ in tensors: {shorten(sorted(odd))}")
+        self._check_shapes(other.tensors, "the other one")
+
+    def _check_shapes(self, other: Lazy, what: str) -> None:
         for name in self.tensors:
-            a, b = self.tensors.spec(name).shape, other.tensors.spec(name).shape
-            if a != b:
-                raise DeltaflError(f'task vectors differ: tensor "{name}" is {a} and {b}')
+            ours, theirs = self.tensors.spec(name).shape, other.spec(name).shape
+            if ours != theirs:
+                raise DeltaflError(
+                    f'tensor "{name}" is {ours} in the task vector, {theirs} in {what}'
+                )
 
     def __add__(self, other: "TaskVector") -> "TaskVector":
         if not isinstance(other, TaskVector):
@@ -130,21 +134,14 @@ class TaskVector:
         self, base: Tensors | PathLike, scaling_coef: float = 1.0
     ) -> dict[str, Tensor]: ...
 
-    def apply_to(
-        self, base: nn.Module | Tensors | PathLike, scaling_coef: float = 1.0
-    ) -> nn.Module | dict[str, Tensor]:
+    def apply_to(self, base: ModelLike, scaling_coef: float = 1.0) -> nn.Module | dict[str, Tensor]:
         """base + scaling_coef * delta: a new module for a module, a new dict for a mapping or a path.
 
         Rounded once to each base tensor's dtype; tensors that the vector does not hold are the base's.
         """
         held = lazy(_tensors_of(base))
         stepped = Stepped(held, self.tensors, scaling_coef)
-        for name in self.tensors:
-            ours, theirs = self.tensors.spec(name).shape, held.spec(name).shape
-            if ours != theirs:
-                raise DeltaflError(
-                    f'tensor "{name}" is {ours} in the task vector, {theirs} in the base'
-                )
+        self._check_shapes(held, "the base")
         if not isinstance(base, nn.Module):
             return {name: tensor.clone() for name, tensor in stepped.items()}
         applied = copy.deepcopy(base)
@@ -153,9 +150,8 @@ class TaskVector:
 
     def save(self, path: PathLike) -> None:
         """Write the tensors to one .safetensors file."""
-        one_each = torch.contiguous_format
-        held = {n: t.clone(memory_format=one_each) for n, t in self.tensors.items()}
-        save_file(held, path, metadata={"format": "pt"})
+        apart = {n: torch.clone(t.contiguous()) for n, t in self.tensors.items()}
+        save_file(apart, path, metadata={"format": "pt"})
 
     @classmethod
     def load(cls, path: PathLike) -> Self:
@@ -163,21 +159,29 @@ class TaskVector:
         return cls(open_tensors(Path(path)))
 
 
-def _tensors_of(model: Tensors | nn.Module | PathLike) -> Tensors:
+def _tensors_of(model: ModelLike) -> Tensors:
     if isinstance(model, nn.Module):
         return model.state_dict()
     return model if isinstance(model, Mapping) else open_tensors(model)
 
 
 def merge_vectors(
-    task_vectors: Sequence[TaskVector], rule: Rule, sources: Sequence[Source] | None = None
+    task_vectors: Sequence[TaskVector], rule: Rule, **known: Sequence[int]
 ) -> TaskVector:
-    """Any rule on task vectors, at mean scale. Raises DeltaflError unless there is a source for each."""
-    if sources is None:
-        sources = [Source(f"task vector {i}") for i in range(len(task_vectors))]
-    if len(sources) != len(task_vectors):
-        raise DeltaflError(f"{len(sources)} numbers for {len(task_vectors)} task vectors")
-    updates = [Update(v.tensors, s) for v, s in zip(task_vectors, sources, strict=True)]
+    """Any rule on task vectors, at mean scale.
+
+    known: field of `Source` -> a number for each task vector.
+
+    Raises:
+        DeltaflError: none to merge, or not a number for each.
+    """
+    for numbers in known.values():
+        if len(numbers) != len(task_vectors):
+            raise DeltaflError(f"{len(numbers)} numbers for {len(task_vectors)} task vectors")
+    updates = [
+        Update(v.tensors, Source(f"task vector {i}", **{k: n[i] for k, n in known.items()}))
+        for i, v in enumerate(task_vectors)
+    ]
     return TaskVector(dict(Aggregate(rule, updates)))
 
 
@@ -188,14 +192,12 @@ def task_arithmetic(task_vectors: Sequence[TaskVector]) -> TaskVector:
 
 def fedavg(task_vectors: Sequence[TaskVector], num_examples: Sequence[int]) -> TaskVector:
     """The mean weighted by the number of examples (arXiv 1602.05629)."""
-    sources = [Source(f"task vector {i}", num_examples=n) for i, n in enumerate(num_examples)]
-    return merge_vectors(task_vectors, FedAvg(), sources)
+    return merge_vectors(task_vectors, FedAvg(), num_examples=num_examples)
 
 
 def fednova(task_vectors: Sequence[TaskVector], local_steps: Sequence[int]) -> TaskVector:
     """Each normalised by its local steps: sum_i mean(tau) / (n tau_i) delta_i (arXiv 2007.07481)."""
-    sources = [Source(f"task vector {i}", num_steps=n) for i, n in enumerate(local_steps)]
-    return merge_vectors(task_vectors, FedNova(), sources)
+    return merge_vectors(task_vectors, FedNova(), num_steps=local_steps)
 
 
 def fedgma(task_vectors: Sequence[TaskVector], rho: float) -> TaskVector:
