@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,11 +12,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from deltafl.algebra.aggregate import Aggregate, Stepped
-from deltafl.algebra.deltas import Difference, Update
-from deltafl.algebra.tensors import Joined, Lazy, Tensors, blocks, lazy
+from deltafl.algebra.deltas import Deltas, Difference, Update
+from deltafl.algebra.reductions import gram_matrix
+from deltafl.algebra.tensors import Joined, Lazy, Tensors, lazy
 from deltafl.checkpoints.align import align
 from deltafl.checkpoints.checkpoint import Checkpoint, entries_of, open_tensors, refuse_untied
-from deltafl.errors import DeltaflError, shorten
+from deltafl.errors import DeltaflError
 from deltafl.rules.cclip import CClip
 from deltafl.rules.fedavg import FedAvg
 from deltafl.rules.fedgma import FedGMA
@@ -25,6 +25,7 @@ from deltafl.rules.fednova import FedNova
 from deltafl.rules.median import Median
 from deltafl.rules.rule import Rule, Source
 from deltafl.rules.task_arithmetic import TaskArithmetic
+from deltafl.rules.weights import as_weights
 
 logger = logging.getLogger(__name__)
 
@@ -67,24 +68,10 @@ class TaskVector:
         on_disk = isinstance(ours, Checkpoint) and isinstance(theirs, Checkpoint)
         return cls(delta if on_disk else dict(delta))
 
-    def _check_alike(self, other: "TaskVector") -> None:
-        """Raise DeltaflError unless the other one holds the same tensors in the same shapes."""
-        if odd := set(self.tensors) ^ set(other.tensors):
-            raise DeltaflError(f"task vectors differ in tensors: {shorten(sorted(odd))}")
-        self._check_shapes(other.tensors, "the other one")
-
-    def _check_shapes(self, other: Lazy, what: str) -> None:
-        for name in self.tensors:
-            ours, theirs = self.tensors.spec(name).shape, other.spec(name).shape
-            if ours != theirs:
-                raise DeltaflError(
-                    f'tensor "{name}" is {ours} in the task vector, {theirs} in {what}'
-                )
-
     def __add__(self, other: "TaskVector") -> "TaskVector":
         if not isinstance(other, TaskVector):
             return NotImplemented
-        self._check_alike(other)
+        _deltas(self, other)
         return TaskVector({name: t + other.tensors[name] for name, t in self.tensors.items()})
 
     def __radd__(self, other: object) -> "TaskVector":
@@ -112,19 +99,13 @@ class TaskVector:
 
     def dot(self, other: "TaskVector") -> float:
         """<self, other> over all tensors: float64 in each block, the blocks added with one rounding, in
-        any order.
+        any order. Raises DeltaflError on NaN and Inf.
         """
-        self._check_alike(other)
-        parts: list[float] = []
-        for name in self.tensors:
-            for span in blocks(self.tensors.spec(name).numel):
-                a, b = (v.tensors.block(name, *span, torch.float64) for v in (self, other))
-                parts.append(float(a @ b))
-        return math.fsum(parts)
+        return float(gram_matrix(_deltas(self, other))[0, 1])
 
     def norm(self) -> float:
         """The 2-norm over all tensors, in float64."""
-        return self.dot(self) ** 0.5
+        return float(gram_matrix(_deltas(self))) ** 0.5
 
     @overload
     def apply_to(self, base: M, scaling_coef: float = 1.0) -> M: ...
@@ -141,7 +122,12 @@ class TaskVector:
         """
         held = lazy(_tensors_of(base))
         stepped = Stepped(held, self.tensors, scaling_coef)
-        self._check_shapes(held, "the base")
+        for name in self.tensors:
+            ours, theirs = self.tensors.spec(name).shape, held.spec(name).shape
+            if ours != theirs:
+                raise DeltaflError(
+                    f'tensor "{name}" is {ours} in the task vector, {theirs} in the base'
+                )
         if not isinstance(base, nn.Module):
             return {name: tensor.clone() for name, tensor in stepped.items()}
         applied = copy.deepcopy(base)
@@ -165,24 +151,31 @@ def _tensors_of(model: ModelLike) -> Tensors:
     return model if isinstance(model, Mapping) else open_tensors(model)
 
 
-def merge_vectors(
-    task_vectors: Sequence[TaskVector], rule: Rule, **known: Sequence[int]
-) -> TaskVector:
-    """Any rule on task vectors, at mean scale.
-
-    known: field of `Source` -> a number for each task vector.
-
-    Raises:
-        DeltaflError: none to merge, or not a number for each.
-    """
+def _updates(task_vectors: Sequence[TaskVector], **known: Sequence[int]) -> list[Update]:
     for numbers in known.values():
         if len(numbers) != len(task_vectors):
             raise DeltaflError(f"{len(numbers)} numbers for {len(task_vectors)} task vectors")
-    updates = [
+    return [
         Update(v.tensors, Source(f"task vector {i}", **{k: n[i] for k, n in known.items()}))
         for i, v in enumerate(task_vectors)
     ]
-    return TaskVector(dict(Aggregate(rule, updates)))
+
+
+def _deltas(*task_vectors: TaskVector) -> Deltas:
+    """The vectors, which must hold the same tensors, in float64."""
+    weights = as_weights(None, len(task_vectors))
+    return Deltas(_updates(task_vectors), weights, torch.float64)
+
+
+def merge_vectors(
+    task_vectors: Sequence[TaskVector], rule: Rule, **known: Sequence[int]
+) -> TaskVector:
+    """Any rule on task vectors, at mean scale. known: field of `Source` -> a number for each.
+
+    Raises:
+        DeltaflError: none to merge, other tensors in one of them, or not a number for each.
+    """
+    return TaskVector(dict(Aggregate(rule, _updates(task_vectors, **known))))
 
 
 def task_arithmetic(task_vectors: Sequence[TaskVector]) -> TaskVector:
