@@ -119,11 +119,13 @@ def advise(
     steps, spread = [s.num_steps for s in sources if s.num_steps], max(norms) / min(norms)
     if len(steps) < n:
         yield (
-            "Local steps are not known of every model: give them with --num-steps, then fednova can "
-            "be tried."
+            "Local steps are not known of every model: give them with --num-steps, then fednova "
+            "can be tried."
         )
     elif (ratio := max(steps) / min(steps)) >= 2:
-        yield f"Local steps differ {ratio:.2g}-fold: fednova weighs each delta by the work behind it."
+        yield (
+            f"Local steps differ {ratio:.2g}-fold: fednova weighs each delta by the work behind it."
+        )
     if spread >= 2:
         yield (
             f"Norms differ {spread:.2g}-fold, so {sources[norms.index(max(norms))].name} would "

@@ -1,4 +1,4 @@
-"""What a search judges merges by: goals, each a task with a scorer, and nets that candidates go into."""
+"""What a search judges merges by: goals, each a task with its scorers and the net to score."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class Goal:
 
 @dataclass(frozen=True)
 class Problem:
-    """Base, deltas, and the goals that a merge of them is judged by. weights: one for each delta."""
+    """Base, deltas, and the goals that merges are judged by. weights: one for each delta."""
 
     base: Tensors
     updates: Sequence[Update]

@@ -29,9 +29,9 @@ from deltafl.rules.weights import as_weights
 class SearchResult:
     """Every row in the order tried, the base first, and what they are measured against.
 
-    single: task -> validation score of its own model. scores: label of a row that was evaluated on all
-    validation data -> task -> scores (N,). gram: of the deltas, (n, n) float64. val_examples: of all
-    tasks together.
+    single: task -> validation score of its own model. scores: label of a row that was evaluated on
+    all validation data -> task -> scores (N,). gram: of the deltas, (n, n) float64. val_examples:
+    of all tasks together.
     """
 
     rows: tuple[Row, ...]
@@ -85,17 +85,17 @@ def search(
     """Evaluate the candidates of `recipe` on the validation data; the base (lambda 0) is one.
 
     grid "paper": coefficients in each method's own convention: a rule whose paper averages has
-    server_lr = value; "default": they are lambda, on the sum, for all. metric "normalized": mean over
-    tasks of score / score of the task's own model; "absolute": mean score.
+    server_lr = value; "default": they are lambda, on the sum, for all. metric "normalized": mean
+    over tasks of score / score of the task's own model; "absolute": mean score.
 
     strategy "exhaustive": every candidate on all validation data. "racing": see `race`, which
-    `confidence` and `seed` (of the subsets) are for; rows that are dropped hold estimates and are not
-    chosen. each_method: one race for each method, so that the best of every method is exact. memory:
-    bytes of updates that a race holds; those above it are computed again at every look.
+    `confidence` and `seed` (of the subsets) are for; rows that are dropped hold estimates and are
+    not chosen. each_method: one race for each method, so that the best of every method is exact.
+    memory: bytes of updates that a race holds; those above it are computed again at every look.
 
     Raises:
-        DeltaflError: a method or parameter does not fit, or a task's own model does not score above 0
-            under "normalized".
+        DeltaflError: a method or parameter does not fit, or a task's own model does not score
+            above 0 under "normalized".
     """
     check_methods(recipe.grids, [u.source for u in problem.updates])
     weights = as_weights(problem.weights, len(problem.updates))
@@ -160,7 +160,7 @@ class _Tried:
             self.looks, self.orders = looks(sizes), orders(sizes, recipe.seed or 0)
 
     def add(self, points: Sequence[Method]) -> None:
-        """Add a row for each coefficient of each method. Lambda 0 is the base whatever the update."""
+        """Add a row for each coefficient of each method. Lambda 0 is the base for any update."""
         total = self.problem.total_weight
         for method, params in points:
             rule = build_rule(method, params)

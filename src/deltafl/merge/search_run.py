@@ -76,7 +76,7 @@ def run_search(
 
 
 def save_scores(found: SearchResult, path: Path) -> None:
-    """One safetensors file: task -> (C, N), scores of the candidates that saw all validation examples.
+    """One safetensors file: task -> (C, N), scores of those that saw all validation examples.
 
     Its metadata hold the labels of the C candidates, in order (JSON).
     """

@@ -37,8 +37,8 @@ M = TypeVar("M", bound=nn.Module)
 class TaskVector:
     """delta = tuned - base, a mapping name -> float tensor with the algebra of a vector space.
 
-    `tensors` are in memory, or, from files, read when asked. No operation changes its operands, which
-    must hold the same tensors in the same shapes; anything else is an error that names them.
+    `tensors` are in memory, or, from files, read when asked. No operation changes its operands,
+    which must hold the same tensors in the same shapes; anything else is an error that names them.
     """
 
     def __init__(self, tensors: Tensors) -> None:
@@ -98,8 +98,8 @@ class TaskVector:
         return sum(self.tensors.spec(name).numel for name in self.tensors)
 
     def dot(self, other: "TaskVector") -> float:
-        """<self, other> over all tensors: float64 in each block, the blocks added with one rounding, in
-        any order. Raises DeltaflError on NaN and Inf.
+        """<self, other> over all tensors: float64 in each block, the blocks added with one
+        rounding, in any order. Raises DeltaflError on NaN and Inf.
         """
         return float(gram_matrix(_deltas(self, other))[0, 1])
 
@@ -116,9 +116,10 @@ class TaskVector:
     ) -> dict[str, Tensor]: ...
 
     def apply_to(self, base: ModelLike, scaling_coef: float = 1.0) -> nn.Module | dict[str, Tensor]:
-        """base + scaling_coef * delta: a new module for a module, a new dict for a mapping or a path.
+        """base + scaling_coef * delta: a new module for a module, else a new dict.
 
-        Rounded once to each base tensor's dtype; tensors that the vector does not hold are the base's.
+        Rounded once to each base tensor's dtype; tensors that the vector does not hold are the
+        base's.
         """
         held = lazy(_tensors_of(base))
         stepped = Stepped(held, self.tensors, scaling_coef)
@@ -189,7 +190,7 @@ def fedavg(task_vectors: Sequence[TaskVector], num_examples: Sequence[int]) -> T
 
 
 def fednova(task_vectors: Sequence[TaskVector], local_steps: Sequence[int]) -> TaskVector:
-    """Each normalised by its local steps: sum_i mean(tau) / (n tau_i) delta_i (arXiv 2007.07481)."""
+    """Each over its local steps: sum_i mean(tau) / (n tau_i) delta_i (arXiv 2007.07481)."""
     return merge_vectors(task_vectors, FedNova(), num_steps=local_steps)
 
 

@@ -13,10 +13,10 @@ from deltafl.algebra.streaming import Unit, visit
 
 @dataclass
 class UpdateCache:
-    """Updates by the digest of their bits: the one made last, and others while they fit into `room`.
+    """Updates by the digest of their bits: the last one, and others while they fit into `room`.
 
-    room: bytes. What does not fit is made again when it is asked for. Two rules whose updates have the
-    same bits (most of a rho grid of FedGMA gives the same few) have one digest.
+    room: bytes. What does not fit is made again when it is asked for. Two rules whose updates have
+    the same bits (most of a rho grid of FedGMA gives the same few) have one digest.
     """
 
     room: int
