@@ -7,8 +7,10 @@ import torch
 from safetensors.torch import load_file
 
 from deltafl.errors import DeltaflError
-from deltafl.models import HeadRecipe, load_net
-from deltafl.tasks import load_task
+from deltafl.models import HeadRecipe, Net, load_net
+from deltafl.models.classifier import Classifier
+from deltafl.models.fit import ClassifierFormat
+from deltafl.tasks import ImageInput, load_task
 from deltafl.training.step import scores, train_step
 from tiny_models import own_net, tiny_images, tiny_llama, tiny_net, write_lines
 
@@ -185,3 +187,28 @@ def test_lines_have_the_file_as_their_source(language):
     _, task = language
     assert task.groups("train").unique().tolist() == [0, 1]
     assert not task.ratio_scaled
+
+
+def test_an_encoder_with_a_head_of_its_own_loads_from_the_names_of_its_file():
+    class Headed(torch.nn.Module):
+        input_size, channels = 8, 1
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = torch.nn.Linear(64, 4)
+            self.head = torch.nn.Linear(4, 1000)
+
+        def embed(self, x: torch.Tensor) -> torch.Tensor:
+            return self.body(x.flatten(1))
+
+    inputs = ImageInput(8, 1, (0.5,), (0.5,))
+    module = Classifier(Headed(), lambda encoder, x: encoder.embed(x), inputs, "headed")
+    net = Net(module, inputs, ClassifierFormat())
+    net.prepare(tiny_images(), HeadRecipe.of(head="linear"))
+    given = {n: t.clone() for n, t in module.encoder.state_dict().items()}
+    head = module.head.weight.clone()
+    with torch.no_grad():
+        net.flat.zero_()
+    assert net.load(given) == ()
+    assert torch.equal(module.encoder.body.weight, given["body.weight"])
+    assert torch.equal(module.head.weight, head)

@@ -68,7 +68,11 @@ def visit(
     )  # glibc then keeps freed blocks: half the time of a merge
     forks = forks and can_fork() and all(s.device.type == "cpu" for s in specs.values())
     done, total = 0, width * sum(spec.numel for spec in specs.values())
-    with Pool[int, T](lambda i: work(units[i]), workers if forks else 1) as pool:
+
+    def work_on(number: int) -> T:
+        return work(units[number])
+
+    with Pool(work_on, workers if forks else 1) as pool:
         threaded = workers > 1 and not forks
         results = _threads(work, units, workers) if threaded else pool.map(range(len(units)))
         for unit, result in zip(units, results, strict=True):

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, ClassVar
@@ -28,9 +29,9 @@ from deltafl.experiments.suites import SUITES
 from deltafl.experiments.sweep import Cell, Result, Store, Sweep, Work, sweep
 from deltafl.federated import FederatedRecipe, federate
 from deltafl.federated.setup import make_shards
-from deltafl.files import atomic_folder, check_output, write_atomically
+from deltafl.files import atomic_folder, check_output, write_files
 from deltafl.models import HEAD_FILE, Net
-from deltafl.progress import OnProgress, ignore
+from deltafl.progress import OnProgress, Progress, ignore
 from deltafl.report import comparison_page, page_files
 from deltafl.tasks import ImageTask, Task, load_task
 from deltafl.tasks.task import hash_of
@@ -120,8 +121,9 @@ def run_suites(
     suites = {name: _cells(name, recipe) for name in names if name in SUITES}
     if suites and not recipe.data.data:
         raise DeltaflError("data is missing; name it with --data")
-    study = _study(recipe, training, str(base))
-    _check(suites, study, [name for name in names if name in STUDIES], net)
+    study, studies = _study(recipe, training, str(base)), [n for n in names if n in STUDIES]
+    _check(suites, study, studies, net)
+    data = [recipe.data.data] * bool(suites) + [*study.tasks] * bool(studies)
     if not resume:
         check_output(out, overwrite=recipe.overwrite)
         shutil.rmtree(out, ignore_errors=True)
@@ -129,40 +131,48 @@ def run_suites(
     (out / "suite.json").touch()
     _make_base(base, net, recipe.seed if bundled else None, on_progress)
 
-    def run(works: Sequence[Work], name: str) -> list[Result]:
-        jobs = recipe.study.jobs or (torch.get_num_threads() if study.device == "cpu" else 1)
-        return sweep(
-            works,
-            Store(out / "works"),
-            jobs=jobs,
-            on_progress=lambda p: on_progress(replace(p, name=f"{name}: {p.name}")),
-        )
-
+    run = partial(_swept, recipe, Store(out / "works"), study.device, on_progress)
     result = {
         "model": "A small ViT, pre-trained on digits," if bundled else model,
-        "metric": "accuracy",
+        "task": ", ".join(dict.fromkeys(data)),
+        "metric": load_task(recipe.data.replace(data=data[0]), net.inputs, recipe.seed).metric,
         "num_runs": recipe.num_runs,
         "suites": {},
         "studies": {},
     }
     for name, cells in suites.items():
-        found = run([cell.work for cell in cells], name)
+        found = run(name, [cell.work for cell in cells])
         result["suites"][name] = _summaries(cells, found)
         if recipe.tensorboard:
             _write_metrics(out / METRICS / name, cells, found)
-    for name in (name for name in names if name in STUDIES):
-        cells = STUDIES[name][0](study, lambda works, name=name: run(works, name))
-        found = run([cell.work for cell in cells], name)
+    for name in studies:
+        cells = STUDIES[name][0](study, partial(run, name))
+        found = run(name, [cell.work for cell in cells])
+        if failed := [one["failed"] for one in found if "failed" in one]:
+            raise DeltaflError(*dict.fromkeys(failed))
         result["studies"][name] = STUDIES[name][1](study, cells, found)
     summaries = [s for rows in result["suites"].values() for s in rows]
     if summaries and not any(s["runs"] for s in summaries):
         raise DeltaflError(*dict.fromkeys(s["failed"] for s in summaries))
-    data = [recipe.data.data] * bool(suites) + [*study.tasks] * bool(result["studies"])
-    result["task"] = ", ".join(dict.fromkeys(data))
-    for file, content in page_files(comparison_page(result)).items():
-        write_atomically(out / file, content)
+    write_files(out, page_files(comparison_page(result)))
     write_json(out / "suite.json", result)
     return result
+
+
+def _swept(
+    recipe: SuiteRecipe,
+    store: Store,
+    device: str,
+    on_progress: OnProgress,
+    name: str,
+    works: Sequence[Work],
+) -> list[Result]:
+    jobs = recipe.study.jobs or (torch.get_num_threads() if device == "cpu" else 1)
+
+    def show(progress: Progress) -> None:
+        on_progress(replace(progress, name=f"{name}: {progress.name}"))
+
+    return sweep(works, store, jobs=jobs, on_progress=show)
 
 
 def _cells(name: str, recipe: SuiteRecipe) -> list[Cell[FederatedWork]]:

@@ -1,1 +1,0 @@
-"""Masks, calibration, packed deltas, the sparse optimiser and sensitivity, against independent references."""
