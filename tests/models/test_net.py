@@ -116,6 +116,8 @@ def test_a_head_is_not_taken_from_a_tensor_of_the_same_name():
     assert net.load(given) == ()
     assert all(torch.equal(t, given[n]) for n, t in encoder.state_dict().items())
     assert torch.equal(net.module.head.weight, before)
+    del encoder.head
+    assert net.load(given) == ("head.weight", "head.bias")
 
 
 def test_nets_that_share_their_weights_have_heads_of_their_own():
