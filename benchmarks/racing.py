@@ -69,10 +69,8 @@ def run(table: Table, confidence: float, seed: int) -> Outcome:
 
     def judge(alive: Sequence[int], look: int) -> list[Tensor]:
         nonlocal evaluated
-        starts = plan[look - 1] if look else [0] * len(stacks)
-        evaluated += len(alive) * (sum(plan[look]) - sum(starts))
-        spans = zip(stacks, starts, plan[look], strict=True)
-        return [scores[list(alive), start:stop] for scores, start, stop in spans]
+        evaluated += len(alive) * (sum(plan[look]) - (sum(plan[look - 1]) if look else 0))
+        return [s[list(alive), :count] for s, count in zip(stacks, plan[look], strict=True)]
 
     found = race(judge, len(table.labels), plan, table.scale, confidence)
     values = table.values

@@ -16,7 +16,7 @@ from deltafl.merge.search_recipe import SearchRecipe
 from deltafl.models.fit import random_head
 from deltafl.models.head import HEAD_FILE, save_head
 from deltafl.training.record import read_rows
-from merge.test_search_run import VARIANTS, train_digits
+from merge.test_search_run import VARIANTS, language_recipe, train_digits, tune_on_lines
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +231,31 @@ def test_without_methods_every_rule_of_the_paper_is_searched() -> None:
     grid = least.scaling_coefs
     assert (len(grid), grid[0], grid[-1]) == (40, 0.05, 2.0)
     assert least.memory == 8_000_000_000
+
+
+def test_language_models_are_searched_and_their_scores_are_shown_as_they_are(
+    tmp_path: Path,
+) -> None:
+    file, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    settings = language_recipe(tune_on_lines(tmp_path), metric="normalized").resolved()
+    file.write_text(yaml.safe_dump(settings))
+    problems = refused(tmp_path, "search", file, "--out", out)
+    assert [
+        p.startswith(f'task "{t}": log-likelihood')
+        for p, t in zip(problems, ("sums", "days"), strict=True)
+    ]
+    said = succeed("search", file, "--out", out, "--metric", "absolute").out
+    result = json.loads((out / "result.json").read_text())
+    best = next(row for row in result["rows"] if row["rule"] == result["best"]["method"])
+    assert f"{best['mean']:#.4g}" in said
+    assert "%" not in said
+    assert "log-likelihood" in (out / "report.html").read_text()
+    for name in result["tasks"]:
+        succeed(
+            "evaluate", "--models", out / "merged", "--data", tmp_path / name, "--json", tmp_path / "scores.json",
+        )  # fmt: skip
+        (scores,) = json.loads((tmp_path / "scores.json").read_text())["results"]
+        assert scores["score"] == pytest.approx(best["test"][name])
 
 
 # What is refused: one line, exit code 2, nothing written

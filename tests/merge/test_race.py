@@ -39,10 +39,10 @@ class Scores:
         plan, drawn = looks(self.sizes), orders(self.sizes, seed)
 
         def judge(alive: Sequence[int], look: int) -> list[Tensor]:
-            before = plan[look - 1] if look else [0] * len(self.tasks)
-            ids = [o[a:b] for o, a, b in zip(drawn, before, plan[look], strict=True)]
-            self.examples += len(alive) * sum(map(len, ids))
-            return [t[list(alive)][:, i] for t, i in zip(self.tasks, ids, strict=True)]
+            new = sum(plan[look]) - (sum(plan[look - 1]) if look else 0)
+            self.examples += len(alive) * new
+            spans = zip(self.tasks, drawn, plan[look], strict=True)
+            return [table[list(alive)][:, order[:count]] for table, order, count in spans]
 
         return race(judge, len(self.tasks[0]), plan, [1.0] * len(self.tasks), confidence)
 

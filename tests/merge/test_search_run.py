@@ -253,8 +253,11 @@ def test_a_search_changes_no_input(trained: Path, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def spoken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny Llama, two folders of lines, and a fine-tune of it on each of them."""
-    root = tmp_path_factory.mktemp("spoken")
+    return tune_on_lines(tmp_path_factory.mktemp("spoken"))
+
+
+def tune_on_lines(root: Path) -> Path:
+    """Write a tiny Llama, two folders of lines, and a fine-tune of it on each of them."""
     base = tiny_llama(root / "base")
     base.save(root / "base")
     for source, text in (("sums", "{} and {} are more"), ("days", "the {}th of May {}")):

@@ -107,6 +107,31 @@ def test_values_load_by_names_of_the_module_or_of_files(tmp_path):
         assert torch.equal(net.flat, other.flat)
 
 
+def test_a_head_is_not_taken_from_a_tensor_of_the_same_name():
+    net, _ = classifier()
+    encoder = net.module.encoder
+    encoder.head = torch.nn.Linear(2, 2)  # the files call its weight head.weight
+    before = net.module.head.weight.clone()
+    given = {name: tensor + 1 for name, tensor in encoder.state_dict().items()}
+    assert net.load(given) == ()
+    assert all(torch.equal(t, given[n]) for n, t in encoder.state_dict().items())
+    assert torch.equal(net.module.head.weight, before)
+    del encoder.head
+    assert net.load(given) == ("head.weight", "head.bias")
+
+
+def test_nets_that_share_their_weights_have_heads_of_their_own():
+    net, task = classifier()
+    other = net.sharing()
+    other.prepare(task, HeadRecipe(head="probe"))
+    given = {n: t + 1 for n, t in net.module.encoder.state_dict().items()}
+    net.load(given)
+    ours, theirs = net.module.state_dict(), other.module.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert (tensor.data_ptr() == theirs[name].data_ptr()) is not name.startswith("head.")
+
+
 def test_buffers_are_part_of_the_state():
     net = load_net("tiny_models:Convolution")
     assert {"encoder.norm.running_mean", "encoder.norm.running_var"} < net.state().keys()

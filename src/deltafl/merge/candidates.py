@@ -19,9 +19,9 @@ class Row:
 
     scaling_coef, server_lr: its scale in both conventions. val: task -> mean score; value: of the
     search's metric. same_as: an earlier row whose model has the same bits, so that it was not
-    evaluated again. evaluated: examples, over all tasks, that the row was evaluated on; None: on none
-    of its own. dropped_at: the look of a race after which it was dropped, so that `val` and `value`
-    are estimates; None: they are exact.
+    evaluated again. evaluated: examples, over all tasks, that the row was evaluated on; None: on
+    none of its own. dropped_at: the look of a race after which it was dropped, so that `val` and
+    `value` are estimates; None: they are exact.
     """
 
     method: str
@@ -50,7 +50,7 @@ BASE = Row("base", {}, 0.0, 0.0)
 
 
 def grid_of(method: str, params: Mapping[str, Any], norms: Sequence[float]) -> list[dict[str, Any]]:
-    """All combinations of a method's parameters: a list is a grid; the rule adds its own (`Rule.grid`).
+    """All combinations of a method's parameters: a list is a grid, and the rule has one of its own.
 
     Raises DeltaflError if a list is empty.
     """

@@ -44,7 +44,8 @@ def measure(
                 deltas.refuse_nonfinite(name, start, stop)
             agreeing = (signs @ signs.T + moved) / 2
             part = torch.stack([gram, moved.double(), agreeing.double()]).cpu()
-            found[layer_of(name)] = part + found.get(layer_of(name), 0)
+            layer = layer_of(name)
+            found[layer] = part + found.get(layer, 0)
         return found
 
     total: dict[str, Tensor] = {}
@@ -118,11 +119,13 @@ def advise(
     steps, spread = [s.num_steps for s in sources if s.num_steps], max(norms) / min(norms)
     if len(steps) < n:
         yield (
-            "Local steps are not known of every model: give them with --num-steps, then fednova can "
-            "be tried."
+            "Local steps are not known of every model: give them with --num-steps, then fednova "
+            "can be tried."
         )
     elif (ratio := max(steps) / min(steps)) >= 2:
-        yield f"Local steps differ {ratio:.2g}-fold: fednova weighs each delta by the work behind it."
+        yield (
+            f"Local steps differ {ratio:.2g}-fold: fednova weighs each delta by the work behind it."
+        )
     if spread >= 2:
         yield (
             f"Norms differ {spread:.2g}-fold, so {sources[norms.index(max(norms))].name} would "

@@ -1,8 +1,9 @@
-"""Race candidates over shared, growing validation subsets, dropping one once a bound says it cannot win.
+"""Race candidates over shared, growing subsets; drop one once a bound says that it cannot win.
 
-A race knows of candidates only what `judge` tells: scores, example by example. All candidates see the
-same examples, so that two are compared by paired differences: what is common to all scores of an
-example (how hard it is, the -3 of a log-likelihood) does not count, and what is left varies far less.
+A race knows of candidates only what `judge` tells: scores, example by example. All candidates see
+the same examples, so that two are compared by paired differences: what is common to all scores of
+an example (how hard it is, the -3 of a log-likelihood) does not count, and what is left varies far
+less.
 """
 
 import math
@@ -23,7 +24,7 @@ ROUNDING = 1e-12
 """Sums of equal worth may differ by this much in float64; no candidate is dropped for it."""
 
 Judge = Callable[[Sequence[int], int], Sequence[Tensor]]
-"""(candidates, look) -> of each task their scores, (candidates, examples that the look adds)."""
+"""(candidates, look) -> of each task their scores, (candidates, examples seen by that look)."""
 
 
 def orders(sizes: Sequence[int], seed: int) -> list[Tensor]:
@@ -35,7 +36,7 @@ def orders(sizes: Sequence[int], seed: int) -> list[Tensor]:
 
 
 def looks(sizes: Sequence[int], first: int = FIRST) -> list[list[int]]:
-    """Examples of each task seen by each look: first, half as many again, and so on, all at last."""
+    """Examples of each task seen by each look: first, half as many again, and so on; then all."""
     found, count = [], first
     while count < max(sizes):
         found.append([min(count, size) for size in sizes])
@@ -46,10 +47,10 @@ def looks(sizes: Sequence[int], first: int = FIRST) -> list[list[int]]:
 def critical_value(confidence: float, inexact_looks: int) -> float:
     """z with 1 - Phi(z) = (1 - confidence) / (K (K - 1) / 2), for K looks before the exact one.
 
-    The leader after look j is compared with everyone at each later look k, by examples drawn after it
-    was chosen. Given the first j looks it is one fixed candidate, so the best candidate takes part in
-    a single comparison for each pair j < k: Bonferroni over pairs of looks holds for any number of
-    candidates, though who leads is known only from the data. Infinite where 1 - confidence vanishes.
+    The leader after look j is compared with everyone at each later look k, by examples drawn after
+    it was chosen. Given the first j looks it is one fixed candidate, so the best candidate takes
+    part in a single comparison for each pair j < k: Bonferroni over pairs of looks holds for any
+    number of candidates, though who leads is known only from the data. Infinite at confidence 1.
 
     Raises:
         DeltaflError: confidence is not between 0 and 1.
@@ -76,16 +77,16 @@ def upper_bounds(
 
     differences: for each of T tasks (C, n_t), paired, on n_t of its N_t = sizes[t] examples drawn
     without replacement. known: k_t, how many of them, the first, were seen when the leader was
-    chosen: they count as they are, and the f_t = n_t - k_t others estimate the rest. scale: a_t, the
-    worth of a unit of the task's score.
+    chosen: they count as they are, and the f_t = n_t - k_t others estimate the rest. scale: a_t,
+    the worth of a unit of the task's score.
 
-    A normal approximation with the correction for a finite population: at n_t = N_t the bound is the
-    mean. Squares are taken about zero, as in McNemar's test: that is not below the variance, it does
-    not vanish where a few examples differ by the same, and it makes the mean a self-normalised sum.
-    Of normal differences such a sum has lighter tails than the normal law at any n, and of symmetric
-    ones, however heavy their tails, those of a sub-Gaussian (Efron 1969). The last f_t count alone
-    too because the leader may lead for having been spared its rare losses in the first k_t. What no
-    bound can know is a gain on rare examples of which none was drawn yet.
+    A normal approximation with the correction for a finite population: at n_t = N_t the bound is
+    the mean. Squares are taken about zero, as in McNemar's test: that is not below the variance, it
+    does not vanish where a few examples differ by the same, and it makes the mean a self-normalised
+    sum. Of normal differences such a sum has lighter tails than the normal law at any n, and of
+    symmetric ones, however heavy their tails, those of a sub-Gaussian (Efron 1969). The last f_t
+    count alone too because the leader may lead for having been spared its rare losses in the first
+    k_t. What no bound can know is a gain on rare examples of which none was drawn yet.
     """
     mean = torch.zeros(len(differences[0]), dtype=torch.float64)
     variance = torch.zeros_like(mean)
@@ -127,9 +128,8 @@ def race(
     z = critical_value(confidence, len(plan) - 1)
     dropped: list[int | None] = [None] * candidates
     alive, leaders = list(range(candidates)), list[tuple[int, Sequence[int]]]()
-    seen = [torch.empty(candidates, 0, dtype=torch.float64) for _ in sizes]
     for look, counts in enumerate(plan):
-        seen = [torch.cat([s, new], 1) for s, new in zip(seen, judge(alive, look), strict=True)]
+        seen = [scores.double() for scores in judge(alive, look)]
         if look == len(plan) - 1:
             break
         parts = [a * s.mean(1) for a, s in zip(scale, seen, strict=True)]
@@ -147,5 +147,4 @@ def race(
         for candidate in compress(alive, behind.tolist()):
             dropped[candidate] = look + 1
         alive = list(compress(alive, (~behind).tolist()))
-        seen = [s[~behind] for s in seen]
     return dropped

@@ -5,9 +5,8 @@ example by example. The update of a method is computed once and reused for every
 whose models have the same bits are one, whatever methods and parameters they come from.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import torch
@@ -23,15 +22,16 @@ from deltafl.merge.search_recipe import SearchRecipe
 from deltafl.merge.updates import UpdateCache
 from deltafl.progress import OnProgress, Progress, ignore
 from deltafl.rules.rule import build_rule
+from deltafl.rules.weights import as_weights
 
 
 @dataclass(frozen=True)
 class SearchResult:
     """Every row in the order tried, the base first, and what they are measured against.
 
-    single: task -> validation score of its own model. scores: label of a row that was evaluated on all
-    validation data -> task -> scores (N,). gram: of the deltas, (n, n) float64. val_examples: of all
-    tasks together.
+    single: task -> validation score of its own model. scores: label of a row that was evaluated on
+    all validation data -> task -> scores (N,). gram: of the deltas, (n, n) float64. val_examples:
+    of all tasks together.
     """
 
     rows: tuple[Row, ...]
@@ -85,32 +85,27 @@ def search(
     """Evaluate the candidates of `recipe` on the validation data; the base (lambda 0) is one.
 
     grid "paper": coefficients in each method's own convention: a rule whose paper averages has
-    server_lr = value; "default": they are lambda, on the sum, for all. metric "normalized": mean over
-    tasks of score / score of the task's own model; "absolute": mean score.
+    server_lr = value; "default": they are lambda, on the sum, for all. metric "normalized": mean
+    over tasks of score / score of the task's own model; "absolute": mean score.
 
     strategy "exhaustive": every candidate on all validation data. "racing": see `race`, which
-    `confidence` and `seed` (of the subsets) are for; rows that are dropped hold estimates and are not
-    chosen. each_method: one race for each method, so that the best of every method is exact. memory:
-    bytes of updates that a race holds; those above it are computed again at every look.
+    `confidence` and `seed` (of the subsets) are for; rows that are dropped hold estimates and are
+    not chosen. each_method: one race for each method, so that the best of every method is exact.
+    memory: bytes of updates that a race holds; those above it are computed again at every look.
 
     Raises:
-        DeltaflError: a method or parameter does not fit, or a task's own model does not score above 0
-            under "normalized".
+        DeltaflError: a method or parameter does not fit, or a task's own model does not score
+            above 0 under "normalized".
     """
     check_methods(recipe.grids, [u.source for u in problem.updates])
-    gram = gram_matrix(Deltas(problem.updates, problem.all_weights), problem.threads)
+    weights = as_weights(problem.weights, len(problem.updates))
+    gram = gram_matrix(Deltas(problem.updates, weights), problem.threads)
     norms = gram.diagonal().sqrt().tolist()
     grids = [[(m, point) for point in grid_of(m, given, norms)] for m, given in recipe.grids]
     points = list(chain.from_iterable(grids))
-    total = 1 + len(points) * len(recipe.scaling_coefs)
     single = problem.own_scores()
-    units = [_unit(*own, metric=recipe.metric) for own in single.items()]
-    tried = _Tried(
-        problem,
-        recipe,
-        units,
-        lambda done: on_progress(Progress("search on validation", done, total)),
-    )
+    units = [_unit(task, score, recipe.metric) for task, score in single.items()]
+    tried = _Tried(problem, recipe, units, 1 + len(points) * len(recipe.scaling_coefs), on_progress)
     contests = grids if recipe.each_method else [points]
     if recipe.strategy == "exhaustive":
         contests = [[point] for point in points]
@@ -136,19 +131,14 @@ def _unit(task: str, score: float, metric: str) -> float:
     )
 
 
-@dataclass(frozen=True, order=True)
-class _Model:
-    """What tells the bits of a candidate: the digest of its update, and the factors of that."""
-
-    update: str
-    factors: tuple[float, ...]
-    scaling_coef: float = field(compare=False)
+_Model = tuple[str, float]
+"""What tells the bits of a candidate: the digest of its update, and the float32 factor of that."""
 
 
 class _Tried:
     """The rows tried so far, and the scores of their models, each of which is evaluated once.
 
-    units: what scores of each task are divided by. on_progress: told how many rows are done.
+    units: what scores of each task are divided by. total: rows at the end, for progress.
     """
 
     def __init__(
@@ -156,85 +146,90 @@ class _Tried:
         problem: Problem,
         recipe: SearchRecipe,
         units: Sequence[float],
-        on_progress: Callable[[int], None],
+        total: int,
+        on_progress: OnProgress,
     ) -> None:
         self.problem, self.recipe, self.units = problem, recipe, units
-        self.on_progress = on_progress
+        self.total, self.on_progress = total, on_progress
         self.updates = UpdateCache(recipe.memory, problem.threads)
-        self.rows, self.models = [BASE], [_Model("", (), 0.0)]
-        self.seen: defaultdict[_Model, list[list[Tensor]]] = defaultdict(list)
+        self.rows, self.models = [BASE], list[_Model]([("", 0.0)])
+        self.seen: dict[_Model, list[Tensor]] = {}
         sizes = [len(goal.val) for goal in problem.goals]
         self.looks, self.orders = [sizes], [torch.arange(size) for size in sizes]
         if recipe.strategy == "racing":
             self.looks, self.orders = looks(sizes), orders(sizes, recipe.seed or 0)
 
     def add(self, points: Sequence[Method]) -> None:
-        """Add a row for each coefficient of each method. Lambda 0 is the base whatever the update."""
-        weights = self.problem.all_weights
-        given = [weights.default, *(row for _, row in weights.patterns)]
-        totals = [sum(map(abs, row)) for row in given]
+        """Add a row for each coefficient of each method. Lambda 0 is the base for any update."""
+        total = self.problem.total_weight
         for method, params in points:
             rule = build_rule(method, params)
             update = self.updates.add(self.problem.aggregate(rule))
             averages = self.recipe.grid == "paper" and rule.traits.native_scale == "mean"
             for value in self.recipe.scaling_coefs:
-                coef = value / totals[0] if averages else value
-                factors = torch.tensor([coef * t for t in totals], dtype=torch.float32).tolist()
-                model = _Model(update, tuple(factors), coef) if coef else self.models[0]
-                self.models.append(model)
-                self.rows.append(Row(method, params, coef, coef * totals[0]))
+                coef = value / total if averages else value
+                factor = float(torch.tensor(coef * total, dtype=torch.float32))
+                self.models.append((update, factor) if coef else self.models[0])
+                self.rows.append(Row(method, params, coef, coef * total))
 
     def race(self, start: int) -> None:
         """Race the models of the rows from `start` on; with one look that is to evaluate them."""
         runners = list(dict.fromkeys(self.models[start:]))
 
         def judge(alive: Sequence[int], look: int) -> list[Tensor]:
-            models = [runners[i] for i in alive]
-            before, is_last = len(runners) - len(models) + start, look == len(self.looks) - 1
-            self.updates.keep({model.update for model in models})
+            models, counts = [runners[i] for i in alive], self.looks[look]
+            self.updates.keep({update for update, _ in models})
             for done, model in enumerate(sorted(models), 1):  # those of one update together
-                if len(self.seen[model]) == look:  # else another race was here
-                    self.seen[model].append(self.evaluate(model, look))
-                self.on_progress(before + done * is_last)
-            tasks = range(len(self.units))
-            return [torch.stack([self.seen[m][look][t] for m in models]) for t in tasks]
+                self.evaluate(model, counts)
+                self.tell(start + len(runners) - len(models) + done * (counts == self.looks[-1]))
+            return [
+                torch.stack([self.seen[m][t][:n] for m in models]) for t, n in enumerate(counts)
+            ]
 
         race(judge, len(runners), self.looks, [1 / u for u in self.units], self.recipe.confidence)
-        self.on_progress(len(self.rows))
+        self.tell(len(self.rows))
 
-    def evaluate(self, model: _Model, look: int) -> list[Tensor]:
-        """Of each task the scores of the examples that a look adds."""
-        starts = self.looks[look - 1] if look else [0] * len(self.units)
-        spans = zip(self.orders, starts, self.looks[look], strict=True)
-        ids = [order[start:stop] for order, start, stop in spans]
-        update = self.updates.get(model.update) if model.update else None
-        self.problem.load(update, model.scaling_coef)
-        goals = self.problem.goals
-        return [goal.val(goal.net, i) for goal, i in zip(goals, ids, strict=True)]
+    def tell(self, done: int) -> None:
+        """Report how many rows are done."""
+        self.on_progress(Progress("search on validation", done, self.total))
+
+    def evaluate(self, model: _Model, counts: Sequence[int]) -> None:
+        """Score a model on so many examples of each task, if another race has not done it."""
+        seen = self.seen.get(model, [torch.empty(0)] * len(counts))
+        if sum(map(len, seen)) < sum(counts):
+            update, factor = model
+            self.problem.load(self.updates.get(update) if update else None, factor)
+            self.seen[model] = [
+                torch.cat([scores, goal.val(goal.net, order[len(scores) : count])])
+                for scores, goal, order, count in zip(
+                    seen, self.problem.goals, self.orders, counts, strict=True
+                )
+            ]
 
     def results(self) -> tuple[list[Row], dict[str, dict[str, Tensor]]]:
         """The rows with what is known of their models; label -> task -> scores of all examples."""
-        rows, first, scores = [], dict[_Model, Row](), {}
+        rows, first, all_scores = [], dict[_Model, Row](), {}
+        counts = [sum(look) for look in self.looks]
         for row, model in zip(self.rows, self.models, strict=True):
             if same := first.get(model):
                 known = {"val": same.val, "value": same.value, "dropped_at": same.dropped_at}
                 rows.append(replace(row, same_as=same.label, **known))
                 continue
-            drawn = [torch.cat(parts) for parts in zip(*self.seen[model], strict=True)]
-            dropped_at: int | None = len(self.seen[model])
-            names = [goal.name for goal in self.problem.goals]
-            if dropped_at == len(self.looks):
-                dropped_at = None
-                drawn = [s[o.argsort()] for s, o in zip(drawn, self.orders, strict=True)]
-                scores[row.label] = dict(zip(names, drawn, strict=True))
-            means = [float(s.double().mean()) for s in drawn]
-            values = [mean / unit for mean, unit in zip(means, self.units, strict=True)]
+            seen = self.seen[model]
+            look = 1 + counts.index(sum(map(len, seen)))
+            if is_exact := look == len(counts):
+                seen = [s[order.argsort()] for s, order in zip(seen, self.orders, strict=True)]
+            scores = {g.name: s for g, s in zip(self.problem.goals, seen, strict=True)}
+            val = {name: float(s.double().mean()) for name, s in scores.items()}
+            values = [mean / unit for mean, unit in zip(val.values(), self.units, strict=True)]
             first[model] = replace(
                 row,
-                val=dict(zip(names, means, strict=True)),
+                val=val,
                 value=sum(values) / len(values),
-                evaluated=sum(map(len, drawn)),
-                dropped_at=dropped_at,
+                evaluated=counts[look - 1],
+                dropped_at=None if is_exact else look,
             )
             rows.append(first[model])
-        return rows, scores
+            if is_exact:
+                all_scores[row.label] = scores
+        return rows, all_scores

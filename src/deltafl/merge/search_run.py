@@ -57,20 +57,13 @@ def run_search(
     net = load_net(recipe.base)
     net.module.eval().to(device_named(recipe.device))
     tasks = _tasks(recipe, plan, net) if tasks is None else tasks
-    _check_tasks(recipe, tasks)
     nets = _nets(recipe, plan, net, tasks)
     with open_updates(plan, recipe.memory) as opened:
         goals = [
-            Goal(
-                task.name,
-                nets[name],
-                TaskScorer(task, "val", recipe.batch_size),
-                TaskScorer(task, "test", recipe.batch_size),
-                opened.tuned[name],
-            )
-            for name, task in zip(plan.layouts, tasks, strict=True)
+            Goal(task.name, net, *_scorers(task, recipe.batch_size), opened.tuned[name])
+            for name, task, net in zip(plan.layouts, tasks, nets, strict=True)
         ]
-        problem = Problem(opened.base, opened.updates, goals, opened.weights, plan.threads)
+        problem = Problem(opened.base, opened.updates, goals, opened.weights.default, plan.threads)
         found = search(problem, recipe, on_progress)
         result = _describe(recipe, plan, problem, tasks, found)
     if scores is not None:
@@ -83,7 +76,7 @@ def run_search(
 
 
 def save_scores(found: SearchResult, path: Path) -> None:
-    """One safetensors file: task -> (C, N), scores of the candidates that saw all validation examples.
+    """One safetensors file: task -> (C, N), scores of those that saw all validation examples.
 
     Its metadata hold the labels of the C candidates, in order (JSON).
     """
@@ -106,33 +99,38 @@ def _tasks(recipe: SearchRecipe, plan: Plan, net: Net) -> list[Task]:
     return tasks
 
 
-def _check_tasks(recipe: SearchRecipe, tasks: Sequence[Task]) -> None:
+def _nets(recipe: SearchRecipe, plan: Plan, net: Net, tasks: Sequence[Task]) -> list[Net]:
+    """For each model a net with the head of its task; all share the weights of `net`.
+
+    Raises:
+        DeltaflError: heads or tasks do not fit the models, or the metric the tasks.
+    """
     if len({task.name for task in tasks}) < len(tasks):
         raise DeltaflError("two models have one task; a search wants one model for each task")
-    if recipe.metric == "normalized" and (other := [t for t in tasks if not t.ratio_scaled]):
-        raise DeltaflError(
-            *(f'task "{t.name}": {t.metric} is no ratio, so that it cannot be divided by that of '
-              "the task's own model; give --metric absolute" for t in other)
-        )  # fmt: skip
-
-
-def _nets(recipe: SearchRecipe, plan: Plan, net: Net, tasks: Sequence[Task]) -> dict[str, Net]:
-    """Model -> the net with the head of its task; all share the weights of `net`."""
-    nets, problems = {}, []
-    for (name, layout), entry, task in zip(plan.layouts.items(), recipe.models, tasks, strict=True):
-        is_zero_shot = entry.head == "zero-shot"
+    nets, problems = [], []
+    for layout, entry, task in zip(plan.layouts.values(), recipe.models, tasks, strict=True):
+        if recipe.metric == "normalized" and not task.ratio_scaled:
+            problems.append(
+                f'task "{task.name}": {task.metric} is no ratio, so that it cannot be divided by '
+                "that of the task's own model; give --metric absolute"
+            )
         head = HeadRecipe.of(
             head=entry.head or str(layout.folder / HEAD_FILE),
-            templates=recipe.templates if is_zero_shot else None,
+            templates=recipe.templates if entry.head == "zero-shot" else None,
         )
-        nets[name] = net.sharing()
+        nets.append(net.sharing())
         try:
-            nets[name].prepare(task, head)
+            nets[-1].prepare(task, head)
         except DeltaflError as error:
             problems += error.problems
     if problems:
         raise DeltaflError(*problems)
     return nets
+
+
+def _scorers(task: Task, batch_size: int) -> tuple[TaskScorer, TaskScorer]:
+    """On validation and on test data."""
+    return TaskScorer(task, "val", batch_size), TaskScorer(task, "test", batch_size)
 
 
 def _describe(
@@ -145,16 +143,13 @@ def _describe(
     """The result as plain values; the test split is looked at here, once for each reported row."""
     single = problem.own_scores(test=True)
     units = single if all(t.ratio_scaled and single[t.name] > 0 for t in tasks) else None
-    total = problem.all_weights.total("")
-    rows = [
-        _row(SINGLE, None, single, units),
-        _row(UNMERGED, found.base, problem.test_scores(found.base), units),
-    ]
-    rows += [_row(m, row, problem.test_scores(row), units) for m, row in found.best_of.items()]
+    base = _row(UNMERGED, problem.test_scores(found.base), units, found.base)
+    rows = [_row(SINGLE, single, units), base]
+    rows += [_row(m, problem.test_scores(row), units, row) for m, row in found.best_of.items()]
     for name, entry in recipe.fixed.items():
-        coefficient = entry.scaling_coef
-        row = Row(entry.method, entry.params, coefficient, total * coefficient)
-        rows.append({**_row(name, row, problem.test_scores(row), units), "val": None})
+        server_lr = problem.total_weight * entry.scaling_coef
+        row = Row(entry.method, entry.params, entry.scaling_coef, server_lr)
+        rows.append({**_row(name, problem.test_scores(row), units, row), "val": None})
     known = zip(trainings(plan, found.norms), tasks, strict=True)
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     return {
@@ -179,17 +174,16 @@ def _describe(
 
 
 def _row(
-    name: str, row: Row | None, test: Mapping[str, float], units: Mapping[str, float] | None
+    name: str, test: Mapping[str, float], units: Mapping[str, float] | None, row: Row | None = None
 ) -> dict[str, Any]:
     """One row of the table; units: what test scores are divided by to normalise them."""
-    normalized = sum(test[t] / units[t] for t in test) / len(test) if units else None
+    known = asdict(row) if row else {"params": {}}
+    normalized = [score / units[task] for task, score in test.items()] if units else []
     return {
         "rule": name,
-        "params": dict(row.params) if row else {},
-        "scaling_coef": row.scaling_coef if row else None,
-        "server_lr": row.server_lr if row else None,
-        "val": row.value if row else None,
+        **{key: known.get(key) for key in ("params", "scaling_coef", "server_lr")},
+        "val": known.get("value"),
         "test": dict(test),
         "mean": sum(test.values()) / len(test),
-        "normalized": normalized,
+        "normalized": sum(normalized) / len(normalized) if units else None,
     }

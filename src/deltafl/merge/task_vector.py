@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,11 +12,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from deltafl.algebra.aggregate import Aggregate, Stepped
-from deltafl.algebra.deltas import Difference, Update
-from deltafl.algebra.tensors import Joined, Lazy, Tensors, blocks, lazy
+from deltafl.algebra.deltas import Deltas, Difference, Update
+from deltafl.algebra.reductions import gram_matrix
+from deltafl.algebra.tensors import Joined, Lazy, Tensors, lazy
 from deltafl.checkpoints.align import align
 from deltafl.checkpoints.checkpoint import Checkpoint, entries_of, open_tensors, refuse_untied
-from deltafl.errors import DeltaflError, shorten
+from deltafl.errors import DeltaflError
 from deltafl.rules.cclip import CClip
 from deltafl.rules.fedavg import FedAvg
 from deltafl.rules.fedgma import FedGMA
@@ -25,27 +25,27 @@ from deltafl.rules.fednova import FedNova
 from deltafl.rules.median import Median
 from deltafl.rules.rule import Rule, Source
 from deltafl.rules.task_arithmetic import TaskArithmetic
+from deltafl.rules.weights import as_weights
 
 logger = logging.getLogger(__name__)
 
 PathLike: TypeAlias = str | os.PathLike[str]
+ModelLike: TypeAlias = Tensors | nn.Module | PathLike
 M = TypeVar("M", bound=nn.Module)
 
 
 class TaskVector:
     """delta = tuned - base, a mapping name -> float tensor with the algebra of a vector space.
 
-    `tensors` are in memory, or, from files, read when asked. No operation changes its operands, which
-    must hold the same tensors in the same shapes; anything else is an error that names them.
+    `tensors` are in memory, or, from files, read when asked. No operation changes its operands,
+    which must hold the same tensors in the same shapes; anything else is an error that names them.
     """
 
     def __init__(self, tensors: Tensors) -> None:
         self.tensors: Lazy = lazy(tensors)
 
     @classmethod
-    def from_checkpoints(
-        cls, base: Tensors | nn.Module | PathLike, finetuned: Tensors | nn.Module | PathLike
-    ) -> Self:
+    def from_checkpoints(cls, base: ModelLike, finetuned: ModelLike) -> Self:
         """tuned - base in the base's names, in float32, or in float64 where one of them holds that.
         Each: a mapping, a module, a path or a hub id.
 
@@ -68,19 +68,10 @@ class TaskVector:
         on_disk = isinstance(ours, Checkpoint) and isinstance(theirs, Checkpoint)
         return cls(delta if on_disk else dict(delta))
 
-    def _check_alike(self, other: "TaskVector") -> None:
-        """Raise DeltaflError unless the other one holds the same tensors in the same shapes."""
-        if odd := set(self.tensors) ^ set(other.tensors):
-            raise DeltaflError(f"task vectors differ in tensors: {shorten(sorted(odd))}")
-        for name in self.tensors:
-            a, b = self.tensors.spec(name).shape, other.tensors.spec(name).shape
-            if a != b:
-                raise DeltaflError(f'task vectors differ: tensor "{name}" is {a} and {b}')
-
     def __add__(self, other: "TaskVector") -> "TaskVector":
         if not isinstance(other, TaskVector):
             return NotImplemented
-        self._check_alike(other)
+        _deltas(self, other)
         return TaskVector({name: t + other.tensors[name] for name, t in self.tensors.items()})
 
     def __radd__(self, other: object) -> "TaskVector":
@@ -107,20 +98,14 @@ class TaskVector:
         return sum(self.tensors.spec(name).numel for name in self.tensors)
 
     def dot(self, other: "TaskVector") -> float:
-        """<self, other> over all tensors: float64 in each block, the blocks added with one rounding, in
-        any order.
+        """<self, other> over all tensors: float64 in each block, the blocks added with one
+        rounding, in any order. Raises DeltaflError on NaN and Inf.
         """
-        self._check_alike(other)
-        parts: list[float] = []
-        for name in self.tensors:
-            for span in blocks(self.tensors.spec(name).numel):
-                a, b = (v.tensors.block(name, *span, torch.float64) for v in (self, other))
-                parts.append(float(a @ b))
-        return math.fsum(parts)
+        return float(gram_matrix(_deltas(self, other))[0, 1])
 
     def norm(self) -> float:
         """The 2-norm over all tensors, in float64."""
-        return self.dot(self) ** 0.5
+        return float(gram_matrix(_deltas(self))) ** 0.5
 
     @overload
     def apply_to(self, base: M, scaling_coef: float = 1.0) -> M: ...
@@ -130,12 +115,11 @@ class TaskVector:
         self, base: Tensors | PathLike, scaling_coef: float = 1.0
     ) -> dict[str, Tensor]: ...
 
-    def apply_to(
-        self, base: nn.Module | Tensors | PathLike, scaling_coef: float = 1.0
-    ) -> nn.Module | dict[str, Tensor]:
-        """base + scaling_coef * delta: a new module for a module, a new dict for a mapping or a path.
+    def apply_to(self, base: ModelLike, scaling_coef: float = 1.0) -> nn.Module | dict[str, Tensor]:
+        """base + scaling_coef * delta: a new module for a module, else a new dict.
 
-        Rounded once to each base tensor's dtype; tensors that the vector does not hold are the base's.
+        Rounded once to each base tensor's dtype; tensors that the vector does not hold are the
+        base's.
         """
         held = lazy(_tensors_of(base))
         stepped = Stepped(held, self.tensors, scaling_coef)
@@ -153,9 +137,8 @@ class TaskVector:
 
     def save(self, path: PathLike) -> None:
         """Write the tensors to one .safetensors file."""
-        one_each = torch.contiguous_format
-        held = {n: t.clone(memory_format=one_each) for n, t in self.tensors.items()}
-        save_file(held, path, metadata={"format": "pt"})
+        apart = {n: torch.clone(t.contiguous()) for n, t in self.tensors.items()}
+        save_file(apart, path, metadata={"format": "pt"})
 
     @classmethod
     def load(cls, path: PathLike) -> Self:
@@ -163,22 +146,37 @@ class TaskVector:
         return cls(open_tensors(Path(path)))
 
 
-def _tensors_of(model: Tensors | nn.Module | PathLike) -> Tensors:
+def _tensors_of(model: ModelLike) -> Tensors:
     if isinstance(model, nn.Module):
         return model.state_dict()
     return model if isinstance(model, Mapping) else open_tensors(model)
 
 
+def _updates(task_vectors: Sequence[TaskVector], **known: Sequence[int]) -> list[Update]:
+    for numbers in known.values():
+        if len(numbers) != len(task_vectors):
+            raise DeltaflError(f"{len(numbers)} numbers for {len(task_vectors)} task vectors")
+    return [
+        Update(v.tensors, Source(f"task vector {i}", **{k: n[i] for k, n in known.items()}))
+        for i, v in enumerate(task_vectors)
+    ]
+
+
+def _deltas(*task_vectors: TaskVector) -> Deltas:
+    """The vectors, which must hold the same tensors, in float64."""
+    weights = as_weights(None, len(task_vectors))
+    return Deltas(_updates(task_vectors), weights, torch.float64)
+
+
 def merge_vectors(
-    task_vectors: Sequence[TaskVector], rule: Rule, sources: Sequence[Source] | None = None
+    task_vectors: Sequence[TaskVector], rule: Rule, **known: Sequence[int]
 ) -> TaskVector:
-    """Any rule on task vectors, at mean scale. Raises DeltaflError unless there is a source for each."""
-    if sources is None:
-        sources = [Source(f"task vector {i}") for i in range(len(task_vectors))]
-    if len(sources) != len(task_vectors):
-        raise DeltaflError(f"{len(sources)} numbers for {len(task_vectors)} task vectors")
-    updates = [Update(v.tensors, s) for v, s in zip(task_vectors, sources, strict=True)]
-    return TaskVector(dict(Aggregate(rule, updates)))
+    """Any rule on task vectors, at mean scale. known: field of `Source` -> a number for each.
+
+    Raises:
+        DeltaflError: none to merge, other tensors in one of them, or not a number for each.
+    """
+    return TaskVector(dict(Aggregate(rule, _updates(task_vectors, **known))))
 
 
 def task_arithmetic(task_vectors: Sequence[TaskVector]) -> TaskVector:
@@ -188,14 +186,12 @@ def task_arithmetic(task_vectors: Sequence[TaskVector]) -> TaskVector:
 
 def fedavg(task_vectors: Sequence[TaskVector], num_examples: Sequence[int]) -> TaskVector:
     """The mean weighted by the number of examples (arXiv 1602.05629)."""
-    sources = [Source(f"task vector {i}", num_examples=n) for i, n in enumerate(num_examples)]
-    return merge_vectors(task_vectors, FedAvg(), sources)
+    return merge_vectors(task_vectors, FedAvg(), num_examples=num_examples)
 
 
 def fednova(task_vectors: Sequence[TaskVector], local_steps: Sequence[int]) -> TaskVector:
-    """Each normalised by its local steps: sum_i mean(tau) / (n tau_i) delta_i (arXiv 2007.07481)."""
-    sources = [Source(f"task vector {i}", num_steps=n) for i, n in enumerate(local_steps)]
-    return merge_vectors(task_vectors, FedNova(), sources)
+    """Each over its local steps: sum_i mean(tau) / (n tau_i) delta_i (arXiv 2007.07481)."""
+    return merge_vectors(task_vectors, FedNova(), num_steps=local_steps)
 
 
 def fedgma(task_vectors: Sequence[TaskVector], rho: float) -> TaskVector:

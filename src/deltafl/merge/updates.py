@@ -13,40 +13,42 @@ from deltafl.algebra.streaming import Unit, visit
 
 @dataclass
 class UpdateCache:
-    """Updates by the digest of their bits: the one used last, and others while they fit into `room`.
+    """Updates by the digest of their bits: the last one, and others while they fit into `room`.
 
-    room: bytes. What does not fit is made again when it is asked for. Two rules whose updates have the
-    same bits (most of a rho grid of FedGMA gives the same few) have one digest.
+    room: bytes. What does not fit is made again when it is asked for. Two rules whose updates have
+    the same bits (most of a rho grid of FedGMA gives the same few) have one digest.
     """
 
     room: int
     threads: int = 1
     _rules: dict[str, Aggregate] = field(default_factory=dict)
     _held: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    _last: tuple[str, dict[str, Tensor]] = ("", {})
 
     def add(self, aggregate: Aggregate) -> str:
         """The digest of an update, which is made here."""
-        tensors = self.make(aggregate)
-        digest = hashlib.sha256()
+        tensors, sha = self.make(aggregate), hashlib.sha256()
         for tensor in tensors.values():
-            digest.update((tensor + 0.0).cpu().numpy().data)  # + 0.0: -0 is 0
-        name = digest.hexdigest()
-        self._rules.setdefault(name, aggregate)
-        self._hold(name, tensors)
-        return name
+            sha.update((tensor + 0.0).cpu().numpy().data)  # + 0.0: -0 is 0
+        digest = sha.hexdigest()
+        self._rules.setdefault(digest, aggregate)
+        self._hold(digest, tensors)
+        return digest
 
     def get(self, digest: str) -> dict[str, Tensor]:
         """The tensors of an update that was added."""
-        if digest in self._held:
-            return self._held[digest]
-        if digest != self._last[0]:
+        if digest not in self._held:
             self._hold(digest, self.make(self._rules[digest]))
-        return self._last[1]
+        return self._held[digest]
 
     def keep(self, digests: Collection[str]) -> None:
         """Let go of all others."""
         self._held = {digest: t for digest, t in self._held.items() if digest in digests}
+
+    def _hold(self, digest: str, tensors: dict[str, Tensor]) -> None:
+        others = [t.nbytes for update in self._held.values() for t in update.values()]
+        if sum(others) > self.room:
+            self._held.popitem()  # the one made last, which was above the room
+        self._held[digest] = tensors
 
     def make(self, aggregate: Aggregate) -> dict[str, Tensor]:
         """The update as tensors, in float32, on the device that it is computed on."""
@@ -60,9 +62,3 @@ class UpdateCache:
         for _ in visit(specs, fill, self.threads, forks=False, whole=aggregate.whole):
             pass
         return {name: tensor.view(specs[name].shape) for name, tensor in flat.items()}
-
-    def _hold(self, digest: str, tensors: dict[str, Tensor]) -> None:
-        self._last = digest, tensors
-        held = [*self._held.values(), tensors]
-        if sum(t.nbytes for update in held for t in update.values()) <= self.room:
-            self._held[digest] = tensors

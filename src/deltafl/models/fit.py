@@ -68,6 +68,8 @@ class ClassifierFormat(Format):
             module.head = head.requires_grad_(trained).to(device)
         super().restore(module, snapshot)
 
+    apart = ("head.",)
+
     def file_name(self, name: str) -> str:
         return name.removeprefix("encoder.")
 

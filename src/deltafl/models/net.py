@@ -56,6 +56,9 @@ class Format:
         """Give `module` the values of a snapshot."""
         module.load_state_dict(snapshot["tensors"])
 
+    apart: tuple[str, ...] = ()
+    """Prefixes of the module's tensors that are in no file of the model, but in their own."""
+
     def file_name(self, name: str) -> str:
         """The name that the model's files have for the module's tensor `name`."""
         return name
@@ -179,9 +182,8 @@ class Net:
         needed = [n for n, p in self.module.named_parameters() if p.requires_grad]
         pairs = {n: n for n in state if n in tensors}
         if not pairs.keys() >= set(needed):
-            files: dict[str, str] = {}
-            for name in state:  # an encoder's own head goes before the one beside it
-                files.setdefault(self.format.file_name(name), name)
+            inside = (n for n in state if not n.startswith(self.format.apart))
+            files = {self.format.file_name(n): n for n in inside}
             matched = _matched(tuple(files), tuple(tensors))
             pairs = {files[n]: given for n, given in matched.items()}
         if missing := [n for n in needed if n not in pairs]:
