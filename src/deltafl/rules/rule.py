@@ -83,7 +83,7 @@ def _refuse(what: str, hint: object, value: PerModel | str) -> None:
         raise DeltaflError(f'{what} by tensor needs "*" as its last pattern, for all the others')
     for low, high in (kind for kind in kinds if isinstance(kind, Within)):
         for one in itertools.chain(*value.values()) if by_name else [value]:
-            if not low <= one <= high:
+            if not isinstance(one, str) and not low <= one <= high:
                 limits = f"in [{low:g}, {high:g}]" if high < math.inf else f"{low:g} or more"
                 raise DeltaflError(f"{what} is {one:g}; it must be {limits}")
 
