@@ -15,7 +15,7 @@ from deltafl.errors import DeltaflError
 
 
 def write_atomically(path: str | Path, data: bytes | Iterable[bytes | memoryview]) -> Path:
-    """Write `data`, or its parts one after the other, to `path` as `atomic_file` does; returns the path."""
+    """Write `data`, or its parts one after the other, as `atomic_file` does; returns the path."""
     with atomic_file(path) as temporary, temporary.open("xb") as file:
         file.writelines([data] if isinstance(data, bytes) else data)
     return Path(path)
@@ -23,11 +23,11 @@ def write_atomically(path: str | Path, data: bytes | Iterable[bytes | memoryview
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Yield the name of a file to write, which becomes `path` when the block ends well: a reader, or a
-    later run, finds the old file or the new one and never a piece of it.
+    """Yield the name of a file to write, which becomes `path` when the block ends well.
 
-    The bytes go to a temporary name in the same folder, are synced, and take the final name; the folder is synced
-    too, so that the name survives a power cut. Missing parent folders are made.
+    A reader, or a later run, finds the old file or the new one and never a piece of it. The bytes
+    go to a temporary name in the same folder, are synced, and take the final name; the folder is
+    synced too, so that the name survives a power cut. Missing parent folders are made.
 
     Raises:
         OSError: nothing is left behind, and an older file is untouched.
@@ -96,7 +96,7 @@ def check_output(path: str | Path, *, overwrite: bool) -> None:
 
 
 def _replaceable(path: Path) -> bool:
-    """Whether it is a folder that we wrote, or a model of transformers: others have config.json too."""
+    """Whether it is a folder that we wrote, or a model of transformers."""
     if not path.is_dir():
         return False
     weights = any(next(path.glob(pattern), None) for pattern in WEIGHTS)
@@ -107,16 +107,16 @@ def _replaceable(path: Path) -> bool:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield an empty folder that becomes `path` when the block ends well, and vanishes when it does not.
+    """Yield an empty folder that becomes `path` when the block ends well, else vanishes.
 
-    With `overwrite` nothing of an older folder survives beside the new. A killed process leaves `path`
-    as it was, and a hidden folder beside it, named after the process, that the next call for the same
-    path on the same machine removes. (Killed between the two renames of a replacement, it leaves no
-    `path`: the next call then puts the old folder back first.)
+    With `overwrite` nothing of an older folder survives beside the new. A killed process leaves
+    `path` as it was, and a hidden folder beside it, named after the process, that the next call for
+    the same path on the same machine removes. (Killed between the two renames of a replacement, it
+    leaves no `path`: the next call then puts the old folder back first.)
 
     Raises:
-        DeltaflError: `path` exists and may not be replaced (see `check_output`), also if it came into
-            being meanwhile.
+        DeltaflError: `path` exists and may not be replaced (see `check_output`), also if it came
+            into being meanwhile.
     """
     path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -152,7 +152,7 @@ def _exchange(new: Path, path: Path) -> None:
 
 
 def _clear_abandoned(path: Path) -> None:
-    """Undo what killed processes of this machine left of `path`: delete the new, put back the old."""
+    """Undo what killed processes left of `path` here: delete the new, put back the old."""
     start = re.escape(f".{path.name}.{platform.node()}-")
     for left in list(path.parent.iterdir()):
         found = re.fullmatch(start + r"(\d+)-[0-9a-f]{8}(\.old)?\.tmp", left.name)

@@ -1,4 +1,4 @@
-"""A fork that is safe and leaves nobody behind; without torch, for what begins before that is imported."""
+"""A fork that is safe and leaves nobody behind; for what begins before torch is imported too."""
 
 import ctypes
 import os
@@ -19,7 +19,7 @@ def fork() -> int:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         with warnings.catch_warnings():
-            # Python 3.12 warns of any thread, of OpenMP's too: those are idle, and unused in the child.
+            # Python 3.12 warns of any thread, of OpenMP's too: the child does not use those.
             warnings.simplefilter("ignore", DeprecationWarning)
             child = os.fork()
         if not child:

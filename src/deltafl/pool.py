@@ -38,7 +38,7 @@ MOST = 1 << 16
 """Bytes of one pickled item at most: items are told through a socket that keeps them whole."""
 
 HEADER = struct.Struct("iiq")
-"""Of an answer: number of the item, whether it failed, bytes that the process has needed of its own."""
+"""Of an answer: number of the item, whether it failed, bytes that the process has needed."""
 
 
 @contextmanager
@@ -55,12 +55,12 @@ def one_thread() -> Iterator[None]:
 class Pool(Generic[T, R]):
     """`workers` processes that call `work(item)`; with 1 it is called in this process.
 
-    What `work` changes in memory is lost, but for what lies in `SharedMemory` from before. Items and
-    results are pickled, items into at most 64 KiB. room: bytes of shared memory for the CPU tensors of
-    a result, of the first `slots` items of each call: they are not copied on this side, and are valid
-    until the next call. Other tensors are pickled. known: objects from before, which results refer to
-    instead of holding copies. memory: bytes that each process has needed at most beside what it
-    shares, by process id.
+    What `work` changes in memory is lost, but for what lies in `SharedMemory` from before. Items
+    and results are pickled, items into at most 64 KiB. room: bytes of shared memory for the CPU
+    tensors of a result, of the first `slots` items of each call: they are not copied on this side,
+    and are valid until the next call. Other tensors are pickled. known: objects from before, which
+    results refer to instead of holding copies. memory: bytes that each process has needed at most
+    beside what it shares, by process id.
 
     The processes end with the block, with an error, and with this process, however that ends; they
     ignore interrupts, which this process hears too.
@@ -275,7 +275,7 @@ def _most_memory() -> int:
 
 
 def _portable(error: BaseException) -> BaseException:
-    """`error` with its traceback as a note; a RuntimeError of the same words if it cannot travel."""
+    """`error` with its traceback as a note; a RuntimeError of these words if it cannot travel."""
     words = "in a worker process:\n" + "".join(traceback.format_exception(error))
     error.add_note(words)
     try:

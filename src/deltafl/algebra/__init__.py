@@ -1,1 +1,1 @@
-"""Lazy tensors, aggregates of deltas, and one step by them, block by block. Knows no file and no model."""
+"""Lazy tensors, aggregates of deltas, one step by them, block by block; no file and no model."""

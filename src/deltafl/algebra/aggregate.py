@@ -1,8 +1,8 @@
 """One server step: deltas -> rule -> one delta -> new model.
 
-Everything is lazy and read block by block: the aggregate of n deltas, and base plus scaled aggregate.
-Whoever consumes it (a file writer, a dict, the federated server) asks for blocks, so streaming,
-in-memory and federated results are the same bits by construction.
+Everything is lazy and read block by block: the aggregate of n deltas, and base plus scaled
+aggregate. Whoever consumes it (a file writer, a dict, the federated server) asks for blocks, so
+streaming, in-memory and federated results are the same bits by construction.
 """
 
 import math
@@ -24,8 +24,8 @@ from deltafl.rules.weights import Weights, WeightsLike, as_weights, shares
 class Aggregate(Lazy):
     """R(delta_1 .. delta_n), in float32, or float64 to be exact.
 
-    Reductions that the rule declares are computed when it is made. `report` holds what the rule found
-    on the way (coefficients, kept fractions), for the record.
+    Reductions that the rule declares are computed when it is made. `report` holds what the rule
+    found on the way (coefficients, kept fractions), for the record.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Aggregate(Lazy):
             )
 
     def _combine(self, coefficients: Sequence[float], name: str, start: int, total: Tensor) -> None:
-        """total = sum_i c_i delta_i in the order of the models; equal coefficients multiply once."""
+        """total = sum_i c_i delta_i in the models' order; equal coefficients multiply once."""
         equal = len(set(coefficients)) == 1
         other = torch.empty_like(total)
         for i, coefficient in enumerate(coefficients):
@@ -196,7 +196,7 @@ def _floats(spec: Spec) -> bool:
 
 
 def sum_scale(weights: Weights, scaling_coef: float) -> Callable[[str], float]:
-    """The server_lr that lambda, which multiplies sum_i w_i delta_i, stands for: lambda sum_i |w_i|."""
+    """The server_lr that lambda on sum_i w_i delta_i stands for: lambda sum_i |w_i|."""
     return lambda name: scaling_coef * weights.total(name)
 
 
@@ -214,7 +214,7 @@ def step(
     server_lr: float = 1.0,
     weights: WeightsLike = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Stream (name, theta0 + server_lr * R) in the base's dtypes and order; integers are the base's.
+    """Stream (name, theta0 + server_lr * R) in the base's dtypes and order; integers stay.
 
     Pure.
     """

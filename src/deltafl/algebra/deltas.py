@@ -128,7 +128,7 @@ class Deltas:
         self._transforms.append((transform, thresholds))
 
     def read(self, i: int, name: str, start: int, out: Tensor) -> None:
-        """Write delta i, signed and transformed, from element `start` on into `out`, of our dtype."""
+        """Write delta i, signed and transformed, from `start` on into `out`, of our dtype."""
         self._deltas[i].read(name, start, start + len(out), out)
         if self.weights_of[name][i] < 0:
             out.neg_()

@@ -1,4 +1,4 @@
-"""Reductions over whole deltas in streaming passes: the Gram matrix, and exact magnitude thresholds."""
+"""Reductions over whole deltas, streamed: the Gram matrix, and exact magnitude thresholds."""
 
 import functools
 import math
@@ -60,9 +60,9 @@ def magnitude_thresholds(
     """The magnitude of the k-th largest element, k = int(density * size), at least 1, exactly.
 
     Returns tensor -> n thresholds, and the fraction of each delta that is >= its threshold: values
-    equal to it are all kept, so that can be more than `density`. Magnitudes are compared as float32,
-    NaN counts as infinite. Density 0: threshold infinite. `per_tensor` holds a tensor of one delta at
-    a time, otherwise memory does not grow with the model.
+    equal to it are all kept, so that can be more than `density`. Magnitudes are compared as
+    float32, NaN counts as infinite. Density 0: threshold infinite. `per_tensor` holds a tensor of
+    one delta at a time, otherwise memory does not grow with the model.
     """
     specs, n = deltas.specs, len(deltas.updates)
     size = sum(spec.numel for spec in specs.values())
@@ -113,10 +113,11 @@ def _streamed(
 ) -> list[Found]:
     """The ks[i]-th largest magnitude of delta i over all tensors.
 
-    A pass counts the magnitudes above a window of bit patterns, and those in each bin of it. A sample
-    guesses the first window, which is most often right, and its bins single patterns; then one pass
-    is enough. A wrong guess is followed by the window of all patterns and that of one of its bins.
-    (Two passes by radix, without a guess, make a merge by ties take 1.27 times the CPU time.)
+    A pass counts the magnitudes above a window of bit patterns, and those in each bin of it. A
+    sample guesses the first window, which is most often right, and its bins single patterns; then
+    one pass is enough. A wrong guess is followed by the window of all patterns and that of one of
+    its bins. (Two passes by radix, without a guess, make a merge by ties take 1.27 times the CPU
+    time.)
     """
     windows = _guess(deltas, ks) if any(ks) else []
     found = {i: NOTHING for i, k in enumerate(ks) if not k}

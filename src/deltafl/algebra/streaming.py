@@ -55,11 +55,11 @@ def visit(
 ) -> Generator[tuple[Unit, T], None, None]:
     """Every unit with what `work` gives for it, in order, a few units ahead of who consumes them.
 
-    By `threads` forked processes, where forking is safe, `forks` is allowed (`work` changes nothing in
-    memory, and its results can be pickled) and all tensors are on the CPU; else by threads, which lose
-    a third of their time to the interpreter's lock. Each uses one core, so that torch splits no
-    operation and the result does not depend on their number. Progress counts `width` bytes for each
-    element under `name`.
+    By `threads` forked processes, where forking is safe, `forks` is allowed (`work` changes nothing
+    in memory, and its results can be pickled) and all tensors are on the CPU; else by threads,
+    which lose a third of their time to the interpreter's lock. Each uses one core, so that torch
+    splits no operation and the result does not depend on their number. Progress counts `width`
+    bytes for each element under `name`.
     """
     units = list(chunks(specs, whole=whole))
     workers = min(threads, len(units))

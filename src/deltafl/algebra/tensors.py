@@ -1,4 +1,4 @@
-"""Named tensors that are read a piece at a time: what deltas, aggregates, models and files have in common.
+"""Named tensors that are read a piece at a time: deltas, aggregates, models and files.
 
 `Tensors` is any mapping name -> tensor. `Lazy` is one that reads a part of a tensor without making
 the whole; `lazy` wraps a plain dict as one. Blocks of a fixed length, in a fixed order, are part of
@@ -168,9 +168,10 @@ def memory_like(out: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor
 def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
     """`values` in `dtype` with one correct rounding (nearest, ties to even), also of float64.
 
-    torch converts float64 to bfloat16 and float16 through float32, and two roundings differ from one
-    in about 1 of 10^5 elements. The float32 step here rounds to odd (the last bit keeps the memory
-    of what was cut off), after which the second rounding is right (Boldo and Melquiond 2008).
+    torch converts float64 to bfloat16 and float16 through float32, and two roundings differ from
+    one in about 1 of 10^5 elements. The float32 step here rounds to odd (the last bit keeps the
+    memory of what was cut off), after which the second rounding is right (Boldo and Melquiond
+    2008).
     """
     if values.dtype != torch.float64 or dtype.itemsize >= 4:
         return values.to(dtype)

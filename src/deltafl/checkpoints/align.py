@@ -1,7 +1,7 @@
-"""Which tensors of several models are merged: towers in models, heads, tied weights, what does not fit.
+"""Which tensors of several models are merged: towers, heads, tied weights, what does not fit.
 
-Works on names, dtypes and shapes alone, so that every problem of every model is known before anything
-is read.
+Works on names, dtypes and shapes alone, so that every problem of every model is known before
+anything is read.
 """
 
 from collections import Counter, defaultdict
@@ -46,9 +46,9 @@ class Alignment:
     """The outcome: what is merged, under which name each model holds it, what is not and why.
 
     merged: names of the base, in its order. names: model -> base name -> the model's name. copied:
-    reason -> names copied from the base. ignored: model -> reason -> names of the model that are not
-    used. tied: model, or "" for the base -> (name, twin) pairs of its tensors that must hold the same
-    values. notes: what a user should know. problems: what stops the merge.
+    reason -> names copied from the base. ignored: model -> reason -> names of the model that are
+    not used. tied: model, or "" for the base -> (name, twin) pairs of its tensors that must hold
+    the same values. notes: what a user should know. problems: what stops the merge.
     """
 
     merged: tuple[str, ...] = ()
@@ -70,9 +70,9 @@ def align(
 ) -> Alignment:
     """Compare all names, shapes and dtypes of all models with the base; decide what is merged.
 
-    scope: prefix of base names. include, exclude: globs on base names. A part that is a head or a tower
-    (HEADS, TOWERS) and absent from a model, and a head of another shape, is copied from the base; any
-    other difference is a problem. Nothing is raised: problems are collected.
+    scope: prefix of base names. include, exclude: globs on base names. A part that is a head or a
+    tower (HEADS, TOWERS) and absent from a model, and a head of another shape, is copied from the
+    base; any other difference is a problem. Nothing is raised: problems are collected.
     """
     out = Alignment()
     prefix = scope if not scope or scope.endswith(".") else scope + "."
@@ -138,7 +138,7 @@ def _any(name: str, patterns: Sequence[str]) -> bool:
 
 
 def part_of(name: str, prefix: str = "") -> str:
-    """The first component of a name beyond the shared prefix: the head or tower that it may be of."""
+    """The first component of a name beyond the shared prefix: perhaps a head or a tower."""
     first = name.split(".", 1)[0]
     if first in PARTS or not name.startswith(prefix):
         return first

@@ -1,4 +1,4 @@
-"""Checkpoints as lazy mappings of named tensors: read by blocks, never whole; and the lazy difference of two."""
+"""Checkpoints as lazy mappings of named tensors, read by blocks, never whole."""
 
 import os
 import pickle
@@ -93,7 +93,8 @@ def open_tensors(ref: str | os.PathLike[str] | Layout) -> Tensors:
         held = _state_dict(file)
         if twice := sorted(tensors.keys() & held.keys()):
             raise DeltaflError(
-                f'"{file}": holds {shorten(twice)}, as another file of the checkpoint does; remove one'
+                f'"{file}": holds {shorten(twice)}, as another file of the checkpoint does; '
+                "remove one"
             )
         tensors |= held
     return tensors
@@ -140,7 +141,7 @@ def entries_of(tensors: Tensors) -> Mapping[str, Entry]:
 
 
 def refuse_untied(alignment: Alignment, base: Tensors, tuned: Mapping[str, Tensors]) -> None:
-    """Raise DeltaflError for tensors that the naming layer took for twins and that hold different values."""
+    """Raise DeltaflError for tensors that were taken for twins and hold different values."""
     problems = []
     for label, pairs in alignment.tied.items():
         for name, twin in pairs:

@@ -40,7 +40,7 @@ SIZES = {
 FLOATING = frozenset({"F64", "F32", "F16", "BF16"})
 
 COMPANIONS = (".json", ".txt", ".model", ".tiktoken", ".jinja", ".py")
-"""Suffixes of what belongs to a model beside its weights: configuration, tokenizer, processor, code."""
+"""Suffixes of what belongs to a model beside its weights."""
 
 SINGLES = ("model.safetensors", "pytorch_model.bin")
 """Names of weights in one file, in the order in which transformers looks."""
@@ -48,7 +48,7 @@ SINGLES = ("model.safetensors", "pytorch_model.bin")
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor: its dtype in safetensors' spelling, its shape, and where its bytes begin in `file`."""
+    """One tensor: its dtype in safetensors' spelling, its shape, where it begins in `file`."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -75,7 +75,8 @@ class Entry:
 class Layout:
     """A checkpoint on disk: `ref` as the user wrote it, its files, and its entries in their order.
 
-    `pickled`: the file is a torch state dict, whose entries only torch can read; `entries` is empty.
+    `pickled`: the file is a torch state dict, whose entries only torch can read; `entries` is
+    empty.
     """
 
     ref: str
@@ -148,7 +149,7 @@ def _weight_files(ref: str, path: Path) -> tuple[tuple[Path, ...], Mapping[str, 
 
 
 def _download(ref: str) -> tuple[Path, str]:
-    """Download weights, configuration and tokenizer of a hub id to its cache; (folder, revision)."""
+    """Download what belongs to a hub id to its cache; (folder, revision)."""
     name, _, revision = ref.partition("@")
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise DeltaflError(f'"{ref}": no such file or folder (a hub id has the form owner/name)')
@@ -221,10 +222,10 @@ def read_header(file: Path) -> dict[str, Entry]:
 
 
 def fingerprint(layout: Layout, spots: int = 64, length: int = 4096) -> str:
-    """sha256 over the header hash and up to `spots` pieces of `length` bytes spread over the tensors.
+    """sha256 over the header hash and `spots` pieces of `length` bytes spread over the tensors.
 
-    Tells two checkpoints of one architecture apart without reading them whole; not a proof that they
-    are equal.
+    Tells two checkpoints of one architecture apart without reading them whole; not a proof that
+    they are equal.
     """
     if layout.pickled:
         return file_hash(layout.files)

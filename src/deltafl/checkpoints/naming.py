@@ -1,4 +1,4 @@
-"""One name for one tensor: names of files against names of modules, and prefixes that one side has more."""
+"""One name for one tensor: names of files and of modules, and prefixes that one side has."""
 
 import re
 from collections import Counter
@@ -24,8 +24,8 @@ _RENAMES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 def canonical(name: str) -> str:
     """One name for a tensor that checkpoint files and transformers 5 modules call differently.
 
-    transformers 5 holds ViT-like models under `layers.N.attention.q_proj` and still writes, and reads, files with
-    `encoder.layer.N.attention.attention.query`.
+    transformers 5 holds ViT-like models under `layers.N.attention.q_proj` and still writes, and
+    reads, files with `encoder.layer.N.attention.attention.query`.
     """
     for pattern, new in _RENAMES:
         name = pattern.sub(new, name)
@@ -35,11 +35,11 @@ def canonical(name: str) -> str:
 def match(
     target: Collection[str], given: Collection[str], scope: str = ""
 ) -> tuple[dict[str, str], str, str]:
-    """Target name -> given name, by canonical names and one common change of prefix; and both prefixes.
+    """Target name -> given name, by one common change of prefix; and both prefixes.
 
-    The change of prefix (`vit.` dropped, `vision_model.` added, ...) is the one that matches most names; none is
-    preferred to some. Only target names under the prefix `scope` count. Raises DeltaflError where two changes of
-    prefix match equally many names.
+    The change of prefix (`vit.` dropped, `vision_model.` added, ...) is the one that matches most
+    names; none is preferred to some. Only target names under the prefix `scope` count. Raises
+    DeltaflError where two changes of prefix match equally many names.
     """
     targets = {canonical(n): n for n in target if n.startswith(scope)}
     givens = {canonical(n): n for n in given}
@@ -59,7 +59,8 @@ def match(
     if rivals:
         known = ", ".join(f'"{p.rstrip(".")}"' for p in sorted(rivals | {ours}))
         raise DeltaflError(
-            f"its tensors fit several parts of the base equally well ({known}); choose one with --scope"
+            f"its tensors fit several parts of the base equally well ({known}); "
+            "choose one with --scope"
         )
     pairs = {}
     for name, real in targets.items():

@@ -10,23 +10,23 @@ from pathlib import Path
 from deltafl.forking import can_fork, fork
 
 STEP = 1 << 17
-"""Bytes asked for at once: Linux reads no more than a disk's readahead setting, by default 128 KiB, of one call."""
+"""Bytes asked for at once: Linux reads no more of one call than a disk's readahead setting."""
 
 TURN = 1 << 24
 """Bytes of one file before it is the next one's turn."""
 
 AHEAD = 64
-"""Steps that may be under way: enough to keep a disk busy, few enough that other programs' reads need not wait."""
+"""Steps that may be under way: they keep a disk busy, and others' reads need not wait."""
 
 MEMINFO = Path("/proc/meminfo")
 
 
 @contextlib.contextmanager
 def reading_ahead(files: Sequence[Path], share: float = 0.5) -> Iterator[None]:
-    """Meanwhile, a process of its own reads the files into the page cache, in turns, up to a share of the free memory.
+    """Meanwhile, a process reads the files into the page cache, up to a share of free memory.
 
-    A process and not a thread, so that what follows can fork; made before torch is imported, it costs little. It ends
-    when it is done, with the block, or with the process that made it.
+    A process and not a thread, so that what follows can fork; made before torch is imported, it
+    costs little. It ends when it is done, with the block, or with the process that made it.
     """
     if not hasattr(os, "posix_fadvise") or not can_fork():
         yield
@@ -70,7 +70,7 @@ def _steps(sizes: dict[int, int]) -> Iterator[tuple[int, int]]:
 
 
 def _available() -> int:
-    """Bytes of memory that programs can still have: what is free, and what only caches files. As free tells it."""
+    """Bytes of memory that programs can still have: free, or with nothing but cached files."""
     for line in MEMINFO.read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return 1024 * int(line.split()[1])

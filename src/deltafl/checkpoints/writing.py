@@ -47,8 +47,8 @@ def plan_shards(
 ) -> list[Shard]:
     """Distribute tensors over files of at most `max_shard_size` bytes; a larger one gets its own.
 
-    dtype: what float tensors are written as, None: as they are. Wider dtypes come first, so that every
-    tensor is aligned; otherwise the order is kept.
+    dtype: what float tensors are written as, None: as they are. Wider dtypes come first, so that
+    every tensor is aligned; otherwise the order is kept.
     """
     kept = {
         n: Entry(dtype if dtype and e.floating else e.dtype, e.shape) for n, e in entries.items()
@@ -169,7 +169,7 @@ def _sync(handles: Collection[int]) -> None:
 
 
 def companions(folder: Path) -> list[Path]:
-    """Configuration, tokenizer, processor and code of a model: what is copied beside new weights."""
+    """Configuration, tokenizer, processor and code of a model: copied beside new weights."""
     found = (f for f in sorted(folder.iterdir()) if f.is_file() and f.suffix in COMPANIONS)
     return [f for f in found if f.name not in NOT_COPIED]
 

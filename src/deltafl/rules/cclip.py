@@ -15,10 +15,10 @@ class CClip(LinearRule):
     """v <- v + sum_i p_i clip(delta_i - v, rho), clip(x, rho) = x min(1, rho / ||x||), from v = 0.
 
     One iteration (the form of arXiv 2411.18607) is c_i = p_i min(1, rho / ||delta_i||). v stays a
-    combination of the deltas, so every norm comes from the Gram matrix. `unit`: rho is an "absolute"
-    norm, or a "quantile" in [0, 1] of the norms of the deltas of weight above 0. A zero delta has
-    factor 1. A search tries ten absolute values from the smallest norm to the largest, both included:
-    the largest clips nothing.
+    combination of the deltas, so every norm comes from the Gram matrix. `unit`: rho is an
+    "absolute" norm, or a "quantile" in [0, 1] of the norms of the deltas of weight above 0. A zero
+    delta has factor 1. A search tries ten absolute values from the smallest norm to the largest,
+    both included: the largest clips nothing.
     """
 
     rho: Annotated[float, Within(0)]

@@ -1,4 +1,4 @@
-"""DARE (arXiv 2311.03099): drop coordinates at random, rescale the rest, merge by any other rule."""
+"""DARE (arXiv 2311.03099): drop coordinates at random, rescale the rest, merge by another rule."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -14,11 +14,11 @@ LEVELS = 1 << 16
 
 @dataclass(frozen=True)
 class Drop(Transform):
-    """Zero each coordinate with probability p (its model's, and tensor's), scale the rest by 1 / (1 - p).
+    """Zero each coordinate with probability p, by model and tensor; scale the rest by 1 / (1 - p).
 
-    The draws are keyed by (seed, model, tensor, block) and have 16 bits: p is rounded to a multiple of
-    2^-16, and the scale is that of the rounded p, so the expectation is exact. NaN and Inf are not
-    dropped: they are to be refused.
+    The draws are keyed by (seed, model, tensor, block) and have 16 bits: p is rounded to a multiple
+    of 2^-16, and the scale is that of the rounded p, so the expectation is exact. NaN and Inf are
+    not dropped: they are to be refused.
     """
 
     drop_rate: PerModel
@@ -39,7 +39,7 @@ class Drop(Transform):
 @RULES.register("dare")
 @dataclass(frozen=True)
 class Dare(Rule):
-    """R = inner rule of the dropped and rescaled deltas; the inner rule's reductions see those too."""
+    """R = inner rule of the dropped and rescaled deltas, which its reductions see too."""
 
     drop_rate: Annotated[PerModel, Within(0, 1 - 1 / LEVELS)]
     inner: Rule = field(default_factory=TaskArithmetic)

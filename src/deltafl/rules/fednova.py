@@ -13,10 +13,10 @@ from deltafl.rules.rule import RULES, LinearRule, Source, Stats, Tensor, Traits
 class FedNova(LinearRule):
     """c_i = p_i a_eff / a_i with a_eff = sum_j p_j a_j and a_i = ||a||_1 of FedNova's local solver.
 
-    `normalizer` says what a_i is for tau = num_steps local steps: "sgd": tau (with equal weights the
-    form of arXiv 2411.18607, c_i = mean(tau) / (n tau_i)); "momentum": (tau - m (1 - m^tau) / (1 - m))
-    / (1 - m) for heavy-ball momentum m; "prox": (1 - (1 - lr mu)^tau) / (lr mu) for FedProx with
-    coefficient mu.
+    `normalizer` says what a_i is for tau = num_steps local steps: "sgd": tau (with equal weights
+    the form of arXiv 2411.18607, c_i = mean(tau) / (n tau_i)); "momentum": (tau - m (1 - m^tau) /
+    (1 - m)) / (1 - m) for heavy-ball momentum m; "prox": (1 - (1 - lr mu)^tau) / (lr mu) for
+    FedProx with coefficient mu.
     """
 
     normalizer: Literal["sgd", "momentum", "prox"] = "sgd"

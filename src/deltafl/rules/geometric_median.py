@@ -9,11 +9,11 @@ from deltafl.rules.rule import RULES, LinearRule, Stats, Tensor, Within
 @RULES.register("geometric_median")
 @dataclass(frozen=True)
 class GeometricMedian(LinearRule):
-    """argmin_z sum_i p_i ||delta_i - z||, z = sum_i c_i delta_i, c_i ~ p_i / max(nu, ||delta_i - z||).
+    """argmin_z sum_i p_i ||delta_i - z||, z = sum_i c_i delta_i.
 
-    nu = `smoothing` times the largest norm where p_i > 0 (RFA takes an absolute nu; a relative one
-    serves every scale). Distances come from the Gram matrix. Ends after `iterations`, or when no
-    coefficient moves by more than 1e-12.
+    c_i is proportional to p_i / max(nu, ||delta_i - z||), nu = `smoothing` times the largest norm
+    where p_i > 0 (RFA takes an absolute nu; a relative one serves every scale). Distances come from
+    the Gram matrix. Ends after `iterations`, or when no coefficient moves by more than 1e-12.
     """
 
     iterations: Annotated[int, Within(1)] = 100

@@ -11,11 +11,11 @@ from deltafl.rules.rule import RULES, LinearRule, Source, Stats, Tensor, Within
 @RULES.register("krum")
 @dataclass(frozen=True)
 class Krum(LinearRule):
-    """The one delta with the smallest score, where at most `num_byzantine` (f) models are attackers.
+    """The one delta with the smallest score; at most `num_byzantine` (f) models are attackers.
 
-    score_i = sum of the n - f - 2 smallest ||delta_i - delta_j||^2, j != i, over the n deltas of weight
-    above 0. Equal scores (the two of a closest pair always have them when n - f - 2 = 1) are decided by
-    the sum of all distances, then by order.
+    score_i = sum of the n - f - 2 smallest ||delta_i - delta_j||^2, j != i, over the n deltas of
+    weight above 0. Equal scores (the two of a closest pair always have them when n - f - 2 = 1) are
+    decided by the sum of all distances, then by order.
     """
 
     num_byzantine: Annotated[int, Within(0)] = 0
@@ -33,8 +33,8 @@ class Krum(LinearRule):
         least, selected = 2 * self.num_byzantine + 3, self.selected(n)
         if n < least:
             return [
-                f"{self.name}: {n} models of weight above 0 with num_byzantine {self.num_byzantine};"
-                f" it needs at least 2f + 3 = {least} models"
+                f"{self.name}: {n} models of weight above 0 with num_byzantine "
+                f"{self.num_byzantine}; it needs at least 2f + 3 = {least} models"
             ]
         if not 1 <= selected <= n:
             return [f"{self.name}: num_selected is {selected}; it must be in 1 to {n}, the models"]

@@ -13,8 +13,8 @@ from deltafl.rules.rule import RULES, CoordinateRule, Tensor, Traits
 class Median(CoordinateRule):
     """The middle value of each coordinate; of an even number, the midpoint of the two or the lower.
 
-    "lower" is torch.median's choice and so that of the code of arXiv 2411.18607. With unequal weights:
-    the weighted median, the value at which the summed weights pass one half.
+    "lower" is torch.median's choice and so that of the code of arXiv 2411.18607. With unequal
+    weights: the weighted median, the value at which the summed weights pass one half.
     """
 
     middle: Literal["midpoint", "lower"] = "midpoint"

@@ -1,4 +1,4 @@
-"""Order statistics over a few models by min/max networks: vector instructions instead of a sort for each coordinate."""
+"""Order statistics of a few models by min/max networks: vectors, not a sort per coordinate."""
 
 import functools
 from collections.abc import Iterable, Sequence
@@ -8,7 +8,7 @@ from deltafl.rules.rule import Tensor
 
 @functools.cache
 def network(n: int) -> tuple[tuple[int, int], ...]:
-    """Comparators (i, j), i < j, that sort n values: Batcher's merge exchange (Knuth vol. 3, 5.2.2 M)."""
+    """Comparators (i, j), i < j, that sort n values: Batcher's exchange (Knuth vol. 3, 5.2.2 M)."""
     pairs = []
     top = 1 << max(0, (n - 1).bit_length() - 1)
     p = top
@@ -35,7 +35,7 @@ def selection_network(n: int, wanted: frozenset[int]) -> tuple[tuple[int, int, b
 
 
 def ranks(block: Tensor, wanted: Iterable[int]) -> list[Tensor]:
-    """The values of the wanted ranks (0: smallest) in each column. (n, m) -> one (m,) for each; NaN spreads."""
+    """The wanted ranks (0: smallest) of each column, (n, m) -> one (m,) for each; NaN spreads."""
     wanted = list(wanted)
     rows = list(block.unbind(0))
     for i, j, low, high in selection_network(len(rows), frozenset(wanted)):
@@ -50,7 +50,8 @@ def ranks(block: Tensor, wanted: Iterable[int]) -> list[Tensor]:
 def weighted_median(block: Tensor, weights: Sequence[float]) -> tuple[Tensor, Tensor]:
     """The lower and the upper weighted median of each column, (n, m) -> two (m,).
 
-    Lower: the smallest value at which the summed weights reach one half; upper: at which they exceed it.
+    Lower: the smallest value at which the summed weights reach one half; upper: at which they
+    exceed it.
     """
     import torch
 

@@ -10,7 +10,7 @@ from deltafl.rules.rule import load_rules, parameters
 
 
 def rule_fields() -> dict[str, FieldInfo]:
-    """Parameter -> its type, the default of the first rule that takes it, who takes it."""
+    """Parameter -> its type, the default of the first rule that takes it, and who takes it."""
     fields: dict[str, FieldInfo] = {}
     rules = load_rules()
     for name in rules:
@@ -37,9 +37,7 @@ def rule_grids() -> dict[str, FieldInfo]:
 
 
 RuleParameters: TypeAlias = Annotated[dict[str, Any], Flattened(rule_fields)]
-"""Parameters of a rule: name -> value, for `build_rule`; in a file and on the command line beside
-its name.
-"""
+"""Parameters of a rule: name -> value; in a file and on the command line beside its name."""
 
 RuleGrids: TypeAlias = Annotated[dict[str, Any], Flattened(rule_grids)]
 """Parameters of a rule, each one value or a list of values to choose from."""

@@ -43,8 +43,8 @@ class Traits:
 
     fixed_point: identical deltas come back as they are. odd: R(-d) = -R(d). coordinate_symmetric:
     permuting coordinates commutes. order_free: the order of models matters only by rounding.
-    native_scale: whether the paper states the rule as a sum or as a mean of deltas; the code returns
-    a mean either way.
+    native_scale: whether the paper states the rule as a sum or as a mean of deltas; the code
+    returns a mean either way.
     """
 
     fixed_point: bool = True
@@ -73,7 +73,7 @@ class Within(NamedTuple):
 
 
 def _refuse(what: str, hint: object, value: PerModel | str) -> None:
-    """Raise DeltaflError unless the value, and each of its numbers by model and tensor, fits the type."""
+    """Raise DeltaflError unless the value, or each of its numbers by model, fits the type."""
     kinds, choices = typing.get_args(hint), typing.get_origin(hint) is Literal
     if choices and value not in kinds:
         known = f"{', '.join(kinds[:-1])} or {kinds[-1]}"
@@ -91,9 +91,9 @@ def _refuse(what: str, hint: object, value: PerModel | str) -> None:
 class Transform(ABC):
     """A change of each delta, block by block, before anything is reduced or combined.
 
-    density: the fraction kept, whose magnitude threshold the engine finds exactly; None: no threshold
-    is needed. per_tensor: one threshold for each tensor, not for the whole delta; only then may the
-    density differ by tensor.
+    density: the fraction kept, whose magnitude threshold the engine finds exactly; None: no
+    threshold is needed. per_tensor: one threshold for each tensor, not for the whole delta; only
+    then may the density differ by tensor.
     """
 
     density: PerModel | None = None
@@ -108,9 +108,10 @@ class Transform(ABC):
 class Rule:
     """n deltas -> one update, at mean scale. A frozen dataclass, whose fields are its parameters.
 
-    A rule is of one kind: a `LinearRule`, a `CoordinateRule` or a `TensorRule`. What it does not say
-    has a default. needs_gram: it wants the Gram matrix. weighs_examples: it weighs the deltas by their
-    numbers of examples itself. values: parameters to compare where none are named, a value or a list.
+    A rule is of one kind: a `LinearRule`, a `CoordinateRule` or a `TensorRule`. What it does not
+    say has a default. needs_gram: it wants the Gram matrix. weighs_examples: it weighs the deltas
+    by their numbers of examples itself. values: parameters to compare where none are named, a value
+    or a list.
 
     Raises:
         DeltaflError: a parameter is not one of its type's `Literal`, or outside its `Within`.
@@ -185,7 +186,7 @@ class TensorRule(Rule, ABC):
 
     @abstractmethod
     def combine(self, tensors: Tensor, weights: Sequence[float]) -> Tensor:
-        """(n, *shape), p >= 0 with sum 1 -> (*shape), same dtype; the argument may be overwritten."""
+        """(n, *shape), p >= 0 with sum 1 -> (*shape), same dtype; may overwrite its argument."""
 
 
 def check_rule(rule: Rule, sources: Sequence[Source]) -> None:

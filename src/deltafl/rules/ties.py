@@ -12,7 +12,7 @@ from deltafl.rules.weights import PerModel, numbers_missing
 
 @dataclass(frozen=True)
 class Trim(Transform):
-    """Keep the `density` fraction largest in magnitude; values equal to the threshold are all kept."""
+    """Keep the `density` fraction largest in magnitude, and all that equal the threshold."""
 
     density: PerModel | None
     per_tensor: bool
@@ -24,7 +24,7 @@ class Trim(Transform):
 
 
 def below(threshold: float) -> float:
-    """The largest float32 under a positive one: hardshrink, which is fast, keeps what is greater."""
+    """The largest float32 below a positive one: the fast hardshrink keeps what is greater."""
     bits = int.from_bytes(struct.pack("<f", threshold), "little")
     return struct.unpack("<f", max(0, bits - 1).to_bytes(4, "little"))[0]
 
@@ -34,11 +34,11 @@ def below(threshold: float) -> float:
 class Ties(CoordinateRule):
     """Trim each delta to `density`; s = sign(sum_i p_i delta_i); merge the deltas whose sign is s.
 
-    merge "mean" (the paper): sum_{agree} p_i delta_i / sum_{agree} p_i; "sum": sum_{agree} p_i delta_i.
-    A zero sum elects nothing: no update; with zero_sum "positive", as in mergekit, it elects +. The
-    threshold is over the whole delta, or `per_tensor`; `density` may be one for each model, and then by
-    tensor. The election counts weights in units of the least one, so that with equal weights (or small
-    integer ratios) deltas that cancel sum to exactly 0.
+    merge "mean" (the paper): sum_{agree} p_i delta_i / sum_{agree} p_i; "sum": sum_{agree} p_i
+    delta_i. A zero sum elects nothing: no update; with zero_sum "positive", as in mergekit, it
+    elects +. The threshold is over the whole delta, or `per_tensor`; `density` may be one for each
+    model, and then by tensor. The election counts weights in units of the least one, so that with
+    equal weights (or small integer ratios) deltas that cancel sum to exactly 0.
     """
 
     density: Annotated[PerModel, Within(0, 1)] = 0.2

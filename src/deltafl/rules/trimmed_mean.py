@@ -15,9 +15,9 @@ from deltafl.rules.weighted import weighted_sum
 class TrimmedMean(CoordinateRule):
     """Drop the `trim` smallest and the `trim` largest values of each coordinate; mean of the rest.
 
-    With unequal weights: drop the share trim / n of the total weight at either end (n models of weight
-    above 0), so that a value at the boundary counts in part and neither equal values nor the order of
-    the models matter.
+    With unequal weights: drop the share trim / n of the total weight at either end (n models of
+    weight above 0), so that a value at the boundary counts in part and neither equal values nor the
+    order of the models matter.
     """
 
     trim: Annotated[int, Within(0)] = 1

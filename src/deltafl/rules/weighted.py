@@ -6,10 +6,10 @@ from deltafl.rules.rule import Tensor
 
 
 def weighted_sum(rows: Tensor | Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """sum_i p_i row_i: multiply, then add, in the order of the models. (n, m) or n times (m,) -> (m,).
+    """sum_i p_i row_i: multiply, then add, in the models' order; (n, m) or n times (m,) -> (m,).
 
-    Two roundings per model, never a fused multiply-add: vector code and the tail of a block then round alike. Equal
-    weights multiply the sum, once.
+    Two roundings per model, never a fused multiply-add: vector code and the tail of a block then
+    round alike. Equal weights multiply the sum, once.
     """
     if len(set(weights)) == 1:
         total = rows[0] + rows[1] if len(weights) > 1 else rows[0].clone()

@@ -51,7 +51,7 @@ class Weights:
         return first_match(name, self.patterns, self.default)
 
     def total(self, name: str) -> float:
-        """sum_i |w_i|: the factor between the sum convention (scaling_coef) and the mean one (server_lr)."""
+        """sum_i |w_i|: the factor between the sum (scaling_coef) and the mean (server_lr)."""
         return sum(map(abs, self.of(name)))
 
 
