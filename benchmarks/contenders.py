@@ -6,22 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from deltafl.rules.rule import load_rules
+
 HERE = Path(__file__).parent
 SCALING_COEF = 0.3
-PARAMETERS = {
-    "task_arithmetic": [],
-    "fedavg": ["--num-examples", "1000", "2000", "3000", "4000"],
-    "fednova": ["--num-steps", "1000", "2000", "3000", "4000"],
-    "fedgma": ["--rho", "0.6"],
-    "median": [],
-    "trimmed_mean": [],
-    "cclip": ["--rho", "0.5", "--unit", "quantile"],
-    "geometric_median": [],
-    "krum": [],
-    "multi_krum": [],
-    "ties": [],
-    "dare": ["--drop-rate", "0.5"],
-}
+NUMBERS = ["1000", "2000", "3000", "4000"]
+"""Of examples, and of steps, of each model."""
+
 MERGEKIT = {
     "linear": {"weight": 1.0},
     "task_arithmetic": {"weight": SCALING_COEF},
@@ -80,7 +71,10 @@ def deltafl(world: World, rule: str, *extra: str, scaling_coef: float = SCALING_
         "--scaling-coef",
         str(scaling_coef),
     ]
-    command += [*PARAMETERS[rule], *extra]
+    command += ["--num-examples", *NUMBERS, "--num-steps", *NUMBERS]
+    for key, value in load_rules()[rule].typical().items():
+        command += [f"--{key.replace('_', '-')}", str(value)]
+    command += extra
     name = " ".join([rule, *extra])
     return Contender("deltafl", name, lambda out: [*command, "--out", str(out)])
 
@@ -116,14 +110,9 @@ def mergekit(world: World, method: str, *, scaling_coef: float = SCALING_COEF) -
 
 
 def contenders(world: World, *, peer: bool) -> list[Contender]:
-    """All, in the order of the table. Raises RuntimeError for a rule that this file does not know."""
-    from deltafl.rules.rule import load_rules
-
-    unknown = set(load_rules()) ^ set(PARAMETERS)
-    if unknown:
-        raise RuntimeError(f"give benchmarks/contenders.py parameters for {sorted(unknown)}")
+    """All, in the order of the table."""
     found = [floor(world, sync=False), floor(world, sync=True)]
-    found += [deltafl(world, rule) for rule in PARAMETERS]
+    found += [deltafl(world, rule) for rule in load_rules()]
     found += [
         after_imports(world),
         *(deltafl(world, "task_arithmetic", flag) for flag in ("--hash", "--exact")),

@@ -1,6 +1,7 @@
 """Forked processes: results in order, the same bits, errors as in one process, nobody left behind."""
 
 import errno
+import mmap
 import os
 import signal
 import subprocess
@@ -136,7 +137,10 @@ def test_processes_see_what_is_written_into_shared_memory() -> None:
 
 
 def test_the_memory_that_a_process_needs_is_told() -> None:
-    with Pool(lambda size: bytearray(size)[0], 2) as pool:
+    def work(size: int) -> int:  # new pages, not what the process has freed
+        return mmap.mmap(-1, size).write(bytes(size))
+
+    with Pool(work, 2) as pool:
         list(pool.map([50_000_000] * 4))
         assert len(pool.memory) <= 2
         assert max(pool.memory.values()) > 40_000_000

@@ -63,9 +63,6 @@ def visit(
     """
     units = list(chunks(specs, whole=whole))
     workers = min(threads, len(units))
-    torch.empty(
-        8 << 20, dtype=torch.uint8
-    )  # glibc then keeps freed blocks: half the time of a merge
     forks = forks and can_fork() and all(s.device.type == "cpu" for s in specs.values())
     done, total = 0, width * sum(spec.numel for spec in specs.values())
 

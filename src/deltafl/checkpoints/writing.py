@@ -6,8 +6,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +20,6 @@ from deltafl.errors import DeltaflError
 from deltafl.progress import OnProgress, ignore
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-SYNC = 1 << 26
-"""Elements after which what has been written is sent to the disk, while the next are computed."""
 
 INDEX = "model.safetensors.index.json"
 NOT_COPIED = frozenset({INDEX, "pytorch_model.bin.index.json", "training.json", "deltafl.json"})
@@ -113,16 +110,11 @@ def write_tensors(
             {name: source.spec(name) for name in source}, write, threads, whole=source.whole,
             name="writing", on_progress=on_progress,
         )  # fmt: skip
-        with contextlib.closing(passed), ThreadPoolExecutor(1) as background:
-            sent, unsent = Future[None](), 0
-            sent.set_result(None)
-            for unit, _ in passed:
-                unsent += sum(stop - start for _, start, stop in unit)
-                if unsent >= SYNC and sent.done():
-                    sent.result()
-                    sent, unsent = background.submit(_sync, handles.values()), 0
-            sent.result()
-        _sync(handles.values())
+        with contextlib.closing(passed):  # nobody writes once it is left
+            for _ in passed:
+                pass
+        for handle in handles.values():
+            os.fsync(handle)
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(entry.num_bytes for entry in entries.values())},
@@ -161,11 +153,6 @@ def _reserved(shards: Sequence[Shard], folder: Path) -> Iterator[dict[Path, int]
     finally:
         for handle in handles.values():
             os.close(handle)
-
-
-def _sync(handles: Collection[int]) -> None:
-    for handle in handles:
-        os.fsync(handle)
 
 
 def companions(folder: Path) -> list[Path]:
