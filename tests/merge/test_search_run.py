@@ -19,7 +19,7 @@ from deltafl.models import HEAD_FILE, load_net
 from deltafl.models.fit import random_head
 from deltafl.models.head import save_head
 from deltafl.progress import Progress
-from deltafl.tasks import load_task
+from deltafl.tasks import DataRecipe, load_task
 from deltafl.training import TrainingRecipe, finetune
 from deltafl.training.step import TaskScorer, scores
 from tiny_models import judged, tiny_llama, vit_file
@@ -197,6 +197,18 @@ def refused(recipe: SearchRecipe, monkeypatch: pytest.MonkeyPatch) -> DeltaflErr
         run(recipe)
     assert not scored
     return error.value
+
+
+def test_each_model_names_the_columns_of_its_own_data(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_task(data: DataRecipe, *_: object) -> None:
+        raise DeltaflError(f"{data.data} {data.image_column}")
+
+    monkeypatch.setattr(search_run, "load_task", load_task)
+    models = [m | {"image_column": "img"} for m in search_recipe(trained).resolved()["models"]]
+    with pytest.raises(DeltaflError, match="digits:mirrored img"):
+        run(search_recipe(trained, models=models))
 
 
 def test_unknown_methods_are_found_before_any_data_is_loaded(

@@ -8,6 +8,7 @@ from pydantic import Field
 from deltafl.merge.recipe import DeltaRecipe, MergeRecipe, ModelEntry
 from deltafl.recipes import Incidental, Recipe, Size
 from deltafl.rules.parameters import RuleGrids, RuleParameters
+from deltafl.tasks.recipe import DataSource
 
 LAMBDAS = tuple(round(0.05 * i, 2) for i in range(1, 41))
 """The grid of arXiv 2411.18607."""
@@ -16,10 +17,9 @@ METHODS = ("task_arithmetic", "fednova", "fedgma", "median", "cclip")
 """Every rule of arXiv 2411.18607."""
 
 
-class TaskModel(ModelEntry):
+class TaskModel(DataSource, ModelEntry):
     """A fine-tuned model and the task that it is judged on."""
 
-    data: str = Field(description="The task, as `deltafl finetune --data` takes one.")
     head: str | None = Field(
         None,
         description="A head.safetensors, or zero-shot (of a CLIP base). Default: in its folder.",

@@ -24,6 +24,7 @@ from deltafl.merge.search_recipe import SearchRecipe
 from deltafl.models import HEAD_FILE, HeadRecipe, Net, load_net
 from deltafl.progress import OnProgress, ignore
 from deltafl.tasks import DataRecipe, Task, load_task
+from deltafl.tasks.recipe import DataSource
 from deltafl.training.step import TaskScorer
 from deltafl.version import __version__
 
@@ -94,7 +95,8 @@ def _tasks(recipe: SearchRecipe, plan: Plan, net: Net) -> list[Task]:
         seed = recipe.seed
         if seed is None:
             seed = read_training(layout).get("seed") or 0
-        data = DataRecipe.of(data=entry.data, data_dir=recipe.data_dir)
+        source = entry.model_dump(include={*DataSource.model_fields})
+        data = DataRecipe.of(**source, data_dir=recipe.data_dir)
         tasks.append(load_task(data, net.inputs, seed))
     return tasks
 

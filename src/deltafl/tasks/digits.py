@@ -13,14 +13,14 @@ a 16 x 16 canvas and then resized like any other image; the labels stay. Random 
 keyed by the row.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 from deltafl.errors import DeltaflError, did_you_mean
-from deltafl.tasks.raw import FAMILIES, RawSplit, RawTask, Source
+from deltafl.tasks.raw import FAMILIES, RawSplit, RawTask, Source, reader
 from deltafl.tasks.selection import stratified
 from deltafl.tasks.task import SPLITS
 
@@ -48,7 +48,7 @@ def digits(variant: str) -> Source:
         pixels = np.rint(changed.clip(0, 1) * 255).astype(np.uint8)
         pool = "pretraining" if variant == "pretrain" else "tasks"
         splits = {
-            split: RawSplit(labels[rows], partial(_rows, pixels[rows]), f"{name} ({split})")
+            split: RawSplit(labels[rows], reader(pixels[rows]), f"{name} ({split})")
             for (of, split), rows in partition(labels).items()
             if of == pool
         }
@@ -66,10 +66,6 @@ def partition(labels: np.ndarray) -> dict[tuple[str, str], np.ndarray]:
             parts[pool, split] = free[stratified(labels[free], size, rng)]
             free = np.setdiff1d(free, parts[pool, split], assume_unique=True)
     return parts
-
-
-def _rows(pixels: np.ndarray, rows: Sequence[int]) -> list[np.ndarray]:
-    return [pixels[row] for row in rows]
 
 
 @cache

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 
 from deltafl.errors import DeltaflError, did_you_mean
 from deltafl.tasks.cache import stamps
-from deltafl.tasks.raw import SPLIT_NAMES, Columns, RawSplit, RawTask, Source
+from deltafl.tasks.raw import SPLIT_NAMES, Columns, RawSplit, RawTask, Source, reader
 
 PARQUET_NAME = re.compile(
     rf"(?:(?P<prefix>.+)[-_.])?(?P<split>{'|'.join(SPLIT_NAMES)})(?:[-_.].*)?\.parquet"
@@ -110,9 +110,7 @@ def _image_folder(path: Path) -> Source:
     def raw_split(split: str) -> RawSplit:
         labels = [classes.index(image.parent.name) for image in files[split]]
         where = f'image folder "{path / split}"'
-        return RawSplit(
-            np.array(labels, np.int64), lambda rows: [files[split][i] for i in rows], where
-        )
+        return RawSplit(np.array(labels, np.int64), reader(files[split]), where)
 
     def opened(scratch: Path) -> RawTask:
         return RawTask({SPLIT_NAMES[split]: raw_split(split) for split in files}, tuple(classes))

@@ -9,7 +9,23 @@ from deltafl.recipes import Recipe
 Augmentation = Literal["none", "flip", "crop_flip"]
 
 
-class DataRecipe(Recipe):
+class DataSource(Recipe):
+    """Which data: what they are, and which of their columns."""
+
+    data: str = Field(
+        description="a folder, the name of a task (cifar100), digits:VARIANT, hub:OWNER/NAME, "
+        "lines:FOLDER for text, or your own function MODULE:ATTR"
+    )
+    image_column: str | None = Field(
+        None, description="the column of images, of Parquet files and hub sets (default: image)"
+    )
+    label_column: str | None = Field(
+        None, description="the column of class numbers (default: label)"
+    )
+    revision: str | None = Field(None, description="the version of a hub data set")
+
+
+class DataRecipe(DataSource):
     """Where the data of a task are, and which part of them is used; `load_task` reads it.
 
     `data` is, in this order of precedence:
@@ -29,20 +45,9 @@ class DataRecipe(Recipe):
     working directory; what is not a name is then a mistake.
     """
 
-    data: str = Field(
-        description="a folder, the name of a task (cifar100), digits:VARIANT, hub:OWNER/NAME, "
-        "lines:FOLDER for text, or your own function MODULE:ATTR"
-    )
     data_dir: str | None = Field(
         None, description="the folder that holds tasks by name; without it they come from the hub"
     )
-    image_column: str | None = Field(
-        None, description="the column of images, of Parquet files and hub sets (default: image)"
-    )
-    label_column: str | None = Field(
-        None, description="the column of class numbers (default: label)"
-    )
-    revision: str | None = Field(None, description="the version of a hub data set")
     val_fraction: float = Field(
         0.1,
         gt=0,

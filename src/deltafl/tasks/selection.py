@@ -45,11 +45,8 @@ def stratified(
     room = np.maximum(sizes - leave, 0)
     shares = sizes * (min(count, len(labels)) / max(len(labels), 1))
     quotas = np.minimum(np.floor(shares + 1e-9).astype(np.int64), room)
-    missing = min(count, int(room.sum())) - int(quotas.sum())
-    while missing > 0:
+    while (missing := min(count, room.sum()) - quotas.sum()) > 0:
         open_ = np.flatnonzero(quotas < room)
-        chosen = open_[np.argsort(quotas[open_] - shares[open_], kind="stable")][:missing]
-        quotas[chosen] += 1
-        missing -= len(chosen)
+        quotas[open_[np.argsort(quotas[open_] - shares[open_], kind="stable")][:missing]] += 1
     rows = [rng.permutation(np.flatnonzero(inverse == c))[: quotas[c]] for c in range(len(classes))]
     return np.sort(np.concatenate(rows)) if rows else np.empty(0, np.int64)
