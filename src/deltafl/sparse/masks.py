@@ -123,7 +123,7 @@ def model_hash(net: Net) -> str:
     values = net.trained
     for name in eligible(net):
         tensor = values[name]
-        about = [net.format.file_name(name), list(tensor.shape)]
+        about = [net.file_name(name), list(tensor.shape)]
         digest.update(json.dumps(about).encode())
         digest.update(tensor.float().cpu().numpy().astype("<f4", copy=False).tobytes())
     return digest.hexdigest()
