@@ -64,7 +64,7 @@ def run_search(
             Goal(task.name, net, *_scorers(task, recipe.batch_size), opened.tuned[name])
             for name, task, net in zip(plan.layouts, tasks, nets, strict=True)
         ]
-        problem = Problem(opened.base, opened.updates, goals, opened.weights.default, plan.threads)
+        problem = Problem(opened.base, opened.updates, goals, opened.weights["*"], plan.threads)
         found = search(problem, recipe, on_progress)
         result = _describe(recipe, plan, problem, tasks, found)
     if scores is not None:
