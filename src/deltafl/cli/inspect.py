@@ -31,8 +31,8 @@ def inspect(recipe: MergeRecipe, quiet: bool) -> None:
         from deltafl.merge.inputs import open_updates  # torch, while the files are read
         from deltafl.merge.inspect import inspect_models
 
-        with drawn_progress(quiet=quiet) as show, open_updates(plan) as opened:
-            result = inspect_models(plan, opened, show)
+        with drawn_progress(quiet=quiet) as show:
+            result = inspect_models(plan, open_updates(plan), show)
         from deltafl.cli.results import as_text, write_result
         from deltafl.report import Column, Table, inspect_page
         from deltafl.report.inspection import training_table
