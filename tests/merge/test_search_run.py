@@ -129,7 +129,7 @@ def counting(
 def test_nothing_is_read_or_decoded_again_for_every_candidate(
     trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decoded = counting(monkeypatch, loading, "_images", lambda source, *_: source.name)
+    decoded = counting(monkeypatch, loading, "digits", lambda variant, *_: f"digits_{variant}")
     reads = counting(
         monkeypatch, Checkpoint, "read", lambda held, name, *_: (held.layout.ref, name)
     )
