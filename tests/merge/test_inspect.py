@@ -12,7 +12,6 @@ from torch import Tensor
 
 from checkpoint_files import make_world, save, toy, tuned
 from deltafl import Source, Update
-from deltafl.algebra.aggregate import Weights
 from deltafl.algebra.deltas import Deltas
 from deltafl.algebra.tensors import BLOCK
 from deltafl.errors import DeltaflError
@@ -21,6 +20,7 @@ from deltafl.merge.inspect import advise, cosines, inspect_models, layer_of, mea
 from deltafl.merge.plan import plan_merge
 from deltafl.merge.recipe import MergeRecipe
 from deltafl.progress import Progress
+from deltafl.rules.weights import as_weights
 
 LAYERS = {
     "embed": ["embed.w"],
@@ -44,7 +44,7 @@ def random_deltas(n: int = 3) -> list[dict[str, Tensor]]:
 
 def measured(deltas: Sequence[dict[str, Tensor]], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
     updates = [Update(d, Source(f"m{i}")) for i, d in enumerate(deltas)]
-    return measure(Deltas(updates, Weights((1.0,) * len(deltas))), *args, **kwargs)
+    return measure(Deltas(updates, as_weights(None, len(deltas))), *args, **kwargs)
 
 
 def flat(delta: Mapping[str, Tensor], names: Sequence[str] | None = None) -> np.ndarray:

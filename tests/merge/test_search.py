@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from deltafl import Source, Update
-from deltafl.algebra.aggregate import Aggregate, Weights
+from deltafl.algebra.aggregate import Aggregate
 from deltafl.algebra.deltas import CachedBlocks
 from deltafl.algebra.tensors import Tensors
 from deltafl.errors import DeltaflError
@@ -24,6 +24,7 @@ from deltafl.merge.updates import UpdateCache
 from deltafl.models import Net
 from deltafl.progress import OnProgress, Progress, ignore
 from deltafl.rules.rule import build_rule
+from deltafl.rules.weights import as_weights
 from deltafl.tasks import ImageInput, Task
 from laws.worlds import ByBlocks
 
@@ -112,7 +113,7 @@ def make_problem(
         own = base["w"] + delta
         val, test = (own + 0.3 * torch.randn(12, generator=draw) for _ in range(2))
         goals.append(Goal(kind(f"task{i}", val, test), net, {"w": own}))
-    return Problem(Opened(CachedBlocks(base), updates, Weights((1.0,) * n), {}), goals)
+    return Problem(Opened(CachedBlocks(base), updates, as_weights(None, n), {}), goals)
 
 
 def changed(problem: Problem, **changes: Any) -> Problem:
@@ -345,7 +346,7 @@ def test_a_given_parameter_takes_the_place_of_its_grid_and_lists_are_crossed() -
 
 
 def test_weights_change_the_scale_and_the_rules() -> None:
-    problem = changed(make_problem(2), weights=Weights((1.0, 3.0)))
+    problem = changed(make_problem(2), weights=as_weights((1.0, 3.0), 2))
     found = run(problem, [("task_arithmetic", {})], [0.2])
     a, b = (u.delta["w"] for u in problem.opened.updates)
     loaded = torch.tensor(problem.goals[0].net.seen[-1])  # type: ignore[attr-defined]

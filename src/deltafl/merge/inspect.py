@@ -38,13 +38,12 @@ def measure(
             signs = block.sign()
             parts = [rows @ rows.T for rows in (block.double(), signs.abs(), signs)]
             found.append((layer_of(name), torch.stack([part.double().cpu() for part in parts])))
-            if not found[-1][1].isfinite().all():
-                deltas.refuse_nonfinite(name, start, stop)
+            deltas.check_finite(found[-1][1], name, start, stop)
         return found
 
     layers: dict[str, Tensor] = {}
     width = 4 * len(deltas.updates)
-    for _, found in visit(
+    for found in visit(
         deltas.specs, measured, threads, name="reading", width=width, on_progress=on_progress
     ):
         for layer, part in found:

@@ -1,11 +1,12 @@
 """The recipe of `deltafl merge`, and what it shares with that of `deltafl search`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, TypeAlias
 
 from pydantic import Field
 
+from deltafl.checkpoints.layout import CODES
 from deltafl.errors import attempt
 from deltafl.recipes import Incidental, Recipe
 from deltafl.rules.parameters import RuleParameters
@@ -132,7 +133,7 @@ class MergeRecipe(RuleParameters, DeltaRecipe):
     @property
     def stored_dtype(self) -> str | None:
         """The output's dtype in safetensors' spelling; None: the base's."""
-        return self.dtype and self.dtype.replace("bfloat", "BF").replace("float", "F")
+        return CODES[self.dtype] if self.dtype else None
 
     @property
     def scale(self) -> float:
@@ -144,9 +145,9 @@ class MergeRecipe(RuleParameters, DeltaRecipe):
     def model_weights(self) -> Weights:
         """The weights of the models. Raises DeltaflError if they are not one for each, or all 0."""
         given = [entry.weight for entry in self.entries.values()]
-        default = tuple(1.0 if weight is None else weight for weight in given)
-        patterns = tuple((name, tuple(row)) for name, row in self.weight_patterns.items())
-        return as_weights(Weights(default, patterns), len(given))
+        rows: dict[str, Sequence[float]] = dict(self.weight_patterns)
+        rows.setdefault("*", [1.0 if weight is None else weight for weight in given])
+        return as_weights(rows, len(given))
 
     def problems(self) -> Iterator[str]:
         """What is given twice, or does not fit the models."""

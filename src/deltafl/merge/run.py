@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 
 from deltafl.algebra.aggregate import Stepped
-from deltafl.checkpoints.checkpoint import DTYPES
+from deltafl.checkpoints.checkpoint import torch_dtype
 from deltafl.checkpoints.layout import identity
 from deltafl.checkpoints.writing import copy_companions, plan_shards, write_tensors
 from deltafl.files import atomic_folder
 from deltafl.merge.inputs import large_deltas, open_updates
 from deltafl.merge.plan import Facts, Plan
 from deltafl.progress import OnProgress, ignore
-from deltafl.rules.weights import first_match
+from deltafl.rules.weights import first_match, total_weight
 from deltafl.version import __version__
 
 VERSIONS = {
@@ -48,13 +48,15 @@ def run_merge(
     @functools.cache
     def scale(name: str) -> float:
         """What multiplies the mean-scale update of a tensor."""
-        number = first_match(name, recipe.scale_patterns.items(), recipe.scale)
-        return number if recipe.scaling_coef is None else number * weights.total(name)
+        number = first_match(name, recipe.scale_patterns, recipe.scale)
+        return number if recipe.scaling_coef is None else number * total_weight(weights, name)
 
     with atomic_folder(out, overwrite=overwrite) as folder:
         opened, dtype = open_updates(plan), recipe.stored_dtype
         aggregate = opened.aggregate(plan.rule, on_progress)
-        stepped = Stepped(opened.base, aggregate, scale, dtype=DTYPES[dtype] if dtype else None)
+        stepped = Stepped(
+            opened.base, aggregate, scale, dtype=torch_dtype(dtype) if dtype else None
+        )
         shards = plan_shards(plan.base.entries, dtype, recipe.max_shard_size)
         write_tensors(stepped, shards, folder, threads=threads, on_progress=on_progress)
         marks = ("config.json", "deltafl_model.json")
@@ -71,7 +73,7 @@ def describe(plan: Plan) -> Facts:
     """The record of a merge: its recipe, inputs by identity, both scales, what was left out,
     versions.
     """
-    recipe, weights = plan.recipe, plan.recipe.model_weights.default
+    recipe, weights = plan.recipe, plan.recipe.model_weights["*"]
     total, by_sum = sum(map(abs, weights)), recipe.scaling_coef is not None
     server_lr = recipe.scale * total if by_sum else recipe.scale
     hashed = functools.partial(identity, full_hash=recipe.hash)

@@ -27,6 +27,7 @@ from deltafl.merge.updates import UpdateCache
 from deltafl.models.net import Net
 from deltafl.progress import OnProgress, Progress, ignore
 from deltafl.rules.rule import build_rule
+from deltafl.rules.weights import total_weight
 from deltafl.tasks.task import Split, Task
 from deltafl.training.step import scores
 
@@ -205,7 +206,7 @@ class _Tried:
 
     def add(self, method: str, params: Mapping[str, object]) -> None:
         """Add a row for each coefficient of a method. Lambda 0 is the base for any update."""
-        total, rule = self.problem.opened.weights.total(""), build_rule(method, params)
+        total, rule = total_weight(self.problem.opened.weights), build_rule(method, params)
         update = self.updates.add(self.problem.opened.aggregate(rule))
         averages = self.recipe.grid == "paper" and rule.traits.native_scale == "mean"
         for value in self.recipe.scaling_coefs:

@@ -21,6 +21,7 @@ from deltafl.merge.search import Goal, Problem, SearchResult, search
 from deltafl.merge.search_recipe import SearchRecipe
 from deltafl.models import HEAD_FILE, HeadRecipe, Net, load_net
 from deltafl.progress import OnProgress, ignore
+from deltafl.rules.weights import total_weight
 from deltafl.tasks import DataRecipe, Task, load_task
 from deltafl.tasks.recipe import DataSource
 
@@ -137,7 +138,7 @@ def _describe(recipe: SearchRecipe, plan: Plan, problem: Problem, found: SearchR
 
     named = [(SINGLE, None), (UNMERGED, found.base), *found.best_of.items()]
     for name, entry in recipe.fixed.items():
-        coef, total = entry.scaling_coef, problem.opened.weights.total("")
+        coef, total = entry.scaling_coef, total_weight(problem.opened.weights)
         named.append((name, Row(entry.method, entry.params, coef, coef * total)))
     rows = [row_of(name, row) for name, row in named]
     norms = found.gram.diagonal().sqrt().tolist()

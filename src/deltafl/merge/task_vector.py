@@ -19,7 +19,7 @@ from deltafl.checkpoints.align import align
 from deltafl.checkpoints.checkpoint import Checkpoint, entries_of, open_tensors, refuse_untied
 from deltafl.errors import DeltaflError
 from deltafl.rules.rule import Source, build_rule
-from deltafl.rules.weights import Weights
+from deltafl.rules.weights import as_weights
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ def _updates(task_vectors: Sequence[TaskVector], **known: Sequence[int]) -> list
 
 def _deltas(*task_vectors: TaskVector) -> Deltas:
     """The vectors, which must hold the same tensors, in float64."""
-    return Deltas(_updates(task_vectors), Weights((1.0,) * len(task_vectors)), torch.float64)
+    return Deltas(_updates(task_vectors), as_weights(None, len(task_vectors)), torch.float64)
 
 
 def _merged(updates: Sequence[Update], method: str, **params: float | str) -> TaskVector:

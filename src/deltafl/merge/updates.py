@@ -7,6 +7,7 @@ from torch import Tensor
 
 from deltafl.algebra.aggregate import Aggregate
 from deltafl.algebra.streaming import Unit, visit
+from deltafl.pool import shared_like
 from deltafl.tasks.task import hash_of
 
 
@@ -49,11 +50,13 @@ class UpdateCache:
         """The update as tensors, in float32, on the device that it is computed on."""
         specs = {name: aggregate.spec(name) for name in aggregate}
         made = {n: torch.empty(s.shape, dtype=s.dtype, device=s.device) for n, s in specs.items()}
+        if all(tensor.device.type == "cpu" for tensor in made.values()):
+            made = shared_like(made)
 
         def fill(unit: Unit) -> None:
             for name, start, stop in unit:
                 aggregate.read(name, start, stop, made[name].view(-1)[start:stop])
 
-        for _ in visit(specs, fill, self._threads, forks=False, whole=aggregate.whole):
+        for _ in visit(specs, fill, self._threads, whole=aggregate.whole):
             pass
         return made
