@@ -1,9 +1,7 @@
 """`deltafl mask`."""
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from textwrap import fill
 from typing import Annotated, Any
 
 import click
@@ -11,14 +9,14 @@ from pydantic import Field
 
 from deltafl.algebra.tensors import device_named
 from deltafl.cli.command import dry_run, recipe_command
-from deltafl.cli.results import as_text, write_result
+from deltafl.cli.results import show_result
 from deltafl.cli.run import prepared
 from deltafl.federated.recipe import ClientsRecipe
 from deltafl.federated.setup import MASK_FILE, fit_head, make_mask, make_shards
 from deltafl.files import check_output
 from deltafl.models import Net, load_net
 from deltafl.recipes import Flags, Incidental, Recipe, read_recipe
-from deltafl.report import kinds_table, mask_page
+from deltafl.report import mask_page
 from deltafl.sparse.eligible import Eligible, eligible
 from deltafl.sparse.masks import (
     Mask,
@@ -88,14 +86,14 @@ def mask(recipe: MaskRecipe | DescribeRecipe, dry_run: bool) -> None:
         net = load_net(recipe.model).copy_to(device_named(recipe.device)) if recipe.model else None
         mask, about = load_mask(recipe.describe, net), mask_meta(recipe.describe)
     result = _facts(mask, net, about)
-    click.echo(_text(result))
 
     def save(folder: Path) -> None:
         if isinstance(recipe, MaskRecipe):
             save_mask(mask, folder / MASK_FILE, result["model_hash"], about)
-            click.echo(f"mask: {Path(recipe.out or '') / MASK_FILE}")
 
-    write_result(recipe.out, recipe.overwrite, mask_page(result), "mask.json", result, save)
+    show_result(mask_page(result), recipe.out, recipe.overwrite, "mask.json", save)
+    if recipe.out is not None and isinstance(recipe, MaskRecipe):
+        click.echo(f"mask: {Path(recipe.out) / MASK_FILE}")
 
 
 def _made(recipe: MaskRecipe, dry_run: bool) -> tuple[Mask, Net, dict[str, Any]]:
@@ -130,18 +128,3 @@ def _facts(mask: Mask, net: Net | None, about: Mapping[str, Any]) -> dict[str, A
             for n, r in rows.items()
         ],
     }
-
-
-def _text(result: Mapping[str, Any]) -> str:
-    """A line in all, how it was made, then every kind of tensor."""
-    kept, eligible = result["kept"], result["eligible"]
-    of = "coordinates (name --base to leave ineligible ones out)"
-    of = "eligible coordinates" if result["model_hash"] else of
-    frozen = f"{1 - kept / eligible:.2%} frozen"
-    lines = [f"{kept:,} of {eligible:,} {of} kept, {kept / eligible:.2%}; {frozen}"]
-    if made := ", ".join(f"{k} {v}" for k, v in result["made"].items() if v is not None):
-        lines.append(fill(made, 100, break_long_words=False))
-    if reasons := Counter(result["excluded"].values()):
-        excluded = "; ".join(f"{count} tensors, {why}" for why, count in reasons.items())
-        lines.append(f"excluded: {result['parameters'] - eligible:,} coordinates ({excluded})")
-    return "\n".join([*lines, "", as_text(kinds_table(result))])

@@ -124,7 +124,10 @@ class MergeRecipe(RuleParameters, DeltaRecipe):
     dtype: Dtype | None = Field(None, description="Of the output. Default: the base's.")
     exact: bool = Field(False, description="Compute in float64, round once.")
     max_shard_size: Size = Field(
-        5_000_000_000, gt=0, description="Split the weights into files of at most this size."
+        "5GB",
+        validate_default=True,
+        gt=0,
+        description="Split the weights into files of at most this size.",
     )
     hash: Annotated[bool, Incidental] = Field(
         False, description="Record the sha256 of every input file."
