@@ -97,7 +97,13 @@ class Aggregate(Lazy):
             stack = self._deltas.stack(name, 0, spec.numel)
             self._check(stack, name, 0, spec.numel)
             assert isinstance(self._core, TensorRule)
-            tensor = self._core.combine(stack.view(len(stack), *spec.shape), shares(weights))
+            try:
+                tensor = self._core.combine(stack.view(len(stack), *spec.shape), shares(weights))
+            except torch.linalg.LinAlgError:
+                raise DeltaflError(
+                    f'tensor "{name}": {self._core.name}: its singular values cannot be computed; '
+                    "leave it out with --exclude, or choose another method"
+                ) from None
             self._refuse_other(tensor, spec.shape, spec.dtype)
             last.name, last.tensor = name, tensor.reshape(-1)
         return last.tensor

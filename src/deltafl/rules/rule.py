@@ -134,6 +134,9 @@ class Rule:
         named = (name for name in RULES if RULES[name] is type(self))
         return next(named, type(self).__name__)
 
+    def __str__(self) -> str:
+        return self.name
+
     @property
     def core(self) -> "Rule":
         """The rule that combines: the innermost of a wrapper such as `Dare(inner=Ties())`."""
