@@ -17,7 +17,7 @@ from deltafl.algebra.deltas import Update
 from deltafl.algebra.streaming import Unit, chunks, visit
 from deltafl.algebra.tensors import BLOCK, Zeros
 from deltafl.errors import DeltaflError
-from deltafl.rules.iso_c import IsoC
+from deltafl.rules.iso import IsoC
 from deltafl.rules.rule import Source, TensorRule
 from laws.worlds import ByBlocks, assert_same, make
 

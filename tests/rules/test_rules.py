@@ -26,17 +26,23 @@ from laws.worlds import examples
 
 METHODS = [
     "cclip",
+    "consensus",
     "dare",
     "fedavg",
     "fedgma",
     "fednova",
     "geometric_median",
+    "iso_c",
+    "iso_cts",
+    "knots",
     "krum",
     "median",
     "multi_krum",
     "task_arithmetic",
     "ties",
     "trimmed_mean",
+    "tsv_m",
+    "wudi",
 ]
 
 
@@ -90,7 +96,7 @@ def test_a_wrapper_hands_on_what_is_not_its_own():
     ("name", "params", "problems"),
     [
         ("fedgna", {}, ['unknown method "fedgna"; did you mean "fedgma"?']),
-        ("xyz", {}, ["known: cclip, dare"]),
+        ("xyz", {}, ["known: cclip, consensus, dare"]),
         ("fedgma", {}, ["fedgma needs --rho"]),
         ("dare", {}, ["dare needs --drop-rate"]),
         (

@@ -94,11 +94,13 @@ class Aggregate(Lazy):
         last, spec = self._last, self.spec(name)
         if last.name != name or last.tensor is None:
             last.name = last.tensor = None
-            stack = self._deltas.stack(name, 0, spec.numel)
+            counted = [i for i, w in enumerate(weights) if w]
+            stack = self._deltas.stack(name, 0, spec.numel, counted)
             self._check(stack, name, 0, spec.numel)
             assert isinstance(self._core, TensorRule)
             try:
-                tensor = self._core.combine(stack.view(len(stack), *spec.shape), shares(weights))
+                p = [share for share in shares(weights) if share]
+                tensor = self._core.combine(stack.view(len(stack), *spec.shape), p)
             except torch.linalg.LinAlgError:
                 raise DeltaflError(
                     f'tensor "{name}": {self._core.name}: its singular values cannot be computed; '

@@ -1,6 +1,5 @@
 """KnOTS (arXiv 2410.19735): a rule of coordinates in the basis that all models share."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -30,27 +29,21 @@ class Knots(MatrixRule):
         if isinstance(inner, CoordinateRule) and inner.traits.odd and inner.traits.order_free:
             return inner.problems(sources)
         return [
-            f"knots: inner is {inner.name}; it must combine coordinate by coordinate, alike for "
-            "all models and either sign: ties, median, trimmed_mean, fedgma or consensus"
+            f"knots: inner is {inner}; it must treat each coordinate, either sign and all models "
+            "alike, as ties, median, trimmed_mean, fedgma and consensus do by default"
         ]
 
-    def merged(self, matrices: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-        import torch
+    def merged(self, matrices: Tensor, weights: Sequence[float]) -> Tensor:
+        u, s, v = triples(matrices.mT.flatten(0, 1).mT)
+        return u @ self.others((v * s).reshape(*matrices.mT.shape[:2], -1), weights).mT
 
-        u, s, v = triples(torch.cat(list(matrices), 1))
-        parts = torch.stack((v * s).split(matrices[0].shape[1]))
-        return u @ self.others(parts, weights).mT
-
-    def others(self, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-        import torch
-
-        shape, size = tensors[0].shape, tensors[0].numel()
-        if not size:
+    def others(self, tensors: Tensor, weights: Sequence[float]) -> Tensor:
+        if not (size := tensors[0].numel()):
             return tensors[0]
-        rows = torch.stack(list(tensors)).reshape(-1, size)
+        rows = tensors.reshape(-1, size)
         for transform in self.inner.transforms:
             for i, row in enumerate(rows):
                 kept = max(1, int(transform.density * size))
                 threshold = row.abs().float().kthvalue(size - kept + 1).values
                 rows[i] = transform.apply(row, i, "", 0, float(threshold))
-        return self.inner.combine(rows, weights).reshape(shape)
+        return self.inner.combine(rows, weights).reshape(tensors.shape[1:])

@@ -1,70 +1,60 @@
-"""What rules of matrices share: which tensors are matrices, and singular values in float64."""
+"""What rules of matrices share: which tensors are matrices, and singular triples in float64."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from deltafl.rules.rule import Tensor, TensorRule, Traits
 from deltafl.rules.weighted import weighted_sum
 
 NULL = 1e-6
-"""A singular value below this share of all of them (by their norm) is 0."""
+"""A singular value below this share of all of them (their norm) is 0."""
 
 
 class MatrixRule(TensorRule):
-    """R is computed for each matrix on its own, in float64; other tensors are averaged.
+    """R of each matrix is computed in float64; what is no matrix is averaged.
 
-    Matrices (out, in) are tensors of two dimensions and, as (out, in k k), the kernels of
-    convolutions; not those of depthwise ones, (out, 1, k, k). A rule whose paper sums the matrices
-    averages the others at the paper's scale, which is their mean / n here. A search tries `values`.
+    Matrices (out, in) are the tensors of two dimensions and, as (out, in k k), the kernels of
+    convolutions; those of depthwise ones, (out, 1, k, k), and columns, (out, 1), are not.
     """
 
     traits = Traits(fixed_point=False, coordinate_symmetric=False, native_scale="sum")
 
-    @classmethod
-    def grid(cls, given: Mapping[str, Any], norms: Sequence[float]) -> Mapping[str, Any]:
-        return cls.values
-
     @abstractmethod
-    def merged(self, matrices: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-        """n times (out, in), p > 0 with sum 1 -> (out, in) float64."""
+    def merged(self, matrices: Tensor, weights: Sequence[float]) -> Tensor:
+        """(n, out, in) float64, p > 0 with sum 1 -> (out, in)."""
 
-    def others(self, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-        """n times (*shape), p > 0 with sum 1 -> (*shape), of tensors that are no matrices."""
-        mean = weighted_sum(tensors, weights)
-        return mean / len(tensors) if self.traits.native_scale == "sum" else mean
+    def others(self, tensors: Tensor, weights: Sequence[float]) -> Tensor:
+        """The same for tensors that are no matrices: (n, *shape) -> (*shape), same dtype."""
+        return weighted_sum(tensors, weights)
 
     def combine(self, tensors: Tensor, weights: Sequence[float]) -> Tensor:
-        counted = [(t, w) for t, w in zip(tensors, weights, strict=True) if w > 0]
-        parts, shares = [t for t, _ in counted], [w for _, w in counted]
         shape = tensors.shape[1:]
-        if tensors.numel() and (len(shape) == 2 or (len(shape) == 4 and shape[1] > 1)):
-            result = self.merged([t.flatten(1) for t in parts], shares)
-        else:
-            result = self.others(parts, shares)
-        return result.reshape(shape).to(tensors.dtype)
+        if tensors.numel() and len(shape) in (2, 4) and shape[1] > 1:
+            merged = self.merged(tensors.double().flatten(2), weights)
+            return merged.to(tensors.dtype).reshape(shape)
+        return self.others(tensors, weights)
 
 
-def triples(matrix: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """u (out, r), s (r,), v (in, r), float64: the `rank` largest singular triples, or all.
+Triples = tuple[Tensor, Tensor, Tensor]
+"""u (out, r), s (r,), v (in, r): singular directions and values, the largest first."""
 
-    By the eigenvectors of the smaller Gram matrix, in a third of the time of an SVD. Null
-    directions are left out, so that r may be less than `rank`, and 0.
+
+def triples(matrix: Tensor, rank: int = 1 << 30) -> Triples:
+    """The `rank` largest, r = 0 of a zero matrix: null directions are left out.
+
+    By the eigenvectors of the smaller Gram matrix, in a third of the time of an SVD.
     """
     import torch
 
-    matrix = matrix.double()
     if matrix.shape[0] > matrix.shape[1]:
         v, s, u = triples(matrix.mT, rank)
         return u, s, v
-    squares, u = torch.linalg.eigh(matrix @ matrix.mT)
-    kept = squares > NULL**2 * squares.sum()
-    if rank is not None:
-        kept[: len(kept) - rank] = False
-    u = u[:, kept]
-    v = matrix.mT @ u
+    squares, u = torch.linalg.eigh(-matrix @ matrix.mT)  # negated: the largest first
+    kept = squares < NULL**2 * squares.sum()
+    kept[rank:] = False
+    v = matrix.mT @ u[:, kept]
     s = v.norm(dim=0)
-    return u, s, v / s
+    return u[:, kept], s, v / s
 
 
 def orthonormal(matrix: Tensor) -> Tensor:
@@ -73,8 +63,8 @@ def orthonormal(matrix: Tensor) -> Tensor:
     return u @ v.mT
 
 
-def joined(parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-    """The triples of several matrices in one, the directions on either side made orthonormal."""
+def joined(parts: Sequence[Triples]) -> Triples:
+    """The triples of several matrices as one, the directions on either side made orthonormal."""
     import torch
 
     u, s, v = (torch.cat(part, -1) for part in zip(*parts, strict=True))

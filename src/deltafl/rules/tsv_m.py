@@ -18,8 +18,8 @@ class TSVMerge(MatrixRule):
     there.
     """
 
-    def merged(self, matrices: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-        rank = max(1, min(matrices[0].shape) // len(matrices))
-        parts = [triples(m.double() * w, rank) for m, w in zip(matrices, weights, strict=True)]
+    def merged(self, matrices: Tensor, weights: Sequence[float]) -> Tensor:
+        rank = max(1, min(matrices.shape[1:]) // len(matrices))
+        parts = [triples(m * w, rank) for m, w in zip(matrices, weights, strict=True)]
         u, s, v = joined(parts)
         return u * s @ v.mT

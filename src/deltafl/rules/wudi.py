@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from deltafl.rules.matrices import MatrixRule
 from deltafl.rules.regression import regressed
 from deltafl.rules.rule import RULES, Tensor, Traits, Within
+from deltafl.rules.weighted import weighted_sum
 
 
 @RULES.register("wudi")
@@ -27,25 +28,24 @@ class Wudi(MatrixRule):
     prior: Literal["mean", "sum"] = "mean"
 
     values: ClassVar = {"prior": ["mean", "sum"]}
+    searched = values
 
     @property
     def traits(self) -> Traits:
-        mean = self.prior == "mean"
-        return Traits(mean, coordinate_symmetric=False, native_scale=self.prior)
+        return Traits(self.prior == "mean", coordinate_symmetric=False, native_scale=self.prior)
 
-    def merged(self, matrices: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    def merged(self, matrices: Tensor, weights: Sequence[float]) -> Tensor:
         import torch
 
-        out, size = matrices[0].shape
-        if (total := len(matrices) * out) < size:  # in the space of the deltas' rows
-            basis, rows = torch.linalg.qr(torch.cat(list(matrices)).double().mT)
-            small = replace(self, ridge=self.ridge * total / size)
-            return small.merged(rows.mT.split(out), weights) @ basis.mT
-        gram = cross = mean = matrices[0].new_zeros(()).double()
-        for matrix, weight in zip(matrices, weights, strict=True):
-            delta = matrix.double()
+        n, out, size = matrices.shape
+        if n * out < size:  # in the space of the deltas' rows
+            basis, rows = torch.linalg.qr(matrices.flatten(0, 1).mT)
+            small = replace(self, ridge=self.ridge * n * out / size)
+            return small.merged(rows.mT.reshape(n, out, -1), weights) @ basis.mT
+        gram = cross = 0
+        for delta, weight in zip(matrices, weights, strict=True):
             own = delta.mT @ delta * (weight / delta.square().sum().clamp_min(1e-300))
-            gram, cross, mean = gram + own, cross + delta @ own, mean + delta * weight
-        scale = len(matrices) if self.prior == "sum" else 1
-        solution, _ = regressed(cross, gram, mean * scale, self.ridge)
-        return solution / scale
+            gram, cross = gram + own, cross + delta @ own
+        scale = n if self.prior == "sum" else 1
+        prior = weighted_sum(matrices, weights) * scale
+        return regressed(cross, gram, prior, self.ridge)[0] / scale
