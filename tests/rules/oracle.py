@@ -27,7 +27,7 @@ Model = dict[str, np.ndarray]
 
 
 def models(n: int, kind: str = "normal", seed: int = 0) -> list[Model]:
-    """n deltas of float32 values. rank 1: of each matrix; dead: no row and column of index 0; zero: of the first model."""
+    """n deltas of float32 values. rank 1: each matrix; dead: no row and column 0; zero: the first model."""
     draw = np.random.default_rng(seed)
     found = [{k: draw.standard_normal(s) for k, s in SHAPES.items()} for _ in range(n)]
     for i, model in enumerate(found):

@@ -9,7 +9,7 @@ from rules.oracle import KINDS, assert_is, merge, models
 def expected(
     matrices: list[np.ndarray], p: np.ndarray, ridge: float, prior: str = "mean"
 ) -> np.ndarray:
-    """The minimum by least squares: rows sqrt(p_i) delta_i / ||delta_i|| of every model, and a ridge of sqrt(lambda) I."""
+    """The minimum by least squares, of the rows of all models and those of the ridge."""
     n, size = len(matrices), matrices[0].shape[1]
     units = [np.sqrt(w) * m / (np.linalg.norm(m) or 1) for w, m in zip(p, matrices, strict=True)]
     mean = np.einsum("n,noi->oi", p, np.array(matrices))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from deltafl.rules.matrices import MatrixRule, triples
-from deltafl.rules.rule import RULES, CoordinateRule, Rule, Source, Tensor, Traits
+from deltafl.rules.rule import RULES, CoordinateRule, Source, Tensor, Traits
 from deltafl.rules.ties import Ties
 
 
@@ -14,11 +14,11 @@ class Knots(MatrixRule):
     """R = U r(S V_1^T .. S V_n^T), with U S [V_1^T .. V_n^T] = [delta_1 .. delta_n].
 
     r is the rule `inner`, which combines coordinate by coordinate (ties by default) and trims each
-    matrix on its own; it also combines what is no matrix. Directions whose singular value is 0 are
-    left out.
+    matrix on its own, to one value at least; it also combines what is no matrix. Directions whose
+    singular value is 0 are left out.
     """
 
-    inner: Rule = field(default_factory=Ties)
+    inner: CoordinateRule = field(default_factory=Ties)
 
     @property
     def traits(self) -> Traits:
@@ -43,6 +43,7 @@ class Knots(MatrixRule):
         rows = tensors.reshape(-1, size)
         for transform in self.inner.transforms:
             for i, row in enumerate(rows):
+                assert isinstance(transform.density, float | int)
                 kept = max(1, int(transform.density * size))
                 threshold = row.abs().float().kthvalue(size - kept + 1).values
                 rows[i] = transform.apply(row, i, "", 0, float(threshold))

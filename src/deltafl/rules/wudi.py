@@ -42,10 +42,11 @@ class Wudi(MatrixRule):
             basis, rows = torch.linalg.qr(matrices.flatten(0, 1).mT)
             small = replace(self, ridge=self.ridge * n * out / size)
             return small.merged(rows.mT.reshape(n, out, -1), weights) @ basis.mT
-        gram = cross = 0
+        gram, cross = matrices.new_zeros(size, size), matrices.new_zeros(out, size)
         for delta, weight in zip(matrices, weights, strict=True):
             own = delta.mT @ delta * (weight / delta.square().sum().clamp_min(1e-300))
-            gram, cross = gram + own, cross + delta @ own
+            gram += own
+            cross += delta @ own
         scale = n if self.prior == "sum" else 1
         prior = weighted_sum(matrices, weights) * scale
         return regressed(cross, gram, prior, self.ridge)[0] / scale
