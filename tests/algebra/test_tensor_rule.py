@@ -17,9 +17,9 @@ from deltafl.algebra.deltas import Update
 from deltafl.algebra.streaming import Unit, visit
 from deltafl.algebra.tensors import BLOCK, Zeros
 from deltafl.errors import DeltaflError
+from deltafl.rules.iso import IsoC
 from deltafl.rules.rule import Source, TensorRule
-from laws.tensor_rules import FlatSpectrum, MeanDirection
-from laws.worlds import ByBlocks, assert_same, make, registered
+from laws.worlds import ByBlocks, assert_same, make
 
 SHAPES = {"long": (2 * BLOCK + 3,), "matrix": (5, 7), "none": (0, 3), "scale": ()}
 
@@ -55,17 +55,16 @@ def test_a_tensor_is_combined_once_however_it_is_read(monkeypatch: pytest.Monkey
     assert_same(out, {n: t.reshape(-1) for n, t in dict(aggregate).items()})
 
 
-@pytest.mark.parametrize("rule", [MeanDirection, FlatSpectrum])
+@pytest.mark.parametrize("rule", ["iso_c", "knots", "wudi"])
 def test_a_merge_from_files_is_the_same_by_any_number_of_processes(
-    tmp_path: Path, rule: type[TensorRule], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, rule: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(streaming, "can_fork", lambda: True)
     world = make_world(tmp_path, 3, torch.bfloat16)
-    with registered("whole", rule):
-        succeed(*world.args, "--method", "whole", "--threads", 1)
-        wanted = files_in(world.out)
-        succeed(*world.args, "--method", "whole", "--threads", 3, "--overwrite")
-        assert files_in(world.out) == wanted
+    succeed(*world.args, "--method", rule, "--threads", 1)
+    wanted = files_in(world.out)
+    succeed(*world.args, "--method", rule, "--threads", 3, "--overwrite")
+    assert files_in(world.out) == wanted
 
 
 def test_a_result_of_another_shape_is_refused() -> None:
@@ -78,6 +77,18 @@ def test_a_result_of_another_shape_is_refused() -> None:
         DeltaflError, match=r"Flat: combine gives \(6,\) torch.float32 for deltas of"
     ):
         dict(Aggregate(Flat(), [Update({"w": torch.ones(2, 3)}, Source("m"))]))
+
+
+def test_singular_values_that_cannot_be_computed_are_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object) -> None:
+        raise torch.linalg.LinAlgError("linalg.eigh: the algorithm failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fail)
+    updates = [Update({"w": torch.ones(2, 3)}, Source("m"))]
+    with pytest.raises(DeltaflError, match='tensor "w": iso_c: its singular values cannot be'):
+        dict(Aggregate(IsoC(), updates))
 
 
 MEMORY = """

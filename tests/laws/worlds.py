@@ -16,7 +16,7 @@ from deltafl.errors import DeltaflError
 from deltafl.rules.rule import RULES, Rule, Source, build_rule, load_rules
 
 SHAPES = {"layer.weight": (5, 7), "layer.bias": (33,), "scale": (), "nothing": (0, 3)}
-LARGE = {"head": (3,), "embedding": (BLOCK + 3,), "scale": ()}
+LARGE = {"head": (3,), "embedding": (BLOCK // 4 + 1, 4), "scale": ()}
 
 Delta = dict[str, Tensor]
 
@@ -24,15 +24,20 @@ Delta = dict[str, Tensor]
 EXAMPLES: dict[str, list[dict[str, Any]]] = {
     "cclip": [{"rho": 1.0}, {"rho": 0.5, "unit": "quantile"},
               {"rho": 0.5, "unit": "quantile", "iterations": 3}],
+    "consensus": [{}, {"mask_threshold": 0.2, "min_models": 3}],
     "dare": [{"drop_rate": 0.5, "seed": 0},
              {"drop_rate": 0.9, "inner": "ties", "density": 0.5, "seed": 0}],
     "fedgma": [{"rho": 0.0}, {"rho": 0.6}, {"rho": 1.0}],
     "fednova": [{}, {"normalizer": "momentum"}, {"normalizer": "prox"}],
+    "iso_c": [{}, {"power": 0.5}],
+    "iso_cts": [{}, {"common_fraction": 0.2}],
+    "knots": [{}, {"inner": "ties", "density": 1.0}, {"inner": "median"}],
     "median": [{}, {"middle": "lower"}],
     "multi_krum": [{}, {"num_selected": 2}],
     "ties": [{}, {"density": 0.5, "merge": "sum"}, {"density": 0.5, "per_tensor": True},
              {"density": 1.0}, {"density": 0.5, "zero_sum": "positive"}],
     "trimmed_mean": [{"trim": 0}, {"trim": 1}],
+    "wudi": [{}, {"prior": "sum", "ridge": 0.1}],
 }  # fmt: skip
 """Parameters that rules are tried with; the other rules, and new ones, with their typical ones."""
 

@@ -52,7 +52,7 @@ def test_rules_are_built_by_name_and_a_wrapper_hands_on_what_is_not_its_own():
     ("name", "params", "problems"),
     [
         ("fedgna", {}, ['unknown method "fedgna"; did you mean "fedgma"?']),
-        ("xyz", {}, ["known: cclip, dare"]),
+        ("xyz", {}, ["known: cclip, consensus, dare"]),
         ("fedgma", {}, ["fedgma needs --rho"]),
         ("dare", {}, ["dare needs --drop-rate"]),
         ("cclip", {"rho": 1, "iteration": 3}, ['"iteration"; did you mean "iterations"?']),

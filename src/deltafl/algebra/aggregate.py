@@ -100,10 +100,18 @@ class Aggregate(Lazy):
         """What the rule makes of elements [start, stop) of the deltas, in this shape."""
         core = self._core
         assert isinstance(core, CoordinateRule | TensorRule)
-        stack = self._deltas.stack(name, start, stop)
+        weights = self._deltas.weights_of[name]
+        counted = [i for i, weight in enumerate(weights) if weight or not self.whole]
+        stack = self._deltas.stack(name, start, stop, counted)
         self._deltas.check_finite(stack, name, start, stop)
-        weights = shares(self._deltas.weights_of[name])
-        result = core.combine(stack.view(len(stack), *shape), weights)
+        p = shares([weights[i] for i in counted])
+        try:
+            result = core.combine(stack.view(len(stack), *shape), p)
+        except torch.linalg.LinAlgError:
+            raise DeltaflError(
+                f'tensor "{name}": {core.name}: its singular values cannot be computed; leave it '
+                "out with --exclude, or choose another method"
+            ) from None
         if result.shape != shape or result.dtype != stack.dtype:
             raise DeltaflError(
                 f"{type(core).__name__}: combine gives {tuple(result.shape)} {result.dtype} "

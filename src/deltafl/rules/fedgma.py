@@ -1,9 +1,9 @@
 """FedGMA (arXiv 2201.11986): soften the coordinates on whose sign the models disagree."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from deltafl.rules.rule import RULES, CoordinateRule, Tensor, Traits, Within
 from deltafl.rules.weighted import weighted_sum
@@ -23,10 +23,7 @@ class FedGMA(CoordinateRule):
 
     traits = Traits(native_scale="sum")
     values: ClassVar = {"rho": [0.3, 0.6, 0.9]}
-
-    @classmethod
-    def grid(cls, given: Mapping[str, Any], norms: Sequence[float]) -> Mapping[str, Any]:
-        return {"rho": [round(0.1 * i, 1) for i in range(1, 10)]}
+    searched: ClassVar = {"rho": [round(0.1 * i, 1) for i in range(1, 10)]}
 
     def combine(self, block: Tensor, weights: Sequence[float]) -> Tensor:
         n = len(weights)

@@ -109,7 +109,7 @@ class Rule:
     A rule is of one kind: a `LinearRule`, a `CoordinateRule` or a `TensorRule`. What it does not
     say has a default. needs_gram: it wants the Gram matrix. weighs_examples: it weighs the deltas
     by their numbers of examples itself. values: parameters to compare where none are named, a value
-    or a list.
+    or a list. searched: what a search tries beside those that it is given.
 
     Raises:
         DeltaflError: a parameter is not one of its type's `Literal`, or outside its `Within`.
@@ -120,6 +120,7 @@ class Rule:
     needs_gram: ClassVar[bool] = False
     weighs_examples: ClassVar[bool] = False
     values: ClassVar[Mapping[str, Any]] = {}
+    searched: ClassVar[Mapping[str, Any]] = {}
 
     def __post_init__(self) -> None:
         for key, hint in typing.get_type_hints(type(self), include_extras=True).items():
@@ -131,6 +132,9 @@ class Rule:
         """What it is registered as."""
         named = (name for name in RULES if RULES[name] is type(self))
         return next(named, type(self).__name__)
+
+    def __str__(self) -> str:
+        return self.name
 
     @property
     def core(self) -> "Rule":
@@ -144,7 +148,7 @@ class Rule:
     @classmethod
     def grid(cls, given: Mapping[str, Any], norms: Sequence[float]) -> Mapping[str, Any]:
         """Parameters that a search tries beside the given ones; norms: of the deltas, (n,)."""
-        return {}
+        return cls.searched
 
     @classmethod
     def typical(cls) -> dict[str, Any]:
@@ -185,7 +189,10 @@ class TensorRule(Rule, ABC):
 
     @abstractmethod
     def combine(self, tensors: Tensor, weights: Sequence[float]) -> Tensor:
-        """(n, *shape), p >= 0 with sum 1 -> (*shape), same dtype; may overwrite its argument."""
+        """(n, *shape), p > 0 with sum 1 -> (*shape), same dtype; may overwrite its argument.
+
+        n: of the models whose weight is not 0.
+        """
 
 
 def check_rule(rule: Rule, sources: Sequence[Source]) -> None:
