@@ -15,7 +15,15 @@ from deltafl.algebra.reductions import gram_matrix, magnitude_thresholds
 from deltafl.algebra.tensors import Lazy, Spec, Tensors, lazy, memory_like, round_once
 from deltafl.errors import DeltaflError, shorten
 from deltafl.progress import OnProgress, ignore
-from deltafl.rules.rule import CoordinateRule, LinearRule, Rule, Stats, TensorRule, check_rule
+from deltafl.rules.rule import (
+    CoordinateRule,
+    LinearRule,
+    Rule,
+    Stats,
+    TensorRule,
+    check_rule,
+    refuse_examples,
+)
 from deltafl.rules.weights import WeightsLike, as_weights, shares
 
 
@@ -37,6 +45,7 @@ class Aggregate(Lazy):
         on_progress: OnProgress = ignore,
     ) -> None:
         sources = tuple(u.source for u in updates)
+        refuse_examples(rule)
         check_rule(rule, sources)
         self.weights = as_weights(weights, len(updates))
         self.report: dict[str, object] = {}

@@ -16,6 +16,7 @@ from deltafl.merge.plan import plan_merge
 from deltafl.merge.recipe import MergeRecipe
 from deltafl.recipe_file import load_yaml
 from deltafl.recipes import read_recipe
+from deltafl.rules.rule import ExampleRule
 
 
 def read_merge(config: str | None, settings: Mapping[str, Any]) -> MergeRecipe:
@@ -48,7 +49,10 @@ def merge(recipe: MergeRecipe, dry_run: bool, quiet: bool) -> None:
         raise DeltaflError("no output; name a folder with --out")
     check_output(recipe.out, overwrite=recipe.overwrite)
     with reading_ahead(plan.files):
-        from deltafl.merge.run import run_merge  # torch, while the files are read
+        if isinstance(plan.rule.core, ExampleRule):
+            from deltafl.merge.examples import merge_by_examples as run_merge
+        else:
+            from deltafl.merge.run import run_merge  # torch, while the files are read
 
         with drawn_progress(quiet=quiet) as show:
             record = run_merge(plan, recipe.out, overwrite=recipe.overwrite, on_progress=show)

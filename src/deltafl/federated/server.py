@@ -12,7 +12,7 @@ from deltafl.algebra.aggregate import Aggregate, Stepped
 from deltafl.errors import DeltaflError
 from deltafl.recipes import one_of
 from deltafl.rules.parameters import RuleParameters
-from deltafl.rules.rule import Rule, build_rule, load_rules
+from deltafl.rules.rule import Rule, build_rule, load_rules, refuse_examples
 
 
 class ServerRecipe(RuleParameters):
@@ -47,7 +47,9 @@ class ServerRecipe(RuleParameters):
             DeltaflError: no such rule or parameter.
         """
         rule = load_rules()[self.aggregator]
-        return build_rule(self.aggregator, rule.seeded(self.params, seed))
+        made = build_rule(self.aggregator, rule.seeded(self.params, seed))
+        refuse_examples(made)
+        return made
 
 
 @dataclass(frozen=True)

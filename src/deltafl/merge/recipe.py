@@ -8,7 +8,7 @@ from pydantic import Field
 
 from deltafl.checkpoints.layout import CODES
 from deltafl.errors import attempt
-from deltafl.recipes import Incidental, Recipe
+from deltafl.recipes import Flags, Incidental, Recipe
 from deltafl.rules.parameters import RuleParameters
 from deltafl.rules.weights import Weights, as_weights
 from deltafl.sizes import Size
@@ -16,6 +16,7 @@ from deltafl.sizes import Size
 Dtype: TypeAlias = Literal["float32", "float16", "bfloat16", "float64"]
 
 LISTS = {"weights": "weight", "num_steps": "num_steps", "num_examples": "num_examples"}
+LISTS |= {"tasks": "data"}
 """What is said of all models in one list -> what says it of one."""
 
 
@@ -27,6 +28,7 @@ class ModelEntry(Recipe):
     weight: float | None = Field(None, description="Of its delta. Negative: the delta is negated.")
     num_steps: int | None = Field(None, description="Local steps of its training.")
     num_examples: int | None = Field(None, description="Examples that it was trained on.")
+    data: str | None = Field(None, description="Its task, for methods that need examples.")
 
 
 class DeltaRecipe(Recipe):
@@ -112,6 +114,13 @@ class MergeRecipe(RuleParameters, DeltaRecipe):
     )
     scaling_coef: float | None = Field(
         None, description="The scale of the sum of deltas (lambda), instead of --server-lr."
+    )
+    tasks: Annotated[tuple[str, ...] | None, Flags(("--tasks", "--task"))] = Field(
+        None,
+        description="The task of each model, as --data takes one, for methods that need examples.",
+    )
+    data_dir: Annotated[str | None, Incidental] = Field(
+        None, description="The folder that holds tasks by name. Default: they come from the hub."
     )
     weight_patterns: dict[str, list[float]] = Field(
         {},

@@ -3,6 +3,7 @@
 import functools
 import json
 import platform
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -10,11 +11,12 @@ from pathlib import Path
 import torch
 
 from deltafl.algebra.aggregate import Stepped
+from deltafl.algebra.tensors import Lazy
 from deltafl.checkpoints.checkpoint import torch_dtype
 from deltafl.checkpoints.layout import identity
 from deltafl.checkpoints.writing import copy_companions, plan_shards, write_tensors
 from deltafl.files import atomic_folder
-from deltafl.merge.inputs import large_deltas, open_updates
+from deltafl.merge.inputs import Opened, large_deltas, open_updates
 from deltafl.merge.plan import Facts, Plan
 from deltafl.progress import OnProgress, ignore
 from deltafl.rules.weights import first_match, total_weight
@@ -33,10 +35,12 @@ def run_merge(
     *,
     overwrite: bool = False,
     on_progress: OnProgress = ignore,
+    make: Callable[[Opened], tuple[Lazy, Facts]] | None = None,
 ) -> Facts:
     """Merge and write the directory `out`, whole or not at all; returns what deltafl.json records.
 
-    on_progress: told of each pass over the models, by name.
+    on_progress: told of each pass over the models, by name. make: the update at mean scale and what
+    there is to report of it, of a rule that needs more than deltas (see `ExampleRule`).
 
     Raises:
         DeltaflError: bad input that only reading shows (NaN, a file that changed); `out` exists.
@@ -53,10 +57,12 @@ def run_merge(
 
     with atomic_folder(out, overwrite=overwrite) as folder:
         opened, dtype = open_updates(plan), recipe.stored_dtype
-        aggregate = opened.aggregate(plan.rule, on_progress)
-        stepped = Stepped(
-            opened.base, aggregate, scale, dtype=torch_dtype(dtype) if dtype else None
-        )
+        if make is None:
+            update = opened.aggregate(plan.rule, on_progress)
+            report: Facts = update.report
+        else:
+            update, report = make(opened)
+        stepped = Stepped(opened.base, update, scale, dtype=torch_dtype(dtype) if dtype else None)
         shards = plan_shards(plan.base.entries, dtype, recipe.max_shard_size)
         write_tensors(stepped, shards, folder, threads=threads, on_progress=on_progress)
         marks = ("config.json", "deltafl_model.json")
@@ -64,7 +70,7 @@ def run_merge(
             copy_companions(plan.base.folder, folder, dtype)
         # only now that all is in the page cache: its reads here and there would wait
         warnings = large_deltas(opened)
-        record = {**describe(plan), "warnings": warnings, **aggregate.report}
+        record = {**describe(plan), "warnings": warnings, **report}
         (folder / "deltafl.json").write_text(json.dumps(record, indent=2))
     return record
 

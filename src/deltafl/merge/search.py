@@ -6,7 +6,7 @@ whose models have the same bits are one, whatever methods and parameters they co
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from statistics import fmean
 from typing import TypeAlias
@@ -17,16 +17,17 @@ from torch import Tensor
 from deltafl.algebra.aggregate import Stepped
 from deltafl.algebra.deltas import Deltas
 from deltafl.algebra.reductions import gram_matrix
-from deltafl.algebra.tensors import Tensors
+from deltafl.algebra.tensors import Lazy, Tensors
 from deltafl.errors import DeltaflError
 from deltafl.merge.candidates import BASE, Method, Row, grid_of
+from deltafl.merge.examples import example_update
 from deltafl.merge.inputs import Opened
 from deltafl.merge.race import looks, orders, race
 from deltafl.merge.search_recipe import SearchRecipe
 from deltafl.merge.updates import UpdateCache
 from deltafl.models.net import Net
 from deltafl.progress import OnProgress, Progress, ignore
-from deltafl.rules.rule import build_rule
+from deltafl.rules.rule import ExampleRule, Rule, build_rule
 from deltafl.rules.weights import total_weight
 from deltafl.tasks.task import Split, Task
 from deltafl.training.step import scores
@@ -55,6 +56,17 @@ class Problem:
 
     opened: Opened
     goals: Sequence[Goal]
+    _found: dict[Rule, Lazy] = field(default_factory=dict)
+
+    def update(self, rule: Rule) -> Lazy:
+        """What a rule makes of the deltas; one that needs examples runs once."""
+        core = rule.core
+        if not isinstance(core, ExampleRule):
+            return self.opened.aggregate(rule)
+        if core not in self._found:
+            nets, tasks = [goal.net for goal in self.goals], [goal.task for goal in self.goals]
+            self._found[core] = example_update(core, self.opened, nets, tasks)[0]
+        return self._found[core]
 
     def load(self, update: Tensors | None, server_lr: float) -> None:
         """Put a candidate into the nets, tensor by tensor; update None: the base."""
@@ -73,7 +85,7 @@ class Problem:
         """Task -> test score of a chosen candidate. Call it once for each row that is reported."""
         update = None
         if row.method != BASE.method:
-            update = self.opened.aggregate(build_rule(row.method, row.params))
+            update = self.update(build_rule(row.method, row.params))
         self.load(update, row.server_lr)
         return {goal.task.name: _mean(goal.scores("test")) for goal in self.goals}
 
@@ -207,9 +219,10 @@ class _Tried:
     def add(self, method: str, params: Mapping[str, object]) -> None:
         """Add a row for each coefficient of a method. Lambda 0 is the base for any update."""
         total, rule = total_weight(self.problem.opened.weights), build_rule(method, params)
-        update = self.updates.add(self.problem.opened.aggregate(rule))
+        update = self.updates.add(self.problem.update(rule))
         averages = self.recipe.grid == "paper" and rule.traits.native_scale == "mean"
-        for value in self.recipe.scaling_coefs:
+        fixed = isinstance(rule.core, ExampleRule)  # at scale 1
+        for value in (1 / total,) if fixed else self.recipe.scaling_coefs:
             coef = value / total if averages else value
             factor = float(torch.tensor(coef * total, dtype=torch.float32))
             model = (update, factor) if coef else self.rows[0][1]

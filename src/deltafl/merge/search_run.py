@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from deltafl.algebra.tensors import device_named
-from deltafl.errors import DeltaflError, attempt
+from deltafl.errors import DeltaflError
 from deltafl.merge.candidates import Row, check_methods
+from deltafl.merge.examples import load_tasks, nets_for
 from deltafl.merge.inputs import open_updates
 from deltafl.merge.inspect import cosines, named_matrix, trainings
 from deltafl.merge.plan import Facts, Plan, plan_merge
@@ -21,9 +22,9 @@ from deltafl.merge.search import Goal, Problem, SearchResult, search
 from deltafl.merge.search_recipe import SearchRecipe
 from deltafl.models import HEAD_FILE, HeadRecipe, Net, load_net
 from deltafl.progress import OnProgress, ignore
+from deltafl.rules.rule import ExampleRule, build_rule
 from deltafl.rules.weights import total_weight
-from deltafl.tasks import DataRecipe, Task, load_task
-from deltafl.tasks.recipe import DataSource
+from deltafl.tasks import Task
 
 SINGLE, UNMERGED = "single-task models", "base (unmerged)"
 """Rows of the table that are no merges."""
@@ -52,8 +53,9 @@ def run_search(
     check_methods([*recipe.grids, *fixed], plan.sources)
     net = load_net(recipe.base)
     net.module.eval().to(device_named(recipe.device))
-    tasks = _tasks(recipe, plan, net) if tasks is None else tasks
-    nets = _nets(recipe, plan, net, tasks)
+    if tasks is None:
+        tasks = load_tasks(plan, recipe.models, net, recipe.data_dir, recipe.seed)
+    nets = nets_for(net, tasks, _heads(recipe, plan, net, tasks))
     opened = open_updates(plan, recipe.memory)
     judged = zip(tasks, nets, opened.tuned.values(), strict=True)
     problem = Problem(opened, [Goal(*parts, recipe.batch_size) for parts in judged])
@@ -64,7 +66,10 @@ def run_search(
     best = found.best
     if out is not None and best is not found.base:
         winner = recipe.merge(method=best.method, scaling_coef=best.scaling_coef, **best.params)
-        run_merge(plan_merge(winner), out)
+        rule = build_rule(best.method, best.params)
+        by_examples = isinstance(rule.core, ExampleRule)
+        make = (lambda opened: (problem.update(rule), {})) if by_examples else None
+        run_merge(plan_merge(winner), out, make=make)
     return {**result, "seconds": time.perf_counter() - started}
 
 
@@ -77,44 +82,31 @@ def save_scores(found: SearchResult, path: Path) -> None:
     save_file(tasks, path, metadata={"candidates": json.dumps(list(found.scores))})
 
 
-def _tasks(recipe: SearchRecipe, plan: Plan, net: Net) -> list[Task]:
-    """The task of each model, with the validation split that its training held out, if not told."""
-    tasks = []
-    for trained, entry in zip(plan.training.values(), recipe.models, strict=True):
-        seed = trained.seed or 0 if recipe.seed is None else recipe.seed
-        source = entry.model_dump(include={*DataSource.model_fields})
-        data = DataRecipe.of(**source, data_dir=recipe.data_dir)
-        tasks.append(load_task(data, net.inputs, seed))
-    return tasks
-
-
-def _nets(recipe: SearchRecipe, plan: Plan, net: Net, tasks: Sequence[Task]) -> list[Net]:
-    """For each model a net with the head of its task; all share the weights of `net`.
+def _heads(recipe: SearchRecipe, plan: Plan, net: Net, tasks: Sequence[Task]) -> list[HeadRecipe]:
+    """The head of each model.
 
     Raises:
-        DeltaflError: heads or tasks do not fit the models, or the metric the tasks.
+        DeltaflError: tasks do not fit one another, or the metric.
     """
     if len({task.name for task in tasks}) < len(tasks):
         raise DeltaflError("two models have one task; a search wants one model for each task")
-    nets, problems = [], list[str]()
-    for layout, entry, task in zip(plan.layouts.values(), recipe.models, tasks, strict=True):
+    problems = list[str]()
+    for task in (task for task in tasks if not task.ratio_scaled):
         no_ratio = f'task "{task.name}": {task.metric} is no ratio, so that it cannot be'
-        if recipe.metric == "normalized" and not task.ratio_scaled:
+        if recipe.metric == "normalized":
             problems.append(
                 f"{no_ratio} divided by that of the task's own model; give --metric absolute"
             )
-        if recipe.reference and not task.ratio_scaled:
+        if recipe.reference:
             problems.append(f"{no_ratio} compared in percent; leave reference out")
-        own = str(layout.folder / HEAD_FILE) if net.takes_head else HeadRecipe().head
-        head = HeadRecipe.of(
-            head=entry.head or own,
-            templates=recipe.templates if entry.head == "zero-shot" else None,
-        )
-        nets.append(net.sharing())
-        attempt(problems, nets[-1].prepare, task, head)
     if problems:
         raise DeltaflError(*problems)
-    return nets
+    heads = []
+    for layout, entry in zip(plan.layouts.values(), recipe.models, strict=True):
+        own = str(layout.folder / HEAD_FILE) if net.takes_head else HeadRecipe().head
+        templates = recipe.templates if entry.head == "zero-shot" else None
+        heads.append(HeadRecipe.of(head=entry.head or own, templates=templates))
+    return heads
 
 
 def _describe(recipe: SearchRecipe, plan: Plan, problem: Problem, found: SearchResult) -> Facts:

@@ -5,8 +5,8 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from deltafl.algebra.aggregate import Aggregate
 from deltafl.algebra.streaming import Unit, visit
+from deltafl.algebra.tensors import Lazy
 from deltafl.pool import shared_like
 from deltafl.tasks.task import hash_of
 
@@ -20,10 +20,10 @@ class UpdateCache:
 
     def __init__(self, room: int, threads: int = 1) -> None:
         self._room, self._threads = room, threads
-        self._rules: dict[str, Aggregate] = {}
+        self._rules: dict[str, Lazy] = {}
         self._held: dict[str, dict[str, Tensor]] = {}
 
-    def add(self, aggregate: Aggregate) -> str:
+    def add(self, aggregate: Lazy) -> str:
         """The digest of an update, which is made here."""
         tensors = self.make(aggregate)
         digest = hash_of(*(hash_of(tensor + 0.0) for tensor in tensors.values()))  # -0 is 0
@@ -46,7 +46,7 @@ class UpdateCache:
             self._held.popitem()  # the one made last, which was above the room
         self._held[digest] = tensors
 
-    def make(self, aggregate: Aggregate) -> dict[str, Tensor]:
+    def make(self, aggregate: Lazy) -> dict[str, Tensor]:
         """The update as tensors, in float32, on the device that it is computed on."""
         specs = {name: aggregate.spec(name) for name in aggregate}
         made = {n: torch.empty(s.shape, dtype=s.dtype, device=s.device) for n, s in specs.items()}

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Self
@@ -135,6 +135,17 @@ class Net:
         buffers = {n: b for n, b in self.module.named_buffers() if n in saved}
         return self.trained | {n: b for n, b in buffers.items() if b.is_floating_point()}
 
+    def names_in(self, tensors: Collection[str]) -> dict[str, str]:
+        """Name in the module -> the name of that tensor among those given, which are the module's
+        names or those of its files; what is not given is left out.
+        """
+        state = self.module.state_dict()
+        pairs = {n: n for n in state if n in tensors}
+        if all(n in pairs for n, p in self.module.named_parameters() if p.requires_grad):
+            return pairs
+        files = {self.file_name(n): n for n in state if not n.startswith(self.apart)}
+        return {files[n]: given for n, given in _matched(tuple(files), tuple(tensors)).items()}
+
     @torch.no_grad()
     def load(self, tensors: Tensors) -> tuple[str, ...]:
         """Copy in values by the module's names or by those of its files; dtypes are converted.
@@ -145,13 +156,8 @@ class Net:
         Raises:
             DeltaflError: a trained tensor is absent or has another shape; nothing is changed then.
         """
-        state = self.module.state_dict()
+        state, pairs = self.module.state_dict(), self.names_in(tensors)
         needed = [n for n, p in self.module.named_parameters() if p.requires_grad]
-        pairs = {n: n for n in state if n in tensors}
-        if not pairs.keys() >= set(needed):
-            files = {self.file_name(n): n for n in state if not n.startswith(self.apart)}
-            matched = _matched(tuple(files), tuple(tensors))
-            pairs = {files[n]: given for n, given in matched.items()}
         if missing := [n for n in needed if n not in pairs]:
             raise DeltaflError(
                 f"the model needs {shorten(missing)}, not among the {len(tensors)} tensors given"

@@ -13,7 +13,7 @@ import typing
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 from deltafl.errors import DeltaflError, did_you_mean
 from deltafl.registry import Registry
@@ -81,7 +81,7 @@ def _refuse(what: str, hint: object, value: PerModel) -> None:
     numbers = itertools.chain(*value.values()) if isinstance(value, Mapping) else [value]
     ranges = [kind for kind in kinds if isinstance(kind, Within)]
     for one, (low, high) in itertools.product(numbers, ranges):
-        if not low <= one <= high:
+        if isinstance(one, int | float) and not low <= one <= high:
             limits = f"in [{low:g}, {high:g}]" if high < math.inf else f"{low:g} or more"
             raise DeltaflError(f"{what} is {one:g}; it must be {limits}")
 
@@ -193,6 +193,51 @@ class TensorRule(Rule, ABC):
 
         n: of the models whose weight is not 0.
         """
+
+
+@dataclass(frozen=True)
+class ExampleRule(Rule):
+    """R is found with examples of the tasks, by models that run: for merges of checkpoints only.
+
+    examples: of the train split of each task, without their labels, drawn by the seed; of
+    `Learned` of the validation split, with them.
+    """
+
+    examples: Annotated[int, Within(1)] = 128
+    seed: int = 0
+
+    needs: ClassVar[str] = "unlabelled examples"
+
+
+@dataclass(frozen=True)
+class LayerRule(ExampleRule):
+    """R is solved for, linear map by linear map, from what the maps are given on the examples.
+
+    A map multiplies rows x by its weight: tokens, or the patches of a convolution; a bias is one
+    more column, for an x with a 1 at its end. On the examples of task t let L_t and R_t be the rows
+    at the map in the models that `inputs` names, the fine-tune ("tuned") or the merged model as far
+    as it is merged, and W_t the fine-tune's map. The merged map is, with weights p,
+
+        W = (sum_t p_t W_t L_t^T R_t + lambda P) (sum_t p_t R_t^T R_t + lambda I)^-1
+
+    where the products are means over rows, P = sum_t p_t W_t and lambda = ridge * mean diagonal.
+    What is no map is moved by the mean of the deltas. Scale 1; nothing is searched.
+
+    ridge: None: 0.01 for up to 32 examples, else 0.001.
+    """
+
+    ridge: Annotated[float | None, Within(0)] = None
+
+    inputs: ClassVar[tuple[Literal["tuned", "merged"], Literal["tuned", "merged"]]]
+
+
+def refuse_examples(rule: Rule) -> None:
+    """Raise DeltaflError for a rule that needs more than deltas."""
+    if isinstance(rule.core, ExampleRule):
+        raise DeltaflError(
+            f"{rule.core.name} needs {rule.core.needs} of the tasks: it merges checkpoints, by "
+            "`deltafl merge --tasks ..` or `deltafl search`"
+        )
 
 
 def check_rule(rule: Rule, sources: Sequence[Source]) -> None:

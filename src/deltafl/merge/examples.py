@@ -1,0 +1,136 @@
+"""Merges of checkpoints by examples of their tasks: the models that run, and the update they give."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from deltafl.algebra.tensors import Joined, Lazy, device_named
+from deltafl.checkpoints.layout import fingerprint
+from deltafl.errors import DeltaflError, attempt
+from deltafl.merge.gradients import learn, merge_fisher
+from deltafl.merge.inputs import Opened
+from deltafl.merge.layerwise import Examples, Start, merge_layerwise
+from deltafl.merge.plan import Facts, Plan
+from deltafl.merge.recipe import ModelEntry
+from deltafl.merge.run import run_merge
+from deltafl.models import HEAD_FILE, HeadRecipe, Net, load_net
+from deltafl.progress import OnProgress, ignore
+from deltafl.rules.fisher import Fisher
+from deltafl.rules.learned import Learned
+from deltafl.rules.rule import ExampleRule, LayerRule
+from deltafl.rules.task_arithmetic import TaskArithmetic
+from deltafl.rules.weights import shares
+from deltafl.tasks import DataRecipe, Task, load_task
+from deltafl.tasks.recipe import DataSource
+from deltafl.tasks.task import hash_of
+
+
+def example_update(
+    rule: ExampleRule,
+    opened: Opened,
+    nets: Sequence[Net],
+    tasks: Sequence[Task],
+    on_progress: OnProgress = ignore,
+    state: Path | None = None,
+) -> tuple[Lazy, Facts]:
+    """R of a rule that needs examples, at scale 1, in the precision of `opened`; and its report.
+
+    nets, tasks: of the models, in their order; nets share their tensors, whose values may change.
+
+    Raises:
+        DeltaflError: a negative weight, too few examples, a task that a model cannot do.
+    """
+    base, weights = opened.base, opened.weights["*"]
+    if min(weights) < 0:
+        raise DeltaflError(f"{rule.name}: weights must not be negative, not {min(weights):g}")
+    mean = opened.aggregate(TaskArithmetic())
+    start = Start(base, mean, nets[0].names_in(base), base.dtype)
+    parts = zip(opened.tuned.items(), nets, tasks, shares(weights), strict=True)
+    some = [Examples(name, net, task, held, p) for (name, held), net, task, p in parts if p]
+    report: dict[str, object] = {"examples": rule.examples}
+    if isinstance(rule, Fisher):
+        merged = merge_fisher(rule, start, some, on_progress)
+    elif isinstance(rule, Learned):
+        merged, factors = learn(rule, start, some, on_progress)
+        report["coefficients"] = dict(zip(merged, factors.tolist(), strict=True))
+    else:
+        assert isinstance(rule, LayerRule)
+        found = merge_layerwise(rule, start, some, on_progress, state)
+        merged, report = found.tensors, report | found._asdict()
+        del report["tensors"]
+    wanted = {n: t for n, t in merged.items() if n in mean}
+    delta = {n: (t.cpu().double() - base[n].double()).to(base.dtype) for n, t in wanted.items()}
+    return Joined({name: (delta if name in delta else mean, name) for name in mean}), report
+
+
+def load_tasks(
+    plan: Plan,
+    entries: Sequence[ModelEntry],
+    net: Net,
+    data_dir: str | None,
+    seed: int | None = None,
+) -> list[Task]:
+    """The task of each model; seed None: with the validation split that its training held out.
+
+    Raises:
+        DeltaflError: a model without a task, or one that cannot be read.
+    """
+    tasks, problems = list[Task](), list[str]()
+    for (name, trained), entry in zip(plan.training.items(), entries, strict=True):
+        if entry.data is None:
+            line = f'model "{name}": {plan.recipe.method} needs its task; name it with --tasks'
+            problems.append(line)
+            continue
+        source = entry.model_dump(include={*DataSource.model_fields})
+        data = DataRecipe.of(**source, data_dir=data_dir)
+        own = trained.seed or 0 if seed is None else seed
+        if task := attempt(problems, load_task, data, net.inputs, own):
+            tasks.append(task)
+    if problems:
+        raise DeltaflError(*problems)
+    return tasks
+
+
+def nets_for(net: Net, tasks: Sequence[Task], heads: Sequence[HeadRecipe]) -> list[Net]:
+    """For each task a net with its head; all share the tensors of `net`.
+
+    Raises:
+        DeltaflError: heads or tasks do not fit the model.
+    """
+    nets, problems = [net.sharing() for _ in tasks], list[str]()
+    for one, task, head in zip(nets, tasks, heads, strict=True):
+        attempt(problems, one.prepare, task, head)
+    if problems:
+        raise DeltaflError(*problems)
+    return nets
+
+
+def merge_by_examples(
+    plan: Plan, out: str | Path, *, overwrite: bool = False, on_progress: OnProgress = ignore
+) -> Facts:
+    """`run_merge` by a rule that needs examples of the models' tasks.
+
+    The maps that a `LayerRule` has solved are kept in OUT.layers until the merge is written: killed,
+    the same merge goes on from there, to the same bits.
+
+    Raises:
+        DeltaflError: as `run_merge`, and as `example_update`.
+    """
+    recipe, rule, out = plan.recipe, plan.rule.core, Path(out)
+    assert isinstance(rule, ExampleRule)
+    net = load_net(recipe.base)
+    net.module.eval().to(device_named(recipe.device))
+    tasks = load_tasks(plan, [*recipe.entries.values()], net, recipe.data_dir)
+    files = [layout.folder / HEAD_FILE for layout in plan.layouts.values()]
+    heads = [HeadRecipe.of(head=str(f)) if f.is_file() else HeadRecipe() for f in files]
+    nets = nets_for(net, tasks, heads)
+    prints = [fingerprint(layout) for layout in plan.inputs]
+    key = hash_of(repr(recipe.content()), *prints, *(task.fingerprint() for task in tasks))
+    state = out.with_name(f"{out.name}.layers")
+
+    def make(opened: Opened) -> tuple[Lazy, Facts]:
+        return example_update(rule, opened, nets, tasks, on_progress, state / key[:16])
+
+    record = run_merge(plan, out, overwrite=overwrite, on_progress=on_progress, make=make)
+    shutil.rmtree(state, ignore_errors=True)
+    return record

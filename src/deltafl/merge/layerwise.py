@@ -1,0 +1,396 @@
+"""Merge linear map by linear map, from what each is given on unlabelled examples of the tasks.
+
+Every task is a `Client` with its fine-tune and its examples: it sends sums over rows, the server
+adds them, solves for the map and sends it back, as many exchanges as there are maps. Merging in one
+place is the same federation in one process.
+
+The passes of all models over all examples go on side by side, from one map to the next: each is a
+thread that waits before a map until it is solved, so that nothing is computed twice.
+"""
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from deltafl.algebra.tensors import Tensors
+from deltafl.errors import DeltaflError
+from deltafl.files import write_atomically
+from deltafl.models.net import Net
+from deltafl.progress import OnProgress, Progress, ignore
+from deltafl.rules.regression import regressed
+from deltafl.rules.rule import LayerRule
+from deltafl.seeding import keyed_generator
+from deltafl.tasks.task import Split, Task
+
+PIECE = 1 << 24
+"""Elements of the rows that are multiplied at once."""
+
+FALLBACK = "-mean"
+"""In the name of a file with a map whose sums were singular."""
+
+LINEAR, CONV = torch._C._nn.linear, torch.conv2d
+ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+"""Of torch.conv2d; a linear map has the first three."""
+
+
+@dataclass(frozen=True)
+class Map:
+    """A place where a weight is applied: rows x, with a 1 after them if there is a bias, to W x.
+
+    weight, bias: their names. window: dilation, padding and stride of a convolution, whose rows
+    are its patches. groups: of a convolution, each with rows and a matrix of its own.
+    """
+
+    weight: str
+    bias: str | None
+    window: tuple[Any, Any, Any] | None = None
+    groups: int = 1
+
+    def rows(self, given: Tensor, shape: Sequence[int]) -> Tensor:
+        """What the map, with a weight of this shape, is given: (groups, rows, in)."""
+        if self.window is None:
+            rows = given.reshape(1, -1, given.shape[-1])
+        else:
+            patches = nn.functional.unfold(given, list(shape[2:]), *self.window)
+            rows = patches.unflatten(1, (self.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
+        return nn.functional.pad(rows, (0, 1), value=1.0) if self.bias else rows
+
+    def matrix(self, tensors: Tensors) -> Tensor:
+        """Weight and bias as (groups, out, in), float64."""
+        weight = tensors[self.weight].double()
+        parts = [weight.reshape(self.groups, len(weight) // self.groups, -1)]
+        if self.bias:
+            parts.append(tensors[self.bias].double().view(self.groups, -1, 1))
+        return torch.cat(parts, 2)
+
+    def tensors(self, matrix: Tensor, like: Tensors) -> dict[str, Tensor]:
+        """The weight and the bias of a matrix, in the shapes of others."""
+        parts = {self.weight: matrix[..., :-1] if self.bias else matrix}
+        if self.bias:
+            parts[self.bias] = matrix[..., -1]
+        return {n: part.reshape(like[n].shape).contiguous() for n, part in parts.items()}
+
+
+Read = Callable[[str], Tensor]
+"""Name in the base -> the tensor of some model."""
+
+
+class _Reading(TorchFunctionMode):
+    """Within it, who uses a parameter or buffer of a module is given another model's.
+
+    places: id of the parameter -> its name, which `read` is asked for.
+    """
+
+    def __init__(self, places: Mapping[int, str], read: Read) -> None:
+        super().__init__()
+        self.places, self.read = places, read
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.__name__ == "__get__":  # a shape or a dtype
+            return func(*args, **kwargs)
+        names = [self.places.get(id(value)) for value in (*args, *kwargs.values())]
+        if any(names):
+            given = dict(zip(ARGUMENTS, args, strict=False)) | kwargs
+            self.see(func, given, [name for name in names if name])
+        return func(*map(self._given, args), **{k: self._given(v) for k, v in kwargs.items()})
+
+    def _given(self, value: Any) -> Any:
+        name = self.places.get(id(value))
+        return value if name is None else self.read(name)
+
+    def see(self, func: Any, given: Mapping[str, Any], names: Sequence[str]) -> None:
+        """`func` is about to use the tensors `names`; given: its arguments, if it is a map."""
+        raise NotImplementedError
+
+
+class _Finding(_Reading):
+    """Notes the maps in their order, and how often each tensor is used."""
+
+    def __init__(self, places: Mapping[int, str], read: Read) -> None:
+        super().__init__(places, read)
+        self.maps: list[Map] = []
+        self.uses: Counter[str] = Counter()
+
+    def see(self, func: Any, given: Mapping[str, Any], names: Sequence[str]) -> None:
+        self.uses.update(names)
+        if func not in (LINEAR, CONV):
+            return
+        weight, bias = (self.places.get(id(given.get(key))) for key in ("weight", "bias"))
+        padding = given.get("padding", 0)
+        if weight and len(names) == 1 + (given.get("bias") is not None) and padding != "same":
+            window = (given.get("dilation", 1), padding, given.get("stride", 1))
+            window = window if func is CONV else None
+            self.maps.append(Map(weight, bias, window, given.get("groups", 1)))
+
+
+class _Left(BaseException):
+    """Ends a pass that nobody waits for."""
+
+
+class _Pass(_Reading):
+    """A forward pass in a thread, which stops before each of the weights `stops` is applied."""
+
+    def __init__(
+        self, work: Callable[[], object], places: Mapping[int, str], read: Read, stops: set[str]
+    ) -> None:
+        super().__init__(places, read)
+        self._work, self._stops = work, stops
+        self._input = torch.empty(0)
+        self._error: BaseException | None = None
+        self._left = False
+        self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            with torch.no_grad(), self:
+                self._wait()
+                self._work()
+        except BaseException as error:
+            self._error = error
+        self._stopped.release()
+
+    def _wait(self) -> None:
+        self._go.acquire()
+        if self._left:
+            raise _Left
+
+    def see(self, func: Any, given: Mapping[str, Any], names: Sequence[str]) -> None:
+        if func in (LINEAR, CONV) and self._stops.intersection(names):
+            self._input = given["input"]
+            self._stopped.release()
+            self._wait()
+
+    def advance(self) -> Tensor:
+        """Go on to the next stop; what is given there. Raises what the pass raises."""
+        self._go.release()
+        self._stopped.acquire()
+        if self._error is not None:
+            raise self._error
+        return self._input
+
+    def leave(self) -> None:
+        """End it where it is."""
+        self._left = True
+        self._go.release()
+        self._thread.join()
+
+
+class Moments(NamedTuple):
+    """What a client sends for a map: W_t L_t^T R_t and R_t^T R_t, means over its rows, and W_t."""
+
+    cross: Tensor
+    gram: Tensor
+    matrix: Tensor
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A fine-tune, whole under the base's names, and its task, by whose examples it is merged.
+
+    net: takes the task's inputs; all nets of a merge share their tensors. weight: p_t.
+    """
+
+    name: str
+    net: Net
+    task: Task
+    tuned: Tensors
+    weight: float
+
+    def drawn(self, count: int, seed: int, split: Split = "train") -> Tensor:
+        """Ids of `count` examples of a split. Raises DeltaflError where there are fewer."""
+        size = self.task.size(split)
+        if size < count:
+            raise DeltaflError(
+                f'task "{self.task.name}" has {size} {split} examples, fewer than {count}; '
+                "lower --examples"
+            )
+        generator = keyed_generator(seed, "examples", self.task.name)
+        return torch.randperm(size, generator=generator)[:count].sort().values
+
+
+@dataclass(frozen=True)
+class Start:
+    """What all clients of a merge begin with.
+
+    mean: the mean of the deltas, by which what is no map moves. names: of parameters and buffers,
+    name in the module -> name in the base. dtype: of the arithmetic.
+    """
+
+    base: Tensors
+    mean: Tensors
+    names: Mapping[str, str]
+    dtype: torch.dtype
+
+    def places(self, net: Net) -> dict[int, str]:
+        """Id of each tensor of the net -> its name in the base."""
+        held = (*net.module.named_parameters(), *net.module.named_buffers())
+        return {id(tensor): self.names[name] for name, tensor in held if name in self.names}
+
+    def read(self, tensors: Tensors, device: torch.device) -> Read:
+        """The tensors of a model, floats in our dtype."""
+
+        def one(name: str) -> Tensor:
+            tensor = tensors[name].to(device)
+            return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+
+        return one
+
+
+def find_maps(start: Start, examples: Examples) -> list[Map]:
+    """The maps in the order in which they are applied to two examples.
+
+    A weight that is used twice (tied, or of a module that runs twice) is none, nor is one that
+    never runs, or that no model changes.
+    """
+    net, task = examples.net, examples.task
+    finding = _Finding(start.places(net), start.read(start.base, net.device))
+    batch = task.batch("train", torch.arange(min(2, task.size("train"))), net.device)
+    with torch.no_grad(), finding:
+        task.score(net, batch)
+    uses, mean = finding.uses, start.mean
+    return [m for m in finding.maps if uses[m.weight] == 1 and m.weight in mean]
+
+
+class Client:
+    """One task of a merge: it answers for map after map with the moments of its examples."""
+
+    def __init__(
+        self, examples: Examples, start: Start, rule: LayerRule, maps: Iterable[Map]
+    ) -> None:
+        net, task = examples.net, examples.task
+        self._examples, self._start, self._rule = examples, start, rule
+        self._merged: dict[str, Tensor] = {}
+        batch = task.batch("train", examples.drawn(rule.examples, rule.seed), net.device)
+        self._mask = batch.get("attention_mask")
+        reads = {"tuned": start.read(examples.tuned, net.device), "merged": self._read_merged}
+        self._passes = {
+            side: _Pass(
+                lambda: task.score(net, batch),
+                start.places(net),
+                reads[side],
+                {m.weight for m in maps},
+            )
+            for side in dict.fromkeys(rule.inputs)
+        }
+
+    def _read_merged(self, name: str) -> Tensor:
+        start, device = self._start, self._examples.net.device
+        if name in self._merged:
+            return self._merged[name]
+        tensor = start.read(start.base, device)(name)
+        return tensor + start.read(start.mean, device)(name) if name in start.mean else tensor
+
+    def advance(self) -> Mapping[str, Tensor]:
+        """Run to the next map; what it is given in each of the models that the rule names."""
+        return {side: one.advance() for side, one in self._passes.items()}
+
+    def moments(self, m: Map, given: Mapping[str, Tensor]) -> Moments:
+        """Of the map that the passes have come to."""
+        matrix = m.matrix(self._examples.tuned)
+        left, right = (given[side] for side in self._rule.inputs)
+        shape = self._start.base[m.weight].shape
+        if self._mask is not None and left.shape[:-1] == self._mask.shape:  # padding is no row
+            left, right = (rows[self._mask.bool()] for rows in (left, right))
+        cross, gram = sums(m, left, right, shape)
+        return Moments(matrix @ cross.cpu(), gram.cpu(), matrix)
+
+    def take(self, tensors: Tensors) -> None:
+        """The merged tensors of the map that was asked for."""
+        read = self._start.read(tensors, self._examples.net.device)
+        self._merged |= {name: read(name) for name in tensors}
+
+    def leave(self) -> None:
+        """No more maps."""
+        for one in self._passes.values():
+            one.leave()
+
+
+def sums(m: Map, left: Tensor, right: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Means over rows of x_left x_right^T and x_right x_right^T, (groups, in, in) float64."""
+    cross, gram, count = torch.zeros(()), torch.zeros(()), 0
+    area = shape[2] * shape[3] if m.window else 1
+    size = max(1, PIECE // (area * left[0].numel()))
+    for ours, theirs in zip(left.split(size), right.split(size), strict=True):
+        rows = m.rows(theirs, shape)
+        gram = gram + (rows.mT @ rows).double()
+        cross = cross + (m.rows(ours, shape).mT @ rows).double()
+        count += rows.shape[1]
+    return cross / count, gram / count
+
+
+class LayerwiseMerge(NamedTuple):
+    """The merged tensors of all maps, and how it went.
+
+    fallbacks: weights whose sums were singular, and which are the mean. averaged: matrices that are
+    no maps. bytes_up, bytes_down: between each client and the server.
+    """
+
+    tensors: dict[str, Tensor]
+    fallbacks: list[str]
+    averaged: list[str]
+    bytes_up: int
+    bytes_down: int
+
+
+def merge_layerwise(
+    rule: LayerRule,
+    start: Start,
+    all_examples: Sequence[Examples],
+    on_progress: OnProgress = ignore,
+    state: Path | None = None,
+) -> LayerwiseMerge:
+    """The tensors of every map (see `LayerRule`), in the base's names, float64.
+
+    state: a folder that keeps the maps that are solved; those that it holds already, of a merge of
+    the same that was killed, are taken as they are.
+
+    Raises:
+        DeltaflError: too few examples, a model that cannot do its task.
+    """
+    ridge = (0.01 if rule.examples <= 32 else 0.001) if rule.ridge is None else rule.ridge
+    maps = find_maps(start, all_examples[0])
+    clients = [Client(examples, start, rule, maps) for examples in all_examples]
+    shares = [examples.weight for examples in all_examples]
+    found = LayerwiseMerge({}, [], [], 0, 0)
+    up = down = 0
+    try:
+        for done, m in enumerate(maps, 1):
+            given = [client.advance() for client in clients]
+            kept = list(state.glob(f"{done:05d}*")) if state else []
+            if kept:
+                merged, fell_back = load_file(kept[0]), FALLBACK in kept[0].name
+            else:
+                sent = [client.moments(m, one) for client, one in zip(clients, given, strict=True)]
+                cross, gram, prior = (
+                    sum(p * part for p, part in zip(shares, parts, strict=True))
+                    for parts in zip(*sent, strict=True)
+                )
+                matrix, fell_back = regressed(cross, gram, prior, ridge)
+                merged = m.tensors(matrix, start.base)
+                if state:
+                    name = f"{done:05d}{FALLBACK * fell_back}.safetensors"
+                    write_atomically(state / name, save(merged))
+            for client in clients:
+                client.take(merged)
+            found.tensors.update(merged)
+            found.fallbacks.extend([m.weight] * fell_back)
+            numel = sum(tensor.numel() for tensor in merged.values())
+            width = merged[m.weight][0].numel() + bool(m.bias)
+            up, down = up + 8 * (2 * numel + m.groups * width**2), down + 8 * numel
+            on_progress(Progress("layers", done, len(maps)))
+    finally:
+        for client in clients:
+            client.leave()
+    averaged = [n for n in start.mean if n not in found.tensors and start.mean[n].ndim > 1]
+    return found._replace(averaged=averaged, bytes_up=up, bytes_down=down)
