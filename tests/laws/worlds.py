@@ -13,7 +13,7 @@ from deltafl.algebra.aggregate import Aggregate, WeightsLike, check_rule
 from deltafl.algebra.deltas import Update
 from deltafl.algebra.tensors import BLOCK, Lazy, Spec
 from deltafl.errors import DeltaflError
-from deltafl.rules.rule import RULES, Rule, Source, build_rule, load_rules
+from deltafl.rules.rule import RULES, ExampleRule, Rule, Source, build_rule, load_rules
 
 SHAPES = {"layer.weight": (5, 7), "layer.bias": (33,), "scale": (), "nothing": (0, 3)}
 LARGE = {"head": (3,), "embedding": (BLOCK // 4 + 1, 4), "scale": ()}
@@ -49,8 +49,9 @@ def examples(name: str) -> list[Rule]:
 
 
 def rules() -> list[Rule]:
-    """Examples of every registered rule, those of a rule that is registered later included."""
-    return [example for name in load_rules() for example in examples(name)]
+    """Examples of every rule of deltas alone, those of one that is registered later included."""
+    found = [example for name in load_rules() for example in examples(name)]
+    return [example for example in found if not isinstance(example, ExampleRule)]
 
 
 @contextmanager

@@ -49,7 +49,7 @@ def test_fisher_is_the_weighted_mean_of_each_coordinate() -> None:
         one.net.load(one.tuned)
         scorer = FisherScorer(one.net, one.task)
         generator = keyed_generator(3, "fisher", one.task.name)
-        scores.append(scorer("train", one.drawn(16, 3), generator).mean())
+        scores.append(scorer(one.drawn(16, 3), generator))
     for name in start.base:
         pairs = [
             (e.weight * (f[name] + FLOOR * f[name].mean()), e.tuned[name])

@@ -19,7 +19,7 @@ from deltafl.rules.regmean_plus import RegMeanPlus
 from deltafl.rules.rule import LayerRule
 from deltafl.rules.sequential_regression import SequentialRegression
 from deltafl.tasks import ImageInput, ImageTask, LineTask, TextInput
-from deltafl.tasks.lines import tokenised
+from deltafl.tasks.lines import Lines, tokenised
 from tiny_models import tiny_images, tiny_llama
 
 RULES = (SequentialRegression, RegMean, RegMeanPlus)
@@ -228,7 +228,8 @@ def test_rows_of_language_models_are_tokens_and_no_padding(tmp_path: Path) -> No
     net = tiny_llama(tmp_path)
     inputs = net.inputs
     assert isinstance(inputs, TextInput)
-    lines = tokenised(["ab", "a longer line", "four", "the fifth one is it"], inputs)
+    ids = tokenised(["ab", "a longer line", "four", "the fifth one is it"], inputs)
+    lines = Lines(ids, torch.zeros(4, dtype=torch.int64))
     task = LineTask("lines", {"train": lines, "val": lines, "test": lines})
     base = {n: t.double() for n, t in net.module.state_dict().items()}
     tuned = [{n: t * (1.1 + i / 10) for n, t in base.items()} for i in range(2)]
@@ -247,8 +248,8 @@ def test_rows_of_language_models_are_tokens_and_no_padding(tmp_path: Path) -> No
             hook = module.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(
                 lambda _, args, rows=rows: rows.append(args[0][0].detach())
             )
-            for ids in lines.ids:
-                module(input_ids=ids[None])
+            for line in ids:
+                module(input_ids=line[None])
             hook.remove()
             x = torch.cat(rows)
             gram_t = x.T @ x / len(x)

@@ -12,7 +12,7 @@ from transformers import AutoModel
 
 from deltafl.checkpoints.checkpoint import Checkpoint
 from deltafl.errors import DeltaflError
-from deltafl.merge import search_run
+from deltafl.merge import examples
 from deltafl.merge.search import Goal
 from deltafl.merge.search_recipe import SearchRecipe
 from deltafl.merge.search_run import SINGLE, UNMERGED, run_search
@@ -164,7 +164,7 @@ def test_each_model_names_the_columns_of_its_own_data(
     def load_task(data: DataRecipe, *_: object) -> None:
         raise DeltaflError(f"{data.data} {data.image_column}")
 
-    monkeypatch.setattr(search_run, "load_task", load_task)
+    monkeypatch.setattr(examples, "load_task", load_task)
     models = [m | {"image_column": "img"} for m in search_recipe(trained).resolved()["models"]]
     with pytest.raises(DeltaflError, match="digits:mirrored img"):
         run(search_recipe(trained, models=models))
@@ -173,7 +173,7 @@ def test_each_model_names_the_columns_of_its_own_data(
 def test_unknown_methods_are_found_before_any_data_is_loaded(
     trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(search_run, "load_task", lambda *rest: pytest.fail("data was loaded"))
+    monkeypatch.setattr(examples, "load_task", lambda *rest: pytest.fail("data was loaded"))
     methods = ["fedgm", {"method": "median", "rho": 1.0}]
     assert len(refused(search_recipe(trained, methods=methods), monkeypatch).problems) == 2
 

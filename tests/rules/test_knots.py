@@ -10,7 +10,12 @@ from deltafl.rules.task_arithmetic import TaskArithmetic
 from deltafl.rules.ties import Ties
 from rules.oracle import KINDS, assert_is, models, svd
 from rules.reference import sources
-from rules.test_ties import trimmed
+
+
+def trimmed(row: np.ndarray, density: float) -> np.ndarray:
+    """The k = int(density * size), at least 1, largest magnitudes, by sorting."""
+    k = max(1, int(density * len(row)))
+    return np.where(np.abs(row) >= np.sort(np.abs(row))[::-1][k - 1], row, 0)
 
 
 def ties(rows: np.ndarray, p: np.ndarray, density: float) -> np.ndarray:

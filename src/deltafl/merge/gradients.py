@@ -30,7 +30,7 @@ def merge_fisher(
         one.net.load(one.tuned)
         generator = keyed_generator(rule.seed, "fisher", one.task.name)
         scorer = FisherScorer(one.net, one.task)
-        fisher = scorer("train", one.drawn(rule.examples, rule.seed), generator).mean()
+        fisher = scorer(one.drawn(rule.examples, rule.seed), generator)
         for module_name in fisher.keys() & start.names.keys():
             name, scores = start.names[module_name], fisher[module_name].double().cpu()
             weight = one.weight * (scores + FLOOR * scores.mean() + 1e-30)

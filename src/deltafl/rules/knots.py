@@ -1,11 +1,13 @@
 """KnOTS (arXiv 2410.19735): a rule of coordinates in the basis that all models share."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from deltafl.rules.matrices import MatrixRule, triples
 from deltafl.rules.rule import RULES, CoordinateRule, Source, Tensor, Traits
 from deltafl.rules.ties import Ties
+
+TIES = Ties()
 
 
 @RULES.register("knots")
@@ -18,7 +20,7 @@ class Knots(MatrixRule):
     singular value is 0 are left out.
     """
 
-    inner: CoordinateRule = field(default_factory=Ties)
+    inner: CoordinateRule = TIES
 
     @property
     def traits(self) -> Traits:
