@@ -102,7 +102,9 @@ def _goals(
             problems.append(f"{no_ratio} compared in percent; leave reference out")
         if task.name in (other.name for other, _ in goals):
             problems.append("two models have one task; a search wants one model for each task")
-        own = str(plan.layouts[name].folder / HEAD_FILE) if base.takes_head else HeadRecipe().head
+        own = (
+            str(plan.layouts[name].folder / HEAD_FILE) if base.takes_head else HeadRecipe.of().head
+        )
         head = HeadRecipe.of(
             head=entry.head or own,
             templates=recipe.templates if entry.head == "zero-shot" else None,
