@@ -1,43 +1,28 @@
 """What the commands that train share: what comes before a run, and what after it."""
 
 import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any
 
 import click
 import yaml
 
 from deltafl.cli.text import as_bytes, as_score, table
-from deltafl.errors import DeltaflError
-from deltafl.federated.recipe import ClientsRecipe
 from deltafl.files import check_output, write_files
 from deltafl.models import Net, load_net
 from deltafl.recipes import Recipe
 from deltafl.report import page_files, run_page
 from deltafl.tasks import Task, load_task
-from deltafl.training import TrainingRecipe
-from deltafl.training.tensorboard import check_installed, write_scalars
+from deltafl.training import FinishedRun
+from deltafl.training.recipe import RunRecipe
+from deltafl.training.tensorboard import METRICS, check_installed, write_rows
 
 is_main = int(os.environ.get("RANK", 0)) == 0
 """Whether this is the process of an `accelerate launch` that speaks and writes."""
 
 
-class FinishedRun(Protocol):
-    """A folder with a record, as training and federation leave it."""
-
-    @property
-    def out(self) -> Path: ...
-
-    @property
-    def result(self) -> Mapping[str, Any]: ...
-
-    @property
-    def rows(self) -> Sequence[Mapping[str, Any]]: ...
-
-
 def prepared(
-    recipe: TrainingRecipe | ClientsRecipe,
+    recipe: RunRecipe,
     *,
     resume: bool,
     dry_run: bool,
@@ -48,12 +33,11 @@ def prepared(
     Raises:
         DeltaflError: no output, one that is in the way, no such model or data.
     """
-    if recipe.out is None:
-        raise DeltaflError("no output; name a folder with --out")
+    out = recipe.output
     if tensorboard:
         check_installed()
     if not resume:
-        check_output(recipe.out, overwrite=recipe.overwrite)
+        check_output(out, overwrite=recipe.overwrite)
     net = load_net(recipe.model)
     task = load_task(recipe.data, net.inputs, recipe.seed)
     if dry_run:
@@ -71,7 +55,7 @@ def finish(run: FinishedRun, *, quiet: bool, tensorboard: bool) -> None:
     """Write the report into the folder of a run, and say what came out."""
     write_files(run.out, page_files(run_page(run.result, run.rows)))
     if tensorboard:
-        write_scalars(run.out)
+        write_rows(run.rows, run.out / METRICS)
     if not quiet:
         lines = [table((str(run.result["title"]), ""), list(_facts(run.result).items()))]
         lines += [f"model: {run.out / 'model'}", f"report: {run.out / 'report.html'}"]

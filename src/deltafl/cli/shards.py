@@ -3,14 +3,12 @@
 from typing import Any
 
 import click
-import torch
 
 from deltafl.cli.command import recipe_command
 from deltafl.cli.results import write_result
 from deltafl.cli.text import table
 from deltafl.errors import shorten
-from deltafl.federated.sharding import describe, shard
-from deltafl.federated.sharding.recipe import ShardsRecipe
+from deltafl.federated.sharding import ShardsRecipe, describe, shard
 from deltafl.files import check_output
 from deltafl.report import shards_page
 from deltafl.report.inspection import span
@@ -44,7 +42,7 @@ def shards(recipe: ShardsRecipe) -> None:
         "how": f"{sharding}({', '.join(f'{key}={value}' for key, value in given.items())})",
         "num_clients": clients,
         "class_names": list(names),
-        **{key: torch.as_tensor(value).tolist() for key, value in vars(found).items()},
+        **{key: value.tolist() for key, value in found.items()},
         "positions": [rows.tolist() for rows in positions],
     }
     click.echo(_text(result))

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -76,6 +76,7 @@ class Round:
     control: Tensor | None = None
 
 
+@dataclass
 class Sgd:
     """Plain local SGD; the base of others. One is made for each client's part of a round.
 
@@ -83,11 +84,14 @@ class Sgd:
     proximal term of weight prox_mu. has_control: server and clients keep control variates.
     """
 
-    has_prox = False
-    has_control = False
+    flat: nn.Parameter
+    recipe: LocalRecipe
+    round: Round
+    has_prox: ClassVar = False
+    has_control: ClassVar = False
 
-    def __init__(self, flat: nn.Parameter, recipe: LocalRecipe, round: Round) -> None:
-        self.flat, self.recipe, self.round = flat, recipe, round
+    def __post_init__(self) -> None:
+        """Note what is needed of the start."""
 
     def adjust(self, gradient: Tensor) -> None:
         """Change the gradient (P,) of one step in place, before it is clipped."""
@@ -107,9 +111,8 @@ class FedProx(Sgd):
 
     has_prox = True
 
-    def __init__(self, flat: nn.Parameter, recipe: LocalRecipe, round: Round) -> None:
-        super().__init__(flat, recipe, round)
-        self.start = flat.detach().clone()
+    def __post_init__(self) -> None:
+        self.start = self.flat.detach().clone()
 
     def adjust(self, gradient: Tensor) -> None:
         gradient.add_(self.flat.detach() - self.start, alpha=self.recipe.prox_mu)
@@ -123,10 +126,9 @@ class Scaffold(Sgd):
 
     has_control = True
 
-    def __init__(self, flat: nn.Parameter, recipe: LocalRecipe, round: Round) -> None:
-        super().__init__(flat, recipe, round)
-        assert round.control is not None
-        self.start, self.correction = flat.detach().clone(), round.control
+    def __post_init__(self) -> None:
+        assert self.round.control is not None
+        self.start, self.correction = self.flat.detach().clone(), self.round.control
 
     def adjust(self, gradient: Tensor) -> None:
         gradient.add_(self.correction)

@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 
+from deltafl.errors import DeltaflError
 from deltafl.models.head_recipe import HeadRecipe
 from deltafl.recipes import Flags, Incidental, Recipe
 from deltafl.tasks.recipe import TrainingDataRecipe
@@ -14,7 +16,40 @@ from deltafl.tasks.recipe import TrainingDataRecipe
 PRECISIONS: Mapping[str, torch.dtype | None] = {"no": None, "bf16": torch.bfloat16}
 
 
-class TrainingRecipe(Recipe):
+class RunRecipe(Recipe):
+    """What every training has: a model, a task, a seed, and a folder to write."""
+
+    model: Annotated[str, Flags(("--model", "--base"))] = Field(
+        description="the model to begin with: a folder, a hub id, a config.json or module:attr"
+    )
+    mixed_precision: Literal["no", "bf16"] = Field(
+        "no", description="the arithmetic of the model's forward pass"
+    )
+    seed: int = Field(0, description="of everything that is random")
+    device: Annotated[str | None, Incidental] = Field(
+        None, description="cpu, cuda or cuda:1 (default: the GPU where there is one)"
+    )
+    out: Annotated[str | None, Incidental] = Field(None, description="the folder to write")
+    overwrite: Annotated[bool, Incidental] = Field(
+        False, description="replace an existing output, or an unfinished run"
+    )
+    data: TrainingDataRecipe
+    head: HeadRecipe = HeadRecipe.of()
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """The dtype of the forward pass, None for the model's own."""
+        return PRECISIONS[self.mixed_precision]
+
+    @property
+    def output(self) -> Path:
+        """The folder to write. Raises DeltaflError if there is none."""
+        if self.out is None:
+            raise DeltaflError("no output; name a folder with --out")
+        return Path(self.out)
+
+
+class TrainingRecipe(RunRecipe):
     """How to train a model on a task; the defaults are those of the task-arithmetic papers for CLIP
     and ViT.
     """
@@ -22,9 +57,6 @@ class TrainingRecipe(Recipe):
     renamed: ClassVar = {"base": "model", "schedule": "lr_schedule"}
     alternatives: ClassVar = (("steps", "epochs"),)
 
-    model: Annotated[str, Flags(("--model", "--base"))] = Field(
-        description="the model to begin with: a folder, a hub id, a config.json or module:attr"
-    )
     steps: int | None = Field(
         None, ge=0, description="optimiser steps; 0 writes the model with its head"
     )
@@ -55,22 +87,9 @@ class TrainingRecipe(Recipe):
     patience: int | None = Field(
         None, ge=1, description="validations without a gain after which to stop"
     )
-    mixed_precision: Literal["no", "bf16"] = Field(
-        "no", description="the arithmetic of the model's forward pass"
-    )
-    seed: int = Field(0, description="of everything that is random")
     save_every: Annotated[int, Incidental] = Field(
         500, ge=0, description="steps between saved states, beside those of validations; 0: none"
     )
-    device: Annotated[str | None, Incidental] = Field(
-        None, description="cpu, cuda or cuda:1 (default: the GPU where there is one)"
-    )
-    out: Annotated[str | None, Incidental] = Field(None, description="the folder to write")
-    overwrite: Annotated[bool, Incidental] = Field(
-        False, description="replace an existing output, or an unfinished run"
-    )
-    data: TrainingDataRecipe
-    head: HeadRecipe = HeadRecipe.of()
 
     def problems(self) -> Iterator[str]:
         both, neither = (self.steps, self.epochs), self.steps is None and self.epochs is None
@@ -78,11 +97,6 @@ class TrainingRecipe(Recipe):
             yield "give either steps or epochs"
         if self.nesterov and not self.momentum:
             yield "nesterov needs a momentum above 0"
-
-    @property
-    def autocast(self) -> torch.dtype | None:
-        """The dtype of the forward pass, None for the model's own."""
-        return PRECISIONS[self.mixed_precision]
 
     def num_steps(self, num_examples: int) -> int:
         """Optimiser steps in all; an epoch is ceil(num_examples / batch_size) of them."""
