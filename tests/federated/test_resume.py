@@ -152,8 +152,8 @@ def stopped(recipe: FederatedRecipe, out: Path, after: int = 3) -> None:
 
 def test_another_configuration_is_refused_by_the_keys_that_differ(tmp_path: Path) -> None:
     stopped(RECIPE, tmp_path / "run")
+    other = RECIPE.replace(lr=0.06, momentum=0.5)
     with pytest.raises(DeltaflError) as error:
-        other = RECIPE.replace(lr=0.06, momentum=0.5)
         federate(plain(), halves(), other, tmp_path / "run", resume=True)
     lines = error.value.problems
     assert [x for x in lines if "lr = 0.05, now it is 0.06" in x]

@@ -7,11 +7,12 @@ from typing import Any
 import click
 import yaml
 
-from deltafl.cli.text import as_bytes, as_score, table
+from deltafl.cli.results import as_score, as_text
 from deltafl.files import check_output, write_files
 from deltafl.models import Net, load_net
 from deltafl.recipes import Recipe
-from deltafl.report import page_files, run_page
+from deltafl.report import Column, Table, page_files, run_page
+from deltafl.sizes import as_bytes
 from deltafl.tasks import Task, load_task
 from deltafl.training import FinishedRun
 from deltafl.training.recipe import RunRecipe
@@ -57,9 +58,10 @@ def finish(run: FinishedRun, *, quiet: bool, tensorboard: bool) -> None:
     if tensorboard:
         write_rows(run.rows, run.out / METRICS)
     if not quiet:
-        lines = [table((str(run.result["title"]), ""), list(_facts(run.result).items()))]
-        lines += [f"model: {run.out / 'model'}", f"report: {run.out / 'report.html'}"]
-        click.echo("\n".join(lines))
+        facts = [{"fact": fact, "value": value} for fact, value in _facts(run.result).items()]
+        columns = {"fact": Column(run.result["title"]), "value": Column("", str)}
+        click.echo(as_text(Table(facts, columns)))
+        click.echo(f"model: {run.out / 'model'}\nreport: {run.out / 'report.html'}")
 
 
 def _facts(result: Mapping[str, Any]) -> dict[str, str]:
