@@ -1,4 +1,4 @@
-"""Fine-tuning and its centralised preset: against plain loops, what they leave, killed and resumed, on two processes."""
+"""Fine-tuning and its centralised preset: against plain loops, what they leave, kills and resumes, two processes."""
 
 import json
 import math
