@@ -32,8 +32,7 @@ class Reference:
             for name, value in params.items():
                 self.own[name].copy_(value)
         self.trained = [p for p in self.module.parameters() if p.requires_grad]
-        for p in self.trained:
-            p.grad = None
+        self.zero_grad()
 
     def loss(self, images: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
         self.module.train()
@@ -41,8 +40,7 @@ class Reference:
         return nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing)
 
     def zero_grad(self) -> None:
-        for p in self.trained:
-            p.grad = None
+        self.module.zero_grad()
 
 
 def batches(begun: Begun, client: int, number: int, steps: int):

@@ -25,16 +25,29 @@ class Bytes(Callback):
 
     A client gets and sends 4 bytes for each kept coordinate and each value of float buffers;
     scaffold doubles the trained ones. The mask's bits go to a client once. The pre-trained model
-    is at the clients already; what step 0 sends is `setup_bytes`, in the first row.
+    is at the clients already.
+
+    Step 0, in the first row, of all clients together; no round counts it. Up: what fitting the head
+    needs (`Format.head_bytes`); of each client of a calibration a float32 Fisher sum for each
+    eligible coordinate. Down: a frozen head to every client once, a trained one to the clients of a
+    calibration, since rounds count it.
     """
 
     def __init__(self, federation: Federation, done: int) -> None:
         net, recipe, mask = federation.net, federation.recipe, federation.mask
-        self._federation, trained = federation, net.flat.numel()
+        trained = net.flat.numel()
         kept = trained if mask is None else sum(int(m.sum()) for m in mask.values())
         extra = sum(t.numel() for t in net.state().values()) - trained
         times = 2 if recipe.local.algorithm.has_control else 1
-        self._first = {"parameters": trained, "kept": kept, **setup_bytes(federation)}
+        up, head = net.format.head_bytes(net.module, recipe.head, federation.shards)
+        asked = sum(map(len, calibration_clients(recipe)))
+        down = asked if recipe.head.train_head else recipe.sharding.num_clients
+        self._first = {
+            "parameters": trained,
+            "kept": kept,
+            "setup_bytes_up": up + (asked * 4 * eligible(net).total if asked else 0),
+            "setup_bytes_down": head * down,
+        }
         self._payload, self._dense = (4 * (times * n + extra) for n in (kept, trained))
         self._mask = 0 if mask is None else -(-trained // 8)
         self._seen = {k for n in range(done) for k in recipe.clients_in(n + 1)}
@@ -50,19 +63,3 @@ class Bytes(Callback):
         row["bytes_up_total"] = up * state.round
         row["bytes_down_total"] = up * state.round + self._mask * len(self._seen)
         row["dense_bytes_up_total"] = self._dense * len(chosen) * state.round
-
-
-def setup_bytes(federation: Federation) -> dict[str, int]:
-    """Bytes of step 0, `setup_bytes_up` and `setup_bytes_down`, of all clients together; no round
-    counts them.
-
-    Up: what fitting the head needs (`Format.head_bytes`); of each client of a calibration a
-    float32 Fisher sum for each eligible coordinate. Down: a frozen head to every client once, a
-    trained one to the clients of a calibration, since rounds count it.
-    """
-    recipe, net = federation.recipe, federation.net
-    up, head = net.format.head_bytes(net.module, recipe.head, federation.shards)
-    asked = sum(map(len, calibration_clients(recipe)))
-    up += asked * 4 * eligible(net).total if asked else 0
-    down = head * (asked if recipe.head.train_head else recipe.sharding.num_clients)
-    return {"setup_bytes_up": up, "setup_bytes_down": down}

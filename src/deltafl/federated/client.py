@@ -1,8 +1,8 @@
 """Clients: take the server's parameters, train on their own examples, return an update."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -28,15 +28,14 @@ class ClientUpdate(Update):
     control: Tensor | None = None
 
 
-class Client(Protocol):
-    """Local training, as a run needs it; a user's own replaces `LocalTraining`.
+Client: TypeAlias = Callable[[Tensors, Mask | None, Round], Update]
+"""Local training, as a run needs it: (params, mask, round) -> update; a user's own replaces
+`LocalTraining`.
 
-    `params` are the server's (name -> tensor), not to be changed. `mask` None: all coordinates
-    train. The delta of the update has the names of `params`. A `module:attr` is called with (net,
-    task, recipe) and returns one of these, which serves all clients.
-    """
-
-    def __call__(self, params: Tensors, mask: Mask | None, round: Round) -> Update: ...
+params: the server's (name -> tensor), not to be changed. mask None: all coordinates train. The
+delta of the update has the names of `params`. A `module:attr` is called with (net, task, recipe) and
+returns one of these, which serves all clients.
+"""
 
 
 class LocalTraining:
@@ -85,15 +84,15 @@ class LocalTraining:
 
         purpose = f"round {round.number} client {round.client}"
         rows = batches(round.ids, local.batch_size, seed, round.num_steps, purpose)
-        loss = torch.zeros((), device=net.device)
-        dropout = keyed_dropout(net.device, seed, round.number, round.client)
+        drawn, device = keyed_generator(seed, "augment", purpose), net.device
+        loss = torch.zeros((), device=device)
+        dropout = keyed_dropout(device, seed, round.number, round.client)
         with frozen_tensors(net.module, mask or {}), dropout, torch.enable_grad():
-            for step, ids in enumerate(rows):
-                drawn = keyed_generator(seed, "augment", purpose, step)
+            for ids in rows:
                 loss += train_step(
                     net,
                     self.task,
-                    self.task.batch("train", ids, net.device, drawn),
+                    self.task.batch("train", ids, device, drawn),
                     optimiser,
                     lr=round.lr,
                     grad_clip=local.grad_clip,

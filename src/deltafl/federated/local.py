@@ -2,35 +2,23 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 from torch import Tensor, nn
 
-from deltafl.recipes import Recipe, one_of
+from deltafl.recipes import one_of
 from deltafl.registry import Registry
 from deltafl.rules.rule import Source
+from deltafl.training.recipe import StepRecipe
 
 
-class LocalRecipe(Recipe):
+class LocalRecipe(StepRecipe):
     """How a client trains in a round."""
 
     local_steps: int = Field(4, ge=1, description="J, the optimiser steps of a client in a round")
     local_steps_spread: float = Field(
         1.0, ge=1, description="S: a client's own number of steps is between J/S and J S"
-    )
-    batch_size: int = Field(64, ge=1, description="examples in a local step")
-    lr: float = Field(0.01, gt=0, description="learning rate of local steps")
-    lr_schedule: Literal["constant", "cosine", "linear", "step"] = Field(
-        "constant", description="of the local learning rate, over rounds"
-    )
-    momentum: float = Field(
-        0.9, ge=0, lt=1, description="of local SGD; it starts anew in each round"
-    )
-    weight_decay: float = Field(0.0, ge=0, description="of local SGD")
-    nesterov: bool = Field(False, description="Nesterov momentum in local SGD")
-    grad_clip: float | None = Field(
-        None, gt=0, description="largest gradient norm, over the kept coordinates"
     )
     local_algorithm: Annotated[str, one_of(lambda: LOCAL_ALGORITHMS)] = Field(
         "sgd", description="what a client does: sgd, fedprox or scaffold"
@@ -46,8 +34,7 @@ class LocalRecipe(Recipe):
         return LOCAL_ALGORITHMS[self.local_algorithm]
 
     def problems(self) -> Iterator[str]:
-        if self.nesterov and not self.momentum:
-            yield "nesterov needs a momentum above 0"
+        yield from super().problems()
         if self.algorithm.has_control and (self.momentum or self.weight_decay):
             yield (
                 f"{self.local_algorithm}'s control variates are those of plain SGD; "

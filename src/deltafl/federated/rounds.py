@@ -36,12 +36,11 @@ Trained: TypeAlias = tuple[ClientUpdate, bool, float]
 class RoundResult:
     """What happened in a round.
 
-    start: what the clients started from. updates: the finite ones by client, valid until the next
-    round. numbers: what the record keeps of it; client_seconds are those of all clients together,
-    also of clients that trained at the same time.
+    updates: the finite ones by client, valid until the next round. numbers: what the record keeps
+    of it; client_seconds are those of all clients together, also of clients that trained at the
+    same time.
     """
 
-    start: ServerState
     updates: Mapping[int, Update]
     numbers: Row
 
@@ -89,7 +88,7 @@ def run_round(
         "client_seconds": client_seconds,
         "server_seconds": time.perf_counter() - started,
     }
-    return stepped, RoundResult(state, updates, numbers)
+    return stepped, RoundResult(updates, numbers)
 
 
 class Workers(Pool[Job, Trained]):
@@ -197,9 +196,8 @@ def _refuse_other_tensors(update: Update, client: int, params: Mapping[str, Tens
     may err.
     """
     delta = lazy(update.delta)
-    odd = sorted(delta.keys() ^ params.keys())
-    odd = odd or [n for n in params if delta.spec(n).shape != params[n].shape]
-    if odd:
+    found, wanted = {n: delta.spec(n).shape for n in delta}, {n: t.shape for n, t in params.items()}
+    if odd := [n for n in sorted({**found, **wanted}) if found.get(n) != wanted.get(n)]:
         raise DeltaflError(
             f"the update of client {client} has not the tensors of the model, or other shapes: "
             f"{shorten(odd)}; a delta holds every name of the parameters that the client was given"

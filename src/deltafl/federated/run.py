@@ -141,7 +141,7 @@ def _rounds(
             callback.begin(state, row)
         yield state, row
     while state.round < recipe.num_rounds and not best.exhausts(recipe.patience):
-        state, result = run_round(state, federation, workers)
+        base, (state, result) = state.params, run_round(state, federation, workers)
         due = state.round % recipe.eval_every == 0 or state.round == recipe.num_rounds
         row = {"event": "round", "round": state.round, **result.numbers}
         row["val_score"] = judge(state) if due else None
@@ -151,7 +151,7 @@ def _rounds(
         if {"all", str(state.round)} & set(map(str, recipe.save_client_updates)):
             folder = recipe.output / "updates" / f"round-{state.round:04d}"
             for client, update in result.updates.items():
-                save_update(folder, client, update, result.start.params, federation)
+                save_update(folder, client, update, base, federation)
         yield state, row
 
 

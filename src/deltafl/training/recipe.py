@@ -49,13 +49,45 @@ class RunRecipe(Recipe):
         return Path(self.out)
 
 
-class TrainingRecipe(RunRecipe):
+class StepRecipe(Recipe):
+    """How a model steps."""
+
+    batch_size: int = Field(
+        64, ge=1, description="examples in a step, over all processes of a run together"
+    )
+    lr: float = Field(0.01, gt=0, description="learning rate; its peak, where a schedule is given")
+    lr_schedule: Literal["constant", "cosine", "linear", "step"] = Field(
+        "constant", description="of the learning rate, over all steps after the warm-up, or rounds"
+    )
+    momentum: float = Field(
+        0.9, ge=0, lt=1, description="of sgd; a client's starts anew in each round"
+    )
+    nesterov: bool = Field(False, description="Nesterov momentum in sgd")
+    weight_decay: float = Field(0.0, ge=0, description="of the optimiser")
+    grad_clip: float | None = Field(
+        None, gt=0, description="largest gradient norm, over what trains"
+    )
+
+    def problems(self) -> Iterator[str]:
+        if self.nesterov and not self.momentum:
+            yield "nesterov needs a momentum above 0"
+
+
+class TrainingRecipe(StepRecipe, RunRecipe):
     """How to train a model on a task; the defaults are those of the task-arithmetic papers for CLIP
     and ViT.
     """
 
     renamed: ClassVar = {"base": "model", "schedule": "lr_schedule"}
     alternatives: ClassVar = (("steps", "epochs"),)
+    defaults: ClassVar = {
+        "batch_size": 128,
+        "lr": 1e-5,
+        "lr_schedule": "cosine",
+        "momentum": 0.0,
+        "weight_decay": 0.1,
+        "grad_clip": 1.0,
+    }
 
     steps: int | None = Field(
         None, ge=0, description="optimiser steps; 0 writes the model with its head"
@@ -63,21 +95,10 @@ class TrainingRecipe(RunRecipe):
     epochs: float | None = Field(
         None, gt=0, description="passes over the training data, instead of steps"
     )
-    batch_size: int = Field(
-        128, ge=1, description="examples in a step, over all processes together"
-    )
-    lr: float = Field(1e-5, gt=0, description="peak learning rate")
-    lr_schedule: Literal["cosine", "constant", "linear", "step"] = Field(
-        "cosine", description="of the learning rate, over all steps, after the warm-up"
-    )
     warmup: int | None = Field(
         None, ge=0, description="steps of warm-up (default: 10 % of the steps, at most 500)"
     )
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="what steps")
-    momentum: float = Field(0.0, ge=0, lt=1, description="of sgd")
-    nesterov: bool = Field(False, description="Nesterov momentum in sgd")
-    weight_decay: float = Field(0.1, ge=0, description="of the optimiser")
-    grad_clip: float | None = Field(1.0, gt=0, description="largest gradient norm")
     eval_every: int | None = Field(
         None,
         ge=1,
@@ -92,11 +113,10 @@ class TrainingRecipe(RunRecipe):
     )
 
     def problems(self) -> Iterator[str]:
+        yield from super().problems()
         both, neither = (self.steps, self.epochs), self.steps is None and self.epochs is None
         if neither or (None not in both and self.epochs != self.defaults.get("epochs")):
             yield "give either steps or epochs"
-        if self.nesterov and not self.momentum:
-            yield "nesterov needs a momentum above 0"
 
     def num_steps(self, num_examples: int) -> int:
         """Optimiser steps in all; an epoch is ceil(num_examples / batch_size) of them."""

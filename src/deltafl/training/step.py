@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +48,11 @@ def lr_at(step: int, total: int, warmup: int, base_lr: float, schedule: str = "c
     return base_lr * 0.5 * (1 + math.cos(math.pi * done / span))
 
 
+def precision(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:
+    """The arithmetic of a forward pass; None: the model's own."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
 def train_step(
     net: Net,
     task: Task,
@@ -73,11 +78,12 @@ def train_step(
     flat.grad.zero_()
     if not net.module.training:
         net.module.train()
-    total, count = flat.new_zeros(()), flat.new_zeros(())
     if len(next(iter(batch.values()))):
-        with torch.autocast(flat.device.type, autocast, enabled=autocast is not None):
+        with precision(flat.device, autocast):
             sums, weights = task.loss(net, batch)
         total, count = sums.sum(), weights.sum()
+    else:
+        total = count = flat.new_zeros(())
     if reduce is not None:
         count = reduce(count)
     loss = total / count
@@ -132,7 +138,7 @@ def scores(
     parts = []
     for part in ids.split(batch_size) if len(ids) else ():
         batch = task.batch(split, part, net.device)
-        with torch.autocast(net.device.type, autocast, enabled=autocast is not None):
+        with precision(net.device, autocast):
             parts.append(task.score(net, batch).float().cpu())
     found = torch.cat(parts) if parts else torch.empty(0)
     check_values(task, "score", found, len(ids), finite=False)
