@@ -10,9 +10,8 @@ from deltafl.errors import DeltaflError
 from deltafl.federated import FederatedRecipe
 from deltafl.federated import setup as step_zero
 from deltafl.federated.setup import calibration_clients, make_shards, prepare
-from deltafl.models.fit import classifier_of
 from deltafl.sparse.fisher import FisherScorer
-from deltafl.sparse.masks import load_mask, mask_meta, model_hash, save_mask
+from deltafl.sparse.masks import load_mask, model_hash, save_mask
 from deltafl.sparse.strategies import MASK_STRATEGIES
 from federated.worlds import RECIPE, assert_same, begin, federate, halves, plain
 
@@ -34,7 +33,7 @@ def test_a_ridge_head_from_the_clients_is_the_same_however_they_share_the_data(
         shards = make_shards(halves(), recipe)
         assert len(shards) == recipe.sharding.num_clients
         prepare(net, halves(), recipe, shards)
-        heads.append(classifier_of(net).head)
+        heads.append(net.head)
         assert not any(p.requires_grad for p in heads[-1].parameters())
     for head in heads[1:]:
         torch.testing.assert_close(head.weight, heads[0].weight, rtol=1e-6, atol=1e-7)
@@ -53,11 +52,11 @@ def asked(
     found: list[tuple[tuple[int, ...], int]] = []
 
     class Recorded(FisherScorer):
-        def __call__(self, split, ids, generator=None):
+        def __call__(self, ids, generator):
             state = generator.get_state()
             found.append((tuple(ids.tolist()), int(torch.randint(2**40, (), generator=generator))))
             generator.set_state(state)
-            return super().__call__(split, ids, generator)
+            return super().__call__(ids, generator)
 
     monkeypatch.setattr(step_zero, "FisherScorer", Recorded)
     begin(tmp_path, recipe)
@@ -119,7 +118,7 @@ def test_every_strategy_freezes_the_share_asked_for(
     run = federate(plain(), halves(), recipe, tmp_path / "run")
     start = run.rows[0]
     assert start["kept"] == pytest.approx(0.2 * start["parameters"], abs=2)
-    mask = load_mask(tmp_path / "run" / "mask.safetensors", plain())
+    mask = load_mask(tmp_path / "run" / "mask.safetensors", plain())[0]
     assert sum(int(m.sum()) for m in mask.values()) == start["kept"]
 
 
@@ -127,12 +126,12 @@ def test_a_mask_from_a_file_is_used_and_one_of_another_model_refused(tmp_path: P
     net = plain()
     mask = {n: torch.zeros_like(t, dtype=torch.bool) for n, t in net.trained.items()}
     mask["encoder.last.weight"][:, 3] = True
-    save_mask(mask, tmp_path / "mask", model_hash(net))
+    save_mask(mask, tmp_path / "mask", model_hash(net), {})
     recipe = RECIPE.replace(mask_file=str(tmp_path / "mask"))
     assert_same(begin(tmp_path, recipe).federation.mask, mask)
     run = federate(plain(), halves(), recipe, tmp_path / "run")
     assert run.rows[0]["kept"] == 5
-    meta = mask_meta(tmp_path / "run" / "mask.safetensors")
+    meta = load_mask(tmp_path / "run" / "mask.safetensors", None)[1]
     assert meta == {"strategy": None, "file": str(tmp_path / "mask")}
     other = plain()
     with torch.no_grad():

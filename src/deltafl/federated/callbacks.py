@@ -28,7 +28,7 @@ class Bytes(Callback):
     is at the clients already.
 
     Step 0, in the first row, of all clients together; no round counts it. Up: what fitting the head
-    needs (`Format.head_bytes`); of each client of a calibration a float32 Fisher sum for each
+    needs (`Net.head_bytes`); of each client of a calibration a float32 Fisher sum for each
     eligible coordinate. Down: a frozen head to every client once, a trained one to the clients of a
     calibration, since rounds count it.
     """
@@ -39,13 +39,14 @@ class Bytes(Callback):
         kept = trained if mask is None else sum(int(m.sum()) for m in mask.values())
         extra = sum(t.numel() for t in net.state().values()) - trained
         times = 2 if recipe.local.algorithm.has_control else 1
-        up, head = net.format.head_bytes(net.module, recipe.head, federation.shards)
+        up, head = net.head_bytes(recipe.head, federation.shards)
         asked = sum(map(len, calibration_clients(recipe)))
+        scored = sum(int(m.sum()) for m in eligible(net).values()) if asked else 0
         down = asked if recipe.head.train_head else recipe.sharding.num_clients
         self._first = {
             "parameters": trained,
             "kept": kept,
-            "setup_bytes_up": up + (asked * 4 * eligible(net).total if asked else 0),
+            "setup_bytes_up": up + asked * 4 * scored,
             "setup_bytes_down": head * down,
         }
         self._payload, self._dense = (4 * (times * n + extra) for n in (kept, trained))

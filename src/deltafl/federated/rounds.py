@@ -19,7 +19,7 @@ from deltafl.federated.recipe import FederatedRecipe
 from deltafl.federated.server import ServerState, server_step
 from deltafl.federated.setup import Federation
 from deltafl.forking import can_fork
-from deltafl.pool import Pool, SharedMemory
+from deltafl.pool import Pool, shared_like
 from deltafl.training.record import Row
 
 logger = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ class Workers(Pool[Job, Trained]):
         self._federation, self._state, self._shared = federation, state, count > 1
         client, mask, known = federation.client, federation.mask, list[object]()
         if self._shared:
-            copies = SharedMemory.of(_told(state))
+            copies = shared_like(_told(state))
             self._state = replace(state, control=copies.pop(CONTROL, None), params=copies)
             known.append(copies)
             if isinstance(client, LocalTraining) and mask is not None:
@@ -112,7 +112,7 @@ class Workers(Pool[Job, Trained]):
             self._train,
             count,
             slots=federation.recipe.clients_per_round,
-            room=SharedMemory.room(_told(state).values()),
+            like=[*_told(state).values()],
             known=known,
         )
 

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
-from operator import add
 from pathlib import Path
 
 import torch
@@ -21,7 +20,7 @@ from deltafl.seeding import keyed_generator
 from deltafl.sparse.calibration import calibrate
 from deltafl.sparse.eligible import eligible
 from deltafl.sparse.fisher import FisherScorer
-from deltafl.sparse.masks import Mask, load_mask, model_hash, save_mask
+from deltafl.sparse.masks import Mask, completed, load_mask, model_hash, save_mask
 from deltafl.tasks.task import Task
 from deltafl.training.record import Row, RunRecord
 from deltafl.usercode import find_callable
@@ -78,7 +77,7 @@ def new_record(federation: Federation, config: Row) -> None:
     with atomic_folder(recipe.output, overwrite=recipe.overwrite) as folder:
         RunRecord.create(folder, config)
         (folder / "state").mkdir()
-        net.format.save_head(net.module, folder / "state")
+        net.save_head(folder / "state")
         if federation.mask is not None:
             file, strategy = recipe.sparse.mask_file, recipe.sparse.mask_strategy
             about = {"strategy": strategy if file is None else None, "file": file}
@@ -119,26 +118,22 @@ def prepare(
         return None
     found = sparse.mask_file if begun is None else begun / MASK_FILE
     if found is not None:
-        return load_mask(found, net)
+        return load_mask(found, net)[0]
     groups = calibration_clients(recipe)
     scorer = FisherScorer(net, task, sparse.fisher_labels, sparse.fisher_draws)
 
     def score(number: int) -> Tensors:
-        sums = []
+        sums, count = [], 0
         for k in groups[number]:
             key = (seed, "calibration", number, k)
             order = torch.randperm(len(shards[k]), generator=keyed_generator(*key, "examples"))
             ids = shards[k][order[: sparse.calibration_examples]]
-            sums.append(scorer("train", ids, keyed_generator(*key, "labels")))
-        return reduce(add, sums).mean()
+            sums.append(scorer(ids, keyed_generator(*key, "labels")))
+            count += len(ids)
+        return {name: reduce(torch.add, (part[name] for part in sums)) / count for name in sums[0]}
 
-    return calibrate(
-        sparse,
-        score,
-        eligible=eligible(net),
-        weights=net.trained,
-        generator=keyed_generator(seed, "mask"),
-    )
+    generator = keyed_generator(seed, "mask")
+    return completed(calibrate(sparse, score, net.trained, eligible(net), generator), net)
 
 
 def calibration_clients(recipe: ClientsRecipe) -> list[list[int]]:

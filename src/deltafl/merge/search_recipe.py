@@ -72,7 +72,8 @@ class SearchRecipe(DeltaRecipe):
         False, description="Race within each method, so that the best of each is exact."
     )
     memory: Annotated[Size, Incidental] = Field(
-        8_000_000_000,
+        "8GB",
+        validate_default=True,
         description="Hold the checkpoints in memory if they fit into this, else read them again.",
     )
     batch_size: Annotated[int, Incidental] = Field(

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from typing import cast
 
 import torch
 from accelerate import PartialState
@@ -59,11 +59,11 @@ class Run:
 
     def __init__(self, net: Net, task: Task, recipe: TrainingRecipe, state: Row | None) -> None:
         self.recipe, self.examples = recipe, task.size("train")
-        device = device_named(recipe.device)
+        device: torch.device | str = device_named(recipe.device)
         self.processes = PartialState(cpu=recipe.device == "cpu")
         self.processes.wait_for_everyone()
         if self.processes.num_processes > 1:
-            device = self.processes.device
+            device = str(self.processes.device)
         self.net, self.task = net.copy_to(device), task.to(device)
         self.net.module.float()
         if state is not None:
@@ -122,7 +122,7 @@ class Run:
                 lr=self.lr,
                 grad_clip=recipe.grad_clip,
                 autocast=recipe.autocast,
-                reduce=partial(reduce, reduction="sum") if world > 1 else None,
+                reduce=_summed if world > 1 else None,
             )
         self.step += 1
         self.losses = self.losses + loss * len(ids)
@@ -200,6 +200,11 @@ def train(
         module.load_state_dict(run.best.tensors)
     else:
         run.best = Best(run.validate(), run.epoch)
+
+
+def _summed(tensor: Tensor) -> Tensor:
+    """Over all processes."""
+    return cast(Tensor, reduce(tensor, "sum"))
 
 
 def _optimiser(net: Net, recipe: TrainingRecipe) -> torch.optim.Optimizer:

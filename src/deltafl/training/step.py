@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from deltafl.models.net import Net
 from deltafl.seeding import keyed_generator
+from deltafl.sparse.sgdm import SparseSGDM
 from deltafl.tasks.task import Batch, Split, Task, check_values
 
 
@@ -57,7 +58,7 @@ def train_step(
     net: Net,
     task: Task,
     batch: Batch,
-    optimiser: torch.optim.Optimizer,
+    optimiser: torch.optim.Optimizer | SparseSGDM,
     *,
     lr: float,
     grad_clip: float | None = None,
