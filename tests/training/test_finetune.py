@@ -266,7 +266,9 @@ def test_a_killed_run_resumes_to_the_same_bits(kind: str, tmp_path: Path):
         model = tiny_llama(tmp_path / "llama")
         lines = str(write_lines(tmp_path / "lines"))
         task = load_task(lines, model.inputs, 7)
-        recipe = FINE.replace(model=str(tmp_path / "llama" / "config.json"), data=lines, head="ridge")
+        recipe = FINE.replace(
+            model=str(tmp_path / "llama" / "config.json"), data=lines, head="ridge"
+        )
     recipe = recipe.replace(save_every=3, out=str(cut))
     killed = script(recipe, KILL_AT="7")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
