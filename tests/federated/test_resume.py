@@ -33,7 +33,7 @@ RECIPES: dict[str, FederatedRecipe] = {
         train_head=True, patience=3, server_momentum=0.5, lr=0.2
     ),
     "language": LONG.replace(
-        lr=0.3, server_optimizer="fedyogi", server_lr=0.01, sharding="non_iid", nc=1
+        head="ridge", lr=0.3, server_optimizer="fedyogi", server_lr=0.01, sharding="non_iid", nc=1
     ),
     "ridge, fednova": LONG.replace(head="ridge", aggregator="fednova", local_steps_spread=2.0),
 }
