@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -144,19 +143,3 @@ def scores(
     found = torch.cat(parts) if parts else torch.empty(0)
     check_values(task, "score", found, len(ids), finite=False)
     return found
-
-
-@dataclass(frozen=True)
-class TaskScorer:
-    """One split of a task as search and racing see it: `scorer(net, ids)` gives (n,) scores."""
-
-    task: Task
-    split: Split
-    batch_size: int = 256
-    autocast: torch.dtype | None = None
-
-    def __len__(self) -> int:
-        return self.task.size(self.split)
-
-    def __call__(self, net: Net, ids: Tensor) -> Tensor:
-        return scores(net, self.task, self.split, ids, self.batch_size, self.autocast)
