@@ -244,5 +244,5 @@ def test_names_are_those_of_files_unless_another_tensor_has_them() -> None:
         "encoder.head.weight", "encoder.head.bias", "body.weight", "body.bias", "head.weight", "head.bias",
     }  # fmt: skip
     state = {n: t + 1 for n, t in state_of(net).items()}
-    load_state(net, state)
+    load_state(state_of(net), state)
     assert_same(state_of(net), state)
