@@ -432,9 +432,6 @@ def test_a_run_without_gain_stops_early_and_validation_is_not_augmented(
     assert len({row["val_score"] for row in done.rows}) == 1
     found = (done.result["best_epoch"], done.result["epochs"], done.result["stopped_early"])
     assert found == (0, 2, True)
-    stopped(recipe, tmp_path / "cut", "epochs", 2)
-    run(recipe, tmp_path / "cut", resume=True)
-    assert_same(tmp_path / "cut", tmp_path / "run")
 
 
 def test_augmentation_changes_training_images_by_seed_and_step(whole: Path, tmp_path: Path):
