@@ -161,68 +161,66 @@ def shards_result(counts: list[list[int]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def suite_summaries(number: int = 3, **changes: Any) -> list[dict[str, Any]]:
-    """Cells of a suite; of each next one the clients send twice as much."""
-    rows = []
-    for i in range(number):
-        by_round = [(r, 0.1 + 0.05 * r - 0.01 * i) for r in range(5)]
-        row = {"labels": {"sharding": f"Nc = {i}"}, "name": f"Nc = {i}", "runs": 2, "failed": None}
-        row |= {"test": 0.5 - 0.01 * i, "spread": 0.01, "val": 0.5, "best_round": 4}
-        row |= {"megabytes_up": 4.0, "by_round": by_round}
-        rows.append(row | {"by_bytes": [(1e6 * 2**i * r, y) for r, y in by_round]} | changes)
-    return rows
+def suite_result(number: int = 3, failed: str = "", **changes: Any) -> dict[str, Any]:
+    """Of a suite; in each next row the clients send twice as much. A row that failed goes first."""
+    names = [f"Nc = {i}" for i in range(number)]
+    rows = [{"sharding": "IID", "runs": 0}] if failed else []
+    rows += [
+        {"sharding": name, "runs": 2, "mean": 0.5 - 0.01 * i, "spread": 0.01, "val": 0.5}
+        | {"best_round": 4, "megabytes_up": 4.0, **changes}
+        for i, name in enumerate(names)
+    ]
+    scores = [[0.1 + 0.05 * r - 0.01 * i for r in range(5)] for i in range(number)]
+    curves = dict(zip(names, scores, strict=True))
+    return {
+        "labels": ["sharding"], "rows": rows, "notes": [f"krum: {failed}"] if failed else [],
+        "by_round": {name: list(enumerate(curve)) for name, curve in curves.items()},
+        "by_bytes": {n: [(2**i * r, y) for r, y in enumerate(c)] for i, (n, c) in enumerate(curves.items())},
+    }  # fmt: skip
 
 
 def study_results() -> dict[str, dict[str, Any]]:
     """One result for each study."""
-    single, base, rules = "single-task models", "base (unmerged)", ["task_arithmetic", "median"]
+    rules = ["task_arithmetic", "median"]
     gain = {"gain": 0.01, "low": -0.02, "high": 0.04}
 
     def rows(**more: Any) -> list[dict[str, Any]]:
-        told = [
-            {"rule": rule, "mean": 0.8, "spread": 0.02, "runs": 2}
-            for rule in (single, base, *rules)
-        ]
-        return [{**row, **more, **(gain if row["rule"] == "median" else {})} for row in told]
+        told = {"mean": 0.8, "spread": 0.02, "runs": 2, **more}
+        names = ["single-task models", "base (unmerged)", *rules]
+        return [{"rule": r, **told, **(gain if r == "median" else {})} for r in names]
 
-    def ways(names: list[str], *keys: str) -> list[dict[str, Any]]:
-        scores = dict.fromkeys(keys, 0.5)
-        return [{"way": way, "task": t, "seed": 0, **scores} for way in names for t in TASKS[:2]]
+    def ways(names: list[str], **scores: float) -> dict[str, Any]:
+        means = {"mean": 0.5, "spread": None, "scaling_coef": 0.5, "runs": 1}
+        points = [{"way": way, "task": task, **scores} for way in names for task in TASKS[:2]]
+        return {"rows": [{"way": way, **means} for way in names], "points": points, "notes": []}
 
-    forget, relate = (
-        ["base", "fine-tuned", "negated task vector"],
-        ["base", "C + (B - A)", "fine-tuned on D"],
-    )
-    means = {"mean": 0.5, "spread": None, "scaling_coef": 0.5, "runs": 1}
     points = [
-        {"rule": r, "gain": 0.01 * i, "steps_ratio": i, "norm_ratio": 1.1 * i}
+        {"rule": r, "gain": 0.01 * i if r == "median" else None, "steps_ratio": i, "norm_ratio": 1.1 * i}
         for r in rules
         for i in (1, 5)
-    ]
-    relations = [{"rule": "median", "points": 2, "steps": 0.3}]
+    ]  # fmt: skip
     curves = {rule: [(0.0, 0.4), (0.5, 0.9), (1.0, 0.2)] for rule in rules}
-    sizes = [
-        row | {"subset": s, "size": n, "cosine": 0.1}
-        for s, n in (("near", 2), ("far", 2), ("all", 3))
-        for row in rows()
-    ]
-    forgotten = [{"way": w, **means, "control": 0.9, "control_spread": None} for w in forget]
-    none: dict[str, Any] = {"notes": []}
+    sizes = (("near", 2), ("far", 2), ("all", 3))
+    forgotten = ways(["base", "fine-tuned", "negated task vector"], target=0.5, control=0.5)
+    for row in forgotten["rows"]:
+        row |= {"control": 0.9, "control_spread": None}
     return {
         "training-heterogeneity": {
-            "rows": rows(kind="alike", accuracy=0.7), "points": points, "relations": relations,
-            "notes": ["krum: too few"],
+            "rows": rows(kind="alike", accuracy=0.7), "points": points,
+            "relations": [{"rule": "median", "points": 2, "steps": 0.3}], "notes": ["krum: too few"],
         },
-        "data-heterogeneity": none | {"rows": sizes},
-        "scaling-coef": none | {"rows": rows(accuracy=0.7, scaling_coef=0.3), "curves": curves},
-        "negation": none | {
-            "rows": forgotten, "points": ways(forget, "target", "control"), "control": "digits",
+        "data-heterogeneity": {
+            "rows": [r for s, n in sizes for r in rows(subset=s, size=n, cosine=0.1)], "notes": [],
         },
-        "analogy": none | {"rows": [{"way": w, **means} for w in relate], "points": ways(relate, "test")},
+        "scaling-coef": {
+            "rows": rows(accuracy=0.7, scaling_coef=0.3), "curves": curves, "notes": [],
+        },
+        "negation": {**forgotten, "control": "digits"},
+        "analogy": ways(["base", "C + (B - A)", "fine-tuned on D"], test=0.5),
     }  # fmt: skip
 
 
 def comparison_result(**changes: Any) -> dict[str, Any]:
-    suites = {"heterogeneity": suite_summaries()}
     told = {"model": "m", "task": "digits", "metric": "accuracy", "num_runs": 2}
+    suites = {"heterogeneity": suite_result()}
     return {**told, "suites": suites, "studies": study_results()} | changes

@@ -269,8 +269,8 @@ def test_one_model_can_be_inspected():
 
 
 def test_a_suite_says_what_failed_and_explains_a_best_round_of_zero():
-    krum = {"labels": {"sharding": "IID"}, "name": "krum", "runs": 0, "failed": "needs 3 models"}
-    suites = {"aggregators": [krum, *samples.suite_summaries(1, best_round=0)], "sparsity": [krum]}
+    suites = {"aggregators": samples.suite_result(1, "needs 3 models", best_round=0)}
+    suites["sparsity"] = samples.suite_result(0, "needs 3 models")
     told = words(report.comparison_page(samples.comparison_result(suites=suites, studies={})))
     assert "krum: needs 3 models" in told
     assert "before training" in told
