@@ -22,6 +22,7 @@ from deltafl.merge.run import run_merge
 from deltafl.tasks import ImageInput, load_task
 from tiny_models import judged, tiny_clip, vit_file
 
+MODEL = vit_file(num_hidden_layers=1)
 PLUG_INS = """
 from dataclasses import replace
 from deltafl.tasks import load_task
@@ -43,7 +44,7 @@ other = one
 def small(*names: str, **changes: Any) -> list[str]:
     """The arguments of a small suite."""
     settings: dict[str, Any] = {
-        "model": vit_file(num_hidden_layers=1), "tasks": ["digits:mirrored", "digits:thick", "digits:textured"],
+        "model": MODEL, "tasks": ["digits:mirrored", "digits:thick", "digits:textured"],
         "control": "digits", "domains": ["digits:mirrored", "digits:thick"], "split": "digits:thick",
         "lr-values": [2e-3, 1e-3], "steps-values": [4, 40], "draws": 1, "batch-size": 32, "few-shot": 3,
         "methods": ["fednova", "median", "krum"], "scaling-coefs": [0.1, 0.3, 1.0], "val-limit": 60,
