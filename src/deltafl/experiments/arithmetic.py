@@ -27,8 +27,7 @@ KEPT = 0.95
 
 @dataclass(frozen=True)
 class Bench:
-    """The base model of a study with task vectors added to it, judged on the tasks of fine-tunes.
-    """
+    """The base model of a study with task vectors added to it, judged on the tasks of fine-tunes."""
 
     store: Store
     study: Study
@@ -40,8 +39,7 @@ class Bench:
         return TaskVector(dict(lazy.tensors))
 
     def score(self, delta: TaskVector, scale: float, on: FineTune, split: Split) -> float:
-        """Mean score of base + scale * delta, with the head of a fine-tune, on a split of its task.
-        """
+        """Mean score of base + scale * delta, with the head of a fine-tune, on a split of its task."""
         task = judged(self.study, on.data)
         if on not in self.nets:
             self.nets[on] = base_net(self.study.base).copy_to(self.study.device)
@@ -52,8 +50,7 @@ class Bench:
     def points(
         self, ways: Mapping[str, tuple[TaskVector, float]], **on: FineTune
     ) -> list[Mapping[str, object]]:
-        """Of every way, a vector with its coefficient, the test scores on the tasks of fine-tunes.
-        """
+        """Of every way, a vector with its coefficient, the test scores on the tasks of fine-tunes."""
         return [
             {
                 "seed": self.study.seed,
@@ -164,8 +161,8 @@ def negation_rows(found: Found) -> Result:
 
 def by_seed(found: Found) -> pd.DataFrame:
     """The means of each way over the points of a seed."""
-    points = points_of(found)
-    return points.groupby(["way", "seed"], sort=False, as_index=False).mean(numeric_only=True)
+    groups = points_of(found).groupby(["way", "seed"], sort=False, as_index=False)
+    return pd.DataFrame(groups.mean(numeric_only=True))
 
 
 def analogy(study: Study, sweep: Sweep) -> list[Cell]:

@@ -222,14 +222,12 @@ def training_rows(found: Found) -> Result:
     points = points_of(found)
     logs = {key: np.log(points[f"{key}_ratio"]) for key in ("steps", "norm")}
     gained = points.assign(**logs).dropna(subset="gain").groupby("rule", sort=False)
-    related = gained[["gain", *logs]]
-    return {
-        "rows": tabulate(points, ["kind", "rule"], "normalized", "accuracy"),
-        "relations": [
-            {"rule": rule, "points": len(own), **own.corr(min_periods=3)["gain"][1:]}
-            for rule, own in related
-        ],
-    }
+    relations = []
+    for rule, own in gained:
+        r = own.corr(min_periods=3, numeric_only=True)["gain"]
+        relations.append({"rule": rule, "points": len(own), **{key: r[key] for key in logs}})
+    rows = tabulate(points, ["kind", "rule"], "normalized", "accuracy")
+    return {"rows": rows, "relations": relations}
 
 
 def data_heterogeneity(study: Study, sweep: Sweep) -> list[Cell]:
@@ -252,8 +250,7 @@ def data_heterogeneity(study: Study, sweep: Sweep) -> list[Cell]:
 
 
 def subsets(cosines: np.ndarray) -> list[tuple[str, tuple[int, ...]]]:
-    """("near" | "far" | "all", subset) for every size from 2 to T, by the mean cosine of its pairs.
-    """
+    """("near" | "far" | "all", subset) for every size from 2 to T, by the mean cosine of its pairs."""
     count, found = len(cosines), []
     for size in range(2, count):
         candidates = itertools.combinations(range(count), size)

@@ -28,7 +28,7 @@ from deltafl.sparse.strategies import MASK_STRATEGIES
 from deltafl.tasks import Task, load_task
 from deltafl.usercode import find_callable
 
-Rows = Iterator[tuple[dict[str, str | float], dict[str, object]]]
+Rows = Iterator[tuple[Mapping[str, str | float], dict[str, object]]]
 """Labels of each row of a suite's table, and settings; every row is run with several seeds."""
 
 

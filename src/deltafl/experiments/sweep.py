@@ -98,8 +98,7 @@ class Store:
 
 
 def _by_content(value: object) -> object:
-    """JSON values in which a work is its content, and the path of a file the hash of what it holds.
-    """
+    """JSON values in which a work is its content, and the path of a file the hash of what it holds."""
     if isinstance(value, Work):
         return _by_content(value.content())
     if isinstance(value, Mapping):
@@ -171,9 +170,10 @@ def tabulate(
     number (runs) of a score; mean and spread of more columns; and of gains, if there are, the mean
     with Student's 95 % interval, mean -+ t_{n-1} s / sqrt(n). NaN: not known, as the spread of one.
     """
-    groups, more = points.groupby(by, sort=False), [*means]
-    rows = groups[score].agg(mean="mean", spread="std", runs="count").join(groups[more].mean())
-    rows = rows.join(groups[more].std().add_suffix("_spread"))
+    groups = points.groupby(by, sort=False)
+    rows = groups[score].agg(mean="mean", spread="std", runs="count")
+    for key in means:
+        rows[key], rows[f"{key}_spread"] = groups[key].mean(), groups[key].std()
     if "gain" in points:
         gains = groups["gain"]
         gain, half = gains.mean(), gains.sem() * stats.t.ppf(0.975, gains.count() - 1)

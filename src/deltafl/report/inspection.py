@@ -126,7 +126,11 @@ def shards_page(result: Record) -> Page:
         "result": result,
         "missing": [name for name, count in zip(names, result["left_out"], strict=True) if count],
         "counts": heat_map(
-            counts.mask(counts == 0), title, show=".0f", caption=caption, file="figure"
+            pd.DataFrame(counts.mask(counts == 0)),
+            title,
+            show=".0f",
+            caption=caption,
+            file="figure",
         ),
         "clients": Table(
             rows.to_dict("records"), columns_of("shards"), "Examples and classes of every client."

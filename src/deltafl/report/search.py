@@ -107,6 +107,6 @@ def _curves(result: Record, base: Record | None) -> Figure:
         "scaling coefficient λ",
         show=show,
         rings={" = ".join(rules): result["chosen"].get(rules[0]) for rules in groups.values()},
-        level=base and (BASE, base["val"]),
+        level=None if base is None else (BASE, base["val"]),
         caption=caption,
     )

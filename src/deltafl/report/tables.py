@@ -90,7 +90,7 @@ class Table:
         """The texts of the cells, escaped; those that show their column's best value are marked."""
         cells, rivals = [], [not reference for reference in self.references]
         for column, (_, values) in zip(self.shown, self.frame.items(), strict=True):
-            known = values[rivals].dropna()
+            known = values.loc[rivals].dropna()
             best = column.text(max(known)) if column.best and len(known) else None
             texts = zip(map(column.text, values), rivals, strict=True)
             cells.append([mark(escape(t)) if r and t == best else escape(t) for t, r in texts])
