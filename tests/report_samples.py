@@ -144,7 +144,7 @@ def suite_result(number: int = 3, failed: str = "", **changes: Any) -> dict[str,
     names = [f"Nc = {i}" for i in range(number)]
     rows = [{"sharding": "IID", "runs": 0}] if failed else []
     rows += [
-        {"sharding": name, "runs": 2, "mean": 0.5 - 0.01 * i, "spread": 0.01, "val": 0.5}
+        {"sharding": name, "runs": 2, "mean": 0.5 - 0.01 * i, "spread": 0.01, "val_score": 0.5}
         | {"best_round": 4, "megabytes_up": 4.0, **changes}
         for i, name in enumerate(names)
     ]

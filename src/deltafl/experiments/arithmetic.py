@@ -11,7 +11,6 @@ import torch
 
 from deltafl.algebra.aggregate import Stepped
 from deltafl.checkpoints.checkpoint import open_tensors
-from deltafl.errors import DeltaflError
 from deltafl.experiments.merges import Merging
 from deltafl.experiments.study import Data, FineTune, Study, base_net, judged, task_of
 from deltafl.experiments.sweep import Cell, Found, Result, Store, Sweep, Work, points_of, tabulate
@@ -140,12 +139,8 @@ def random_like(delta: TaskVector, generator: torch.Generator) -> TaskVector:
 
 
 def negation(study: Study, sweep: Sweep) -> list[Cell]:
-    """Every task but the control is forgotten. Raises DeltaflError if there is none."""
+    """Every task but the control is forgotten."""
     targets = [Data(spec) for spec in study.recipe.tasks if spec != study.recipe.kept]
-    if not targets:
-        raise DeltaflError(
-            "negation: no task to forget; name one in --tasks that is not the --control"
-        )
     control = study.tuned(Data(study.recipe.kept))
     return [
         Cell({"task": task_of(study, data).name}, Negation((study.tuned(data),), control))

@@ -13,8 +13,6 @@ from typing import ClassVar, TypeVar
 import numpy as np
 import torch
 
-from deltafl.algebra.deltas import Deltas, Update
-from deltafl.algebra.reductions import gram_matrix
 from deltafl.errors import DeltaflError
 from deltafl.experiments.study import Data, FineTune, Study, judged, task_of
 from deltafl.experiments.sweep import (
@@ -26,15 +24,13 @@ from deltafl.experiments.sweep import (
     Work,
     mean_curves,
     points_of,
+    require_done,
     tabulate,
 )
 from deltafl.merge.candidates import Method, check_methods
-from deltafl.merge.inspect import cosines
 from deltafl.merge.search_recipe import SearchRecipe
 from deltafl.merge.search_run import SINGLE, UNMERGED, run_search
-from deltafl.merge.task_vector import TaskVector
 from deltafl.rules.rule import Source, load_rules
-from deltafl.rules.weights import as_weights
 from deltafl.seeding import keyed_generator
 
 T = TypeVar("T")
@@ -105,7 +101,7 @@ class Search(Merging):
             device=self.study.device,
         )
         found = run_search(recipe, None, tasks=[judged(self.study, m.data) for m in self.models])
-        kept = {key: found[key] for key in ("tasks", "training", "rows", "curves")}
+        kept = {key: found[key] for key in ("tasks", "training", "rows", "curves", "cosine")}
         return {**kept, "left_out": left_out, "points": list(self._points(found))}
 
     def _points(self, found: Result) -> Iterator[Mapping[str, object]]:
@@ -151,21 +147,6 @@ def mean_cosine(cosines: np.ndarray, subset: Sequence[int]) -> float:
     return float(np.mean([cosines[pair] for pair in itertools.combinations(subset, 2)]))
 
 
-@dataclass(frozen=True)
-class Compare(Merging):
-    """The cosines of the task vectors of fine-tunes."""
-
-    kind: ClassVar[str] = "comparisons"
-
-    def run(self, folder: Path, store: Store) -> Result:
-        updates = [
-            Update(TaskVector.from_checkpoints(self.study.base, place).tensors, Source(place.name))
-            for place in map(store.place, self.models)
-        ]
-        gram = gram_matrix(Deltas(updates, as_weights(None, len(updates))), 1)
-        return {"cosines": cosines(gram).nan_to_num(0).tolist()}
-
-
 KINDS = {
     "alike": (False, False),
     "steps differ": (False, True),
@@ -179,11 +160,7 @@ PARTS = (2, 4)
 
 
 def training_heterogeneity(study: Study, sweep: Sweep) -> list[Cell]:
-    """`draws` merges of every kind: each gives every task one of the lrs x steps trainings.
-
-    Raises:
-        DeltaflError: only one lr or one number of steps is given.
-    """
+    """`draws` merges of every kind: each gives every task one of the lrs x steps trainings."""
     return [Cell({"kind": kind}, merge) for kind in KINDS for merge in draws(study, kind)]
 
 
@@ -205,11 +182,6 @@ def draws(study: Study, kind: str) -> list[Search]:
             found[Search(models, recipe.search_strategy)] = None
         if len(found) == recipe.draws:
             break
-    if not found:
-        raise DeltaflError(
-            f'training-heterogeneity: no merge where "{kind}"; give at least two tasks, two of '
-            "--lr-values and two of --steps-values"
-        )
     return list(found)
 
 
@@ -237,7 +209,9 @@ def data_heterogeneity(study: Study, sweep: Sweep) -> list[Cell]:
     """
     recipe = study.recipe
     models = tuple(study.tuned(Data(spec)) for spec in recipe.tasks)
-    cosines = np.array(sweep([Compare(models)])[0]["cosines"])
+    found = sweep([Search(models, recipe.search_strategy)])
+    require_done(found)
+    cosines = np.nan_to_num(np.array(found[0]["cosine"]["matrix"], dtype=float))
     merges = [(name, tuple(models[i] for i in subset)) for name, subset in subsets(cosines)]
     classes = len(task_of(study, Data(recipe.dealt)).groups("train").unique())
     for parts in (p for p in PARTS if p <= classes):

@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from deltafl.experiments.suites import SUITES, suite_cells, suite_rows
 from deltafl.experiments.sweep import Cell, Found, Result, Store, points_of, require_done, sweep
 from deltafl.files import check_output, write_files
 from deltafl.models import HEAD_FILE, Net
-from deltafl.progress import OnProgress, Progress, ignore
+from deltafl.progress import OnProgress, ignore
 from deltafl.report import comparison_page, page_files
 from deltafl.tasks.task import hash_of
 from deltafl.training import TRAINING_JSON, TrainingRecipe
@@ -34,7 +33,7 @@ from deltafl.training.finetune import write_model
 from deltafl.training.record import write_json
 from deltafl.training.tensorboard import METRICS, check_installed, write_rows
 
-STUDIES: Mapping[str, tuple[Callable[..., list[Cell]], Callable[..., Result]]] = {
+STUDIES: Mapping[str, tuple[Callable[..., list[Cell]], Callable[[Found], Result]]] = {
     "training-heterogeneity": (training_heterogeneity, training_rows),
     "data-heterogeneity": (data_heterogeneity, data_rows),
     "scaling-coef": (scaling_coef, scaling_rows),
@@ -56,9 +55,8 @@ def run_suites(
 ) -> Result:
     """Run suites of federated runs and studies of merges by name. `recipe.out` gets suite.json,
     report.html, a folder of tables and figures for each, the base model, and in works/ every result
-    by its content.
-
-    training: of the fine-tunes. With `resume` what is there is kept, and a killed suite goes on.
+    by its content. training: of the fine-tunes. With `resume` what is there is kept, and a killed
+    suite goes on.
 
     Raises:
         DeltaflError: what can be told before anything runs, and then nothing has changed; or no run
@@ -73,69 +71,57 @@ def run_suites(
         given = "head" in recipe.head.model_fields_set
         head = {} if given else {"head": f"{base}/{HEAD_FILE}"}
         recipe, training = recipe.replace(model=base, **head), training.replace(**head)
-    trainings = (training.replace(seed=seed) for seed in recipe.seeds)
-    studies = [Study(base, net.inputs, recipe.study, one) for one in trainings]
+    made = partial(Study, base, net.inputs, recipe.study)
+    studies = [made(training.replace(seed=seed)) for seed in recipe.seeds]
     jobs = recipe.study.jobs or (torch.get_num_threads() if studies[0].device == "cpu" else 1)
     chosen = [name for name in names if name in STUDIES]
     data = [recipe.data.data] * (len(chosen) < len(names)) + [*recipe.study.tasks] * bool(chosen)
-    if "" in data:
-        raise DeltaflError("data is missing; name it with --data")
     suites = {name: suite_cells(name, recipe, net.inputs) for name in names if name in SUITES}
-    if chosen and (problems := dict.fromkeys(studies[0].problems(chosen))):
-        raise DeltaflError(*problems)
+    if chosen:
+        studies[0].check(chosen)
     if not resume:
         check_output(out, overwrite=recipe.overwrite)
         shutil.rmtree(out, ignore_errors=True)
     _make_base(Path(base), net, None if model else recipe.seed, on_progress)
-    told: dict[str, dict[str, Result]] = {"suites": {}, "studies": {}}
-    runs: list[Result] = []
+    store, found = Store(out / "works"), dict[str, Found]()
     for name in names:
-        show = partial(_show, name, on_progress)
-        swept = partial(sweep, store=Store(out / "works"), jobs=jobs, on_progress=show)
-        if name in suites:
-            kind, cells, rows = "suites", suites[name], suite_rows
-        else:
-            kind, (make, rows) = "studies", STUDIES[name]
-            cells = [cell for study in studies for cell in make(study, swept)]
-        results = swept([cell.work for cell in cells])
-        if name in suites:
-            runs += results
-        else:
-            require_done(results)
-        found = list(zip(cells, results, strict=True))
-        if recipe.tensorboard:
-            _write_metrics(out / METRICS / name, found)
-        told[kind][name] = {**_told(found), **rows(found)}
-    if all("failed" in run for run in runs):
+        swept = partial(sweep, store=store, jobs=jobs, name=f"{name}: ", on_progress=on_progress)
+        cells = suites.get(name) or [c for study in studies for c in STUDIES[name][0](study, swept)]
+        found[name] = list(zip(cells, swept([cell.work for cell in cells]), strict=True))
+        if name in chosen:
+            require_done([one for _, one in found[name]])
+    runs = [one for name in suites for _, one in found[name]]
+    if all("failed" in one for one in runs):
         require_done(runs)
+    for name in suites if recipe.tensorboard else ():
+        _write_metrics(out / METRICS / name, found[name])
     result = {
         "model": model or "A small ViT, pre-trained on digits,",
         "task": ", ".join(dict.fromkeys(data)),
         "metric": task_of(studies[0], Data(data[0])).metric,
         "num_runs": recipe.num_runs,
-        **told,
+        "suites": {name: _told(found[name], suite_rows) for name in suites},
+        "studies": {name: _told(found[name], STUDIES[name][1]) for name in chosen},
     }
     write_files(out, page_files(comparison_page(result)))
     write_json(out / "suite.json", result)
     return result
 
 
-def _show(name: str, on_progress: OnProgress, progress: Progress) -> None:
-    on_progress(replace(progress, name=f"{name}: {progress.name}"))
-
-
-def _told(found: Found) -> Result:
-    """The points, and what failed or was left out."""
+def _told(found: Found, rows: Callable[[Found], Result]) -> Result:
+    """The rows of an experiment, the points behind them, and what failed or was left out."""
     notes = {f"{cell.name}: {one['failed']}" for cell, one in found if "failed" in one}
     left_out = (one.get("left_out", {}).items() for _, one in found)
     notes |= {f"{rule}: {why}" for items in left_out for rule, why in items}
-    return {"points": points_of(found).to_dict("records"), "notes": sorted(notes)}
+    points = points_of(found).to_dict("records")
+    return {**rows(found), "points": points, "notes": sorted(notes)}
 
 
 def _write_metrics(folder: Path, found: Found) -> None:
-    for cell, one in found:
-        for point in one.get("points", ()) if "rows" in one else ():
-            write_rows(one["rows"], folder / cell.name / f"seed-{point['seed']}")
+    for cell, run in found:
+        if "rows" in run:
+            seed = run["points"][0]["seed"]
+            write_rows(run["rows"], folder / cell.name / f"seed-{seed}")
 
 
 def _make_base(base: Path, net: Net, seed: int | None, on_progress: OnProgress) -> None:

@@ -1,8 +1,9 @@
 """What one-shot studies share: tasks and their parts, heads and fine-tunes."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import ClassVar, TypeAlias
 
@@ -69,27 +70,31 @@ class Study:
         lr, steps = lr or lrs[min(1, len(lrs) - 1)], steps or max(self.recipe.steps_values)
         return FineTune(self, data, lr, steps, Head(self, head or data.spec))
 
-    def problems(self, names: Sequence[str]) -> Iterator[str]:
-        """What is wrong with the data of these studies: they are not there, have one name, or other
-        classes than they should.
+    def check(self, names: Iterable[str]) -> None:
+        """Raise DeltaflError with what is wrong with the data of these studies: they are not there,
+        have one name, or other classes than they should.
         """
-        recipe, tasks = self.recipe, dict[str, Task]()
-        own = {"negation": {recipe.kept}, "data-heterogeneity": {recipe.dealt}}
-        own["analogy"] = {*recipe.domains}
-        for spec in sorted({*recipe.tasks}.union(*(own.get(name, ()) for name in names))):
+        recipe, tasks, problems = self.recipe, dict[str, Task](), list[str]()
+        own = {"negation": [recipe.kept], "data-heterogeneity": [recipe.dealt]}
+        own["analogy"] = [*recipe.domains]
+        for spec in dict.fromkeys([*recipe.tasks, *chain(*(own.get(name, ()) for name in names))]):
             try:
                 tasks[spec] = task_of(self, Data(spec))
             except DeltaflError as error:
-                yield from error.problems
+                problems += error.problems
         named = [(tasks[spec].name, spec) for spec in recipe.tasks if spec in tasks]
         for name in dict(named):
             same = [spec for other, spec in named if other == name]
             if len(same) > 1:
-                yield f'--tasks: {", ".join(same)} are all called "{name}"'
+                problems.append(f'--tasks: {", ".join(same)} are all called "{name}"')
         domains = [tasks[spec] for spec in recipe.domains if spec in tasks]
         if len({task.class_names for task in domains if isinstance(task, ImageTask)}) > 1:
             both = " and ".join(recipe.domains)
-            yield f"analogy: {both} have other classes; give --domains with the same ones"
+            problems.append(
+                f"analogy: {both} have other classes; give --domains with the same ones"
+            )
+        if problems:
+            raise DeltaflError(*dict.fromkeys(problems))
 
 
 @lru_cache(maxsize=16)

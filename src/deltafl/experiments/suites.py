@@ -92,13 +92,9 @@ def _sparse(recipe: SuiteRecipe, ratio: float) -> dict[str, object]:
     return {**_classes(recipe.values.nc)[1], "sparsity_ratio": ratio}
 
 
+_ALL = heterogeneity, local_steps, sparsity, calibration_rounds, mask_strategies, aggregators
 SUITES: Mapping[str, Callable[[SuiteRecipe], Rows]] = {
-    "heterogeneity": heterogeneity,
-    "local-steps": local_steps,
-    "sparsity": sparsity,
-    "calibration-rounds": calibration_rounds,
-    "mask-strategies": mask_strategies,
-    "aggregators": aggregators,
+    suite.__name__.replace("_", "-"): suite for suite in _ALL
 }
 
 
@@ -129,14 +125,9 @@ class FederatedWork(Work):
     def run(self, folder: Path, store: Store) -> Result:
         recipe = self.recipe.replace(out=str(folder), overwrite=True)
         run = federate(base_net(recipe.model), self.task, recipe, resume=True)
-        point = {
-            "seed": recipe.seed,
-            "test": run.result["test_score"],
-            "val": run.result["val_score"],
-            "best_round": run.result["best_round"],
-            "megabytes_up": run.result["bytes_up_total"] / 1e6,
-        }
-        return {"points": [point], "rows": run.rows}
+        told = {key: run.result[key] for key in ("test_score", "val_score", "best_round")}
+        sent = {"megabytes_up": run.result["bytes_up_total"] / 1e6, "seed": recipe.seed}
+        return {"points": [told | sent], "rows": run.rows}
 
 
 def suite_cells(name: str, recipe: SuiteRecipe, inputs: Inputs) -> list[Cell]:
@@ -145,6 +136,8 @@ def suite_cells(name: str, recipe: SuiteRecipe, inputs: Inputs) -> list[Cell]:
     Raises:
         DeltaflError: every mistake of a row, and what its run could only say when its turn comes.
     """
+    if not recipe.data.data:
+        raise DeltaflError("data is missing; name it with --data")
     known = FederatedRecipe.model_fields
     base = FederatedRecipe(**{key: value for key, value in recipe if key in known})
     if base.local.client is not None:
@@ -167,8 +160,8 @@ def suite_cells(name: str, recipe: SuiteRecipe, inputs: Inputs) -> list[Cell]:
 
 def suite_rows(found: Found) -> Result:
     """For each row test scores over seeds, bytes, the mean curves. What failed has no numbers."""
-    labels, means = [*found[0][0].labels], ("val", "best_round", "megabytes_up")
-    points = points_of(found).reindex(columns=[*labels, "test", *means])
+    labels, means = [*found[0][0].labels], ("val_score", "best_round", "megabytes_up")
+    points = points_of(found).reindex(columns=[*labels, "test_score", *means])
 
     def curves(key: str, scale: float) -> Mapping[str, object]:
         """Validation score, against a number of the rows."""
@@ -187,7 +180,7 @@ def suite_rows(found: Found) -> Result:
 
     return {
         "labels": labels,
-        "rows": tabulate(points, labels, "test", *means),
+        "rows": tabulate(points, labels, "test_score", *means),
         "by_round": curves("round", 1),
         "by_bytes": curves("bytes_up_total", 1e-6),
     }

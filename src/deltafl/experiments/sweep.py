@@ -113,19 +113,24 @@ Sweep = Callable[[Sequence[Work]], list[Result]]
 
 
 def sweep(
-    works: Sequence[Work], store: Store, *, jobs: int = 1, on_progress: OnProgress = ignore
+    works: Sequence[Work],
+    store: Store,
+    *,
+    jobs: int = 1,
+    name: str = "",
+    on_progress: OnProgress = ignore,
 ) -> list[Result]:
     """The results of all works, in order, what they need first; each distinct work is done once.
 
     `jobs` works are done at a time, each in a forked process on one core, where processes can be
     forked; the results are the same for any number. A work that cannot be done is {"failed": why},
-    and the others go on.
+    and the others go on. name: what progress says before the kind of work.
 
     Raises:
         DeltaflError: a work that others need cannot be done.
     """
     if needed := list(dict.fromkeys(need for work in works for need in work.needs())):
-        require_done(sweep(needed, store, jobs=jobs, on_progress=on_progress))
+        require_done(sweep(needed, store, jobs=jobs, name=name, on_progress=on_progress))
     distinct, results = list(dict.fromkeys(works)), dict[Work, Result]()
 
     def outcome(at: int) -> Result:
@@ -139,7 +144,7 @@ def sweep(
         outcomes = map(outcome, order) if alone else pool.map(order)
         for done, (work, result) in enumerate(zip(distinct, outcomes, strict=True), 1):
             results[work] = result
-            on_progress(Progress(work.kind, done, len(order)))
+            on_progress(Progress(f"{name}{work.kind}", done, len(order)))
     return [results[work] for work in works]
 
 
