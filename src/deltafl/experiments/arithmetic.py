@@ -26,7 +26,7 @@ KEPT = 0.95
 
 @dataclass(frozen=True)
 class Bench:
-    """The base model of a study with task vectors added to it, judged on the tasks of fine-tunes."""
+    """The base model of a study with task vectors added, judged on the tasks of fine-tunes."""
 
     store: Store
     study: Study
@@ -38,7 +38,7 @@ class Bench:
         return TaskVector(dict(lazy.tensors))
 
     def score(self, delta: TaskVector, scale: float, on: FineTune, split: Split) -> float:
-        """Mean score of base + scale * delta, with the head of a fine-tune, on a split of its task."""
+        """Mean score of base + scale * delta, with a fine-tune's head, on a split of its task."""
         task = judged(self.study, on.data)
         if on not in self.nets:
             self.nets[on] = base_net(self.study.base).copy_to(self.study.device)
@@ -49,7 +49,7 @@ class Bench:
     def points(
         self, ways: Mapping[str, tuple[TaskVector, float]], **on: FineTune
     ) -> list[Mapping[str, object]]:
-        """Of every way, a vector with its coefficient, the test scores on the tasks of fine-tunes."""
+        """Of every way, a vector with its coefficient, the test scores on tasks of fine-tunes."""
         return [
             {
                 "seed": self.study.seed,

@@ -224,7 +224,7 @@ def data_heterogeneity(study: Study, sweep: Sweep) -> list[Cell]:
 
 
 def subsets(cosines: np.ndarray) -> list[tuple[str, tuple[int, ...]]]:
-    """("near" | "far" | "all", subset) for every size from 2 to T, by the mean cosine of its pairs."""
+    """("near" | "far" | "all", subset) for each size from 2 to T, by the mean cosine of pairs."""
     count, found = len(cosines), []
     for size in range(2, count):
         candidates = itertools.combinations(range(count), size)

@@ -43,7 +43,7 @@ def new_base(seed: int) -> Net:
 
 
 def pretrain(out: Path, seed: int, on_progress: OnProgress) -> None:
-    """The base, trained with its head on the pre-training half of the plain digits, on one thread."""
+    """The base, trained with its head on one half of the plain digits, on one thread."""
     with one_thread():
         show = _steps("pre-train", on_progress)
         _train(new_base(seed), out, "pretrain", show, seed=seed, **SETTINGS["pretraining"])

@@ -1,4 +1,4 @@
-"""The recipe of `deltafl suite`: the base run, the values that suites go through, and the studies."""
+"""The recipe of `deltafl suite`: the base run, the values that suites go through, the studies."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -53,7 +53,7 @@ class ValuesRecipe(Recipe):
 
     @property
     def nc(self) -> int:
-        """The heterogeneity of suites that need one: the second of several values, or the only one."""
+        """The heterogeneity of suites that need one: the second of several, or the only one."""
         return self.nc_values[min(1, len(self.nc_values) - 1)]
 
     @property

@@ -59,8 +59,7 @@ def run_suites(
     suite goes on.
 
     Raises:
-        DeltaflError: what can be told before anything runs, and then nothing has changed; or no run
-            could be made.
+        DeltaflError: what can be told before anything has changed; or no run could be made.
     """
     out, model = Path(recipe.out or "deltafl-suite"), recipe.model
     base = str(out / "base")

@@ -31,7 +31,7 @@ Inputs: TypeAlias = ImageInput | TextInput
 
 @dataclass(frozen=True)
 class Data:
-    """A data set by its spec, or one of `parts` groups of its classes, dealt at random by the seed."""
+    """A data set by its spec, or one of `parts` groups of its classes, dealt by the seed."""
 
     spec: str
     part: int = 0

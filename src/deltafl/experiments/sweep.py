@@ -98,7 +98,7 @@ class Store:
 
 
 def _by_content(value: object) -> object:
-    """JSON values in which a work is its content, and the path of a file the hash of what it holds."""
+    """JSON values in which a work is its content, and the path of a file its hash."""
     if isinstance(value, Work):
         return _by_content(value.content())
     if isinstance(value, Mapping):
