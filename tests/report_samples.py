@@ -191,7 +191,7 @@ def study_results() -> dict[str, dict[str, Any]]:
             "rows": [r for s, n in sizes for r in rows(subset=s, size=n, cosine=0.1)], "notes": [],
         },
         "scaling-coef": {
-            "rows": rows(accuracy=0.7, scaling_coef=0.3), "curves": curves, "notes": [],
+            "rows": rows(accuracy=0.7, scaling_coef=0.3), "by_lambda": curves, "notes": [],
         },
         "negation": {**forgotten, "control": "digits"},
         "analogy": ways(["base", "C + (B - A)", "fine-tuned on D"], test=0.5),

@@ -253,5 +253,5 @@ def scaling_rows(found: Found) -> Result:
     points = points_of(found).drop(columns="gain")
     return {
         "rows": tabulate(points, ["rule"], "normalized", "accuracy", "scaling_coef"),
-        "curves": mean_curves(item for _, one in found for item in one["curves"].items()),
+        "by_lambda": mean_curves(item for _, one in found for item in one["curves"].items()),
     }

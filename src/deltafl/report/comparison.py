@@ -1,6 +1,6 @@
 """The page of a comparison: suites of federated runs, and studies of merges."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
@@ -22,65 +22,43 @@ def comparison_page(result: Record) -> Page:
 
 def _part(name: str, told: Record, metric: str) -> dict[str, object]:
     """What failed or was left out, the tables, the figures."""
-    caption = _TEXTS[name].get("caption", _TEXTS["suite"]["caption"]).format(**told)
-    rows = told["rows"]
+    labels, rows = told.get("labels", ()), told["rows"]
+    kind = "suite" if labels else name
+    columns = {key: Column(key) for key in labels} | columns_of("comparison", metric)
+    columns |= columns_of(kind, metric)
+    caption = _TEXTS[kind]["caption"].format(**told)
     if any(row.get("best_round") == 0 for row in rows):
         caption += " Best round 0: no round was better than the model before training."
     correlation = (
         "Pearson's r of a merge's gain and the logarithm of its largest over smallest value."
     )
+    relations, file = columns_of("relations"), f"{name}/relations"
     tables = [
-        Table(rows, _columns(name, told, metric), caption, _REFERENCES, f"{name}/table"),
-        Table(
-            told.get("relations", []),
-            columns_of("relations"),
-            correlation,
-            file=f"{name}/relations",
-        ),
+        Table(rows, columns, caption, _REFERENCES, f"{name}/table"),
+        Table(told.get("relations", []), relations, correlation, file=file),
     ]
     return {
         "notes": told["notes"],
         "tables": [table for table in tables if table.rows],
-        "charts": list(_charts(name, told, metric)),
+        "charts": list(_charts(name, kind, told, metric)),
     }
 
 
-def _columns(name: str, told: Record, metric: str) -> dict[str, Column]:
-    """The columns of every table; one has those that its rows have."""
-    score, labels = score_format(metric), told.get("labels")
-    means = {"negation": f"target test {metric}", "analogy": f"test {metric} on D"}
-    if labels:
-        means[name] = f"test {metric}"
-    columns = {key: Column(key) for key in labels or ()} | columns_of("comparison", metric)
-    if name in means:
-        columns |= {"mean": Column(means[name], score), "spread": Column("±", score)}
-    if labels or name in ("scaling-coef", "analogy"):
-        columns["mean"] = columns["mean"]._replace(best=True)
-    if name == "training-heterogeneity":
-        columns["runs"] = Column("merges", "d")
-    return columns
-
-
-def _charts(name: str, told: Record, metric: str) -> Iterator[Figure]:
+def _charts(name: str, kind: str, told: Record, metric: str) -> Iterator[Figure]:
     """Those that there are numbers for."""
-    score, kept = score_format(metric), f"Validation {metric}"
-    for key, x_label in (("round", "round"), ("bytes", "MB sent by clients")):
-        if lines := told.get(f"by_{key}"):
-            yield _lines(f"{name}/by_{key}", lines, kept, x_label, score)
+    if name == "data-heterogeneity":
+        told = {**told, "by_size": _by_size(told["rows"])}
+    for key, (title, x_label, how) in _TEXTS[kind].get("charts", {}).items():
+        if lines := told[key]:
+            show = score_format(metric) if how == "score" else how
+            look = {"show": show, "caption": "Mean over seeds.", "file": f"{name}/{key}"}
+            yield chart(lines, title.format(metric=metric), x_label, **look)
     if name == "training-heterogeneity":
         for key, word in (("steps", "steps"), ("norm", "lengths of the deltas")):
             yield _gains(f"{name}/gain_by_{key}", told, key, word)
-    if "curves" in told:
-        title = f"Normalised {metric} on validation"
-        yield _lines(f"{name}/by_lambda", told["curves"], title, "scaling coefficient λ", ".1%")
-    if name == "data-heterogeneity":
-        lines = _by_size(told["rows"])
-        yield _lines(f"{name}/by_size", lines, "Normalised test score", "models merged", ".1%")
     if name in ("negation", "analogy"):
-        points = pd.DataFrame(told["points"])
-        means = points.pivot_table(
-            "target" if name == "negation" else "test", "task", "way", sort=False
-        )
+        points, score = pd.DataFrame(told["points"]), "target" if name == "negation" else "test"
+        means = points.pivot_table(score, "task", "way", sort=False)
         scores = {way: means[way].to_dict() for way in points["way"].unique()}
         yield task_map(scores, metric, "For each task, mean over seeds.", f"{name}/by_task")
 
@@ -109,7 +87,3 @@ def _by_size(rows: Sequence[Record]) -> dict[str, list[tuple[float, float]]]:
                 point = row["size"], row["mean"]
                 lines.setdefault(f"{row['rule']}, {subset}", []).append(point)
     return lines
-
-
-def _lines(file: str, lines: Mapping[str, list], title: str, x_label: str, show: str) -> Figure:
-    return chart(lines, title, x_label, show=show, caption="Mean over seeds.", file=file)
