@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from deltafl import forking
 from deltafl.errors import DeltaflError
@@ -280,3 +281,14 @@ def test_a_thread_beside_or_another_system_is_a_reason_not_to_fork(
     assert not can_fork()
     stop.set()
     beside.join()
+
+
+def test_the_thread_of_tqdms_bars_is_no_reason() -> None:
+    interval = tqdm.monitor_interval
+    tqdm.monitor_interval = 10
+    try:
+        with tqdm(total=1, disable=True):
+            assert threading.active_count() > 1
+        assert can_fork()
+    finally:
+        tqdm.monitor_interval = interval

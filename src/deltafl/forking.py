@@ -9,7 +9,15 @@ import warnings
 
 
 def can_fork() -> bool:
-    """Whether a fork is safe here: Linux, and no other Python thread that could hold a lock."""
+    """Whether a fork is safe here: Linux, and no other Python thread that could hold a lock.
+
+    The thread with which tqdm watches bars, shown or not, is ended: a download leaves it behind.
+    """
+    if bars := sys.modules.get("tqdm"):
+        bars.tqdm.monitor_interval = 0
+        if bars.tqdm.monitor is not None:
+            bars.tqdm.monitor.exit()
+            bars.tqdm.monitor = None
     return sys.platform == "linux" and threading.active_count() == 1
 
 

@@ -32,8 +32,8 @@ from checkpoint_files import (
     tuned,
 )  # fmt: skip
 from deltafl.checkpoints.layout import fingerprint, read_layout
-from deltafl.cli.text import as_bytes
 from deltafl.rules.rule import load_rules, parameters
+from deltafl.sizes import as_bytes
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ import pytest
 from checkpoint_files import cli, problems_of, succeed
 from deltafl.cli import COMMANDS, app
 from deltafl.cli.command import RecipeCommand, option_names
-from deltafl.recipes import Recipe, leaves, read_recipe
+from deltafl.recipes import Recipe, all_leaves, leaves, read_recipe
+from deltafl.rules.parameters import RuleParameters
 
 FOUND = {name: app.get_command(click.Context(app), name) for name in COMMANDS}
 RECIPES = {n: c.recipe for n, c in FOUND.items() if isinstance(c, RecipeCommand)}
@@ -37,7 +38,7 @@ def test_the_file_holds_every_key_and_says_what_the_defaults_say(name: str, tmp_
     given = fill(kind, name)
     assert read_recipe(kind, tmp_path / "r.yaml", given) == kind.of(**given)
     live = text.replace("# ", "")
-    assert all(f"{leaf.name}:" in live for leaf in leaves(kind).values() if not leaf.flattened)
+    assert all(f"{leaf.name}:" in live for leaf in leaves(kind).values())
 
 
 @every_recipe
@@ -64,6 +65,12 @@ def test_the_page_of_settings_is_what_the_recipes_say():
     assert tables == succeed("recipe", "--markdown").out, "write what it prints into the page"
     one = succeed("recipe", "merge", "--markdown").out
     assert one in tables
+
+
+@every_recipe
+def test_only_a_parameter_of_a_rule_shares_its_name(name: str):
+    names = [leaf.name for leaf in all_leaves(RECIPES[name])]
+    assert {n for n in names if names.count(n) > 1} <= RuleParameters.model_fields.keys()
 
 
 def test_a_command_without_a_recipe_is_named():

@@ -9,16 +9,16 @@ from click.testing import CliRunner, Result
 from pydantic import Field
 
 from deltafl.cli.command import quiet, recipe_command
-from deltafl.recipes import Flags, OneOf, Recipe, Size
+from deltafl.recipes import Flags, Recipe, one_of
 from deltafl.rules.parameters import RuleParameters
 from deltafl.rules.rule import load_rules, parameters
+from deltafl.sizes import Size
 
 
-class Server(Recipe):
-    rule: Annotated[str, OneOf(load_rules)] = Field(
+class Server(RuleParameters):
+    rule: Annotated[str, one_of(load_rules)] = Field(
         "fedavg", description="Any method of `deltafl rules`."
     )
-    params: RuleParameters = Field({})
     momentum: float | None = Field(None, ge=0, lt=1, description="Of the server.")
 
 
@@ -57,7 +57,7 @@ def test_every_option_reaches_its_setting():
         *("--rule", "ties", "--density", "0.3", "--per-tensor", "--momentum", "0.5", "--quiet"),
     )
     assert result.exit_code == 0, result.output
-    server = Server(rule="ties", params={"density": 0.3, "per_tensor": True}, momentum=0.5)
+    server = Server(rule="ties", density=0.3, per_tensor=True, momentum=0.5)
     wanted = Whole(
         model="m",
         tasks=("a", "b", "c"),
@@ -76,7 +76,7 @@ def test_options_go_before_the_file(tmp_path: Path):
     (tmp_path / "r.yaml").write_text("model: m\nnum_clients: 3\nserver: {rule: ties, density: 0.3}")
     for given in ([tmp_path / "r.yaml"], ["--config", tmp_path / "r.yaml"]):
         _, [(recipe, _)] = run(*given, "--num-clients", "4")
-        server = Server(rule="ties", params={"density": 0.3})
+        server = Server(rule="ties", density=0.3)
         assert recipe == Whole(model="m", num_clients=4, server=server)
 
 

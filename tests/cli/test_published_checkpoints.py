@@ -15,7 +15,7 @@ from PIL import Image
 from checkpoint_files import refusal, succeed
 from deltafl.models.head import save_head
 from deltafl.models.zero_shot import zero_shot_head
-from deltafl.recipes import load_yaml
+from deltafl.recipe_file import load_yaml
 from deltafl.rules.rule import load_rules
 from deltafl.tasks.catalogue import catalogue
 from tiny_models import tiny_clip

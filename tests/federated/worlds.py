@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltafl.federated import Callback, FederatedRecipe, FederatedRun
+from deltafl.federated import Callback, FederatedRecipe
 from deltafl.federated import federate as run_federated
 from deltafl.federated.rounds import Federation, RoundResult, Workers, run_round
 from deltafl.federated.server import ServerState
@@ -21,6 +21,7 @@ from deltafl.federated.setup import initial_state, make_shards
 from deltafl.models import Net, load_net
 from deltafl.progress import OnProgress, ignore
 from deltafl.tasks import ImageTask, Task, load_task
+from deltafl.training.record import FinishedRun
 from tiny_models import tiny_images, tiny_llama, write_lines
 
 RECIPE = FederatedRecipe.of(
@@ -100,7 +101,7 @@ def language() -> tuple[Net, Task]:
 def federate(
     net: Net, task: Task, recipe: FederatedRecipe, out: Path, *, resume: bool = False,
     on_progress: OnProgress = ignore, callbacks: Sequence[Callback] = (), **settings: Any,
-) -> FederatedRun:  # fmt: skip
+) -> FinishedRun:  # fmt: skip
     """A run into `out` with other settings than the recipe's."""
     recipe = recipe.replace(out=str(out), **settings)
     how: dict[str, Any] = {"on_progress": on_progress, "callbacks": callbacks}

@@ -23,9 +23,9 @@ from deltafl.progress import OnProgress, Progress
 from deltafl.seeding import keyed_generator
 from deltafl.tasks import ImageTask, load_task
 from deltafl.tasks.images import Images
-from deltafl.training import CentralizedRecipe, CentralizedRun, centralize, evaluate, loop
+from deltafl.training import CentralizedRecipe, centralize, evaluate, loop
 from deltafl.training import centralized as baseline
-from deltafl.training.record import without_timings
+from deltafl.training.record import FinishedRun, without_timings
 from deltafl.training.step import batch_ids, scores
 from tiny_models import NAMES, tiny_images, tiny_llama, tiny_net, vit_file, write_lines
 
@@ -62,7 +62,7 @@ def stop_at(name: str, done: int) -> OnProgress:
     return stop
 
 
-def run(recipe: CentralizedRecipe, out: Path, **how: Any) -> CentralizedRun:
+def run(recipe: CentralizedRecipe, out: Path, **how: Any) -> FinishedRun:
     data = recipe.data
     task = ImageTask("halves", tiny_images().splits, NAMES, data.augment, data.label_smoothing)
     return centralize(tiny_net(), task, recipe.replace(out=str(out)), **how)

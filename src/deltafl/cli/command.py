@@ -13,8 +13,8 @@ import click
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
-from deltafl.cli.text import as_bytes
-from deltafl.recipes import Leaf, Recipe, Size, leaves, read_recipe
+from deltafl.recipes import Leaf, Recipe, leaves, read_recipe
+from deltafl.sizes import Size, as_bytes
 
 CONFIG = "A YAML file with the same names, num_clients for --num-clients; options go before it."
 
@@ -34,26 +34,24 @@ class RecipeCommand(click.Command):
     `--models A B C`.
     """
 
-    def __init__(self, *args: Any, recipe: type[Recipe], **attributes: Any) -> None:
-        super().__init__(*args, **attributes)
-        self.recipe = recipe
+    recipe: type[Recipe]
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Write `--models A B` as `--models A --models B`, then parse as usual; an old option names
         the new one.
         """
         ctx.meta[COMMAND_LINE] = shlex.join(["deltafl", ctx.info_name or "", *args])
-        options = [p for p in self.params if isinstance(p, click.Option)]
-        many = {name for p in options if p.multiple for name in p.opts}
+        options = [p for p in self.params if isinstance(p, click.Option) and p.multiple]
+        many = {name for option in options for name in option.opts}
         spread: list[str] = []
-        current = None
+        current = ""
         for arg in args:
-            name = arg.split("=", 1)[0]
             if re.match(r"-(?![\d.])", arg):  # no negative number
-                current = name if name in many else None
-                spread += [arg] if arg != current else []
+                name = arg.partition("=")[0]
+                current = name if name in many else ""
+                spread += [] if arg == current else [arg]
             else:
-                spread += [current, arg] if current is not None else [arg]
+                spread += [current, arg] if current else [arg]
         try:
             return super().parse_args(ctx, spread)
         except click.NoSuchOption as error:
@@ -69,11 +67,10 @@ class RecipeCommand(click.Command):
         sections: dict[str, list[tuple[str, str]]] = {"Options": []}
         known = leaves(self.recipe)
         for param in self.get_params(ctx):
-            if not isinstance(param, click.Option):
-                continue
             path = known[param.name].path if param.name in known else ()
             title = " ".join(path[:-1]).capitalize() or "Options"
-            sections.setdefault(title, []).extend(filter(None, [param.get_help_record(ctx)]))
+            if record := param.get_help_record(ctx):
+                sections.setdefault(title, []).append(record)
         for title, rows in sections.items():
             with formatter.section(title):
                 formatter.write_dl(rows)
@@ -82,25 +79,21 @@ class RecipeCommand(click.Command):
 def recipe_command(
     recipe: type[Recipe],
     *,
-    argument: str | None = None,
-    only: type[Recipe] | None = None,
+    argument: str = "",
     read: Callable[[str | None, dict[str, Any]], Any] | None = None,
-) -> Callable[[Callable[..., Any]], RecipeCommand]:
+) -> Callable[[Callable[..., None]], RecipeCommand]:
     """Decorator: f(recipe, **what click options below the decorator say) as a command with the
     options of a recipe.
 
     argument: the option that may also be given without its name: config, or that of a setting.
-    only: a recipe whose settings are those of which there are options; the others may be in the
-    file. read: makes of the file and the settings what the command is called with; None: the
-    recipe.
+    read: makes of the file and the settings what the command is called with; None: the recipe.
     """
-    among = leaves(only or recipe)
-    shown = {name: leaf for name, leaf in leaves(recipe).items() if name in among}
+    shown = leaves(recipe)
 
-    def decorate(function: Callable[..., Any]) -> RecipeCommand:
+    def decorate(function: Callable[..., None]) -> RecipeCommand:
         @functools.wraps(function)
-        def call(bare: Any = None, **given: Any) -> Any:
-            if argument and bare:
+        def call(bare: object = None, **given: Any) -> None:
+            if bare:
                 if given[argument]:
                     raise click.UsageError(f"{argument} is given twice; give it once")
                 given[argument] = bare
@@ -108,17 +101,18 @@ def recipe_command(
             settings = {name: given.pop(name) for name in shown if name in given}
             settings = {name: v for name, v in settings.items() if v not in (None, ())}
             made = read(config, settings) if read else read_recipe(recipe, config, settings)
-            return function(made, **given)
+            function(made, **given)
 
         for leaf in reversed(shown.values()):
             if names := option_names(leaf):
-                call = click.option(*names, leaf.name, **_looks(leaf))(call)
+                call = click.option(*names, leaf.name, **_looks(leaf.field))(call)
         call = click.option("--config", metavar="FILE", help=CONFIG)(call)
         if argument:
-            many = argument in shown and _looks(shown[argument]).get("multiple")
-            count, name = -1 if many else 1, f"[{argument.upper()}]"
-            call = click.argument("bare", nargs=count, required=False, metavar=name)(call)
-        return click.command(cls=RecipeCommand, recipe=recipe)(call)
+            name = f"[{argument.upper()}]"
+            call = click.argument("bare", required=False, metavar=name)(call)
+        made = click.command(cls=RecipeCommand)(call)
+        made.recipe = recipe
+        return made
 
     return decorate
 
@@ -136,28 +130,24 @@ def option_names(leaf: Leaf) -> tuple[str, ...]:
     return leaf.flags if kinds else ()
 
 
-def _looks(leaf: Leaf) -> dict[str, Any]:
+def _looks(field: FieldInfo) -> dict[str, Any]:
     """Type and help of an option."""
-    kind = _kinds(leaf.field.annotation)[0]
-    default = "" if leaf.flattened else default_text(leaf.field)
-    text = meaning(leaf.field) + (f" Default: {default}." if default else "")
-    look: dict[str, Any] = {"default": None, "help": text}
-    parts = (leaf.field.annotation, *get_args(leaf.field.annotation))
-    if any(get_origin(part) is tuple for part in parts):
-        look["multiple"] = True
+    kind, default = _kinds(field.annotation)[0], default_text(field)
+    text = meaning(field) + (f" Default: {default}." if default else "")
+    parts = (field.annotation, *get_args(field.annotation))
+    many = any(get_origin(part) is tuple for part in parts)
+    look: dict[str, Any] = {"default": None, "help": text} | ({"multiple": True} if many else {})
     if kind is bool:
         return look | {"is_flag": True}
     if get_origin(kind) is Literal:
         return look | {"metavar": f"[{'|'.join(map(str, get_args(kind)))}]"}
-    return look | {"type": str if is_size(leaf.field) else kind}
+    return look | {"type": str if is_size(field) else kind}
 
 
-def _kinds(annotation: Any) -> list[Any]:
+def _kinds(annotation: object) -> list[Any]:
     """The types that one value on the command line may have: str, int, float, bool or a Literal."""
     origin = get_origin(annotation)
-    if origin is Annotated:
-        return _kinds(get_args(annotation)[0])
-    if origin in (Union, types.UnionType, tuple):
+    if origin in (Annotated, Union, types.UnionType, tuple):
         return [kind for part in get_args(annotation) for kind in _kinds(part)]
     return [annotation] if annotation in (str, int, float, bool) or origin is Literal else []
 
@@ -181,7 +171,7 @@ def default_text(field: FieldInfo) -> str:
 
 def is_size(field: FieldInfo) -> bool:
     """Whether a setting is a number of bytes."""
-    return any(mark in field.metadata for mark in get_args(Size)[1:])
+    return get_args(Size)[1] in field.metadata
 
 
 def _range(field: FieldInfo) -> Iterator[str]:

@@ -1,15 +1,17 @@
 """`deltafl evaluate`."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import click
 
 from deltafl.cli.command import quiet, recipe_command
-from deltafl.cli.text import as_score, table
+from deltafl.cli.results import as_score, as_text
 from deltafl.errors import DeltaflError
 from deltafl.files import write_atomically
 from deltafl.models import HeadRecipe, load_net
+from deltafl.report import Column, Table
 from deltafl.tasks import load_task
 from deltafl.training import TRAINING_JSON, EvaluationRecipe
 from deltafl.training import evaluate as run_evaluation
@@ -23,32 +25,27 @@ def evaluate(recipe: EvaluationRecipe, quiet: bool) -> None:
     \b
     deltafl evaluate --models M1 M2 --data digits --split test
     """
-    rows, cells, title = [], [], "score"
+    rows, columns = [], {"model": Column("model")}
+    about = {"data": recipe.data.data, "split": recipe.split}
     for model in recipe.models:
         net = load_net(model)
         seed = _trained_seed(model) if recipe.seed is None else recipe.seed
         task = load_task(recipe.data, net.inputs, seed)
         if recipe.head is not None:
             net.prepare(task, HeadRecipe.of(head=recipe.head, templates=recipe.templates))
-        found = run_evaluation(
-            net,
-            task,
-            recipe.split,
-            batch_size=recipe.batch_size,
-            device=recipe.device,
-            mixed_precision=recipe.mixed_precision,
-        )
+        how = recipe.model_dump(include={"batch_size", "device", "mixed_precision"})
+        found = run_evaluation(net, task, recipe.split, **how)
         scores = found.scores.tolist()
-        rows.append(
-            {"model": model, "score": found.score, "examples": len(scores), "scores": scores}
-        )
-        cells.append([model, as_score(found.score, task.ratio_scaled), str(len(scores))])
-        title = task.metric
+        row = {"model": model, "score": found.score, "examples": len(scores), "scores": scores}
+        rows.append(row)
+        shown = partial(as_score, ratio_scaled=task.ratio_scaled)
+        columns["score"] = Column(f"{recipe.split} {task.metric}", shown)
+        about["metric"] = task.metric
+    columns["examples"] = Column("examples", "d")
     if recipe.json_file:
-        about = {"data": recipe.data.data, "split": recipe.split, "metric": title}
         write_atomically(recipe.json_file, (json.dumps({**about, "results": rows}) + "\n").encode())
     if not quiet:
-        click.echo(table(["model", f"{recipe.split} {title}", "examples"], cells))
+        click.echo(as_text(Table(rows, columns)))
 
 
 def _trained_seed(model: str) -> int:

@@ -5,8 +5,8 @@ from accelerate import PartialState
 
 from deltafl.cli.command import dry_run, quiet, recipe_command, resume, tensorboard
 from deltafl.cli.progress import drawn_progress
+from deltafl.cli.results import as_score
 from deltafl.cli.run import finish, is_main, prepared
-from deltafl.cli.text import as_score
 from deltafl.progress import Progress
 from deltafl.training import CentralizedRecipe, TrainingRecipe, centralize
 from deltafl.training import finetune as train

@@ -11,14 +11,14 @@ from pydantic import Field
 
 from deltafl.algebra.tensors import device_named
 from deltafl.cli.command import dry_run, recipe_command
-from deltafl.cli.results import as_text
+from deltafl.cli.results import as_text, write_result
 from deltafl.cli.run import prepared
 from deltafl.federated.recipe import ClientsRecipe
 from deltafl.federated.setup import MASK_FILE, fit_head, make_mask, make_shards
-from deltafl.files import atomic_folder, check_output, write_files
+from deltafl.files import check_output
 from deltafl.models import Net, load_net
 from deltafl.recipes import Flags, Incidental, Recipe, read_recipe
-from deltafl.report import kinds_table, mask_page, page_files
+from deltafl.report import kinds_table, mask_page
 from deltafl.sparse.eligible import Eligible, eligible
 from deltafl.sparse.masks import (
     Mask,
@@ -28,7 +28,6 @@ from deltafl.sparse.masks import (
     model_hash,
     save_mask,
 )
-from deltafl.training.record import write_json
 
 
 class DescribeRecipe(Recipe):
@@ -83,20 +82,20 @@ def mask(recipe: MaskRecipe | DescribeRecipe, dry_run: bool) -> None:
     """
     if recipe.out is not None:
         check_output(recipe.out, overwrite=recipe.overwrite)
-    make = isinstance(recipe, MaskRecipe)
-    mask, net, about = _made(recipe, dry_run) if make else _described(recipe)
+    if isinstance(recipe, MaskRecipe):
+        mask, net, about = _made(recipe, dry_run)
+    else:
+        net = load_net(recipe.model).copy_to(device_named(recipe.device)) if recipe.model else None
+        mask, about = load_mask(recipe.describe, net), mask_meta(recipe.describe)
     result = _facts(mask, net, about)
     click.echo(_text(result))
-    if recipe.out is None:
-        return
-    with atomic_folder(recipe.out, overwrite=recipe.overwrite) as folder:
-        if make:
+
+    def save(folder: Path) -> None:
+        if isinstance(recipe, MaskRecipe):
             save_mask(mask, folder / MASK_FILE, result["model_hash"], about)
-        write_json(folder / "mask.json", result)
-        write_files(folder, page_files(mask_page(result)))
-    if make:
-        click.echo(f"mask: {Path(recipe.out) / MASK_FILE}")
-    click.echo(f"report: {Path(recipe.out) / 'report.html'}")
+            click.echo(f"mask: {Path(recipe.out or '') / MASK_FILE}")
+
+    write_result(recipe.out, recipe.overwrite, mask_page(result), "mask.json", result, save)
 
 
 def _made(recipe: MaskRecipe, dry_run: bool) -> tuple[Mask, Net, dict[str, Any]]:
@@ -112,14 +111,6 @@ def _made(recipe: MaskRecipe, dry_run: bool) -> tuple[Mask, Net, dict[str, Any]]
     shown |= recipe.model_dump(include={"participation_rate", "mixed_precision", "seed"})
     shown = {n: value for n, value in shown.items() if value is not None and value is not False}
     return mask, net, shown
-
-
-def _described(recipe: DescribeRecipe) -> tuple[Mask, Net | None, dict[str, Any]]:
-    """A saved mask, its model if that is named, and the settings that decided it. Raises
-    DeltaflError.
-    """
-    net = load_net(recipe.model).copy_to(device_named(recipe.device)) if recipe.model else None
-    return load_mask(recipe.describe, net), net, mask_meta(recipe.describe)
 
 
 def _facts(mask: Mask, net: Net | None, about: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,13 +8,14 @@ import click
 from deltafl.checkpoints.readahead import reading_ahead
 from deltafl.cli.command import dry_run, quiet, recipe_command
 from deltafl.cli.progress import drawn_progress
-from deltafl.cli.text import as_bytes
 from deltafl.errors import DeltaflError
 from deltafl.files import check_output
 from deltafl.merge.mergekit import translate
 from deltafl.merge.plan import Plan, plan_merge
 from deltafl.merge.recipe import MergeRecipe
-from deltafl.recipes import load_yaml, read_recipe
+from deltafl.recipe_file import load_yaml
+from deltafl.recipes import read_recipe
+from deltafl.sizes import as_bytes
 
 
 def read_merge(config: str | None, settings: Mapping[str, Any]) -> MergeRecipe:

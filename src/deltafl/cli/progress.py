@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
-from deltafl.cli.text import as_bytes
 from deltafl.progress import OnProgress, Progress, ignore
+from deltafl.sizes import as_bytes
 
 
 @contextmanager

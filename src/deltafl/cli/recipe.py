@@ -11,7 +11,7 @@ from pydantic_core import to_jsonable_python
 from deltafl.cli import COMMANDS, app
 from deltafl.cli.command import RecipeCommand, default_text, is_size, meaning, option_names
 from deltafl.errors import DeltaflError, did_you_mean
-from deltafl.recipes import Flattened, Leaf, Recipe, leaves, mark_of, recipes_in, section
+from deltafl.recipes import Leaf, Recipe, leaves, recipes_in, section
 
 
 @click.command()
@@ -29,8 +29,8 @@ def recipe(ctx: click.Context, command: str | None, schema: bool, markdown: bool
     commands = {name: app.get_command(ctx, name) for name in COMMANDS if command in (None, name)}
     found = {name: c.recipe for name, c in commands.items() if isinstance(c, RecipeCommand)}
     if markdown and found:
-        tables = [[f"## {name}", "", *_table(kind), ""] for name, kind in found.items()]
-        click.echo("\n".join(line for lines in tables for line in lines).rstrip())
+        tables = ("\n".join([f"## {name}", "", *_table(kind)]) for name, kind in found.items())
+        click.echo("\n\n".join(tables))
     elif command not in found:
         hint = f"; {did_you_mean(command, COMMANDS)}" if command else ""
         raise DeltaflError(f"name a command that has a recipe{hint}")
@@ -46,25 +46,20 @@ def _template(kind: type[Recipe], indent: str = "") -> Iterator[str]:
     """
     for name, field in kind.model_fields.items():
         key = field.alias or name
-        if mark_of(field, Flattened):
-            yield f"{indent}# {meaning(field)}"
-            continue
         if inner := section(field):
             lines = list(_template(inner, f"{indent}  "))
             empty = all(line.lstrip().startswith("#") for line in lines)
             yield from ("", f"{indent}{'# ' if empty else ''}{key}:", *lines)
             continue
-        about = meaning(field) + (" Required." if field.is_required() else "")
-        yield from textwrap.wrap(
-            about, 96, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# "
-        )
+        start, about = f"{indent}# ", meaning(field) + " Required." * field.is_required()
+        yield from textwrap.wrap(about, 96, initial_indent=start, subsequent_indent=start)
         if field.is_required():
             yield f"{indent}{key}:"
             continue
         value = to_jsonable_python(field.get_default(call_default_factory=True))
         value = default_text(field) if is_size(field) else value
         shown = yaml.safe_dump([value], default_flow_style=True, width=10_000).strip()[1:-1]
-        yield f"{indent}# {key}:" if value in (None, [], {}) else f"{indent}{key}: {shown}"
+        yield f"{start}{key}:" if value in (None, [], {}) else f"{indent}{key}: {shown}"
 
 
 def _table(kind: type[Recipe]) -> Iterator[str]:
@@ -79,8 +74,6 @@ def _rows(kind: type[Recipe], above: str, known: dict[tuple[str, ...], Leaf]) ->
         if inner := section(field):
             yield from _rows(inner, f"{key}.", known)
             continue
-        if mark_of(field, Flattened):
-            key = f"{above}NAME"
         leaf = known.get(tuple(key.split(".")))
         options = " ".join(f"`{option}`" for option in option_names(leaf)) if leaf else ""
         default = "required" if field.is_required() else default_text(field)

@@ -1,39 +1,27 @@
 """What the commands that train share: what comes before a run, and what after it."""
 
 import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any
 
 import click
 import yaml
 
-from deltafl.cli.text import as_bytes, as_score, table
+from deltafl.cli.results import as_score, as_text
 from deltafl.errors import DeltaflError
 from deltafl.federated.recipe import ClientsRecipe
 from deltafl.files import check_output, write_files
 from deltafl.models import Net, load_net
 from deltafl.recipes import Recipe
-from deltafl.report import page_files, run_page
+from deltafl.report import Column, Table, page_files, run_page
+from deltafl.sizes import as_bytes
 from deltafl.tasks import Task, load_task
 from deltafl.training import TrainingRecipe
+from deltafl.training.record import FinishedRun
 from deltafl.training.tensorboard import check_installed, write_scalars
 
 is_main = int(os.environ.get("RANK", 0)) == 0
 """Whether this is the process of an `accelerate launch` that speaks and writes."""
-
-
-class FinishedRun(Protocol):
-    """A folder with a record, as training and federation leave it."""
-
-    @property
-    def out(self) -> Path: ...
-
-    @property
-    def result(self) -> Mapping[str, Any]: ...
-
-    @property
-    def rows(self) -> Sequence[Mapping[str, Any]]: ...
 
 
 def prepared(
@@ -73,9 +61,10 @@ def finish(run: FinishedRun, *, quiet: bool, tensorboard: bool) -> None:
     if tensorboard:
         write_scalars(run.out)
     if not quiet:
-        lines = [table((str(run.result["title"]), ""), list(_facts(run.result).items()))]
-        lines += [f"model: {run.out / 'model'}", f"report: {run.out / 'report.html'}"]
-        click.echo("\n".join(lines))
+        facts = [{"fact": fact, "value": value} for fact, value in _facts(run.result).items()]
+        columns = {"fact": Column(run.result["title"]), "value": Column("", str)}
+        click.echo(as_text(Table(facts, columns)))
+        click.echo(f"model: {run.out / 'model'}\nreport: {run.out / 'report.html'}")
 
 
 def _facts(result: Mapping[str, Any]) -> dict[str, str]:

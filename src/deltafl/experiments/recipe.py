@@ -8,7 +8,8 @@ from pydantic import Field
 
 from deltafl.errors import DeltaflError, did_you_mean
 from deltafl.federated import FederatedRecipe
-from deltafl.recipes import Flags, Incidental, OneOf, Recipe, leaves, load_yaml, read_recipe
+from deltafl.recipe_file import load_yaml
+from deltafl.recipes import Flags, Incidental, Recipe, leaves, one_of, read_recipe
 from deltafl.rules.rule import load_rules
 from deltafl.sparse.recipe import SparseRecipe
 from deltafl.training import TrainingRecipe
@@ -76,7 +77,7 @@ class StudyRecipe(Recipe):
         description="numbers of steps; studies of one training use the largest",
     )
     draws: int = Field(4, ge=1, description="merges of one kind and seed in training-heterogeneity")
-    methods: tuple[Annotated[str, OneOf(load_rules)], ...] = Field(
+    methods: tuple[Annotated[str, one_of(load_rules)], ...] = Field(
         (), description="the rules that are compared (default: every rule)"
     )
     scaling_coefs: tuple[float, ...] = Field(

@@ -4,14 +4,13 @@ from deltafl.federated.callbacks import Callback
 from deltafl.federated.client import Client, ClientUpdate, LocalTraining
 from deltafl.federated.local import Round
 from deltafl.federated.recipe import FederatedRecipe
-from deltafl.federated.run import FederatedRun, federate
+from deltafl.federated.run import federate
 
 __all__ = [
     "Callback",
     "Client",
     "ClientUpdate",
     "FederatedRecipe",
-    "FederatedRun",
     "LocalTraining",
     "Round",
     "federate",

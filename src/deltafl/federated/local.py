@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from deltafl.recipes import OneOf, Recipe
+from deltafl.recipes import Recipe, one_of
 from deltafl.registry import Registry
 from deltafl.rules.rule import Source
 
@@ -32,7 +32,7 @@ class LocalRecipe(Recipe):
     grad_clip: float | None = Field(
         None, gt=0, description="largest gradient norm, over the kept coordinates"
     )
-    local_algorithm: Annotated[str, OneOf(lambda: LOCAL_ALGORITHMS)] = Field(
+    local_algorithm: Annotated[str, one_of(lambda: LOCAL_ALGORITHMS)] = Field(
         "sgd", description="what a client does: sgd, fedprox or scaffold"
     )
     prox_mu: float = Field(0.01, ge=0, description="of fedprox: the pull to the server's model")

@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,19 +33,10 @@ from deltafl.files import check_output
 from deltafl.models.net import Net
 from deltafl.progress import OnProgress, ignore
 from deltafl.tasks.task import Task
-from deltafl.training.record import RunRecord, write_json
+from deltafl.training.record import FinishedRun, RunRecord, write_json
 from deltafl.training.state import require_same_config, run_config
 
 STATE_FILE = "state/state.safetensors"
-
-
-@dataclass(frozen=True)
-class FederatedRun:
-    """What came out: the folder, the result (as in result.json) and every row of the record."""
-
-    out: Path
-    result: Mapping[str, Any]
-    rows: tuple[Mapping[str, Any], ...]
 
 
 def federate(
@@ -57,7 +47,7 @@ def federate(
     resume: bool = False,
     on_progress: OnProgress = ignore,
     callbacks: Sequence[Callback] = (),
-) -> FederatedRun:
+) -> FinishedRun:
     """Run all rounds and leave in `recipe.out` config.yaml, record.jsonl, result.json,
     mask.safetensors and the best `model/`.
 
@@ -106,8 +96,8 @@ def federate(
     return _found(out, record)
 
 
-def _found(out: Path, record: RunRecord) -> FederatedRun:
-    return FederatedRun(out, json.loads((out / "result.json").read_text()), tuple(record.rows()))
+def _found(out: Path, record: RunRecord) -> FinishedRun:
+    return FinishedRun(out, json.loads((out / "result.json").read_text()), tuple(record.rows()))
 
 
 def _all_rounds(

@@ -10,22 +10,21 @@ from torch import Tensor
 
 from deltafl.algebra.aggregate import Aggregate, Stepped
 from deltafl.errors import DeltaflError
-from deltafl.recipes import OneOf, Recipe
+from deltafl.recipes import one_of
 from deltafl.rules.parameters import RuleParameters
 from deltafl.rules.rule import Rule, build_rule, load_rules
 
 
-class ServerRecipe(Recipe):
+class ServerRecipe(RuleParameters):
     """How the server turns the updates of a round into a step."""
 
-    aggregator: Annotated[str, OneOf(load_rules)] = Field(
+    aggregator: Annotated[str, one_of(load_rules)] = Field(
         "fedavg", description="any method of `deltafl rules`"
     )
-    params: RuleParameters = Field({}, description="parameters of the rule, beside its name")
     client_weights: Literal["examples", "uniform"] = Field(
         "examples", description="what a rule weighs clients by"
     )
-    server_optimizer: Annotated[str, OneOf(lambda: SERVER_OPTIMIZERS)] = Field(
+    server_optimizer: Annotated[str, one_of(lambda: SERVER_OPTIMIZERS)] = Field(
         "sgd", description="what acts on the rule's update: sgd, fedadam, fedyogi or fedadagrad"
     )
     server_lr: float = Field(1.0, gt=0, description="learning rate of the server's step")

@@ -7,9 +7,10 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from deltafl.errors import DeltaflError
-from deltafl.recipes import Incidental, Recipe, Size
+from deltafl.recipes import Incidental, Recipe
 from deltafl.rules.parameters import RuleParameters
 from deltafl.rules.weights import Weights, as_weights
+from deltafl.sizes import Size
 
 STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 """A dtype in safetensors' spelling."""
@@ -120,13 +121,12 @@ class DeltaRecipe(Recipe):
         yield from found
 
 
-class MergeRecipe(DeltaRecipe):
+class MergeRecipe(RuleParameters, DeltaRecipe):
     """One server step over fine-tuned models: base + server_lr times the rule's mean update."""
 
     alternatives: ClassVar = (("server_lr", "scaling_coef", "scale_patterns"),)
 
     method: str = Field("task_arithmetic", description="The rule (see `deltafl rules`).")
-    params: RuleParameters = Field({}, description="Parameters of the rule, beside its name.")
     server_lr: float | None = Field(
         None, description="The scale of the mean of deltas. Default: 1, the mean itself."
     )

@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from deltafl.merge.recipe import DeltaRecipe, MergeRecipe, ModelEntry
-from deltafl.recipes import Incidental, Recipe, Size
+from deltafl.recipes import Incidental
 from deltafl.rules.parameters import RuleGrids, RuleParameters
+from deltafl.sizes import Size
 from deltafl.tasks.recipe import DataSource
 
 LAMBDAS = tuple(round(0.05 * i, 2) for i in range(1, 41))
@@ -26,18 +27,16 @@ class TaskModel(DataSource, ModelEntry):
     )
 
 
-class MethodEntry(Recipe):
+class MethodEntry(RuleGrids):
     """A rule with its parameters; a list is a grid."""
 
     method: str = Field(description="The rule (see `deltafl rules`).")
-    params: RuleGrids = Field({}, description="Its parameters, each a value or a list of values.")
 
 
-class FixedEntry(Recipe):
+class FixedEntry(RuleParameters):
     """A candidate that is tested as it is."""
 
     method: str = Field(description="The rule (see `deltafl rules`).")
-    params: RuleParameters = Field({}, description="Parameters of the rule, beside its name.")
     scaling_coef: float = Field(description="The scale of the sum of deltas, lambda.")
 
 

@@ -1,43 +1,58 @@
 """The parameters of all rules as settings of recipes: a new rule's are there by themselves."""
 
 import dataclasses
-from typing import Annotated, Any, TypeAlias
+from collections import defaultdict
+from typing import Any
 
-from pydantic.fields import FieldInfo
+from pydantic import Field, create_model
 
-from deltafl.recipes import Flattened
+from deltafl.recipes import Recipe
 from deltafl.rules.rule import load_rules, parameters
 
 
-def rule_fields() -> dict[str, FieldInfo]:
-    """Parameter -> its type, the default of the first rule that takes it, and who takes it."""
-    fields: dict[str, FieldInfo] = {}
-    rules = load_rules()
+class _Parametrised(Recipe):
+    """A recipe that holds a rule's parameters beside its own settings; what is not given keeps the
+    default of the rule.
+    """
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: object) -> None:
+        """Put the parameters after what a recipe says itself."""
+        for name in _KINDS:
+            cls.model_fields[name] = cls.model_fields.pop(name)
+        super().__pydantic_init_subclass__(**kwargs)
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The parameters that are given."""
+        return self.model_dump(mode="json", include={*_KINDS})
+
+
+def _known() -> tuple[dict[str, Any], dict[str, list[str]]]:
+    """Parameter -> its type, and parameter -> who takes it, with which default."""
+    kinds, takers, rules = {}, defaultdict(list), load_rules()
     for name in rules:
-        for key, (hint, default) in parameters(rules[name]).items():
-            required = default is dataclasses.MISSING
-            about = name + (" (required)" if required else f" (default {default})")
-            if key == "inner":
-                hint, default, about = str, None, name
-            if key in fields:
-                fields[key].description = f"{fields[key].description}, {about}"
-            else:
-                default = None if required else default
-                fields[key] = FieldInfo(
-                    annotation=hint, default=default, description=f"For {about}"
-                )
-    return fields
+        for key, (kind, default) in parameters(rules[name]).items():
+            about = "required" if default is dataclasses.MISSING else f"default {default}"
+            kinds.setdefault(key, str if key == "inner" else kind)
+            takers[key].append(name if key == "inner" else f"{name} ({about})")
+    return kinds, takers
 
 
-def rule_grids() -> dict[str, FieldInfo]:
-    """As `rule_fields`, where a list of values stands for each of them."""
-    kinds: dict[str, Any] = {key: field.annotation for key, field in rule_fields().items()}
-    grids: dict[str, Any] = {key: kind | list[kind] for key, kind in kinds.items()}
-    return {key: FieldInfo(annotation=grid) for key, grid in grids.items()}
+def _recipe(about: str, kinds: dict[str, Any]) -> type[_Parametrised]:
+    fields: dict[str, Any] = {}
+    for key, kind in kinds.items():
+        text = f"for {', '.join(_TAKERS[key])}"
+        field = Field(None, description=text, exclude_if=lambda value: value is None)
+        fields[key] = kind | None, field
+    return create_model("RuleParameters", __base__=_Parametrised, __doc__=about, **fields)
 
 
-RuleParameters: TypeAlias = Annotated[dict[str, Any], Flattened(rule_fields)]
-"""Parameters of a rule: name -> value; in a file and on the command line beside its name."""
+_KINDS, _TAKERS = _known()
 
-RuleGrids: TypeAlias = Annotated[dict[str, Any], Flattened(rule_grids)]
-"""Parameters of a rule, each one value or a list of values to choose from."""
+RuleParameters = _recipe("Parameters of a rule, beside its name.", _KINDS)
+
+RuleGrids = _recipe(
+    "Parameters of a rule, each one value or a list of values to choose from.",
+    {key: kind | tuple[kind, ...] for key, kind in _KINDS.items()},
+)

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
-from deltafl.recipes import OneOf, Recipe
+from deltafl.recipes import Recipe, one_of
 from deltafl.sparse.strategies import MASK_STRATEGIES
 
 Scope: TypeAlias = Literal["global", "per_layer"]
@@ -21,7 +21,7 @@ class SparseRecipe(Recipe):
     sparsity_ratio: float = Field(
         0.0, ge=0, lt=1, description="share of frozen coordinates; 0: all train"
     )
-    mask_strategy: Annotated[str, OneOf(lambda: MASK_STRATEGIES)] = Field(
+    mask_strategy: Annotated[str, one_of(lambda: MASK_STRATEGIES)] = Field(
         "least_sensitive",
         description="which coordinates train: least_sensitive, most_sensitive (Fisher scores), "
         "lowest_magnitude, highest_magnitude or random",

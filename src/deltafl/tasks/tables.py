@@ -11,15 +11,11 @@ import numpy as np
 import pyarrow
 from datasets import ClassLabel, Dataset, DatasetDict, Image, disable_progress_bars, load_dataset
 from datasets.exceptions import DatasetsError
-from tqdm import tqdm
 
 from deltafl.errors import DeltaflError, did_you_mean
 from deltafl.tasks.raw import SPLIT_NAMES, Columns, Encoded, RawSplit, RawTask
 
 disable_progress_bars()
-tqdm.monitor_interval = (
-    0  # its thread, which also watches hidden bars, would forbid to fork workers
-)
 
 
 def read_tables(path: str, where: str, **options: Any) -> DatasetDict:

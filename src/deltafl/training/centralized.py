@@ -2,10 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from deltafl.files import check_output
 from deltafl.models import Net
@@ -14,18 +11,9 @@ from deltafl.tasks import Task
 from deltafl.training.finetune import output_of, require_examples, training_facts, write_model
 from deltafl.training.loop import Run, train
 from deltafl.training.recipe import TrainingRecipe
-from deltafl.training.record import RunRecord, killed_at_start, write_json
+from deltafl.training.record import FinishedRun, RunRecord, killed_at_start, write_json
 from deltafl.training.state import read_state, require_same_config, run_config, write_state
 from deltafl.training.step import scores
-
-
-@dataclass(frozen=True)
-class CentralizedRun:
-    """What came out: the folder, the result (as in result.json) and every row of the record."""
-
-    out: Path
-    result: Mapping[str, Any]
-    rows: tuple[Mapping[str, Any], ...]
 
 
 def centralize(
@@ -36,7 +24,7 @@ def centralize(
     *,
     resume: bool = False,
     on_progress: OnProgress = ignore,
-) -> CentralizedRun:
+) -> FinishedRun:
     """Train as `finetune` does, and leave in `out` config.yaml, record.jsonl, result.json and the
     best `model/` with its head, which is tested, once.
 
@@ -91,7 +79,7 @@ def centralize(
     return _finished(out)
 
 
-def _finished(out: Path) -> CentralizedRun:
+def _finished(out: Path) -> FinishedRun:
     shutil.rmtree(out / "state", ignore_errors=True)
     result = json.loads((out / "result.json").read_text())
-    return CentralizedRun(out, result, tuple(RunRecord(out).rows()))
+    return FinishedRun(out, result, tuple(RunRecord(out).rows()))

@@ -13,6 +13,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,15 @@ from deltafl.errors import DeltaflError
 from deltafl.files import clear_unfinished, write_atomically
 
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What came out: the folder, the result (as in result.json) and every row of the record."""
+
+    out: Path
+    result: Mapping[str, Any]
+    rows: tuple[Mapping[str, Any], ...]
 
 
 class RunRecord:

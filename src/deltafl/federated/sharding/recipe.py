@@ -6,7 +6,7 @@ from typing import Annotated, TypeAlias
 import numpy as np
 from pydantic import Field
 
-from deltafl.recipes import Incidental, OneOf, Recipe
+from deltafl.recipes import Incidental, Recipe, one_of
 from deltafl.registry import Registry
 from deltafl.tasks.recipe import DataRecipe
 
@@ -15,7 +15,7 @@ class ShardingRecipe(Recipe):
     """Which clients there are and what each of them holds."""
 
     num_clients: int = Field(100, ge=1, description="K, the clients in all")
-    sharding: Annotated[str, OneOf(lambda: SHARDINGS)] = Field(
+    sharding: Annotated[str, one_of(lambda: SHARDINGS)] = Field(
         "iid", description="who holds which classes (or sources): iid, non_iid or dirichlet"
     )
     nc: int | None = Field(None, ge=1, description="of non_iid: the classes of each client")

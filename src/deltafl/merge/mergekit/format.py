@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 from pydantic import BeforeValidator, Field
 
-from deltafl.recipes import OneOf, Recipe, problem
+from deltafl.recipes import Recipe, one_of, problem
 
 Setting: TypeAlias = tuple[tuple[str, tuple[float, ...]], ...]
 """(part of a tensor's name, values over the layers): the first part that is in the name counts; ():
@@ -123,7 +123,7 @@ class Slice(Recipe):
 class Mergekit(Recipe):
     """The file. `name` names it and nothing else."""
 
-    merge_method: Annotated[str, OneOf(lambda: METHODS)]
+    merge_method: Annotated[str, one_of(lambda: METHODS)]
     base_model: Reference | None = None
     models: tuple[Input, ...] = ()
     slices: tuple[Slice, ...] = ()
