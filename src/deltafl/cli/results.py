@@ -13,7 +13,7 @@ from deltafl.training.record import RunRecord, write_json
 
 def as_text(table: Table) -> str:
     """A table of the report as plain text, numbers to the right."""
-    cells, numbers = table.cells(), [bool(column.show) for column in table.shown.values()]
+    cells, numbers = table.cells(), [bool(column.show) for column in table.shown]
     rows = [list(cells), [""] * len(numbers), *cells.to_numpy().tolist()]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows[1] = ["-" * width for width in widths]

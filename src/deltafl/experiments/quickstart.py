@@ -12,7 +12,7 @@ from deltafl.merge.search_run import run_search
 from deltafl.models import HEAD_FILE, Net, load_net, new_net
 from deltafl.pool import one_thread
 from deltafl.progress import OnProgress, ignore
-from deltafl.recipes import load_yaml
+from deltafl.recipe_file import load_yaml
 from deltafl.seeding import keyed_generator
 from deltafl.tasks import load_task
 from deltafl.training import TrainingRecipe, finetune
