@@ -7,7 +7,7 @@ import pandas as pd
 from deltafl.report.figures import Figure, chart, heat_map
 from deltafl.report.inspection import cosine_map, differences, training_table
 from deltafl.report.page import Page
-from deltafl.report.tables import Column, Record, Table, score_format
+from deltafl.report.tables import Column, Record, Table, columns_of, score_format
 
 SINGLE, BASE = REFERENCES = "single-task models", "base (unmerged)"
 
@@ -39,32 +39,26 @@ def search_page(result: Record, *, story: bool = False) -> Page:
 
 def results_table(result: Record) -> Table:
     """Every rule with its setting, score per task, mean and normalised mean; references first."""
-    score, published = score_format(result["metric"]), result.get("reference") or {}
+    metric, published = result["metric"], result.get("reference") or {}
     rows = [
         {**row, "published": published.get(row["rule"]), "setting": _setting(row)}
-        | {f"test {task}": value for task, value in row["test"].items()}
+        | {f"test {task}": score for task, score in row["test"].items()}
         for row in result["rows"]
     ]
-    names = {row["rule"] for row in rows}
-    others = [{"rule": n, "published": mean} for n, mean in published.items() if n not in names]
-    columns = {
-        "rule": Column("model"),
-        "mean": Column("mean", score, best=True),
-        "published": Column("published", score),
-        "normalized": Column("normalised", ".1%", best=True),
-        **{f"test {task}": Column(task, score, best=True) for task in result["tasks"]},
-        "val": Column("validation", _judged(result)[1]),
-        "setting": Column("setting"),
-    }
-    caption = f"Test {result['metric']}; the best merged model of each column is bold."
+    others = published.keys() - {row["rule"] for row in rows}
+    unseen = [{"rule": n, "published": mean} for n, mean in published.items() if n in others]
+    tasks, show = result["tasks"], score_format(metric)
+    columns = columns_of("search", metric)
+    columns |= {f"test {task}": Column(task, show, best=True) for task in tasks}
+    columns |= {"val": Column("validation", _judged(result)[1]), "setting": Column("setting")}
+    caption = f"Test {metric}; the best merged model of each column is bold."
     if any(row["normalized"] is not None for row in rows):
         caption += (
             " “Normalised” divides each task's score by that of its own model before averaging."
         )
     if published:
         caption += " “Published” is the mean that others report; it was not run here."
-    reference = (*REFERENCES, *(row["rule"] for row in others))
-    return Table([*others, *rows], columns, caption, reference, "table")
+    return Table([*unseen, *rows], columns, caption, (*REFERENCES, *others), "table")
 
 
 def task_map(scores: Record, metric: str, caption: str, file: str = "") -> Figure:
