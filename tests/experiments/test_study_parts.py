@@ -18,15 +18,14 @@ from deltafl.merge.task_vector import TaskVector
 from deltafl.tasks import ImageInput
 from deltafl.training import TrainingRecipe
 
+TWO = {"tasks": ("a", "b")}
+
 
 def study(seed: int = 0, **changes: object) -> Study:
-    settings = {
-        "tasks": ("a", "b", "c", "d"),
-        "lr_values": (1.0, 0.1, 0.01),
-        "steps_values": (1, 2, 3, 4),
-    }
+    settings = {"lr_values": (1.0, 0.1, 0.01), "steps_values": (1, 2, 3, 4), **changes}
     training = TrainingRecipe.of(model="base", data="", steps=0, seed=seed)
-    return Study("base", ImageInput(8), StudyRecipe.of(**settings | changes), training)
+    recipe = StudyRecipe.of(tasks=("a", "b", "c", "d"), **settings)
+    return Study("base", ImageInput(8), recipe, training)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -64,17 +63,18 @@ def test_near_and_far_subsets_are_those_of_a_search_by_hand() -> None:
 
 
 def test_a_row_has_the_mean_the_spread_and_students_interval_of_its_group() -> None:
-    gains = [0.3, 0.1, 0.4, 0.15, 0.9]
+    gains = np.array([0.3, 0.1, 0.4, 0.15, 0.9])
     points = [{"rule": "a", "score": 2 * g, "coef": g, "gain": g} for g in gains]
     points += [{"rule": "b", "score": 1.0, "coef": 2.0, "gain": None}]
     a, b = tabulate(pd.DataFrame(points), ["rule"], "score", "coef")
     # the 97.5 % point of t with 4 degrees of freedom
-    half = 2.7764451 * np.std(gains, ddof=1) / np.sqrt(5)
-    expected = {
-        "mean": 2 * np.mean(gains), "spread": 2 * np.std(gains, ddof=1), "runs": 5, "coef": np.mean(gains),
-        "gain": np.mean(gains), "low": np.mean(gains) - half, "high": np.mean(gains) + half,
-    }  # fmt: skip
-    assert {key: a[key] for key in expected} == pytest.approx(expected, rel=1e-6)
+    mean, spread, half = gains.mean(), gains.std(ddof=1), 2.7764451 * gains.std(ddof=1) / 5**0.5
+    assert [a["mean"], a["spread"], a["runs"], a["coef"]] == pytest.approx(
+        [2 * mean, 2 * spread, 5, mean]
+    )
+    assert [a["low"], a["gain"], a["high"]] == pytest.approx(
+        [mean - half, mean, mean + half], rel=1e-6
+    )
     assert (b["mean"], b["runs"], b["coef"]) == (1, 1, 2)
     assert all(np.isnan([b[key] for key in ("spread", "gain", "low", "high")]))
 
@@ -126,24 +126,17 @@ def test_a_random_vector_has_the_norm_of_every_tensor_and_another_direction() ->
     [
         ({"tasks": ("a", "a")}, "names a data set twice"),
         ({"lr_values": (1.0, -1.0)}, "lr_values.1: must be greater than 0"),
-        ({"steps_values": (0,)}, "steps_values.0: must be greater than or equal to 1"),
         ({"methods": ("medain",)}, 'did you mean "median"?'),
         ({"val_limit": 0}, "val_limit: must be greater"),
-        ({"draws": 0}, "draws: must be greater"),
-        ({"jobs": 0}, "jobs: must be greater"),
         ({"scaling_coefs": (float("nan"),)}, "scaling_coefs.0: must be a finite number"),
-        ({"scaling_coefs": ()}, "scaling_coefs: "),
         ({"steps_values": ()}, "steps_values: "),
     ],
 )
 def test_every_mistake_has_a_line(changes: dict[str, object], message: str) -> None:
     with pytest.raises(DeltaflError) as caught:
-        StudyRecipe.of(**{"tasks": ("a", "b"), "domains": ("a", "b")} | changes)
-    assert len(caught.value.problems) == 1
-    assert message in caught.value.problems[0]
-
-
-TWO = {"tasks": ("a", "b")}
+        StudyRecipe.of(**TWO | changes)
+    (problem,) = caught.value.problems
+    assert message in problem
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,13 @@ far apart, and how far along the merged delta should one go?
 import inspect
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
 import numpy as np
+import pandas as pd
 import torch
 
 from deltafl.errors import DeltaflError
@@ -102,29 +103,21 @@ class Search(Merging):
         )
         found = run_search(recipe, None, tasks=[judged(self.study, m.data) for m in self.models])
         kept = {key: found[key] for key in ("tasks", "training", "rows", "curves", "cosine")}
-        return {**kept, "left_out": left_out, "points": list(self._points(found))}
+        return {**kept, "left_out": left_out, "points": self._points(found)}
 
-    def _points(self, found: Result) -> Iterator[Mapping[str, object]]:
+    def _points(self, found: Result) -> list[dict[str, object]]:
         """Of every row: the scores, and how far the models and their trainings are apart."""
         matrix = np.array(found["cosine"]["matrix"], dtype=float)
-        shared = {
-            "seed": self.study.seed,
-            "steps_ratio": _ratio([model.steps for model in self.models]),
-            "norm_ratio": _ratio([training["norm"] for training in found["training"]]),
-            "cosine": mean_cosine(matrix, range(len(matrix))),
-        }
-        rows = told(found["rows"])
-        unit = next(row["normalized"] for row in rows if row["rule"] == REFERENCE)
-        for row in rows:
-            same = unit is None or row["rule"] in (SINGLE, UNMERGED, REFERENCE)
-            yield {
-                "rule": row["rule"],
-                "normalized": row["normalized"],
-                "accuracy": row["mean"],
-                "gain": None if same else row["normalized"] - unit,
-                "scaling_coef": row["scaling_coef"],
-                **shared,
-            }
+        rows = pd.DataFrame(told(found["rows"])).set_index("rule").astype({"normalized": float})
+        gains = rows["normalized"] - rows["normalized"][REFERENCE]
+        points = rows[["normalized", "mean", "scaling_coef"]].assign(
+            gain=gains.drop([SINGLE, UNMERGED, REFERENCE]),
+            seed=self.study.seed,
+            steps_ratio=_ratio([model.steps for model in self.models]),
+            norm_ratio=_ratio([training["norm"] for training in found["training"]]),
+            cosine=mean_cosine(matrix, range(len(matrix))),
+        )
+        return points.rename(columns={"mean": "accuracy"}).reset_index().to_dict("records")
 
 
 def told(rows: Sequence[Result]) -> list[Result]:
