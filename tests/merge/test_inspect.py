@@ -11,7 +11,6 @@ from torch import Tensor
 
 from checkpoint_files import make_world, save, toy, tuned
 from deltafl import Source, Update
-from deltafl.algebra.aggregate import Weights
 from deltafl.algebra.deltas import Deltas
 from deltafl.algebra.tensors import BLOCK
 from deltafl.errors import DeltaflError
@@ -20,11 +19,12 @@ from deltafl.merge.inspect import advise, cosines, inspect_models, layer_of, mea
 from deltafl.merge.plan import plan_merge
 from deltafl.merge.recipe import MergeRecipe
 from deltafl.progress import Progress
+from deltafl.rules.weights import as_weights
 
 
 def rows_of(deltas: Sequence[dict[str, Tensor]]) -> Deltas:
     updates = [Update(d, Source(f"m{i}")) for i, d in enumerate(deltas)]
-    return Deltas(updates, Weights((1.0,) * len(deltas)))
+    return Deltas(updates, as_weights(None, len(deltas)))
 
 
 def random_deltas(n: int, seed: int = 0) -> list[dict[str, Tensor]]:

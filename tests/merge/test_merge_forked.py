@@ -35,7 +35,7 @@ def forks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
                 asked.append(workers)
             super().__init__(work, workers, **options)
 
-    monkeypatch.setattr(streaming.chunks, "__defaults__", (1,))
+    monkeypatch.setattr(streaming, "CHUNK", 1)
     monkeypatch.setattr(streaming, "can_fork", lambda: True)
     monkeypatch.setattr(streaming, "Pool", Counted)
     return asked

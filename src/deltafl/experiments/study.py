@@ -18,8 +18,6 @@ from deltafl.experiments.sweep import Result, Store, Work
 from deltafl.federated import FederatedRecipe
 from deltafl.files import atomic_folder
 from deltafl.models import HEAD_FILE, HeadFit, Net, load_net
-from deltafl.models.fit import head_of
-from deltafl.models.head import save_head
 from deltafl.seeding import keyed_generator
 from deltafl.tasks import ImageInput, ImageTask, Task, TextInput, load_task
 from deltafl.tasks.selection import stratified
@@ -173,7 +171,7 @@ class Head(Work):
         net = base_net(self.study.base).copy_to(self.study.device)
         net.prepare(self.task, self.study.training.head, HeadFit(self.study.seed))
         with atomic_folder(folder, overwrite=True) as scratch:
-            save_head(head_of(net), scratch / HEAD_FILE)
+            net.save_head(scratch)
         return {}
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 
-from deltafl.algebra.aggregate import Weights
 from deltafl.algebra.deltas import CachedBlocks, Difference, Update
 from deltafl.algebra.tensors import Joined, Tensors, device_named, lazy
 from deltafl.checkpoints.checkpoint import (
@@ -17,6 +16,7 @@ from deltafl.checkpoints.checkpoint import (
 )
 from deltafl.checkpoints.layout import Layout
 from deltafl.merge.plan import Plan
+from deltafl.rules.weights import Weights
 
 
 @dataclass(frozen=True)

@@ -40,8 +40,7 @@ def measure(
             block = deltas.stack(name, start, stop)
             wide, signs = block.double(), block.sign()
             gram, moved = wide @ wide.T, signs.abs() @ signs.abs().T
-            if not torch.isfinite(gram).all():
-                deltas.refuse_nonfinite(name, start, stop)
+            deltas.check_finite(gram, name, start, stop)
             agreeing = (signs @ signs.T + moved) / 2
             part = torch.stack([gram, moved.double(), agreeing.double()]).cpu()
             layer = layer_of(name)
@@ -50,7 +49,7 @@ def measure(
 
     total: dict[str, Tensor] = {}
     width = 4 * len(deltas.updates)
-    for _, found in visit(
+    for found in visit(
         deltas.specs, measured, threads, name="reading", width=width, on_progress=on_progress
     ):
         for layer, part in found.items():

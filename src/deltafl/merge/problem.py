@@ -11,7 +11,7 @@ from deltafl.algebra.tensors import Tensors
 from deltafl.merge.candidates import BASE, Row
 from deltafl.models.net import Net
 from deltafl.rules.rule import Rule, build_rule
-from deltafl.rules.weights import as_weights
+from deltafl.rules.weights import as_weights, total_weight
 from deltafl.training.step import TaskScorer
 
 
@@ -46,7 +46,7 @@ class Problem:
     @property
     def total_weight(self) -> float:
         """sum_i |w_i|: server_lr / lambda."""
-        return as_weights(self.weights, len(self.updates)).total("")
+        return total_weight(as_weights(self.weights, len(self.updates)))
 
     def aggregate(self, rule: Rule) -> Aggregate:
         """The update that a rule makes of the deltas."""

@@ -1,19 +1,17 @@
 """The recipe of `deltafl merge`, and what it shares with that of `deltafl search`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from deltafl.checkpoints.layout import CODES
 from deltafl.errors import DeltaflError
 from deltafl.recipes import Incidental, Recipe
 from deltafl.rules.parameters import RuleParameters
 from deltafl.rules.weights import Weights, as_weights
 from deltafl.sizes import Size
-
-STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
-"""A dtype in safetensors' spelling."""
 
 
 class ModelEntry(Recipe):
@@ -90,11 +88,13 @@ class DeltaRecipe(Recipe):
         each, or all 0.
         """
         numbers = [entry.weight for entry in self.entries.values()]
-        default = tuple(1.0 if number is None else number for number in numbers)
-        return as_weights(Weights(default, self._weights_by_name()), len(numbers))
+        default = [1.0 if number is None else number for number in numbers]
+        patterns = self._weights_by_name()
+        rows = {**patterns, "*": patterns.get("*", default)}
+        return as_weights(rows, len(numbers))
 
-    def _weights_by_name(self) -> tuple[tuple[str, tuple[float, ...]], ...]:
-        return ()
+    def _weights_by_name(self) -> Mapping[str, Sequence[float]]:
+        return {}
 
     def _numbers(self) -> dict[str, tuple[float, ...] | None]:
         return {
@@ -155,10 +155,10 @@ class MergeRecipe(RuleParameters, DeltaRecipe):
     @property
     def stored_dtype(self) -> str | None:
         """The output's dtype in safetensors' spelling; None: the base's."""
-        return STORED[self.dtype] if self.dtype else None
+        return CODES[self.dtype] if self.dtype else None
 
-    def _weights_by_name(self) -> tuple[tuple[str, tuple[float, ...]], ...]:
-        return tuple((pattern, tuple(row)) for pattern, row in self.weight_patterns.items())
+    def _weights_by_name(self) -> Mapping[str, Sequence[float]]:
+        return self.weight_patterns
 
     def problems(self) -> Iterator[str]:
         """What is given twice, or does not fit the models."""

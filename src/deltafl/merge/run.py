@@ -11,16 +11,16 @@ from typing import Any
 
 import torch
 
-from deltafl.algebra.aggregate import Aggregate, Stepped, Weights, sum_scale
+from deltafl.algebra.aggregate import Aggregate, Stepped
 from deltafl.checkpoints import layout as layouts
-from deltafl.checkpoints.checkpoint import DTYPES, entries_of
+from deltafl.checkpoints.checkpoint import entries_of, torch_dtype
 from deltafl.checkpoints.writing import copy_companions, plan_shards, write_tensors
 from deltafl.files import atomic_folder
 from deltafl.merge.inputs import Opened, large_deltas, open_updates
 from deltafl.merge.plan import Plan
 from deltafl.merge.recipe import MergeRecipe
 from deltafl.progress import OnProgress, ignore
-from deltafl.rules.weights import first_match
+from deltafl.rules.weights import Weights, first_match, total_weight
 from deltafl.version import __version__
 
 
@@ -31,8 +31,8 @@ def step_scale(recipe: MergeRecipe, weights: Weights) -> Callable[[str], float]:
     given = recipe.server_lr if recipe.scaling_coef is None else recipe.scaling_coef
 
     def scale(name: str) -> float:
-        number = first_match(name, recipe.scale_patterns.items(), 1.0 if given is None else given)
-        return number if recipe.scaling_coef is None else sum_scale(weights, number)(name)
+        number = first_match(name, recipe.scale_patterns, 1.0 if given is None else given)
+        return number if recipe.scaling_coef is None else number * total_weight(weights, name)
 
     return functools.cache(scale)
 
@@ -63,7 +63,7 @@ def run_merge(
             threads=plan.threads,
             on_progress=on_progress,
         )
-        dtype = DTYPES[recipe.stored_dtype] if recipe.stored_dtype else None
+        dtype = torch_dtype(recipe.stored_dtype) if recipe.stored_dtype else None
         scale = step_scale(recipe, opened.weights)
         stepped = Stepped(opened.base, aggregate, scale, dtype=dtype)
         shards = plan_shards(entries_of(opened.base), recipe.stored_dtype, recipe.max_shard_size)
@@ -92,7 +92,7 @@ def describe(
     """The record of a merge: inputs by identity, rule, parameters, both scales, what was left out,
     versions.
     """
-    recipe, total = plan.recipe, sum(map(abs, opened.weights.default))
+    recipe, total = plan.recipe, sum(map(abs, opened.weights["*"]))
     if recipe.scaling_coef is not None:
         server_lr = total * recipe.scaling_coef
     else:
@@ -114,8 +114,8 @@ def describe(
         "server_lr": server_lr,
         "scaling_coef": server_lr / total if total else recipe.scaling_coef,
         "scale_patterns": [list(pair) for pair in recipe.scale_patterns.items()],
-        "weights": list(opened.weights.default),
-        "weight_patterns": [[pattern, list(row)] for pattern, row in opened.weights.patterns],
+        "weights": list(opened.weights["*"]),
+        "weight_patterns": [list(pair) for pair in recipe.weight_patterns.items()],
         "scope": recipe.scope,
         "include": list(recipe.include),
         "exclude": list(recipe.exclude),

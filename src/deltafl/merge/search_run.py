@@ -64,7 +64,7 @@ def run_search(
             Goal(task.name, net, *_scorers(task, recipe.batch_size), opened.tuned[name])
             for name, task, net in zip(plan.layouts, tasks, nets, strict=True)
         ]
-        problem = Problem(opened.base, opened.updates, goals, opened.weights.default, plan.threads)
+        problem = Problem(opened.base, opened.updates, goals, opened.weights["*"], plan.threads)
         found = search(problem, recipe, on_progress)
         result = _describe(recipe, plan, problem, tasks, found)
     if scores is not None:
@@ -116,8 +116,9 @@ def _nets(recipe: SearchRecipe, plan: Plan, net: Net, tasks: Sequence[Task]) -> 
                 f'task "{task.name}": {task.metric} is no ratio, so that it cannot be divided by '
                 "that of the task's own model; give --metric absolute"
             )
+        own = str(layout.folder / HEAD_FILE) if net.takes_head else HeadRecipe().head
         head = HeadRecipe.of(
-            head=entry.head or str(layout.folder / HEAD_FILE),
+            head=entry.head or own,
             templates=recipe.templates if entry.head == "zero-shot" else None,
         )
         nets.append(net.sharing())

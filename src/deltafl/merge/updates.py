@@ -9,6 +9,7 @@ from torch import Tensor
 
 from deltafl.algebra.aggregate import Aggregate
 from deltafl.algebra.streaming import Unit, visit
+from deltafl.pool import shared_like
 
 
 @dataclass
@@ -53,12 +54,14 @@ class UpdateCache:
     def make(self, aggregate: Aggregate) -> dict[str, Tensor]:
         """The update as tensors, in float32, on the device that it is computed on."""
         specs = {name: aggregate.spec(name) for name in aggregate}
-        flat = {n: torch.empty(s.numel, dtype=s.dtype, device=s.device) for n, s in specs.items()}
+        made = {n: torch.empty(s.shape, dtype=s.dtype, device=s.device) for n, s in specs.items()}
+        if all(tensor.device.type == "cpu" for tensor in made.values()):
+            made = shared_like(made)
 
         def fill(unit: Unit) -> None:
             for name, start, stop in unit:
-                aggregate.read(name, start, stop, flat[name][start:stop])
+                aggregate.read(name, start, stop, made[name].view(-1)[start:stop])
 
-        for _ in visit(specs, fill, self.threads, forks=False, whole=aggregate.whole):
+        for _ in visit(specs, fill, self.threads, whole=aggregate.whole):
             pass
-        return {name: tensor.view(specs[name].shape) for name, tensor in flat.items()}
+        return made
