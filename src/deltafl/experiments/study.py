@@ -66,7 +66,7 @@ class Study:
         """
         lrs = self.recipe.lr_values
         lr, steps = lr or lrs[min(1, len(lrs) - 1)], steps or max(self.recipe.steps_values)
-        return FineTune(self, data, lr, steps, Head(self, head or data.spec))
+        return FineTune(self, data, lr, steps, FrozenHead(self, head or data.spec))
 
     def check(self, names: Iterable[str]) -> None:
         """Raise DeltaflError with what is wrong with the data of these studies: they are not there,
@@ -140,7 +140,7 @@ def settings_of(recipe: TrainingRecipe | FederatedRecipe) -> Mapping[str, object
 
 
 @dataclass(frozen=True)
-class Head(Work):
+class FrozenHead(Work):
     """The frozen head of a data set, made from the base model; parts of it share it."""
 
     study: Study
@@ -183,7 +183,7 @@ class FineTune(Work):
     data: Data
     lr: float
     steps: int
-    head: Head
+    head: FrozenHead
     kind: ClassVar[str] = "fine-tunes"
 
     @property
