@@ -8,6 +8,7 @@ from math import inf, nan
 import numpy as np
 import pandas as pd
 
+from deltafl.errors import shorten
 from deltafl.report.figures import Figure, heat_map
 from deltafl.report.page import Page
 from deltafl.report.run import settings_table
@@ -116,12 +117,14 @@ def _by_kind(tensors: Sequence[Record]) -> pd.DataFrame:
 def shards_page(result: Record) -> Page:
     """Which client has which classes: in numbers, client by class, and every client's size."""
     names, clients = result["class_names"], len(result["sizes"])
+    held = [[n for n, count in zip(names, row, strict=True) if count] for row in result["counts"]]
     counts = pd.DataFrame(result["counts"], columns=names if len(names) <= 20 else None)[:MOST]
     caption = f"The darker, the more, up to {counts.max(axis=None)}; a blank cell is none."
     if clients > MOST:
         caption += f" The first {MOST} of {clients} clients are shown."
     title = "Examples of each class (across) at each client"
-    rows = pd.DataFrame({key: result[key] for key in ("sizes", "classes")}).reset_index()
+    told = {key: result[key] for key in ("sizes", "classes")}
+    rows = pd.DataFrame({**told, "held": [shorten(few, 4) for few in held]}).reset_index()
     values = {
         "result": result,
         "missing": [name for name, count in zip(names, result["left_out"], strict=True) if count],
