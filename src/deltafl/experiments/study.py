@@ -211,6 +211,6 @@ class FineTune(Work):
         return f"{self.task.name}-lr{self.lr:g}-steps{self.steps}-seed{self.study.seed}"
 
     def run(self, folder: Path, store: Store) -> Result:
-        recipe = self.recipe.replace(head=self.head.file(store), few_shot=None, templates=None)
-        net = base_net(self.study.base)
-        return finetune(net, self.task, recipe, folder, resume=True).training
+        own = {"head": self.head.file(store), "few_shot": None, "templates": None}
+        recipe, net = self.recipe.replace(out=str(folder), **own), base_net(self.study.base)
+        return finetune(net, self.task, recipe, resume=True).training
