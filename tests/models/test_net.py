@@ -7,9 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from deltafl.errors import DeltaflError
-from deltafl.models import ClassifierNet, HeadRecipe, load_net
-from deltafl.models.classifier import Classifier
-from deltafl.tasks import ImageInput, load_task
+from deltafl.models import HeadRecipe, load_net
+from deltafl.tasks import load_task
 from deltafl.training.step import scores, train_step
 from tiny_models import own_net, tiny_images, tiny_llama, tiny_net, write_lines
 
@@ -139,21 +138,17 @@ def test_buffers_are_part_of_the_state():
     assert all((t == 3).all() for t in net.module.state_dict().values())
 
 
-def test_a_copy_is_independent():
+def test_a_copy_is_independent_and_something_must_train():
     net = tiny_net()
     twin = net.copy_to("cpu")
-    assert torch.equal(net.copy_to("cpu").flat, net.flat)
     assert torch.equal(twin.flat, net.flat)
     with torch.no_grad():
         net.flat.zero_()
     assert twin.flat.any()
-
-
-def test_nothing_to_train():
-    net = tiny_net()
-    net.module.requires_grad_(False)
+    frozen = tiny_net()
+    frozen.module.requires_grad_(False)
     with pytest.raises(DeltaflError, match="what trains must be of one dtype on one device, not"):
-        assert net.flat is None
+        assert frozen.flat is None
 
 
 def test_loading_refuses_what_does_not_fit_and_changes_nothing():
@@ -182,34 +177,3 @@ def test_a_language_model_is_scored_by_its_likelihood_and_saved(language, tmp_pa
     (tmp_path / "saved").mkdir()
     net.save(tmp_path / "saved")
     assert torch.equal(load_net(tmp_path / "saved").flat, net.flat)
-
-
-def test_lines_have_the_file_as_their_source(language):
-    _, task = language
-    assert task.groups("train").unique().tolist() == [0, 1]
-    assert not task.ratio_scaled
-
-
-def test_an_encoder_with_a_head_of_its_own_loads_from_the_names_of_its_file():
-    class Headed(torch.nn.Module):
-        input_size, channels = 8, 1
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = torch.nn.Linear(64, 4)
-            self.head = torch.nn.Linear(4, 1000)
-
-        def embed(self, x: torch.Tensor) -> torch.Tensor:
-            return self.body(x.flatten(1))
-
-    inputs = ImageInput(8, 1, (0.5,), (0.5,))
-    module = Classifier(Headed(), lambda encoder, x: encoder.embed(x), inputs, "headed")
-    net = ClassifierNet(module, inputs)
-    net.prepare(tiny_images(), HeadRecipe.of(head="linear"))
-    given = {n: t.clone() for n, t in module.encoder.state_dict().items()}
-    head = module.head.weight.clone()
-    with torch.no_grad():
-        net.flat.zero_()
-    assert net.load(given) == ()
-    assert torch.equal(module.encoder.body.weight, given["body.weight"])
-    assert torch.equal(module.head.weight, head)

@@ -155,9 +155,9 @@ def test_a_killed_run_resumes_to_the_same_bits(kind: str, base: Path, tmp_path: 
     net = load_net(model)
     task = tiny_images() if kind == "images" else load_task(data, net.inputs, 7)
     steps: list[int] = []
-    recipe = RECIPE.replace(
-        model=str(model), data=data, train_head=True, device="cpu", out=str(tmp_path / "cut")
-    )
+    head = {"head": "linear", "train_head": True} if kind == "images" else {"head": "ridge"}
+    out = str(tmp_path / "cut")
+    recipe = RECIPE.replace(model=str(model), data=data, device="cpu", out=out, **head)
     done = finetune(
         net,
         task,
