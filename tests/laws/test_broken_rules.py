@@ -97,7 +97,7 @@ def test_a_rule_is_held_to_the_laws_by_being_registered():
 def test_purity_is_checked_on_what_the_engine_hands_out(monkeypatch):
     rule = Coordinate(lambda b, w: mean(b, w))
 
-    def own(self, name, start, stop):
+    def own(self, name, start, stop, models=None):
         return torch.stack([lazy(u.delta).block(name, start, stop).add_(1) for u in self.updates])
 
     monkeypatch.setattr(Deltas, "stack", own)

@@ -27,7 +27,7 @@ def test_models_have_distinct_names(models: list[Any], names: list[str]) -> None
 def test_what_is_said_of_a_model_beside_it_or_in_a_list() -> None:
     entry = {"path": "p", "name": "n", "weight": 2, "num_steps": 7, "num_examples": 9}
     recipe = MergeRecipe.of(base="b", models=["m", entry])
-    assert recipe.model_weights.default == (1.0, 2.0)
+    assert recipe.model_weights == {"*": (1.0, 2.0)}
     model = recipe.entries["n"]
     assert (model.path, model.num_steps, model.num_examples) == ("p", 7, 9)
     listed = MergeRecipe.of(**LEAST, weights=[1, 2], num_steps=[3, 4], num_examples=[5, 6])
@@ -40,7 +40,8 @@ def test_what_is_said_of_a_model_beside_it_or_in_a_list() -> None:
 def test_patterns_keep_their_order() -> None:
     by_name = {"*.z": [1, 2], "*.a": [3, 4]}
     recipe = MergeRecipe.of(**LEAST, weight_patterns=by_name, scale_patterns={"*.z": 1, "*.a": 3})
-    assert recipe.model_weights.patterns == (("*.z", (1, 2)), ("*.a", (3, 4)))
+    rows = [("*.z", (1, 2)), ("*.a", (3, 4)), ("*", (1, 1))]
+    assert list(recipe.model_weights.items()) == rows
     assert list(recipe.scale_patterns.items()) == [("*.z", 1), ("*.a", 3)]
 
 
@@ -70,7 +71,7 @@ def test_the_parameters_of_a_rule_stand_beside_its_name() -> None:
         ({"weights": [0, 0]}, "weights: all are 0"),
         ({"weights": [1, 2], "models": ["a", {"path": "b", "weight": 1}]}, "weights: given both"),
         ({"weight_patterns": {"a": ["x"]}}, "weight_patterns.a.0: "),
-        ({"weight_patterns": {"a": [1.0]}}, "a: 1 weights for 2 models"),
+        ({"weight_patterns": {"a": [1.0]}}, 'weights of "a": 1 numbers for 2 models'),
         ({"server_lr": 1, "scaling_coef": 1}, "server_lr and scaling_coef are two ways"),
         ({"scaling_coef": float("nan")}, "scaling_coef: must be a finite number"),
         ({"max_shard_size": 0}, "max_shard_size: "),
@@ -93,7 +94,7 @@ SEARCH: dict[str, Any] = {"base": "b", "models": [{"path": "m", "data": "digits"
 
 def test_a_search_says_what_is_merged_for_each_candidate() -> None:
     recipe = SearchRecipe.of(**SEARCH, scope="encoder", weights=[2.0], out="o")
-    assert recipe.merge("fedgma", scaling_coef=0.3, rho=0.6) == MergeRecipe.of(
+    assert recipe.merge(method="fedgma", scaling_coef=0.3, rho=0.6) == MergeRecipe.of(
         base="b",
         models=[{"path": "m"}],
         scope="encoder",

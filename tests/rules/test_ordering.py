@@ -1,6 +1,5 @@
 import itertools
 
-import numpy as np
 import pytest
 import torch
 
@@ -44,17 +43,3 @@ def test_the_network_is_as_small_as_batchers():
 def test_a_rank_takes_less_than_the_whole_sort():
     used = sum(low + high for _, _, low, high in selection_network(9, frozenset([4])))
     assert used < 2 * len(network(9))
-
-
-def test_ranks_of_equal_and_signed_values():
-    block = torch.tensor([[1.0, -0.5, 2.0], [1.0, 0.5, -2.0], [1.0, -0.5, 0.0]])
-    expected = np.sort(block.numpy(), axis=0)
-    for rank, value in enumerate(ranks(block, range(3))):
-        np.testing.assert_array_equal(value.numpy(), expected[rank])
-
-
-def test_nan_spreads_to_every_rank_it_meets():
-    assert all(
-        value.isnan().all()
-        for value in ranks(torch.tensor([[1.0], [float("nan")], [2.0]]), range(3))
-    )

@@ -18,12 +18,7 @@ def rules(name: str | None) -> None:
         click.echo(click.style(key, bold=True))
         click.echo("  " + (inspect.getdoc(rule) or "").replace("\n", "\n  "))
         for parameter, (_, default) in parameters(rule).items():
-            shown = (
-                "required"
-                if default is dataclasses.MISSING and parameter != "inner"
-                else f"default {default}"
-            )
-            shown = "default task_arithmetic" if parameter == "inner" else shown
+            shown = "required" if default is dataclasses.MISSING else f"default {default}"
             click.echo(f"  --{parameter.replace('_', '-')}  {shown}")
         traits = dataclasses.asdict(rule(**rule.typical()).traits)
         click.echo(

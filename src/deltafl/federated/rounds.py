@@ -20,7 +20,7 @@ from deltafl.federated.scaffold import Controls, correction, with_controls
 from deltafl.federated.server import ServerState, server_step
 from deltafl.forking import can_fork
 from deltafl.models.net import Net
-from deltafl.pool import Pool, SharedMemory
+from deltafl.pool import Pool, shared_like
 from deltafl.sparse.masks import Mask
 from deltafl.tasks.task import Task
 
@@ -131,19 +131,18 @@ class Workers(AbstractContextManager["Workers"]):
         self._federation, self._params, self._control = federation, state.params, state.control
         known: list[object] = []
         if count > 1:
-            self._params = SharedMemory.of(state.params)
+            self._params = shared_like(state.params)
             if state.control is not None:
-                self._control = SharedMemory.of({"": state.control})[""]
+                self._control = shared_like({"": state.control})[""]
             known.append(self._params)
             if isinstance(federation.client, LocalTraining) and federation.mask is not None:
                 known.append(federation.client.index(federation.mask))
-        given = [*state.params.values(), *([] if state.control is None else [state.control])]
         self._shared = count > 1
         self._pool = Pool(
             self._work,
             count,
             slots=federation.recipe.clients_per_round,
-            room=SharedMemory.room(given),
+            like=[*state.params.values(), *([] if state.control is None else [state.control])],
             known=known,
         )
 

@@ -72,20 +72,18 @@ class Within(NamedTuple):
     high: float = float("inf")
 
 
-def _refuse(what: str, hint: object, value: PerModel | str) -> None:
+def _refuse(what: str, hint: object, value: PerModel) -> None:
     """Raise DeltaflError unless the value, or each of its numbers by model, fits the type."""
     kinds, choices = typing.get_args(hint), typing.get_origin(hint) is Literal
     if choices and value not in kinds:
         known = f"{', '.join(kinds[:-1])} or {kinds[-1]}"
         raise DeltaflError(f'{what} is "{value}"; it must be {known}')
-    by_name = isinstance(value, Mapping)
-    if by_name and list(value)[-1:] != ["*"]:
-        raise DeltaflError(f'{what} by tensor needs "*" as its last pattern, for all the others')
-    for low, high in (kind for kind in kinds if isinstance(kind, Within)):
-        for one in itertools.chain(*value.values()) if by_name else [value]:
-            if not isinstance(one, str) and not low <= one <= high:
-                limits = f"in [{low:g}, {high:g}]" if high < math.inf else f"{low:g} or more"
-                raise DeltaflError(f"{what} is {one:g}; it must be {limits}")
+    numbers = itertools.chain(*value.values()) if isinstance(value, Mapping) else [value]
+    ranges = [kind for kind in kinds if isinstance(kind, Within)]
+    for one, (low, high) in itertools.product(numbers, ranges):
+        if not low <= one <= high:
+            limits = f"in [{low:g}, {high:g}]" if high < math.inf else f"{low:g} or more"
+            raise DeltaflError(f"{what} is {one:g}; it must be {limits}")
 
 
 class Transform(ABC):
@@ -157,8 +155,9 @@ class Rule:
 
     @classmethod
     def seeded(cls, params: Mapping[str, Any], seed: int) -> dict[str, Any]:
-        """The parameters, with the seed of a run for a rule that draws and is given none."""
-        return dict(params)
+        """The parameters, with the seed of a run for a rule that has one and is given none."""
+        own = {"seed": seed} if "seed" in parameters(cls) else {}
+        return own | dict(params)
 
 
 class LinearRule(Rule, ABC):
@@ -208,13 +207,12 @@ def load_rules() -> Registry[type[Rule]]:
 
 
 def parameters(rule: type[Rule]) -> dict[str, tuple[Any, Any]]:
-    """Parameter name -> (type, default or dataclasses.MISSING) of a rule class."""
+    """Parameter name -> (type, default or dataclasses.MISSING); a rule in it goes by its name."""
     hints = typing.get_type_hints(rule)
-    found = {}
-    for f in dataclasses.fields(rule):
-        made = None if f.default_factory is dataclasses.MISSING else f.default_factory()
-        found[f.name] = hints[f.name], made or f.default
-    return found
+    return {
+        f.name: (str, f.default.name) if isinstance(f.default, Rule) else (hints[f.name], f.default)
+        for f in dataclasses.fields(rule)
+    }
 
 
 def build_rule(name: str, params: Mapping[str, Any]) -> Rule:
@@ -222,21 +220,24 @@ def build_rule(name: str, params: Mapping[str, Any]) -> Rule:
 
     Raises DeltaflError for unknown and for missing parameters, all at once.
     """
-    rule = load_rules()[name]
+    rule, own, problems = load_rules()[name], dict(params), list[str]()
     known = parameters(rule)
-    own = {k: v for k, v in params.items() if k in known}
-    rest = {k: v for k, v in params.items() if k not in known}
-    problems: list[str] = []
-    if isinstance(own.get("inner"), str):
+    if "inner" in known and isinstance(params.get("inner"), str):
+        rest = {key: own.pop(key) for key in params if key not in known}
         try:
-            own["inner"] = build_rule(own["inner"], rest)
+            own["inner"] = build_rule(params["inner"], rest)
         except DeltaflError as error:
             problems += error.problems
-        rest = {}
-    problems += [f'method {name} has no parameter "{k}"; {did_you_mean(k, known)}' for k in rest]
-    for key, (_, default) in known.items():
-        if default is dataclasses.MISSING and key not in own:
-            problems.append(f"method {name} needs --{key.replace('_', '-')}")
+    problems += [
+        f'method {name} has no parameter "{key}"; {did_you_mean(key, known)}'
+        for key in own
+        if key not in known
+    ]
+    problems += [
+        f"method {name} needs --{key.replace('_', '-')}"
+        for key, (_, default) in known.items()
+        if default is dataclasses.MISSING and key not in own
+    ]
     if problems:
         raise DeltaflError(*problems)
     return rule(**own)
