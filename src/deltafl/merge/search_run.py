@@ -105,7 +105,7 @@ def _nets(recipe: SearchRecipe, plan: Plan, net: Net, tasks: Sequence[Task]) -> 
             )
         if recipe.reference and not task.ratio_scaled:
             problems.append(f"{no_ratio} compared in percent; leave reference out")
-        own = str(layout.folder / HEAD_FILE) if net.takes_head else HeadRecipe().head
+        own = str(layout.folder / HEAD_FILE) if net.takes_head else HeadRecipe.of().head
         head = HeadRecipe.of(
             head=entry.head or own,
             templates=recipe.templates if entry.head == "zero-shot" else None,

@@ -8,7 +8,8 @@ from deltafl.tasks.task import SPLITS, Task
 
 
 def class_groups(classes: int, parts: int, generator: torch.Generator) -> list[Tensor]:
-    """`parts` disjoint groups of the classes 0 .. `classes` - 1 at random, sizes differing by at most 1, ascending.
+    """`parts` disjoint groups of the classes 0 .. `classes` - 1 at random, sizes differing by at
+    most 1, ascending.
 
     Raises:
         DeltaflError: fewer classes than groups, or no group.
