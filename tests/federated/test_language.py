@@ -15,7 +15,8 @@ from deltafl.training.step import scores
 from federated.worlds import RECIPE, federate, language
 
 LINES = RECIPE.replace(
-    num_clients=4, sharding="non_iid", nc=1, participation_rate=1.0, lr=0.3, momentum=0.5, grad_clip=1.0
+    num_clients=4, sharding="non_iid", nc=1, participation_rate=1.0, lr=0.3, momentum=0.5, grad_clip=1.0,
+    head="ridge",
 )  # fmt: skip
 
 

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from deltafl.federated import ClientUpdate, LocalTraining, Round
 from deltafl.federated.client import load_state, names_of, state_of
 from deltafl.federated.rounds import Workers, run_round
-from deltafl.models import Net, load_net
-from deltafl.models.fit import ClassifierFormat
+from deltafl.models import ClassifierNet, load_net
 from deltafl.tasks import ImageInput
 from deltafl.training.step import batch_ids
 from federated.worlds import RECIPE, Begun, assert_same, begin, federate, halves, normed
@@ -269,7 +268,7 @@ def test_names_are_those_of_files_unless_another_tensor_has_them() -> None:
             self.encoder = nn.ModuleDict({"head": nn.Linear(2, 2), "body": nn.Linear(2, 2)})
             self.head = nn.Linear(2, 3)
 
-    net = Net(Colliding(), ImageInput(8, 1), ClassifierFormat())
+    net = ClassifierNet(Colliding(), ImageInput(8, 1))
     assert set(names_of(net).values()) == {
         "encoder.head.weight", "encoder.head.bias", "body.weight", "body.bias", "head.weight", "head.bias",
     }  # fmt: skip

@@ -74,7 +74,7 @@ def merged(folder: Path, recipe: FederatedRecipe, out: Path) -> dict[str, Tensor
 
 def files_of(model: Path) -> dict[str, Tensor]:
     net = load_net(model)
-    return {net.format.file_name(n): t for n, t in net.module.state_dict().items()}
+    return {net.file_name(n): t for n, t in net.module.state_dict().items()}
 
 
 def assert_is_merge(state: ServerState, tensors: dict[str, Tensor]) -> None:

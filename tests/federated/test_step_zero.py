@@ -10,7 +10,6 @@ from deltafl.errors import DeltaflError
 from deltafl.federated import FederatedRecipe
 from deltafl.federated import setup as step_zero
 from deltafl.federated.setup import calibration_clients, fit_head, make_shards
-from deltafl.models.fit import classifier_of
 from deltafl.sparse.fisher import FisherScorer
 from deltafl.sparse.masks import load_mask, mask_meta, model_hash, save_mask
 from deltafl.sparse.strategies import MASK_STRATEGIES
@@ -34,7 +33,7 @@ def test_a_ridge_head_from_the_clients_is_the_same_however_they_share_the_data(
         shards = make_shards(halves(), recipe)
         assert len(shards) == recipe.sharding.num_clients
         fit_head(net, halves(), shards, recipe)
-        heads.append(classifier_of(net).head)
+        heads.append(net.head)
         assert not any(p.requires_grad for p in heads[-1].parameters())
     for head in heads[1:]:
         torch.testing.assert_close(head.weight, heads[0].weight, rtol=1e-6, atol=1e-7)
@@ -44,10 +43,10 @@ def test_a_ridge_head_from_the_clients_is_the_same_however_they_share_the_data(
 def test_a_frozen_head_does_not_move_and_a_trained_one_does(tmp_path: Path) -> None:
     for train_head in (False, True):
         begun = begin(tmp_path, RECIPE.replace(train_head=train_head))
-        before = classifier_of(begun.federation.net).head.weight.detach().clone()
+        before = begun.federation.net.head.weight.detach().clone()
         assert ("head.weight" in begun.state.params) == train_head
         state, _ = one_round(begun)
-        head = classifier_of(begun.federation.net).head.weight
+        head = begun.federation.net.head.weight
         if train_head:
             assert not torch.equal(state.params["head.weight"], before)
         else:

@@ -171,7 +171,7 @@ def test_mistake_images_decoded_again_for_every_candidate(
 ) -> None:
     from deltafl.tasks import loading
 
-    decoded = counting(monkeypatch, loading, "_images", lambda source, *rest: source.name)
+    decoded = counting(monkeypatch, loading, "digits", lambda variant, *rest: f"digits_{variant}")
     run(search_recipe(trained))
     assert decoded == {f"digits_{v}": 1 for v in VARIANTS}
 

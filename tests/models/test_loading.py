@@ -28,47 +28,33 @@ def build(family: str):
     import transformers as t
 
     torch.manual_seed(0)
-    if family == "vit":
-        return t.ViTModel(t.ViTConfig(**SIZES), add_pooling_layer=False)
-    if family == "vit with pooler":
-        return t.ViTModel(t.ViTConfig(**SIZES))
-    if family == "vit classifier":
-        return t.ViTForImageClassification(t.ViTConfig(**SIZES))
-    if family == "dinov2":
-        return t.Dinov2Model(t.Dinov2Config(**SIZES))
-    if family == "clip tower":
-        return t.CLIPVisionModel(t.CLIPVisionConfig(**SIZES))
-    if family == "clip projected":
-        return t.CLIPVisionModelWithProjection(t.CLIPVisionConfig(**SIZES, projection_dim=12))
     text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 9}
     text |= {"intermediate_size": 32, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
-    return t.CLIPModel(t.CLIPConfig(text_config=text, vision_config=SIZES, projection_dim=12))
+    both = {"text_config": text, "vision_config": SIZES, "projection_dim": 12}
+    vision = t.CLIPVisionConfig(**SIZES, projection_dim=12)
+    return {
+        "vit": lambda: t.ViTModel(t.ViTConfig(**SIZES), add_pooling_layer=False),
+        "vit with pooler": lambda: t.ViTModel(t.ViTConfig(**SIZES)),
+        "vit classifier": lambda: t.ViTForImageClassification(t.ViTConfig(**SIZES)),
+        "dinov2": lambda: t.Dinov2Model(t.Dinov2Config(**SIZES)),
+        "clip tower": lambda: t.CLIPVisionModel(t.CLIPVisionConfig(**SIZES)),
+        "clip projected": lambda: t.CLIPVisionModelWithProjection(vision),
+        "clip": lambda: t.CLIPModel(t.CLIPConfig(**both)),
+    }[family]()
 
 
-def reference(family: str, model, pixels: torch.Tensor) -> torch.Tensor:
-    model.eval()
-    if family == "clip tower":
-        return model(pixels).pooler_output
-    if family == "clip projected":
-        return model(pixels).image_embeds
-    if family == "clip":
-        return model.visual_projection(model.vision_model(pixels).pooler_output)
-    backbone = model.vit if family == "vit classifier" else model
-    return backbone(pixels).last_hidden_state[:, 0]
-
-
-FAMILIES = (
-    "vit",
-    "vit with pooler",
-    "vit classifier",
-    "dinov2",
-    "clip tower",
-    "clip projected",
-    "clip",
+REFERENCES = dict.fromkeys(
+    ("vit", "vit with pooler", "dinov2"), lambda m, x: m(x).last_hidden_state[:, 0]
 )
+REFERENCES |= {
+    "vit classifier": lambda m, x: m.vit(x).last_hidden_state[:, 0],
+    "clip tower": lambda m, x: m(x).pooler_output,
+    "clip projected": lambda m, x: m(x).image_embeds,
+    "clip": lambda m, x: m.visual_projection(m.vision_model(x).pooler_output),
+}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", REFERENCES)
 def test_features_are_those_of_transformers(family: str, tmp_path: Path):
     model = build(family)
     model.save_pretrained(tmp_path / "a")
@@ -77,7 +63,7 @@ def test_features_are_those_of_transformers(family: str, tmp_path: Path):
     net = load_net(tmp_path / "a")
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in processor.values())
     with torch.no_grad():
-        expected = reference(family, model, (IMAGES / 255 - mean) / std)
+        expected = REFERENCES[family](model.eval(), (IMAGES / 255 - mean) / std)
         torch.testing.assert_close(net.module.features(IMAGES), expected)
     assert net.module.feature_dim == expected.shape[1]
 
@@ -170,9 +156,7 @@ def test_ones_own_encoder_and_a_merged_directory(tmp_path: Path):
     assert frozen == ["classifier.weight", "classifier.bias"]
     base = saved(net, tmp_path / "base")
     merged = shutil.copytree(base, tmp_path / "merged")
-    tensors = load_file(base / "model.safetensors")
-    tensors["conv.weight"] = tensors["conv.weight"] + 1
-    save_file(tensors, merged / "model.safetensors")
+    rewrite(merged, conv_weight=load_file(base / "model.safetensors")["conv.weight"] + 1)
     again = load_net(merged)
     assert isinstance(encoder(again), Convolution)
     assert torch.equal(encoder(again).conv.weight, encoder(net).conv.weight + 1)
@@ -211,39 +195,32 @@ def test_a_factory_in_the_working_directory_is_found(
     assert load_net("mine_alone:small").module.feature_dim == 2
 
 
-def _without_a_tensor(folder: Path) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    del tensors["layernorm.weight"]
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+def rewrite(folder: Path, **changes: torch.Tensor | None) -> None:
+    file = folder / "model.safetensors"
+    tensors = {n.replace(".", "_"): (n, t) for n, t in load_file(file).items()}
+    tensors |= {n: t if t is None else (tensors.get(n, (n,))[0], t) for n, t in changes.items()}
+    save_file(dict(filter(None, tensors.values())), file, metadata={"format": "pt"})
 
 
-def _misshapen(folder: Path) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    tensors["layernorm.weight"] = torch.zeros(3)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def _truncated(folder: Path) -> None:
+def truncate(folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
-
-
-def _other_family(folder: Path) -> None:
-    (folder / "config.json").write_text('{"model_type": "resnet"}')
-
-
-def _not_json(folder: Path) -> None:
-    (folder / "config.json").write_text("{")
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_without_a_tensor, "layernorm.weight.*missing"),
-        (_misshapen, "layernorm.weight.*misshapen"),
-        (_truncated, "cannot be loaded"),
-        (_other_family, '"resnet"; known are causal'),
-        (_not_json, "cannot be loaded"),
+        (lambda folder: rewrite(folder, layernorm_weight=None), "layernorm.weight.*missing"),
+        (
+            lambda folder: rewrite(folder, layernorm_weight=torch.zeros(3)),
+            "layernorm.weight.*misshapen",
+        ),
+        (truncate, "cannot be loaded"),
+        (
+            lambda folder: (folder / "config.json").write_text('{"model_type": "resnet"}'),
+            '"resnet"; known are causal',
+        ),
+        (lambda folder: (folder / "config.json").write_text("{"), "cannot be loaded"),
     ],
 )
 def test_a_damaged_directory_is_one_clear_line(damage, message: str, tmp_path: Path):
@@ -292,8 +269,7 @@ def test_a_wrong_configuration_of_a_new_model(change, message: str, tmp_path: Pa
 
 def test_a_directory_that_does_not_fit_its_factory(tmp_path: Path):
     load_net("tiny_models:Convolution").save(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    save_file({**tensors, "extra": torch.zeros(1)}, tmp_path / "model.safetensors")
+    rewrite(tmp_path, extra=torch.zeros(1))
     with pytest.raises(DeltaflError, match="extra"):
         load_net(tmp_path)
 

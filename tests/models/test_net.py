@@ -7,9 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from deltafl.errors import DeltaflError
-from deltafl.models import HeadRecipe, Net, load_net
+from deltafl.models import ClassifierNet, HeadRecipe, load_net
 from deltafl.models.classifier import Classifier
-from deltafl.models.fit import ClassifierFormat
 from deltafl.tasks import ImageInput, load_task
 from deltafl.training.step import scores, train_step
 from tiny_models import own_net, tiny_images, tiny_llama, tiny_net, write_lines
@@ -205,7 +204,7 @@ def test_an_encoder_with_a_head_of_its_own_loads_from_the_names_of_its_file():
 
     inputs = ImageInput(8, 1, (0.5,), (0.5,))
     module = Classifier(Headed(), lambda encoder, x: encoder.embed(x), inputs, "headed")
-    net = Net(module, inputs, ClassifierFormat())
+    net = ClassifierNet(module, inputs)
     net.prepare(tiny_images(), HeadRecipe.of(head="linear"))
     given = {n: t.clone() for n, t in module.encoder.state_dict().items()}
     head = module.head.weight.clone()

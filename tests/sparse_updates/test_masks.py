@@ -315,7 +315,7 @@ def test_the_hash_is_of_names_shapes_and_values():
     assert first == model_hash(tiny_net())
     assert first != model_hash(tiny_net(1))
     renamed = tiny_net()
-    renamed.format.file_name = lambda name: f"x{name}"  # type: ignore[method-assign]
+    renamed.file_name = lambda name: f"x{name}"  # type: ignore[method-assign]
     assert model_hash(renamed) != first
     frozen = tiny_net()
     frozen.module.get_parameter("encoder.layernorm.bias").requires_grad_(False)

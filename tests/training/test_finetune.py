@@ -42,8 +42,9 @@ def kill(progress):
 model, data, out = sys.argv[1:]
 net = load_net(model)
 task = tiny_images() if data == "halves" else load_task(data, net.inputs, 7)
-recipe = TrainingRecipe.of(model=model, data=data, steps=12, lr=1e-2, batch_size=16, head="linear", seed=7,
-    train_head=True, save_every=4, device="cpu", out=out)
+head = {"head": "linear", "train_head": True} if data == "halves" else {}
+recipe = TrainingRecipe.of(model=model, data=data, steps=12, lr=1e-2, batch_size=16, seed=7,
+    save_every=4, device="cpu", out=out, **head)
 finetune(net, task, recipe, resume=True, on_progress=kill)
 """
 

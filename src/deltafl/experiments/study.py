@@ -19,8 +19,6 @@ from deltafl.merge.candidates import Method, grid_of
 from deltafl.merge.search_recipe import SearchRecipe
 from deltafl.merge.search_run import SINGLE, UNMERGED, run_search
 from deltafl.models import HEAD_FILE, HeadFit, Net, load_net
-from deltafl.models.fit import head_of
-from deltafl.models.head import save_head
 from deltafl.rules.rule import Source, build_rule, check_rule, load_rules
 from deltafl.seeding import keyed_generator
 from deltafl.tasks import Task, load_task
@@ -145,7 +143,7 @@ class Head(Work):
         task = self.study.task(Data(self.spec), self.seed)
         net.prepare(task, self.study.training.head, HeadFit(self.seed))
         with atomic_folder(folder, overwrite=True) as scratch:
-            save_head(head_of(net), scratch / HEAD_FILE)
+            net.save_head(scratch)
         return {}
 
 

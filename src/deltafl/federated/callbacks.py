@@ -141,12 +141,12 @@ def setup_bytes(federation: Federation) -> dict[str, int]:
     """Bytes of step 0, `setup_bytes_up` and `setup_bytes_down`, of all clients together; no round
     counts them.
 
-    Up: what fitting the head needs (`Format.head_bytes`); of each client of a calibration a
+    Up: what fitting the head needs (`Net.head_bytes`); of each client of a calibration a
     float32 Fisher sum for each eligible coordinate. Down: a frozen head to every client once, a
     trained one to the clients of a calibration, since rounds count it.
     """
     recipe, net = federation.recipe, federation.net
-    up, head = net.format.head_bytes(net.module, recipe.head, federation.shards)
+    up, head = net.head_bytes(recipe.head, federation.shards)
     asked = sum(map(len, calibration_clients(recipe)))
     up += asked * 4 * eligible(net).total if asked else 0
     down = head * (asked if recipe.head.train_head else recipe.sharding.num_clients)

@@ -157,7 +157,7 @@ def names_of(net: Net) -> dict[str, str]:
     module's own where this is another tensor's.
     """
     state = net.state()
-    files = {name: net.format.file_name(name) for name in state}
+    files = {name: net.file_name(name) for name in state}
     return {n: n if file != n and file in state else file for n, file in files.items()}
 
 

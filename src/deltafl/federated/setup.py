@@ -77,7 +77,7 @@ def new_record(federation: Federation, config: dict[str, Any]) -> None:
     with atomic_folder(recipe.out or "", overwrite=recipe.overwrite) as folder:
         RunRecord.create(folder, config)
         (folder / "state").mkdir()
-        federation.net.format.save_head(federation.net.module, folder / "state")
+        federation.net.save_head(folder / "state")
         if federation.mask is not None:
             sparse = recipe.sparse
             about = {

@@ -116,8 +116,9 @@ def _nets(recipe: SearchRecipe, plan: Plan, net: Net, tasks: Sequence[Task]) -> 
                 f'task "{task.name}": {task.metric} is no ratio, so that it cannot be divided by '
                 "that of the task's own model; give --metric absolute"
             )
+        own = str(layout.folder / HEAD_FILE) if net.takes_head else HeadRecipe().head
         head = HeadRecipe.of(
-            head=entry.head or str(layout.folder / HEAD_FILE),
+            head=entry.head or own,
             templates=recipe.templates if entry.head == "zero-shot" else None,
         )
         nets.append(net.sharing())

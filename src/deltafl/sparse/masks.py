@@ -153,7 +153,7 @@ def model_hash(net: Net) -> str:
     narrowed = eligible(net).shapes
     for name, tensor in trained(net).items():
         if name in narrowed:
-            about = [net.format.file_name(name), list(tensor.shape)]
+            about = [net.file_name(name), list(tensor.shape)]
             digest.update(json.dumps(about).encode())
             values = tensor.detach().float().cpu().numpy()
             digest.update(values.astype("<f4", copy=False).tobytes())
@@ -211,7 +211,7 @@ def load_mask(path: str | Path, net: Net | None) -> dict[str, Tensor]:
             "make a mask for this one"
         )
     able = eligible(net)
-    given = {n: n if n in mask else net.format.file_name(n) for n in able.shapes}
+    given = {n: n if n in mask else net.file_name(n) for n in able.shapes}
     if len(set(given.values()) & mask.keys()) < len(given):
         raise DeltaflError(f'mask "{path}" names its tensors in another way; make it anew')
     whole = {n: torch.ones(s, dtype=torch.bool) for n, s in able.whole.items()}

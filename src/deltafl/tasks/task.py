@@ -3,7 +3,8 @@
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Generic, Literal, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -92,6 +93,41 @@ class Task(ABC):
     def to(self, device: Device) -> "Task":
         """The task with its data on `device`; itself where that gains nothing."""
         return self
+
+
+class Examples(Protocol):
+    """What a `HeldTask` holds of a split."""
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        ...
+
+    def at(self, rows: Tensor) -> Self:
+        """Those at `rows`, int64."""
+        ...
+
+
+E = TypeVar("E", bound=Examples)
+
+
+@dataclass(frozen=True, eq=False)
+class HeldTask(Task, Generic[E]):
+    """A task that holds its examples, by split."""
+
+    name: str
+    splits: Mapping[str, E]
+
+    def size(self, split: Split) -> int:
+        return len(self.splits[split])
+
+    def only(self, rows: Mapping[str, Tensor], name: str) -> Self:
+        """What there is to tell apart stays, so that one head fits all parts."""
+        if empty := [split for split in SPLITS if not len(rows[split])]:
+            raise DeltaflError(
+                f'task "{name}" has no example in {", ".join(empty)}; take fewer parts or more data'
+            )
+        splits = {split: self.splits[split].at(rows[split]) for split in SPLITS}
+        return replace(self, name=name, splits=splits)
 
 
 def hash_of(*parts: Tensor | str) -> str:
