@@ -77,13 +77,6 @@ def test_work_is_shared_by_who_is_free() -> None:
     assert pids.count(pids[0]) < AHEAD
 
 
-def test_no_more_items_than_promised_are_ahead_of_the_consumer(tmp_path: Path) -> None:
-    with Pool(lambda number: (tmp_path / str(number)).touch(), 2) as pool:
-        next(pool.map(range(100)))
-        time.sleep(0.2)
-        assert len(list(tmp_path.iterdir())) <= 2 * AHEAD
-
-
 def test_nothing_runs_once_it_is_left(tmp_path: Path) -> None:
     def work(number: int) -> None:
         while number:
@@ -193,11 +186,6 @@ def test_an_error_that_cannot_be_pickled_is_told_with_its_traceback() -> None:
         mapped(work, range(9), 2)
 
 
-def test_a_result_that_cannot_be_pickled_is_an_error() -> None:
-    with pytest.raises(Exception, match="pickle"):
-        mapped(lambda number: lambda: None, range(2), 2)
-
-
 @pytest.mark.parametrize("end", [lambda: os.kill(os.getpid(), signal.SIGKILL), lambda: os._exit(7)])
 def test_a_process_that_is_killed_is_one_clear_error(end) -> None:
     def work(number: int) -> int:
@@ -281,3 +269,8 @@ def test_the_thread_of_tqdms_bars_is_no_reason() -> None:
         assert can_fork()
     finally:
         tqdm.monitor_interval = interval
+
+
+def test_a_result_that_cannot_be_pickled_is_an_error() -> None:
+    with pytest.raises(Exception, match="pickle"):
+        mapped(lambda number: lambda: None, range(2), 2)
