@@ -86,9 +86,14 @@ def magnitude_thresholds(
         return {name: _held(deltas, name, ranks(name, k)) for name, k in numels.items()}
 
     passed = functools.partial(
-        visit, specs, threads=threads, whole=per_tensor, name="thresholds", width=4 * n,
+        visit,
+        specs,
+        threads=threads,
+        whole=per_tensor,
+        name="thresholds",
+        width=4 * n,
         on_progress=on_progress,
-    )  # fmt: skip
+    )
     if per_tensor:
         parts = [dict.fromkeys(specs, [(INFINITY_BITS, 0)] * n), *passed(of_each)]
         found = {name: row for part in parts for name, row in part.items()}
