@@ -122,11 +122,7 @@ def test_the_file_and_the_table_tell_what_is_kept(made: Path):
         told["made"]["mask_strategy"],
         told["made"]["sparsity_ratio"],
         told["made"]["seed"],
-    ) == (
-        "most_sensitive",
-        0.8,
-        4,
-    )
+    ) == ("most_sensitive", 0.8, 4)
     assert (made / "figure.png").read_bytes().startswith(b"\x89PNG\r\n")
     page = (made / "report.html").read_text()
     assert (

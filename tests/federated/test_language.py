@@ -47,7 +47,7 @@ def test_a_mask_of_fisher_scores_freezes_all_but_its_share(tmp_path: Path) -> No
     kept = run.rows[0]["kept"]
     assert kept == round((1 - 0.8) * len(net.flat))
     assert run.rows[1]["bytes_up"] == 4 * 4 * kept
-    mask = load_mask(tmp_path / "run" / "mask.safetensors", net)
+    mask = load_mask(tmp_path / "run" / "mask.safetensors", net)[0]
     after = load_net(tmp_path / "run" / "model").trained
     assert all(torch.equal(after[n][~m], before[n][~m]) for n, m in mask.items())
     assert any((after[n][m] != before[n][m]).any() for n, m in mask.items())

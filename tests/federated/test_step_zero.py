@@ -11,7 +11,7 @@ from deltafl.federated import FederatedRecipe
 from deltafl.federated import setup as step_zero
 from deltafl.federated.setup import calibration_clients, fit_head, make_shards
 from deltafl.sparse.fisher import FisherScorer
-from deltafl.sparse.masks import load_mask, mask_meta, model_hash, save_mask
+from deltafl.sparse.masks import load_mask, model_hash, save_mask
 from deltafl.sparse.strategies import MASK_STRATEGIES
 from federated.worlds import RECIPE, assert_same, begin, federate, halves, one_round, plain
 
@@ -69,11 +69,11 @@ def asked(
     found: list[tuple[tuple[int, ...], int]] = []
 
     class Recorded(FisherScorer):
-        def __call__(self, split, ids, generator=None):
+        def __call__(self, ids, generator):
             state = generator.get_state()
             found.append((tuple(ids.tolist()), int(torch.randint(2**40, (), generator=generator))))
             generator.set_state(state)
-            return super().__call__(split, ids, generator)
+            return super().__call__(ids, generator)
 
     monkeypatch.setattr(step_zero, "FisherScorer", Recorded)
     begin(tmp_path, recipe)
@@ -153,7 +153,7 @@ def test_every_strategy_freezes_the_share_asked_for(
     run = federate(plain(), halves(), recipe, tmp_path / "run")
     start = run.rows[0]
     assert start["kept"] == pytest.approx(0.2 * start["parameters"], abs=2)
-    mask = load_mask(tmp_path / "run" / "mask.safetensors", plain())
+    mask = load_mask(tmp_path / "run" / "mask.safetensors", plain())[0]
     assert sum(int(m.sum()) for m in mask.values()) == start["kept"]
 
 
@@ -161,14 +161,14 @@ def test_a_mask_from_a_file_is_used_and_one_of_another_model_refused(tmp_path: P
     net = plain()
     mask = {n: torch.zeros_like(t, dtype=torch.bool) for n, t in net.trained.items()}
     mask["encoder.last.weight"][:, 3] = True
-    save_mask(mask, tmp_path / "mask", model_hash(net))
+    save_mask(mask, tmp_path / "mask", model_hash(net), {})
     recipe = RECIPE.replace(mask_file=str(tmp_path / "mask"))
     held = begin(tmp_path, recipe).federation.mask
     assert held is not None
     assert_same(held, mask)
     run = federate(plain(), halves(), recipe, tmp_path / "run")
     assert run.rows[0]["kept"] == 5
-    assert mask_meta(tmp_path / "run" / "mask.safetensors") == {
+    assert load_mask(tmp_path / "run" / "mask.safetensors", None)[1] == {
         "strategy": None,
         "file": str(tmp_path / "mask"),
     }

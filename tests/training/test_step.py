@@ -10,7 +10,6 @@ from deltafl.models import HeadRecipe, Net
 from deltafl.seeding import keyed_generator
 from deltafl.tasks import LineTask, load_task
 from deltafl.training.step import (
-    TaskScorer,
     batch_ids,
     batches,
     keyed_dropout,
@@ -211,11 +210,9 @@ def test_scores_are_those_of_a_plain_loop(batch_size: int):
     assert (found.dtype, found.tolist()) == (torch.float32, expected)
     assert 0 < sum(expected) < len(expected)
 
-    scorer = TaskScorer(task, "test", batch_size)
-    ids = torch.tensor([9, 0, 9, 4])
-    assert scorer(net, ids).tolist() == [expected[i] for i in ids.tolist()]
-    assert len(scorer) == len(split)
-    assert scorer(net, ids[:0]).tolist() == []
+    for ids in ([9, 0, 9, 4], []):
+        some = scores(net, task, "test", torch.tensor(ids, dtype=torch.int64), batch_size)
+        assert some.tolist() == [expected[i] for i in ids]
 
 
 def test_autocast_changes_scores_little(language):

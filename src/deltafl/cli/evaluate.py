@@ -7,7 +7,8 @@ from pathlib import Path
 import click
 
 from deltafl.cli.command import quiet, recipe_command
-from deltafl.cli.results import as_score, as_text
+from deltafl.cli.results import table_text
+from deltafl.cli.text import as_score
 from deltafl.errors import DeltaflError
 from deltafl.files import write_atomically
 from deltafl.models import HeadRecipe, load_net
@@ -38,14 +39,14 @@ def evaluate(recipe: EvaluationRecipe, quiet: bool) -> None:
         scores = found.scores.tolist()
         row = {"model": model, "score": found.score, "examples": len(scores), "scores": scores}
         rows.append(row)
-        shown = partial(as_score, ratio_scaled=task.ratio_scaled)
+        shown = partial(as_score, task.ratio_scaled)
         columns["score"] = Column(f"{recipe.split} {task.metric}", shown)
         about["metric"] = task.metric
     columns["examples"] = Column("examples", "d")
     if recipe.json_file:
         write_atomically(recipe.json_file, (json.dumps({**about, "results": rows}) + "\n").encode())
     if not quiet:
-        click.echo(as_text(Table(rows, columns)))
+        click.echo(table_text(Table(rows, columns)))
 
 
 def _trained_seed(model: str) -> int:

@@ -148,7 +148,7 @@ def setup_bytes(federation: Federation) -> dict[str, int]:
     recipe, net = federation.recipe, federation.net
     up, head = net.head_bytes(recipe.head, federation.shards)
     asked = sum(map(len, calibration_clients(recipe)))
-    up += asked * 4 * eligible(net).total if asked else 0
+    up += asked * 4 * sum(int(m.sum()) for m in eligible(net).values()) if asked else 0
     down = head * (asked if recipe.head.train_head else recipe.sharding.num_clients)
     return {"setup_bytes_up": up, "setup_bytes_down": down}
 

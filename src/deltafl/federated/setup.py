@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from functools import reduce
-from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from deltafl.seeding import keyed_generator
 from deltafl.sparse.calibration import calibrate
 from deltafl.sparse.eligible import eligible
 from deltafl.sparse.fisher import FisherScorer
-from deltafl.sparse.masks import Mask, load_mask, model_hash, save_mask
+from deltafl.sparse.masks import Mask, completed, load_mask, model_hash, save_mask
 from deltafl.tasks.task import Task
 from deltafl.training.recipe import PRECISIONS
 from deltafl.training.record import RunRecord
@@ -120,26 +119,22 @@ def make_mask(
         return None
     found = file or sparse.mask_file
     if found is not None:
-        return load_mask(found, net)
+        return load_mask(found, net)[0]
     groups = calibration_clients(recipe)
     scorer = FisherScorer(net, task, sparse.fisher_labels, sparse.fisher_draws)
 
     def score(number: int) -> Tensors:
-        sums = []
+        sums, count = [], 0
         for k in groups[number]:
             key = (recipe.seed, "calibration", number, k)
             order = torch.randperm(len(shards[k]), generator=keyed_generator(*key, "examples"))
             ids = shards[k][order[: sparse.calibration_examples]]
-            sums.append(scorer("train", ids, keyed_generator(*key, "labels")))
-        return reduce(add, sums).mean()
+            sums.append(scorer(ids, keyed_generator(*key, "labels")))
+            count += len(ids)
+        return {name: reduce(torch.add, (part[name] for part in sums)) / count for name in sums[0]}
 
-    return calibrate(
-        sparse,
-        score,
-        eligible=eligible(net),
-        weights=net.trained,
-        generator=keyed_generator(recipe.seed, "mask"),
-    )
+    generator = keyed_generator(recipe.seed, "mask")
+    return completed(calibrate(sparse, score, net.trained, eligible(net), generator), net)
 
 
 def calibration_clients(recipe: ClientsRecipe) -> list[list[int]]:

@@ -8,6 +8,7 @@ from math import inf, nan
 import numpy as np
 import pandas as pd
 
+from deltafl.errors import shorten
 from deltafl.report.figures import Figure, heat_map
 from deltafl.report.page import Page
 from deltafl.report.run import settings_table
@@ -135,16 +136,19 @@ def _mask_table(frame: pd.DataFrame, caption: str) -> Table:
 def shards_page(result: Record) -> Page:
     """Which client has which classes: in numbers, client by class, and every client's size."""
     names = result["class_names"]
+    held = [[n for n, count in zip(names, row, strict=True) if count] for row in result["counts"]]
     clients = pd.DataFrame({"size": result["sizes"], "classes": result["classes"]})
+    clients["held"] = [shorten(few, 4) for few in held]
     counts = pd.DataFrame(result["counts"], columns=names if len(names) <= 20 else None)[:MOST]
     caption = f"The darker, the more, up to {counts.max(axis=None)}; a blank cell is none."
     if len(clients) > MOST:
         caption += f" The first {MOST} of {len(clients)} clients are shown."
     title = "Examples of each class (across) at each client"
     columns = {
-        "index": Column("client"),
+        "index": Column("client", "d"),
         "size": Column("examples", ",d"),
         "classes": Column("classes", "d"),
+        "held": Column("held"),
     }
     rows = clients.reset_index().to_dict("records")
     values = {

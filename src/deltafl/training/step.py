@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from deltafl.errors import DeltaflError, did_you_mean
 from deltafl.models.net import Net
 from deltafl.seeding import keyed_generator
+from deltafl.sparse.sgdm import SparseSGDM
 from deltafl.tasks.task import Batch, Split, Task, check_values
 
 SCHEDULES = ("cosine", "constant", "linear", "step")
@@ -73,7 +73,7 @@ def train_step(
     net: Net,
     task: Task,
     batch: Batch,
-    optimiser: torch.optim.Optimizer,
+    optimiser: torch.optim.Optimizer | SparseSGDM,
     *,
     lr: float,
     grad_clip: float | None = None,
@@ -164,19 +164,3 @@ def scores(
     found = torch.cat(parts) if parts else torch.empty(0)
     check_values(task, "score", found, len(ids), finite=False)
     return found
-
-
-@dataclass(frozen=True)
-class TaskScorer:
-    """One split of a task as search and racing see it: `scorer(net, ids)` gives (n,) scores."""
-
-    task: Task
-    split: Split
-    batch_size: int = 256
-    autocast: torch.dtype | None = None
-
-    def __len__(self) -> int:
-        return self.task.size(self.split)
-
-    def __call__(self, net: Net, ids: Tensor) -> Tensor:
-        return scores(net, self.task, self.split, ids, self.batch_size, self.autocast)
