@@ -221,11 +221,11 @@ def build_rule(name: str, params: Mapping[str, object]) -> Rule:
     Raises DeltaflError for unknown and for missing parameters, all at once.
     """
     rule, own, problems = load_rules()[name], dict(params), list[str]()
-    known = parameters(rule)
-    if "inner" in known and isinstance(params.get("inner"), str):
+    known, inner = parameters(rule), params.get("inner")
+    if "inner" in known and isinstance(inner, str):
         rest = {key: own.pop(key) for key in params if key not in known}
         try:
-            own["inner"] = build_rule(params["inner"], rest)
+            own["inner"] = build_rule(inner, rest)
         except DeltaflError as error:
             problems += error.problems
     problems += [
