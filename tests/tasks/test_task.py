@@ -43,23 +43,18 @@ class Wrong(Task):
         return ""
 
 
+NAN, INF = float("nan"), float("inf")
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
         ("sums", torch.ones(2, 3), r"the sums of loss must be float \(2,\).*\(2, 3\)"),
-        (
-            "sums",
-            torch.tensor([1.0, float("nan")]),
-            r"the sums of loss is not finite: \[1.0, nan\]",
-        ),
+        ("sums", torch.tensor([1.0, NAN]), r"the sums of loss is not finite: \[1.0, nan\]"),
         ("weights", torch.ones(2, dtype=torch.int64), "the weights of loss must be float"),
         ("score", torch.tensor(0.5), r"score must be float \(2,\)"),
-        ("score", torch.tensor([0.0, float("-inf")]), "score is not finite"),
-        (
-            "groups",
-            torch.zeros(N - 1),
-            "groups.train., groups.val., groups.test. must hold one row",
-        ),
+        ("score", torch.tensor([0.0, -INF]), "score is not finite"),
+        ("groups", torch.zeros(N - 1), "groups.train., .*groups.test. must hold one row"),
         ("x", torch.zeros(3, 2), "batch.x. must hold one row for each example"),
     ],
 )
@@ -92,7 +87,8 @@ def test_lines_are_found_by_themselves_or_by_name(language, prefix):
     net, folder = language
     task = load_task(f"{prefix}{folder}", net.inputs)
     again = load_task(DataRecipe.of(data=f"{prefix}{folder}", limit=4), net.inputs)
-    assert task.metric == "log-likelihood"
+    assert (task.metric, task.ratio_scaled) == ("log-likelihood", False)
+    assert task.groups("train").unique().tolist() == [0, 1]  # the file that a line is from
     assert max(sizes(again)) == 4
     assert task.fingerprint() != again.fingerprint()
     rows = {split: torch.tensor([0]) for split in ("train", "val", "test")}
