@@ -26,7 +26,9 @@ MODEL_JSON = "deltafl_model.json"
 
 @lru_cache(maxsize=16)
 def _matched(files: tuple[str, ...], given: tuple[str, ...]) -> Mapping[str, str]:
-    """Name in files -> name given; kept, for a search loads models of the same names by the hundred."""
+    """Name in files -> name given; kept, for a search loads models of the same names by the
+    hundred.
+    """
     return match(files, given)[0]
 
 
@@ -185,7 +187,7 @@ class Net:
             DeltaflError: a head of another model or task, one that this model cannot have, or a
                 task that does not keep what `Task` promises.
         """
-        if recipe != HeadRecipe():
+        if recipe != HeadRecipe.of():
             raise DeltaflError(
                 f'model "{self.origin}" is no image classifier, and has no such head; leave out '
                 f'head "{recipe.head}" and what belongs to it'

@@ -57,8 +57,9 @@ def vision(ref: str, config: "PretrainedConfig", generator: torch.Generator | No
     classifier, text tower) is left out and logged.
 
     Of a new ViT the linear and patch weights and the embeddings are normal(0, 0.02), truncated at 2
-    deviations, biases 0, layer norms (1, 0); others are drawn as transformers does. Size and channels
-    are the configuration's; mean and std those of the preprocessor file, 0.5 (ViT's own) without one.
+    deviations, biases 0, layer norms (1, 0); others are drawn as transformers does. Size and
+    channels are the configuration's; mean and std those of the preprocessor file, 0.5 (ViT's own)
+    without one.
     """
     import transformers
 

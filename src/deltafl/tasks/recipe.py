@@ -18,7 +18,8 @@ class DataSource(Recipe):
     )
     image_column: str | None = Field(
         None,
-        description="the column of images, of Parquet files and hub sets (default: image, else img)",
+        description="the column of images, of Parquet files and hub sets "
+        "(default: image, else img)",
     )
     label_column: str | None = Field(
         None, description="the column of class numbers (default: label, else fine_label)"
@@ -37,7 +38,8 @@ class DataRecipe(DataSource):
     `data` is, in this order of precedence:
 
     - `hub:owner/name[:config]`, a data set of the Hugging Face hub;
-    - `parquet:PATH` or `folder:PATH`, the same as PATH, for names that look like something else, and
+    - `parquet:PATH` or `folder:PATH`, the same as PATH, for names that look like something else,
+      and
       `lines:PATH`, a folder with lines of plain text, `train*.txt` and `test*.txt`;
     - `digits` or `digits:VARIANT`;
     - PATH, a folder with `train*.parquet` and `test*.parquet`, with `train/CLASS/*.png` and
