@@ -25,4 +25,5 @@ def rules(name: str | None) -> None:
             f"  native scale: {traits.pop('native_scale')}; "
             f"{', '.join(trait for trait, kept in traits.items() if kept)}"
         )
+        click.echo(f"  needs: {rule.needs}")
         click.echo(f"  file: rules/{rule.__module__.rsplit('.', 1)[-1]}.py\n")

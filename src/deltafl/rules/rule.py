@@ -109,7 +109,7 @@ class Rule:
     A rule is of one kind: a `LinearRule`, a `CoordinateRule` or a `TensorRule`. What it does not
     say has a default. needs_gram: it wants the Gram matrix. weighs_examples: it weighs the deltas
     by their numbers of examples itself. values: parameters to compare where none are named, a value
-    or a list. searched: what a search tries beside those that it is given.
+    or a list. needs: what it works with. searched: what a search tries beside those that it is given.
 
     Raises:
         DeltaflError: a parameter is not one of its type's `Literal`, or outside its `Within`.
@@ -119,6 +119,7 @@ class Rule:
     transforms: ClassVar[tuple[Transform, ...]] = ()
     needs_gram: ClassVar[bool] = False
     weighs_examples: ClassVar[bool] = False
+    needs: ClassVar[str] = "the models alone; lambda is chosen on validation data"
     values: ClassVar[Mapping[str, object]] = {}
     searched: ClassVar[Mapping[str, object]] = {}
 
