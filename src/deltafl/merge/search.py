@@ -135,15 +135,19 @@ class SearchResult:
 
     @property
     def curves(self) -> dict[str, list[list[float]]]:
-        """Method -> [lambda, best value over its other parameters], where it was tried with several;
-        lambda 0 is the base.
+        """Method -> [lambda, best value over its other parameters]; lambda 0 is the base, with
+        which a curve of several points begins.
         """
         found: dict[str, dict[float, float]] = {}
         for row in self.rows[1:]:
-            best = found.setdefault(row.method, {0.0: self.base.value})
+            best = found.setdefault(row.method, {})
             best[row.scaling_coef] = max(best.get(row.scaling_coef, row.value), row.value)
-        curves = {method: sorted(map(list, best.items())) for method, best in found.items()}
-        return {method: curve for method, curve in curves.items() if len(curve) > 2}
+        return {
+            method: sorted(
+                map(list, (best if len(best) == 1 else best | {0.0: self.base.value}).items())
+            )
+            for method, best in found.items()
+        }
 
 
 def search(
