@@ -119,7 +119,7 @@ def merge_by_examples(
     recipe, rule, out = plan.recipe, plan.rule.core, Path(out)
     assert isinstance(rule, ExampleRule)
     net = load_net(recipe.base)
-    net.module.eval().to(device_named(recipe.device))
+    net.module.eval().float().to(device_named(recipe.device))
     tasks = load_tasks(plan, [*recipe.entries.values()], net, recipe.data_dir)
     files = [layout.folder / HEAD_FILE for layout in plan.layouts.values()]
     heads = [HeadRecipe.of(head=str(f)) if f.is_file() else HeadRecipe() for f in files]
