@@ -57,7 +57,7 @@ def main() -> int:
     scorer = FisherScorer(net, task, "empirical", batch_size=options.batch)
 
     def scores() -> None:
-        scorer("train", torch.arange(count))
+        scorer(torch.arange(count), torch.Generator())
 
     def ordinary() -> None:
         for rows in torch.arange(count).split(options.batch):

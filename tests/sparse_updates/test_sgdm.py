@@ -1,4 +1,3 @@
-import copy
 import itertools
 
 import pytest
@@ -8,6 +7,7 @@ from torch import nn
 from deltafl.algebra.tensors import BLOCK
 from deltafl.models import HeadRecipe, Net
 from deltafl.sparse.eligible import eligible
+from deltafl.sparse.masks import completed
 from deltafl.sparse.packed import kept_index
 from deltafl.sparse.sgdm import SparseSGDM, frozen_tensors
 from deltafl.tasks import ImageInput
@@ -15,9 +15,9 @@ from deltafl.training.step import train_step
 from tiny_models import tiny_images, tiny_net
 
 COMBINATIONS = [
-    {"momentum": m, "weight_decay": wd, "dampening": d, "nesterov": n}
-    for m, wd, d, n in itertools.product((0.0, 0.9), (0.0, 0.1), (0.0, 0.3), (False, True))
-    if not (n and (m == 0 or d != 0))
+    {"momentum": m, "weight_decay": wd, "nesterov": n}
+    for m, wd, n in itertools.product((0.0, 0.9), (0.0, 0.1), (False, True))
+    if m or not n
 ]
 
 
@@ -81,6 +81,7 @@ def test_a_mask_of_ones_is_torchs_sgd_bit_for_bit(options, given):
     for step in range(4):
         gradients.append(set_gradient(model, step))
         optimiser.step()
+        assert torch.equal(model.flat.grad, gradients[-1])
     assert torch.equal(model.flat.detach(), torch_sgd(start, gradients, 0.1, **options))
 
 
@@ -105,27 +106,11 @@ def test_kept_coordinates_are_torchs_sgd_and_frozen_ones_stay(options, make):
     assert not torch.equal(expected, start[kept])
 
 
-def test_the_formula_in_float64():
-    model = small()
-    mask = random_mask(model, 0.4)
-    kept = flat_mask(mask)
-    w = model.flat.detach().double()[kept]
-    lr, mu, damp, wd = 0.05, 0.8, 0.2, 0.1
-    optimiser = sgdm(model, mask, lr, momentum=mu, dampening=damp, weight_decay=wd)
-    m = None
-    for step in range(6):
-        d = set_gradient(model, step).double()[kept] + wd * w
-        m = d if m is None else mu * m + (1 - damp) * d
-        w = w - lr * m
-        optimiser.step()
-    torch.testing.assert_close(model.flat.detach()[kept].double(), w, rtol=1e-5, atol=1e-6)
-
-
 def test_training_moves_kept_coordinates_only():
     """A whole run through train_step with momentum, Nesterov and weight decay; the head trains densely."""
     net, (task, batch) = small(train_head=True), whole_batch()
     mask = random_mask(net, 0.1)
-    mask |= {n: torch.ones(shape, dtype=torch.bool) for n, shape in eligible(net).whole.items()}
+    mask = completed({n: mask[n] for n in eligible(net)}, net)
     kept, start = flat_mask(mask), net.flat.detach().clone()
     optimiser = sgdm(net, mask, weight_decay=0.1, nesterov=True)
     losses = [float(train_step(net, task, batch, optimiser, lr=0.05)) for _ in range(20)]
@@ -133,15 +118,6 @@ def test_training_moves_kept_coordinates_only():
     assert (net.flat.detach()[kept] != start[kept]).float().mean() > 0.5
     assert losses[-1] < losses[0]
     assert not torch.equal(net.trained["head.weight"], start[net.slices["head.weight"]].view(3, 16))
-
-
-def test_the_gradient_is_not_modified_by_a_step():
-    model = small()
-    optimiser = sgdm(model, random_mask(model, 0.3), 0.1, weight_decay=0.1, nesterov=True)
-    gradient = set_gradient(model, 0)
-    optimiser.step()
-    optimiser.step()
-    assert torch.equal(model.flat.grad, gradient)
 
 
 @pytest.mark.parametrize("make", [small, large])
@@ -169,10 +145,8 @@ def test_memory_falls_with_sparsity():
     optimiser = sgdm(net, mask)
     set_gradient(net, 0)
     optimiser.step()
-    states = [state for state in optimiser.state.values() if state]
-    held = [t for state in states for t in state.values() if isinstance(t, torch.Tensor)]
     count = int(flat_mask(mask).sum())
-    assert sum(t.nbytes for t in held) == 4 * count < 0.11 * 4 * numel
+    assert optimiser.buffer.nbytes == 4 * count < 0.11 * 4 * numel
     assert optimiser.index.nbytes == 4 * count
 
 
@@ -215,26 +189,3 @@ def test_skipping_gives_the_bits_of_not_skipping_and_is_undone_after_an_error():
     with pytest.raises(ValueError, match="inside"), frozen_tensors(net.module, mask):
         raise ValueError("inside")
     assert net.module.get_parameter("encoder.layers.0.mlp.fc1.weight").requires_grad
-
-
-@pytest.mark.parametrize("density", [0.2, 2.0])
-def test_resume_is_bit_exact(density):
-    def steps(model, optimiser, numbers):
-        for step in numbers:
-            set_gradient(model, step)
-            optimiser.step()
-
-    options = {"lr": 0.1, "momentum": 0.9, "dampening": 0.2, "weight_decay": 0.1}
-    whole, first, second = small(), small(), small()
-    mask = random_mask(whole, density)
-    uninterrupted = sgdm(whole, mask, **options)
-    steps(whole, uninterrupted, range(6))
-
-    before = sgdm(first, mask, **options)
-    steps(first, before, range(3))
-    saved = copy.deepcopy(before.state_dict())
-    second.load(first.trained)
-    after = sgdm(second, mask, **options)
-    after.load_state_dict(saved)
-    steps(second, after, range(3, 6))
-    assert torch.equal(second.flat.detach(), whole.flat.detach())

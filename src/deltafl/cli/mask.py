@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import click
+import torch
 from pydantic import Field
 
 from deltafl.algebra.tensors import device_named
@@ -12,27 +13,21 @@ from deltafl.cli.command import dry_run, recipe_command
 from deltafl.cli.results import show_result
 from deltafl.cli.run import prepared
 from deltafl.federated.recipe import ClientsRecipe
-from deltafl.federated.setup import MASK_FILE, fit_head, make_mask, make_shards
+from deltafl.federated.setup import MASK_FILE, make_shards, prepare
 from deltafl.files import check_output
 from deltafl.models import Net, load_net
 from deltafl.recipes import Flags, Incidental, Recipe, read_recipe
 from deltafl.report import mask_page
-from deltafl.sparse.eligible import Eligible, eligible
-from deltafl.sparse.masks import (
-    Mask,
-    describe_mask,
-    load_mask,
-    mask_meta,
-    model_hash,
-    save_mask,
-)
+from deltafl.sparse.eligible import eligible, excluded
+from deltafl.sparse.masks import Mask, describe_mask, load_mask, model_hash, save_mask
 
 
 class DescribeRecipe(Recipe):
     """A saved mask to describe."""
 
     describe: Annotated[str, Incidental] = Field(
-        description="a saved mask to describe, instead of making one; --base tells q, k and v apart"
+        description="a saved mask to describe, instead of making one; "
+        "--base leaves out what was not eligible"
     )
     model: Annotated[str | None, Flags(("--model", "--base"))] = None
     device: str | None = None
@@ -84,7 +79,7 @@ def mask(recipe: MaskRecipe | DescribeRecipe, dry_run: bool) -> None:
         mask, net, about = _made(recipe, dry_run)
     else:
         net = load_net(recipe.model).copy_to(device_named(recipe.device)) if recipe.model else None
-        mask, about = load_mask(recipe.describe, net), mask_meta(recipe.describe)
+        mask, about = load_mask(recipe.describe, net)
     result = _facts(mask, net, about)
 
     def save(folder: Path) -> None:
@@ -99,9 +94,8 @@ def mask(recipe: MaskRecipe | DescribeRecipe, dry_run: bool) -> None:
 def _made(recipe: MaskRecipe, dry_run: bool) -> tuple[Mask, Net, dict[str, Any]]:
     """The mask, by the very steps of a federated run, its model, and what decided it."""
     net, task = prepared(recipe, resume=False, dry_run=dry_run)
-    net, shards = net.copy_to(device_named(recipe.device)), make_shards(task, recipe)
-    fit_head(net, task, shards, recipe)
-    mask = make_mask(net, task, shards, recipe)
+    net = net.copy_to(device_named(recipe.device))
+    mask = prepare(net, task, recipe, make_shards(task, recipe))
     assert mask is not None
     shown = {"base": recipe.model, "task": task.name, "limit": recipe.data.limit}
     for section in (recipe.sparse, recipe.sharding, recipe.head):
@@ -113,18 +107,13 @@ def _made(recipe: MaskRecipe, dry_run: bool) -> tuple[Mask, Net, dict[str, Any]]
 
 def _facts(mask: Mask, net: Net | None, about: Mapping[str, Any]) -> dict[str, Any]:
     """What there is to tell of a mask; without its model all coordinates count as eligible."""
-    shapes = {name: tuple(kept.shape) for name, kept in mask.items()}
-    known = eligible(net) if net else Eligible(shapes)
-    rows = describe_mask(mask, known)
+    able = eligible(net) if net else {n: torch.ones_like(kept) for n, kept in mask.items()}
     return {
         "made": dict(about),
         "model_hash": model_hash(net) if net else None,
         "parameters": sum(kept.numel() for kept in mask.values()),
-        "eligible": sum(row.eligible for row in rows.values()),
-        "kept": sum(row.kept for row in rows.values()),
-        "excluded": known.excluded,
-        "tensors": [
-            {"name": n, "kept": r.kept, "eligible": r.eligible, "share": r.fraction}
-            for n, r in rows.items()
-        ],
+        "eligible": sum(int(part.sum()) for part in able.values()),
+        "kept": sum(int(mask[name].sum()) for name in able),
+        "excluded": excluded(able),
+        "tensors": describe_mask(mask, able),
     }

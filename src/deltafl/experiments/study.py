@@ -192,7 +192,7 @@ class FineTune(Work):
 
     def run(self, folder: Path, store: Store) -> Result:
         net = base_net(self.study.base)
-        done = finetune(net, self.task, self.recipe(store), folder, resume=True)
+        done = finetune(net, self.task, self.recipe(store).replace(out=str(folder)), resume=True)
         return done.training
 
     def judging(self) -> Task:
