@@ -166,13 +166,10 @@ def translate(data: Mapping[str, object]) -> tuple[Facts, list[str]]:
     if problems := list(_conflicts(config, base, models)):
         raise DeltaflError(*problems)
     names = [name for name, entry in read_model(base).entries.items() if entry.floating]
-    layers, stop = layers_of(names), slices[-1].sources[0].layer_range[1]
-    if config.slices and {depth for _, depth in layers.values()} != {stop}:
-        raise DeltaflError(f'slices: they end at layer {stop}, and the layers of "{base}" do not')
-    rows: dict[str, Row] = {}
-    for name in names:
-        part, t = _place(name, slices, layers)
-        rows[name] = _row(config, base, name, part, t, problems)
+    rows = {
+        name: _row(config, base, name, part, t, problems)
+        for name, (part, t) in _places(names, slices, base).items()
+    }
     if problems:
         raise DeltaflError(*dict.fromkeys(problems))
     others = [model for model in models if model != base]
@@ -205,28 +202,25 @@ def _conflicts(config: Mergekit, base: str, models: Sequence[str]) -> Iterator[s
 FIRST = re.compile("embed|wte|wpe")
 """In the names of what comes before the layers, and so belongs to the first slice."""
 
-Layers: TypeAlias = Mapping[str, tuple[int, int]]
-"""Tensor -> (its layer, the number of layers)."""
 
-
-def layers_of(names: Sequence[str]) -> Layers:
-    """Of the tensors that belong to one."""
+def _places(
+    names: Sequence[str], slices: Sequence[Slice], base: str
+) -> dict[str, tuple[Slice, float]]:
+    """Tensor -> its slice, and t. Raises DeltaflError if slices do not end with the layers."""
     found = {name: match.groups() for name in names if (match := LAYER.match(name))}
     depths: dict[str, int] = {}
     for stack, layer in found.values():
         depths[stack] = max(depths.get(stack, 0), int(layer) + 1)
-    return {name: (int(layer), depths[stack]) for name, (stack, layer) in found.items()}
-
-
-def _place(name: str, slices: Sequence[Slice], layers: Layers) -> tuple[Slice, float]:
-    """The slice of a tensor, and t."""
-    if name not in layers:
-        return slices[0 if FIRST.search(name) else -1], 0.0
-    layer, depth = layers[name]
-    part = next(part for part in slices if layer < part.sources[0].layer_range[1])
-    start, stop = part.sources[0].layer_range
-    last = min(stop, depth) - 1 - start
-    return part, (layer - start) / last if last else 1.0
+    end = slices[-1].sources[0].layer_range[1]
+    if end < sys.maxsize and {*depths.values()} != {end}:
+        raise DeltaflError(f'slices: they end at layer {end}, and the layers of "{base}" do not')
+    places = {name: (slices[0 if FIRST.search(name) else -1], 0.0) for name in names}
+    for name, (stack, layer) in found.items():
+        part = next(part for part in slices if int(layer) < part.sources[0].layer_range[1])
+        start, stop = part.sources[0].layer_range
+        last = min(stop, depths[stack]) - 1 - start
+        places[name] = part, (int(layer) - start) / last if last else 1.0
+    return places
 
 
 def _row(config: Mergekit, base: str, name: str, part: Slice, t: float, problems: list[str]) -> Row:

@@ -52,11 +52,10 @@ def run_search(
     check_methods([*recipe.grids, *fixed], plan.sources)
     net = load_net(recipe.base)
     net.module.eval().to(device_named(recipe.device))
-    tasks = _tasks(recipe, plan, net) if tasks is None else tasks
-    nets = _nets(recipe, plan, net, tasks)
+    goals = _goals(recipe, plan, net, tasks)
     opened = open_updates(plan, recipe.memory)
-    judged = zip(tasks, nets, opened.tuned.values(), strict=True)
-    problem = Problem(opened, [Goal(*parts, recipe.batch_size) for parts in judged])
+    judged = zip(goals, opened.tuned.values(), strict=True)
+    problem = Problem(opened, [Goal(*goal, own, recipe.batch_size) for goal, own in judged])
     found = search(problem, recipe, on_progress)
     result = _describe(recipe, plan, problem, found)
     if scores is not None:
@@ -77,27 +76,23 @@ def save_scores(found: SearchResult, path: Path) -> None:
     save_file(tasks, path, metadata={"candidates": json.dumps(list(found.scores))})
 
 
-def _tasks(recipe: SearchRecipe, plan: Plan, net: Net) -> list[Task]:
-    """The task of each model, with the validation split that its training held out, if not told."""
-    tasks = []
-    for trained, entry in zip(plan.training.values(), recipe.models, strict=True):
-        seed = trained.seed or 0 if recipe.seed is None else recipe.seed
-        source = entry.model_dump(include={*DataSource.model_fields})
-        data = DataRecipe.of(**source, data_dir=recipe.data_dir)
-        tasks.append(load_task(data, net.inputs, seed))
-    return tasks
-
-
-def _nets(recipe: SearchRecipe, plan: Plan, net: Net, tasks: Sequence[Task]) -> list[Net]:
-    """For each model a net with the head of its task; all share the weights of `net`.
+def _goals(
+    recipe: SearchRecipe, plan: Plan, base: Net, given: Sequence[Task] | None
+) -> list[tuple[Task, Net]]:
+    """For each model its task, with the validation split that its training held out if not told,
+    and a net with the task's head; all share the weights of `base`.
 
     Raises:
         DeltaflError: heads or tasks do not fit the models, or the metric the tasks.
     """
-    if len({task.name for task in tasks}) < len(tasks):
-        raise DeltaflError("two models have one task; a search wants one model for each task")
-    nets, problems = [], list[str]()
-    for layout, entry, task in zip(plan.layouts.values(), recipe.models, tasks, strict=True):
+    goals, problems = [], list[str]()
+    for entry, (name, trained) in zip(recipe.models, plan.training.items(), strict=True):
+        if given is None:
+            seed = trained.seed or 0 if recipe.seed is None else recipe.seed
+            source = entry.model_dump(include={*DataSource.model_fields})
+            task = load_task(DataRecipe.of(**source, data_dir=recipe.data_dir), base.inputs, seed)
+        else:
+            task = given[len(goals)]
         no_ratio = f'task "{task.name}": {task.metric} is no ratio, so that it cannot be'
         if recipe.metric == "normalized" and not task.ratio_scaled:
             problems.append(
@@ -105,16 +100,20 @@ def _nets(recipe: SearchRecipe, plan: Plan, net: Net, tasks: Sequence[Task]) -> 
             )
         if recipe.reference and not task.ratio_scaled:
             problems.append(f"{no_ratio} compared in percent; leave reference out")
-        own = str(layout.folder / HEAD_FILE) if net.takes_head else HeadRecipe().head
+        if task.name in (other.name for other, _ in goals):
+            problems.append("two models have one task; a search wants one model for each task")
+        own = (
+            str(plan.layouts[name].folder / HEAD_FILE) if base.takes_head else HeadRecipe.of().head
+        )
         head = HeadRecipe.of(
             head=entry.head or own,
             templates=recipe.templates if entry.head == "zero-shot" else None,
         )
-        nets.append(net.sharing())
-        attempt(problems, nets[-1].prepare, task, head)
+        goals.append((task, base.sharing()))
+        attempt(problems, goals[-1][1].prepare, task, head)
     if problems:
         raise DeltaflError(*problems)
-    return nets
+    return goals
 
 
 def _describe(recipe: SearchRecipe, plan: Plan, problem: Problem, found: SearchResult) -> Facts:

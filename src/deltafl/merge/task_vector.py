@@ -73,7 +73,7 @@ class TaskVector:
         return self if isinstance(other, int) and other == 0 else NotImplemented
 
     def __sub__(self, other: "TaskVector") -> "TaskVector":
-        return self + -other if isinstance(other, TaskVector) else NotImplemented
+        return self + other * -1
 
     def __neg__(self) -> "TaskVector":
         return self * -1
