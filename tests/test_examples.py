@@ -91,10 +91,10 @@ def test_an_own_rule_in_the_package_would_be_a_rule_like_the_others():
 def test_the_bundled_recipes_are_read():
     merge = read_recipe(MergeRecipe, ROOT / "configs" / "merge-example.yaml")
     search = read_recipe(SearchRecipe, ROOT / "configs" / "search-digits.yaml")
-    paths = [f"quickstart/models/{task.name}" for task in VARIANTS]
+    paths = [f"quickstart/models/{name}" for name in VARIANTS]
     assert [model.path for model in merge.entries.values()] == paths
     assert [model.path for model in search.models] == paths
-    assert [model.data for model in search.models] == [f"digits:{task.name}" for task in VARIANTS]
+    assert [model.data for model in search.models] == [f"digits:{name}" for name in VARIANTS]
     assert search.base == "quickstart/base"
 
 
