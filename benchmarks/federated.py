@@ -25,10 +25,11 @@ from mlp import Mlp, Setting, bare_round, make_data, make_head, shards, shuffled
 from ours_run import recipe_of, save_frozen_head, task_of
 
 from deltafl.federated.rounds import Workers, run_round
+from deltafl.federated.run import StateFile
 from deltafl.federated.server import ServerState
-from deltafl.federated.setup import begin, initial_state
-from deltafl.federated.state import Best, StateWriter
+from deltafl.federated.setup import begin
 from deltafl.models import load_net
+from deltafl.training.loop import Best
 from deltafl.training.step import batches
 
 HERE = Path(__file__).parent
@@ -58,7 +59,7 @@ class Rounds:
         net = load_net("mlp:Mlp", {"width": width})
         rows = tuple(shards(setting))
         self.federation = begin(net, task_of(setting), recipe, rows, begun=False)
-        self.state = initial_state(self.federation)
+        self.state = self.federation.initial_state()
         self.workers = stack.enter_context(Workers(self.federation, self.state, workers))
 
     def __call__(self, state: ServerState | None = None) -> ServerState:
@@ -109,10 +110,9 @@ def measure_rounds(setting: Setting, repeats: int) -> dict[str, list[float]]:
 
 
 def measure_state(setting: Setting, repeats: int, block: int) -> dict[str, dict[str, list[float]]]:
-    """Part (c): seconds of a round, in blocks of `block`, with and without writing the state after each.
+    """Part (c): seconds of a round, in blocks of `block`, with and without keeping the state.
 
-    The wait for the last file, once in a run, does not count; the file of one block is never written during the next.
-    """
+    Every block writes one state at least, as a run does after its first round."""
     results = {}
     for width, own, workers in (
         (32, setting, 1),
@@ -130,15 +130,14 @@ def measure_state(setting: Setting, repeats: int, block: int) -> dict[str, dict[
             return (time.perf_counter() - started) / block
 
         def written(rounds: Rounds = rounds) -> float:
-            writer = StateWriter(WORK / "state.safetensors")
+            kept, best = StateFile(WORK / "state.pt", {}), Best(tensors=rounds.state.params)
             state = rounds.state
             started = time.perf_counter()
             for _ in range(block):
                 state = rounds(state)
-                writer.offer(state, Best(rounds.state.params, 0, 0.0))
-            took = (time.perf_counter() - started) / block
-            writer.finish()
-            return took
+                if kept.is_due():
+                    kept.write(state, best)
+            return (time.perf_counter() - started) / block
 
         plain()
         times: dict[str, list[float]] = {"off": [], "on": []}
@@ -148,7 +147,7 @@ def measure_state(setting: Setting, repeats: int, block: int) -> dict[str, dict[
         stack.close()
         count = sum(t.numel() for t in rounds.state.params.values())
         results[f"{count:,} parameters, workers: {workers}"] = times
-    (WORK / "state.safetensors").unlink(missing_ok=True)
+    (WORK / "state.pt").unlink(missing_ok=True)
     return results
 
 

@@ -16,7 +16,7 @@ from checkpoint_files import cli, make_world, refusal, save, succeed, toy, tuned
 from deltafl.experiments import STUDIES, read_suite
 from deltafl.experiments.quickstart import VARIANTS
 from deltafl.merge.candidates import check_methods
-from deltafl.merge.plan import source_of
+from deltafl.merge.plan import Training, source_of
 from deltafl.merge.recipe import MergeRecipe
 from deltafl.merge.search_recipe import SearchRecipe
 from deltafl.recipes import read_recipe
@@ -95,13 +95,13 @@ def test_an_own_rule_in_the_package_would_be_a_rule_like_the_others():
 def test_the_merge_recipe_is_read():
     recipe = read_recipe(MergeRecipe, ROOT / "configs" / "merge-example.yaml")
     paths = [model.path for model in recipe.entries.values()]
-    assert paths == [f"quickstart/models/{task.name}" for task in VARIANTS]
+    assert paths == [f"quickstart/models/{name}" for name in VARIANTS]
 
 
 def test_the_search_recipe_is_read():
     recipe = read_recipe(SearchRecipe, ROOT / "configs" / "search-digits.yaml")
     assert [(model.path, model.data) for model in recipe.models] == [
-        (f"quickstart/models/{task.name}", f"digits:{task.name}") for task in VARIANTS
+        (f"quickstart/models/{name}", f"digits:{name}") for name in VARIANTS
     ]
     assert recipe.base == "quickstart/base"
 
@@ -112,7 +112,7 @@ def test_the_recipe_of_published_checkpoints_holds_every_rule_and_task():
     assert all(model.head == "zero-shot" and model.data in catalogue() for model in recipe.models)
     names = [m.path.removeprefix("tanganke/clip-vit-base-patch32_") for m in recipe.models]
     assert [name.replace("-", "_") for name in names] == [model.data for model in recipe.models]
-    sources = [source_of(name, model, {}) for name, model in recipe.entries.items()]
+    sources = [source_of(name, model, Training()) for name, model in recipe.entries.items()]
     check_methods(recipe.grids, sources)
 
 

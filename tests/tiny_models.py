@@ -85,6 +85,12 @@ def own_net(width: int = 6) -> Net:
     return Net(module, ImageInput(8, 1, (0.25,), (0.5,)))
 
 
+def without_timings(rows):
+    """The rows without their `seconds`, `*_seconds` and `peak_memory_bytes`: what two runs with one seed share."""
+    drop = ("seconds", "peak_memory_bytes")
+    return [{k: v for k, v in row.items() if not k.endswith(drop)} for row in rows]
+
+
 def tiny_task_factory(inputs: ImageInput, seed: int) -> ImageTask:
     return tiny_images()
 

@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, Pipe, wait
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, Generic, NoReturn, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -141,7 +141,7 @@ class Pool(Generic[T, R]):
         for end in () if self._alone else self._sockets:
             end.close()
 
-    def __enter__(self) -> "Pool[T, R]":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from deltafl import files
 from deltafl.cli.shards import shards
 from deltafl.errors import DeltaflError
 from deltafl.federated.sharding import ShardingRecipe, shard
@@ -126,8 +125,7 @@ def test_mistakes_are_told_and_nothing_is_written(
     assert not list(tmp_path.iterdir())
 
 
-def test_an_output_is_kept_unless_told_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(files, "MARKS", (*files.MARKS, "shards.json"))
+def test_an_output_is_kept_unless_told_otherwise(tmp_path: Path):
     out = tmp_path / "out"
     run(*TASK, "--num-clients", 3, "--out", out)
     before = (out / "shards.json").read_bytes()

@@ -54,31 +54,6 @@ def test_a_mask_of_fisher_scores_freezes_all_but_its_share(tmp_path: Path) -> No
     assert run.result["val_score"] > run.rows[0]["val_score"]
 
 
-def test_clients_hold_one_source_each() -> None:
-    _, task = language()
-    groups = task.groups("train")
-    held = [groups[rows].unique().tolist() for rows in make_shards(task, LINES)]
-    assert sorted(held) == [[0], [0], [1], [1]]
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"local_algorithm": "fedprox", "server_optimizer": "fedadam", "server_lr": 0.01},
-        {"local_algorithm": "scaffold", "momentum": 0.0},
-        {"sparsity_ratio": 0.7, "calibration_examples": 4},
-    ],
-    ids=str,
-)
-def test_the_bits_are_those_of_any_number_of_workers(changes: dict, tmp_path: Path) -> None:
-    models = []
-    for count in (1, 3):
-        out = tmp_path / str(count)
-        federate(*language(), LINES.replace(num_rounds=2, **changes), out, workers=count)
-        models.append((out / "model" / "model.safetensors").read_bytes())
-    assert models[0] == models[1]
-
-
 def test_a_round_is_the_merge_of_the_clients_models(tmp_path: Path) -> None:
     recipe = LINES.replace(
         num_rounds=1, local_steps_spread=3.0, server_lr=0.7, aggregator="fednova"

@@ -94,7 +94,7 @@ SEARCH: dict[str, Any] = {"base": "b", "models": [{"path": "m", "data": "digits"
 
 def test_a_search_says_what_is_merged_for_each_candidate() -> None:
     recipe = SearchRecipe.of(**SEARCH, scope="encoder", weights=[2.0], out="o")
-    assert recipe.merge("fedgma", scaling_coef=0.3, rho=0.6) == MergeRecipe.of(
+    assert recipe.merge(method="fedgma", scaling_coef=0.3, rho=0.6) == MergeRecipe.of(
         base="b",
         models=[{"path": "m"}],
         scope="encoder",

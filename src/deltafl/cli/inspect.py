@@ -28,8 +28,8 @@ def inspect(recipe: MergeRecipe, quiet: bool) -> None:
         from deltafl.merge.inputs import open_updates  # torch, while the files are read
         from deltafl.merge.inspect import inspect_models
 
-        with drawn_progress(quiet=quiet) as show, open_updates(plan) as opened:
-            result = inspect_models(plan, opened, show)
+        with drawn_progress(quiet=quiet) as show:
+            result = inspect_models(plan, open_updates(plan), show)
         import pandas as pd
 
         from deltafl.cli.results import show_result

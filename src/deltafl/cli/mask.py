@@ -13,7 +13,7 @@ from deltafl.cli.command import dry_run, recipe_command
 from deltafl.cli.results import show_result
 from deltafl.cli.run import prepared
 from deltafl.federated.recipe import ClientsRecipe
-from deltafl.federated.setup import MASK_FILE, fit_head, make_mask, make_shards
+from deltafl.federated.setup import MASK_FILE, make_shards, prepare
 from deltafl.files import check_output
 from deltafl.models import Net, load_net
 from deltafl.recipes import Flags, Incidental, Recipe, read_recipe
@@ -94,9 +94,8 @@ def mask(recipe: MaskRecipe | DescribeRecipe, dry_run: bool) -> None:
 def _made(recipe: MaskRecipe, dry_run: bool) -> tuple[Mask, Net, dict[str, Any]]:
     """The mask, by the very steps of a federated run, its model, and what decided it."""
     net, task = prepared(recipe, resume=False, dry_run=dry_run)
-    net, shards = net.copy_to(device_named(recipe.device)), make_shards(task, recipe)
-    fit_head(net, task, shards, recipe)
-    mask = make_mask(net, task, shards, recipe)
+    net = net.copy_to(device_named(recipe.device))
+    mask = prepare(net, task, recipe, make_shards(task, recipe))
     assert mask is not None
     shown = {"base": recipe.model, "task": task.name, "limit": recipe.data.limit}
     for section in (recipe.sparse, recipe.sharding, recipe.head):

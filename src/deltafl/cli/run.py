@@ -6,23 +6,21 @@ import click
 import yaml
 
 from deltafl.cli.results import page_text
-from deltafl.errors import DeltaflError
-from deltafl.federated.recipe import ClientsRecipe
 from deltafl.files import check_output, write_files
 from deltafl.models import Net, load_net
 from deltafl.recipes import Recipe
 from deltafl.report import page_files, run_page
 from deltafl.tasks import Task, load_task
-from deltafl.training import TrainingRecipe
-from deltafl.training.record import FinishedRun
-from deltafl.training.tensorboard import check_installed, write_scalars
+from deltafl.training import FinishedRun
+from deltafl.training.recipe import RunRecipe
+from deltafl.training.tensorboard import METRICS, check_installed, write_rows
 
 is_main = int(os.environ.get("RANK", 0)) == 0
 """Whether this is the process of an `accelerate launch` that speaks and writes."""
 
 
 def prepared(
-    recipe: TrainingRecipe | ClientsRecipe,
+    recipe: RunRecipe,
     *,
     resume: bool,
     dry_run: bool,
@@ -33,12 +31,11 @@ def prepared(
     Raises:
         DeltaflError: no output, one that is in the way, no such model or data.
     """
-    if recipe.out is None:
-        raise DeltaflError("no output; name a folder with --out")
+    out = recipe.output
     if tensorboard:
         check_installed()
     if not resume:
-        check_output(recipe.out, overwrite=recipe.overwrite)
+        check_output(out, overwrite=recipe.overwrite)
     net = load_net(recipe.model)
     task = load_task(recipe.data, net.inputs, recipe.seed)
     if dry_run:
@@ -57,7 +54,7 @@ def finish(run: FinishedRun, *, quiet: bool, tensorboard: bool) -> None:
     page = run_page(run.result, run.rows)
     write_files(run.out, page_files(page))
     if tensorboard:
-        write_scalars(run.out)
+        write_rows(run.rows, run.out / METRICS)
     if not quiet:
         click.echo(page_text(page))
         click.echo(f"model: {run.out / 'model'}\nreport: {run.out / 'report.html'}")

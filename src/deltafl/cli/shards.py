@@ -1,11 +1,8 @@
 """`deltafl shards`."""
 
-import torch
-
 from deltafl.cli.command import recipe_command
 from deltafl.cli.results import show_result
-from deltafl.federated.sharding import describe, shard
-from deltafl.federated.sharding.recipe import ShardsRecipe
+from deltafl.federated.sharding import ShardsRecipe, shard, shard_counts
 from deltafl.files import check_output
 from deltafl.report import shards_page
 from deltafl.seeding import keyed_generator
@@ -28,7 +25,7 @@ def shards(recipe: ShardsRecipe) -> None:
     groups = task.groups("train")
     names = task.class_names if isinstance(task, ImageTask) else [str(i) for i in groups.unique()]
     positions = shard(groups, recipe.sharding, keyed_generator(recipe.seed, "shards"))
-    found = describe(positions, groups, len(names))
+    found = shard_counts(positions, groups, len(names))
     given = recipe.sharding.model_dump(exclude_defaults=True, exclude={"sharding", "num_clients"})
     sharding = recipe.sharding.sharding
     result = {
@@ -38,7 +35,7 @@ def shards(recipe: ShardsRecipe) -> None:
         "how": f"{sharding}({', '.join(f'{key}={value}' for key, value in given.items())})",
         "num_clients": len(positions),
         "class_names": list(names),
-        **{key: torch.as_tensor(value).tolist() for key, value in vars(found).items()},
+        **{key: value.tolist() for key, value in found.items()},
         "positions": [rows.tolist() for rows in positions],
     }
     show_result(shards_page(result), recipe.out, recipe.overwrite, "shards.json")
