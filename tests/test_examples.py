@@ -95,13 +95,13 @@ def test_an_own_rule_in_the_package_would_be_a_rule_like_the_others():
 def test_the_merge_recipe_is_read():
     recipe = read_recipe(MergeRecipe, ROOT / "configs" / "merge-example.yaml")
     paths = [model.path for model in recipe.entries.values()]
-    assert paths == [f"quickstart/models/{task.name}" for task in VARIANTS]
+    assert paths == [f"quickstart/models/{name}" for name in VARIANTS]
 
 
 def test_the_search_recipe_is_read():
     recipe = read_recipe(SearchRecipe, ROOT / "configs" / "search-digits.yaml")
     assert [(model.path, model.data) for model in recipe.models] == [
-        (f"quickstart/models/{task.name}", f"digits:{task.name}") for task in VARIANTS
+        (f"quickstart/models/{name}", f"digits:{name}") for name in VARIANTS
     ]
     assert recipe.base == "quickstart/base"
 

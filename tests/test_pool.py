@@ -77,13 +77,6 @@ def test_work_is_shared_by_who_is_free() -> None:
     assert pids.count(pids[0]) < AHEAD
 
 
-def test_no_more_items_than_promised_are_ahead_of_the_consumer(tmp_path: Path) -> None:
-    with Pool(lambda number: (tmp_path / str(number)).touch(), 2) as pool:
-        next(pool.map(range(100)))
-        time.sleep(0.2)
-        assert len(list(tmp_path.iterdir())) <= 2 * AHEAD
-
-
 def test_nothing_runs_once_it_is_left(tmp_path: Path) -> None:
     def work(number: int) -> None:
         while number:
@@ -148,24 +141,32 @@ class OddError(Exception):
         super().__init__(f"{one} and {two}")
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize(
-    ("error", "same"),
-    [
-        (DeltaflError("one", "two"), lambda e: e.problems == ("one", "two")),
-        (OSError(errno.ENOSPC, "No space left on device"), lambda e: e.errno == errno.ENOSPC),
-        (KeyError("x"), lambda e: e.args == ("x",)),
-    ],
-)
-def test_errors_reach_the_caller_whole(error: Exception, same, workers: int) -> None:
-    def work(number: int) -> int:
-        if number == 3:
-            raise error
-        return number
+def fail(error: Exception) -> None:
+    raise error
 
-    with pytest.raises(type(error)) as caught:
-        mapped(work, range(9), workers)
-    assert same(caught.value)
+
+ALIKE = {
+    lambda: fail(DeltaflError("one", "two")): (DeltaflError, "1. one\n  2. two"),
+    lambda: fail(OSError(errno.ENOSPC, "full")): (OSError, "[Errno 28] full"),
+    lambda: fail(KeyError("x")): (KeyError, "'x'"),
+}
+FORKED = {
+    lambda: fail(OddError(1, 2)): (RuntimeError, "OddError: 1 and 2"),
+    lambda: lambda: None: (Exception, "pickle"),
+    lambda: os.kill(os.getpid(), signal.SIGKILL): (DeltaflError, "ended early (signal SIGKILL), "),
+    lambda: os._exit(7): (DeltaflError, "ended early (exit code 7), perhaps for want of memory"),
+}
+
+
+@pytest.mark.parametrize(
+    ("workers", "third", "kind", "words"),
+    [(1, *row) for row in ((k, *v) for k, v in ALIKE.items())]
+    + [(2, *row) for row in ((k, *v) for k, v in {**ALIKE, **FORKED}.items())],
+)
+def test_whatever_ends_the_work_reaches_the_caller(workers: int, third, kind, words: str) -> None:
+    with pytest.raises(kind) as caught:
+        mapped(lambda number: third() if number == 3 else number, range(50), workers)
+    assert words in str(caught.value)
 
 
 def test_of_several_errors_the_first_in_order_is_raised_in_its_turn() -> None:
@@ -183,33 +184,6 @@ def test_of_several_errors_the_first_in_order_is_raised_in_its_turn() -> None:
             next(results)
         with pytest.raises(DeltaflError, match="the worker processes have ended"):
             next(pool.map(range(3)))
-
-
-def test_an_error_that_cannot_be_pickled_is_told_with_its_traceback() -> None:
-    def work(number: int) -> int:
-        raise OddError(1, 2)
-
-    with pytest.raises(RuntimeError, match=r"(?s)in a worker process:.*in work.*OddError: 1 and 2"):
-        mapped(work, range(9), 2)
-
-
-def test_a_result_that_cannot_be_pickled_is_an_error() -> None:
-    with pytest.raises(Exception, match="pickle"):
-        mapped(lambda number: lambda: None, range(2), 2)
-
-
-@pytest.mark.parametrize("end", [lambda: os.kill(os.getpid(), signal.SIGKILL), lambda: os._exit(7)])
-def test_a_process_that_is_killed_is_one_clear_error(end) -> None:
-    def work(number: int) -> int:
-        if number == 3:
-            end()
-        return number
-
-    with pytest.raises(
-        DeltaflError,
-        match=r"ended early \((signal SIGKILL|exit code 7)\), perhaps .* fewer processes",
-    ):
-        mapped(work, range(50), 2)
 
 
 def test_an_interrupt_is_left_to_the_parent() -> None:

@@ -71,9 +71,15 @@ def _sync(path: Path) -> None:
 
 
 MARKS = {
-    "deltafl.json", "deltafl_model.json", "inspect.json", "mask.json", "shards.json",
-    "suite.json", "training.json", "record.jsonl",
-}  # fmt: skip
+    "deltafl.json",
+    "deltafl_model.json",
+    "inspect.json",
+    "mask.json",
+    "shards.json",
+    "suite.json",
+    "training.json",
+    "record.jsonl",
+}
 """Each says that we wrote the folder that holds it."""
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")

@@ -110,9 +110,7 @@ def test_the_mapping_follows_from_spec_and_read():
 def test_tensors_of_several_mappings_are_joined_under_other_names():
     one, two = {"a": torch.ones(2)}, ByBlocks({"b": torch.zeros(3)})
     joined = Joined({"x": (two, "b"), "a": (one, "a")})
-    assert list(joined) == ["x", "a"]
-    assert joined["a"] is one["a"]
-    assert joined.spec("x").shape == (3,)
+    assert [(n, t.tolist()) for n, t in joined.items()] == [("x", [0, 0, 0]), ("a", [1, 1])]
 
 
 def test_zeros_are_like_other_tensors():

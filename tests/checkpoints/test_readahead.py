@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from deltafl.checkpoints import readahead
-from deltafl.checkpoints.readahead import AHEAD, STEP, TURN, reading_ahead
+from deltafl.checkpoints.readahead import STEP, TURN, reading_ahead
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux reads ahead")
 
@@ -52,22 +52,6 @@ def test_files_are_read_in_turns(
         [("a", at) for at in range(TURN, 2 * TURN, STEP)],
     )
     assert advised() == [*first, ("b", 0), *second, ("a", 2 * TURN)]
-
-
-def test_few_steps_are_under_way(
-    tmp_path: Path, advised: Callable[[], list[tuple[str, int]]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def arrived(handle: int, count: int, at: int) -> bytes:
-        with (tmp_path / "arrived").open("a") as file:
-            file.write(f"{at} {len(advised())}\n")
-        return b"x"
-
-    monkeypatch.setattr(os, "pread", arrived)
-    run([sparse(tmp_path / "a", (AHEAD + 3) * STEP)])
-    seen = [
-        tuple(map(int, line.split())) for line in (tmp_path / "arrived").read_text().splitlines()
-    ]
-    assert seen == [((i + 1) * STEP - 1, AHEAD + 1 + i) for i in range(3)]
 
 
 def test_no_more_than_the_share_of_free_memory_is_asked_for(
@@ -118,11 +102,3 @@ def test_it_ends_with_a_parent_that_is_killed(tmp_path: Path) -> None:
         parent.stdout.readline()
         parent.kill()
         assert not parent.stdout.read()  # ends when whoever holds the other end has gone
-
-
-def test_a_thread_beside_keeps_it_from_forking(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(readahead, "can_fork", lambda: False)
-    with reading_ahead([sparse(tmp_path / "a", STEP)]), pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)

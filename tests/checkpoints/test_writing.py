@@ -294,33 +294,6 @@ def test_a_limit_on_file_sizes_is_one_clear_line(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 8 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small disk needs root")
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True, text=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a small disk: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
-
-
-def test_a_full_disk_is_one_clear_line(tmp_path: Path, small_disk: Path) -> None:
-    args = big_world(tmp_path, 20)
-    (small_disk / "other").write_text("untouched")
-    before = files_in(small_disk)
-    problem = refusal(small_disk, *args, "--out", small_disk / "out")
-    assert problem.startswith(f'"{small_disk}": cannot hold the 20,97')
-    assert "No space left on device" in problem
-    assert "free some space, or choose another --out" in problem
-    assert files_in(small_disk) == before
-
-
 @pytest.mark.parametrize("call", ["posix_fallocate", "pwrite", "fsync"])
 @pytest.mark.parametrize(
     ("code", "line"),

@@ -7,11 +7,9 @@ from pathlib import Path
 import pytest
 
 from checkpoint_files import cli, problems_of, refused, succeed
-from deltafl.experiments import SUITES
-from deltafl.experiments.recipe import ValuesRecipe
+from deltafl.experiments import SUITES, SuiteRecipe
 from deltafl.rules.rule import load_rules
 from deltafl.sparse.strategies import MASK_STRATEGIES
-from federated.worlds import RECIPE
 from tiny_models import vit_file
 
 MODEL = vit_file(num_hidden_layers=1)
@@ -76,10 +74,9 @@ def test_a_row_that_cannot_run_says_why_and_the_others_go_on(tmp_path: Path) -> 
     )
     succeed("suite", "aggregators", *SMALL, *few)
     found = json.loads((tmp_path / "out" / "suite.json").read_text())["suites"]["aggregators"]
-    rows = {row["name"]: row for row in found if row["labels"]["sharding"] == "IID"}
-    krum, median = rows["krum, IID, equal"], rows["median, IID, equal"]
-    assert (krum["runs"], median["runs"]) == (0, 1)
-    assert krum["failed"].startswith("krum: 2 models")
+    runs = {row["rule"]: row["runs"] for row in found["rows"] if row["sharding"] == "IID"}
+    assert (runs["krum"], runs["median"]) == (0, 1)
+    assert any(note.startswith("krum, IID, equal: krum: 2 models") for note in found["notes"])
     events = tmp_path / "out" / "metrics" / "aggregators" / "median, IID, equal" / "seed-0"
     assert len(list(events.iterdir())) == 1
 
@@ -167,9 +164,16 @@ def test_the_spellings_of_the_course_work_start_a_suite(
     assert recipe.values.sparsity == 0.8
 
 
+def rows(name: str) -> list[dict[str, object]]:
+    """The settings of a suite's rows, which a run can have."""
+    recipe = SuiteRecipe.of(model=MODEL, data="digits", num_rounds=40)
+    found = [settings for _, settings in SUITES[name](recipe)]
+    assert all(recipe.replace(**settings) for settings in found)
+    return found
+
+
 def test_equal_work_for_every_number_of_local_steps() -> None:
-    rows = SUITES["local-steps"](RECIPE.replace(num_rounds=40), ValuesRecipe())
-    assert {row.local.local_steps * row.num_rounds for _, row in rows} == {160}
+    assert {row["local_steps"] * row["num_rounds"] for row in rows("local-steps")} == {160}
 
 
 def test_the_quick_suite_divides_its_work_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,12 +189,10 @@ def test_the_quick_suite_divides_its_work_evenly(monkeypatch: pytest.MonkeyPatch
 
 
 def test_every_strategy_and_rule_is_compared() -> None:
-    base = RECIPE.replace(num_clients=100, participation_rate=0.1)
-    rows = {name: suite(base, ValuesRecipe()) for name, suite in SUITES.items()}
-    strategies = [row.sparse.mask_strategy for _, row in rows["mask-strategies"][1:]]
+    strategies = [row["mask_strategy"] for row in rows("mask-strategies")[1:]]
     assert sorted(strategies) == sorted(MASK_STRATEGIES)
-    assert {row.server.aggregator for _, row in rows["aggregators"]} == set(load_rules())
-    assert all(rows.values())
+    assert {row["aggregator"] for row in rows("aggregators")} == set(load_rules())
+    assert all(map(rows, SUITES))
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def test_strength_and_temperature_are_the_best_of_those_tried():
     val, val_labels = data(40, seed=1)
     sums = statistics(features, labels, 3)
     strengths = (1e-3, 1e-1, 1e1)
-    chosen = ridge_head(sums, val, val_labels, NAMES, strengths)
+    chosen = ridge_head(sums, (val, val_labels), NAMES, strengths)
 
     def accuracy(head: Head) -> float:
         return (head(val).argmax(1) == val_labels).double().mean().item()

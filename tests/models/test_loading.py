@@ -83,15 +83,11 @@ def encoder(net: Net) -> torch.nn.Module:
     return net.module.get_submodule("encoder")
 
 
-def test_a_mask_token_is_frozen_because_features_do_not_use_it(tmp_path: Path):
-    build("dinov2").save_pretrained(tmp_path)
-    parameters = encoder(load_net(tmp_path)).named_parameters()
-    assert [n for n, p in parameters if not p.requires_grad] == ["embeddings.mask_token"]
-
-
-def test_a_16_bit_encoder_is_computed_in_float32(tmp_path: Path):
-    build("vit").bfloat16().save_pretrained(tmp_path)
-    assert {p.dtype for p in load_net(tmp_path).module.parameters()} == {torch.float32}
+def test_an_encoder_is_float32_and_a_mask_token_that_features_do_not_use_is_frozen(tmp_path: Path):
+    build("dinov2").bfloat16().save_pretrained(tmp_path)
+    parameters = dict(encoder(load_net(tmp_path)).named_parameters())
+    assert {p.dtype for p in parameters.values()} == {torch.float32}
+    assert [n for n, p in parameters.items() if not p.requires_grad] == ["embeddings.mask_token"]
 
 
 def test_a_new_vit_is_a_model_of_transformers(tmp_path: Path):
@@ -163,25 +159,17 @@ def test_ones_own_encoder_and_a_merged_directory(tmp_path: Path):
     assert again.inputs == net.inputs
 
 
-def test_ones_own_net(tmp_path: Path):
-    net = load_net("tiny_models:own_net", {"width": 5})
+@pytest.mark.parametrize(("ref", "kwargs"), [("own_net", {"width": 5}), ("tied_net", {})])
+def test_ones_own_net_and_tied_tensors(ref: str, kwargs: dict, tmp_path: Path):
+    net = load_net(f"tiny_models:{ref}", kwargs)
+    if ref == "tied_net":
+        names = ("conv.weight", "conv.bias", "norm.weight", "norm.bias")
+        assert list(net.slices) == [f"encoder.{n}" for n in names]
     with torch.no_grad():
         net.flat.add_(1)
     again = load_net(saved(net, tmp_path / "a"))
     assert torch.equal(again.flat, net.flat)
     assert again.inputs == net.inputs
-
-
-def test_tied_tensors_of_ones_own(tmp_path: Path):
-    net = load_net("tiny_models:tied_net")
-    assert list(net.slices) == [
-        f"encoder.{n}" for n in ("conv.weight", "conv.bias", "norm.weight", "norm.bias")
-    ]
-    with torch.no_grad():
-        net.flat.add_(1)
-    again = encoder(load_net(saved(net, tmp_path / "a")))
-    assert torch.equal(again.conv.weight, encoder(net).conv.weight)
-    assert again.twin is again.conv
 
 
 def test_a_factory_in_the_working_directory_is_found(
@@ -267,34 +255,10 @@ def test_a_wrong_configuration_of_a_new_model(change, message: str, tmp_path: Pa
     assert "\n" not in str(caught.value)
 
 
-def test_a_directory_that_does_not_fit_its_factory(tmp_path: Path):
+def test_a_directory_that_does_not_fit_its_factory_and_images_of_another_size(tmp_path: Path):
     load_net("tiny_models:Convolution").save(tmp_path)
     rewrite(tmp_path, extra=torch.zeros(1))
     with pytest.raises(DeltaflError, match="extra"):
         load_net(tmp_path)
-
-
-def test_images_of_another_size_are_refused():
     with pytest.raises(DeltaflError, match="image_size=8, channels=1"):
         tiny_net().module.features(IMAGES)
-
-
-@pytest.mark.realdata
-def test_a_real_network_of_ones_own(
-    realdata: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """The published class probabilities are not at hand; that the file's own loader agrees is what can be checked."""
-    (tmp_path / "mine.py").write_text(
-        f"import sys\nsys.path.append({str(realdata / 'weights')!r})\nimport real_models as W\n"
-        f"def small():\n    m = W.load(W.MobileNetV1(0.25), {str(realdata / 'weights')!r}"
-        " + '/mobilenet_v1_0.25_128_fp16.safetensors')\n    m.input_size = 128\n    return m\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    net = load_net("mine:small")
-    images = torch.randint(
-        0, 256, (2, 3, 128, 128), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
-    with torch.no_grad():
-        expected = encoder(net).embed(images / 127.5 - 1)
-        torch.testing.assert_close(net.module.features(images), expected)
-    assert load_net(saved(net, tmp_path / "saved")).module.feature_dim == 256

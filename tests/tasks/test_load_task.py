@@ -7,6 +7,7 @@ import torch
 from dataset_files import load, picture, png, sizes, write_parquet
 
 from deltafl.errors import DeltaflError
+from deltafl.forking import can_fork
 from deltafl.tasks import ImageInput, ImageTask, load_task
 from deltafl.tasks.recipe import TrainingDataRecipe
 
@@ -26,6 +27,7 @@ def write_classes(folder, classes):
 
 def test_parquet_folder_becomes_a_task(parquet_folder):
     task = load(parquet_folder)
+    assert can_fork()  # no thread is left
     assert (task.name, task.class_names) == ("set", ("ant", "bee", "cat", "dog"))
     assert sizes(task) == [36, 4, 12]
     train, val, test = (task.splits[split] for split in ("train", "val", "test"))

@@ -53,9 +53,9 @@ class Aggregate(Lazy):
                 )
                 names = (s.name for s in sources)
                 self.report["kept_fraction"] = dict(zip(names, kept, strict=True))
-            self._deltas.transform(transform, thresholds)
+            self._deltas.transforms.append((transform, thresholds))
         if isinstance(core, LinearRule):
-            gram = torch.empty(0, 0, dtype=torch.float64)
+            gram = torch.empty(0, 0)
             if core.needs_gram:
                 gram = gram_matrix(self._deltas, threads, on_progress)
             stats = Stats(sources, gram)

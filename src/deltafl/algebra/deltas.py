@@ -38,9 +38,6 @@ class CachedBlocks(Lazy):
         self.names = self._tensors.names
         self._key, self._block = ("", 0, 0), torch.empty(0)
 
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name].to(self.device)
-
     def spec(self, name: str) -> Spec:
         return self._tensors.spec(name)._replace(device=self.device)
 
@@ -81,7 +78,8 @@ class Deltas:
     """The transformed, signed deltas of n updates: what reductions and combinations see.
 
     specs: of the tensors that all share, in the order of the first, in the dtype of the arithmetic:
-    float32, or float64 to be exact. weights_of: name -> weights, (n,).
+    float32, or float64 to be exact. weights_of: name -> weights, (n,). transforms: of what is read
+    from now on, each with its thresholds, name -> (n,).
 
     Raises:
         DeltaflError: the updates differ in tensors or shapes.
@@ -95,7 +93,7 @@ class Deltas:
         first = self._deltas[0]
         self.specs = {name: first.spec(name)._replace(dtype=dtype) for name in first}
         self.weights_of = {name: numbers_of(weights, name) for name in first}
-        self._transforms: list[tuple[Transform, Mapping[str, Sequence[float]] | None]] = []
+        self.transforms: list[tuple[Transform, Mapping[str, Sequence[float]] | None]] = []
         self._refuse_others()
 
     def _refuse_others(self) -> None:
@@ -112,19 +110,13 @@ class Deltas:
         if problems:
             raise DeltaflError(*problems)
 
-    def transform(
-        self, transform: Transform, thresholds: Mapping[str, Sequence[float]] | None
-    ) -> None:
-        """Apply one more transform to what is read from now on; thresholds: name -> (n,)."""
-        self._transforms.append((transform, thresholds))
-
     def read(self, i: int, name: str, start: int, out: Tensor) -> None:
         """Write delta i, signed and transformed, from `start` on into `out`, of our dtype."""
         self._deltas[i].read(name, start, start + len(out), out)
         if self.weights_of[name][i] < 0:
             out.neg_()
         row = out
-        for transform, thresholds in self._transforms:
+        for transform, thresholds in self.transforms:
             threshold = thresholds[name][i] if thresholds else 0.0
             row = transform.apply(row, i, name, start, threshold)
         out.copy_(row)

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +13,8 @@ from deltafl.algebra.deltas import Deltas
 from deltafl.algebra.streaming import Unit, chunks, visit
 from deltafl.progress import OnProgress, ignore
 from deltafl.rules.weights import PerModel, numbers_of
+
+T = TypeVar("T")
 
 BITS = 18
 BINS = 1 << BITS
@@ -85,10 +87,17 @@ def magnitude_thresholds(
         numels = {name: specs[name].numel for name, _, _ in unit}
         return {name: _held(deltas, name, ranks(name, k)) for name, k in numels.items()}
 
-    passed = functools.partial(
-        visit, specs, threads=threads, whole=per_tensor, name="thresholds", width=4 * n,
-        on_progress=on_progress,
-    )  # fmt: skip
+    def passed(work: Callable[[Unit], T]) -> Iterable[T]:
+        return visit(
+            specs,
+            work,
+            threads,
+            whole=per_tensor,
+            name="thresholds",
+            width=4 * n,
+            on_progress=on_progress,
+        )
+
     if per_tensor:
         parts = [dict.fromkeys(specs, [(INFINITY_BITS, 0)] * n), *passed(of_each)]
         found = {name: row for part in parts for name, row in part.items()}
@@ -114,7 +123,9 @@ def _held(deltas: Deltas, name: str, ks: Sequence[int]) -> list[Found]:
 
 
 def _streamed(
-    deltas: Deltas, ks: Sequence[int], passed: Callable[..., Iterable[dict[int, Histogram]]]
+    deltas: Deltas,
+    ks: Sequence[int],
+    passed: Callable[[Callable[[Unit], dict[int, Histogram]]], Iterable[dict[int, Histogram]]],
 ) -> list[Found]:
     """The ks[i]-th largest magnitude of delta i over all tensors.
 
@@ -150,7 +161,7 @@ def _count(deltas: Deltas, windows: Mapping[int, Window], unit: Unit) -> dict[in
     for piece in unit:
         rows = _magnitude_bits(deltas.stack(*piece)).cpu().numpy()
         for i, (low, shift) in windows.items():
-            above[i] += np.count_nonzero(rows[i] >= low + (BINS << shift))
+            above[i] += int(np.count_nonzero(rows[i] >= low + (BINS << shift)))
             offsets = (rows[i] - np.int32(low)).view(np.uint32)
             inside[i].append(offsets[offsets < BINS << shift] >> shift)
     for i, parts in inside.items():

@@ -57,7 +57,11 @@ def visit(
     units = list(chunks(specs, whole=whole))
     forks = can_fork() and all(spec.device.type == "cpu" for spec in specs.values())
     done, total = 0, width * sum(spec.numel for spec in specs.values())
-    with Pool(lambda at: work(units[at]), min(threads, len(units)) if forks else 1) as pool:
+
+    def work_on(number: int) -> T:
+        return work(units[number])
+
+    with Pool(work_on, min(threads, len(units)) if forks else 1) as pool:
         for unit, result in zip(units, pool.map(range(len(units))), strict=True):
             yield result
             done += width * sum(stop - start for _, start, stop in unit)

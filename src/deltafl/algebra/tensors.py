@@ -120,10 +120,6 @@ class Joined(Lazy):
         self.names = self._places
         self.whole = any(part.whole for part, _ in self._places.values())
 
-    def __getitem__(self, name: str) -> Tensor:
-        part, there = self._places[name]
-        return part[there]
-
     def spec(self, name: str) -> Spec:
         part, there = self._places[name]
         return part.spec(there)
@@ -131,10 +127,6 @@ class Joined(Lazy):
     def read(self, name: str, start: int, stop: int, out: Tensor) -> None:
         part, there = self._places[name]
         part.read(there, start, stop, out)
-
-    def block(self, name: str, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
-        part, there = self._places[name]
-        return part.block(there, start, stop, dtype)
 
 
 class Zeros(Lazy):
@@ -151,10 +143,10 @@ class Zeros(Lazy):
         out.zero_()
 
 
-def blocks(numel: int, size: int = BLOCK) -> Iterator[tuple[int, int]]:
+def blocks(numel: int) -> Iterator[tuple[int, int]]:
     """The (start, stop) pairs of one tensor's blocks, in order."""
-    for start in range(0, numel, size):
-        yield start, min(start + size, numel)
+    for start in range(0, numel, BLOCK):
+        yield start, min(start + BLOCK, numel)
 
 
 def memory_like(out: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

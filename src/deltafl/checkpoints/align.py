@@ -14,10 +14,24 @@ from deltafl.checkpoints.layout import Entry
 from deltafl.checkpoints.naming import canonical, match
 from deltafl.errors import DeltaflError, shorten
 
-HEADS = frozenset((
-    "classifier", "cls", "fc", "head", "heads", "lm_head", "logit_bias", "logit_scale", "pooler",
-    "predictions", "qa_outputs", "score", "text_projection", "visual_projection",
-))  # fmt: skip
+HEADS = frozenset(
+    (
+        "classifier",
+        "cls",
+        "fc",
+        "head",
+        "heads",
+        "lm_head",
+        "logit_bias",
+        "logit_scale",
+        "pooler",
+        "predictions",
+        "qa_outputs",
+        "score",
+        "text_projection",
+        "visual_projection",
+    )
+)
 TOWERS = frozenset(
     ("language_model", "multi_modal_projector", "text_model", "vision_model", "vision_tower")
 )

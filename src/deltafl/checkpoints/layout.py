@@ -5,7 +5,6 @@ finds the file of a torch state dict; a hub id is downloaded to the hub's cache 
 """
 
 import hashlib
-import json
 import math
 import os
 import re
@@ -14,16 +13,29 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 
 from deltafl.errors import DeltaflError, shorten
 
 DTYPES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "C64": "complex64", "I64": "int64",
-    "I32": "int32", "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32",
-    "U16": "uint16", "U8": "uint8", "BOOL": "bool",
-}  # fmt: skip
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "C64": "complex64",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
 """Dtype in safetensors' spelling -> in torch's."""
 
 CODES = {name: code for code, name in DTYPES.items()}
@@ -161,16 +173,17 @@ def _download(ref: str) -> tuple[Path, str]:
     return Path(found), Path(found).name
 
 
+class _Index(BaseModel):
+    weight_map: dict[str, str]
+
+
 def _read_index(file: Path) -> dict[str, str]:
     """Tensor -> shard. Raises DeltaflError for an index that is broken or leaves its folder."""
     try:
-        index = json.loads(file.read_text())["weight_map"]
-        names = sorted(set(index.values()))
-        if not all(isinstance(name, str) for name in names):
-            raise TypeError
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        index = _Index.model_validate_json(file.read_bytes()).weight_map
+    except ValueError:
         raise DeltaflError(f'"{file}": not an index of shards; download it again') from None
-    for name in names:
+    for name in sorted(set(index.values())):
         if Path(name).name != name or name in ("..", "."):
             raise DeltaflError(
                 f'"{file}": points outside its folder ("{name}"); do not trust this checkpoint'
@@ -207,11 +220,8 @@ def read_header(file: Path) -> dict[str, Entry]:
     return entries
 
 
-SPOTS, LENGTH = 64, 4096
-
-
 def fingerprint(layout: Layout) -> str:
-    """sha256 over the header hash and `SPOTS` pieces of `LENGTH` bytes spread over the tensors.
+    """sha256 over the header hash and 64 pieces of 4 KiB spread over the tensors.
 
     Tells two checkpoints of one architecture apart without reading them whole; not a proof that
     they are equal.
@@ -220,11 +230,11 @@ def fingerprint(layout: Layout) -> str:
         return file_hash(layout.files)
     digest = hashlib.sha256(layout.header_hash.encode())
     names = sorted(layout.entries)
-    for name in names[:: max(1, len(names) // SPOTS)]:
+    for name in names[:: max(1, len(names) // 64)]:
         entry = layout.entries[name]
         with entry.file.open("rb") as stream:
             stream.seek(entry.start)
-            digest.update(stream.read(min(LENGTH, entry.num_bytes)))
+            digest.update(stream.read(min(4096, entry.num_bytes)))
     return digest.hexdigest()
 
 

@@ -107,9 +107,13 @@ def write_tensors(
                     data, at = data[count:], at + count
 
         passed = visit(
-            {name: source.spec(name) for name in source}, write, threads, whole=source.whole,
-            name="writing", on_progress=on_progress,
-        )  # fmt: skip
+            {name: source.spec(name) for name in source},
+            write,
+            threads,
+            whole=source.whole,
+            name="writing",
+            on_progress=on_progress,
+        )
         with contextlib.closing(passed):  # nobody writes once it is left
             for _ in passed:
                 pass

@@ -1,4 +1,5 @@
-"""The kinds of model that transformers has and we train: each is a function in a file of its own."""
+"""The kinds of model that transformers has and we train: each is a function in a file of its own.
+"""
 
 import difflib
 from collections.abc import Callable, Iterator, Mapping
@@ -21,8 +22,8 @@ T = TypeVar("T")
 Family: TypeAlias = Callable[[str, "PretrainedConfig", torch.Generator | None], Net | None]
 """From a folder or hub id and the configuration there to the model, None if it is of another kind.
 
-With a generator the weights are random, a function of it alone, and the folder, "" for none, is that of
-what belongs to the model beside its weights (tokenizer, normalisation).
+With a generator the weights are random, a function of it alone, and the folder, "" for none, is
+that of what belongs to the model beside its weights (tokenizer, normalisation).
 """
 
 FAMILIES: Registry[Family] = Registry("family of models")

@@ -74,12 +74,12 @@ def _closed(net: ClassifierNet, task: ImageTask, recipe: HeadRecipe, fit: HeadFi
     every = torch.arange(task.size("val"))
     val = features_of(net, task, "val", every, fit.autocast), task.groups("val")
     if recipe.head == "probe":
-        return probe_head(features, labels[rows], *val, task.class_names)
+        return probe_head(features, labels[rows], val, task.class_names)
     parts = (
         statistics(features[torch.searchsorted(rows, own)], labels[own], len(task.class_names))
         for own in shards
     )
-    return ridge_head(reduce(torch.add, parts), *val, task.class_names)
+    return ridge_head(reduce(torch.add, parts), val, task.class_names)
 
 
 def few_per_class(labels: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -94,11 +94,7 @@ def few_per_class(labels: Tensor, count: int, generator: torch.Generator) -> Ten
 
 
 def probe_head(
-    features: Tensor,
-    labels: Tensor,
-    val_features: Tensor,
-    val_labels: Tensor,
-    class_names: Sequence[str],
+    features: Tensor, labels: Tensor, val: tuple[Tensor, Tensor], class_names: Sequence[str]
 ) -> Head:
     """scikit-learn's multinomial logistic regression (L-BFGS) on features (N, D), its penalty
     chosen on validation.
@@ -123,13 +119,13 @@ def probe_head(
         bias[rows] = fitted[:, -1] - weight[rows] @ mean
         return Head(weight, bias, class_names)
 
-    return _best(map(fit, PENALTIES), val_features, val_labels)
+    return _best(map(fit, PENALTIES), *val)
 
 
 def statistics(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """Of features (N, D), any float dtype, and labels int64 (N,) what a ridge head needs (Fed3R,
-    arXiv 2406.01116), float64 (D+1, D+1+K): with z = (phi, 1) and y one-hot A = sum z z^T and beside
-    it b = sum z y^T.
+    arXiv 2406.01116), float64 (D+1, D+1+K): with z = (phi, 1) and y one-hot A = sum z z^T and
+    beside it b = sum z y^T.
 
     A sum of them is that of the union of the data, so clients can compute them apart and a server
     add them; the constant feature carries the means and the count along, from which the unpenalised
@@ -159,8 +155,7 @@ def solve(statistics: Tensor, strength: float, class_names: Sequence[str]) -> He
 
 def ridge_head(
     statistics: Tensor,
-    val_features: Tensor,
-    val_labels: Tensor,
+    val: tuple[Tensor, Tensor],
     class_names: Sequence[str],
     strengths: Sequence[float] = STRENGTHS,
 ) -> Head:
@@ -172,7 +167,7 @@ def ridge_head(
     -log softmax(T * logits)[label] on validation and does not change which class wins.
     """
     heads = (solve(statistics, s, class_names) for s in sorted(strengths, reverse=True))
-    best = _best(heads, val_features, val_labels)
-    logits, entropy = best(val_features).double(), nn.functional.cross_entropy
-    T = min(TEMPERATURES, key=lambda t: entropy(t * logits, val_labels).item())
+    best = _best(heads, *val)
+    logits, entropy = best(val[0]).double(), nn.functional.cross_entropy
+    T = min(TEMPERATURES, key=lambda t: entropy(t * logits, val[1]).item())
     return Head(best.weight * T, best.bias * T, class_names)

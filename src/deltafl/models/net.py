@@ -26,7 +26,9 @@ MODEL_JSON = "deltafl_model.json"
 
 @lru_cache(maxsize=16)
 def _matched(files: tuple[str, ...], given: tuple[str, ...]) -> Mapping[str, str]:
-    """Name in files -> name given; kept, for a search loads models of the same names by the hundred."""
+    """Name in files -> name given; kept, for a search loads models of the same names by the
+    hundred.
+    """
     return match(files, given)[0]
 
 
@@ -179,7 +181,7 @@ class Net:
             DeltaflError: a head of another model or task, one that this model cannot have, or a
                 task that does not keep what `Task` promises.
         """
-        if recipe != HeadRecipe():
+        if recipe != HeadRecipe.of():
             raise DeltaflError(
                 f'model "{self.origin}" is no image classifier, and has no such head; leave out '
                 f'head "{recipe.head}" and what belongs to it'
@@ -218,7 +220,8 @@ class Net:
             save_head(self.head, folder / HEAD_FILE)
 
     def sharing(self) -> Self:
-        """A net on the same tensors, for another head: what is loaded into one of them is in both."""
+        """A net on the same tensors, for another head: what is loaded into one of them is in both.
+        """
         tensors = [*self.module.parameters(), *self.module.buffers()]
         return self._of(copy.deepcopy(self.module, {id(tensor): tensor for tensor in tensors}))
 

@@ -22,8 +22,8 @@ from deltafl.usercode import find_callable, importable
 def user_net(
     ref: str, kwargs: Mapping[str, Any], inputs: ImageInput | None = None, origin: str = ""
 ) -> Net:
-    """What the callable `module:attr`, given `kwargs` (values that JSON can hold), returns: a `Net` as
-    it is, a module as an encoder of images.
+    """What the callable `module:attr`, given `kwargs` (values that JSON can hold), returns: a `Net`
+    as it is, a module as an encoder of images.
 
     Features are `module.embed(x)` where there is one, else `module(x)`. `inputs` None: read
     from attributes of the module or of the callable: `input_size` (default 224), `channels`

@@ -57,8 +57,9 @@ def vision(ref: str, config: "PretrainedConfig", generator: torch.Generator | No
     classifier, text tower) is left out and logged.
 
     Of a new ViT the linear and patch weights and the embeddings are normal(0, 0.02), truncated at 2
-    deviations, biases 0, layer norms (1, 0); others are drawn as transformers does. Size and channels
-    are the configuration's; mean and std those of the preprocessor file, 0.5 (ViT's own) without one.
+    deviations, biases 0, layer norms (1, 0); others are drawn as transformers does. Size and
+    channels are the configuration's; mean and std those of the preprocessor file, 0.5 (ViT's own)
+    without one.
     """
     import transformers
 
@@ -106,7 +107,8 @@ def _draw(module: nn.Module, generator: torch.Generator) -> None:
 
 
 def _write(encoder: nn.Module, folder: Path, preprocessor: Path | None) -> None:
-    """config.json, model.safetensors and, where the origin has one, its preprocessor file, copied."""
+    """config.json, model.safetensors and, where the origin has one, its preprocessor file, copied.
+    """
     with quiet():
         encoder.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
     if preprocessor is not None:

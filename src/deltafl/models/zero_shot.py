@@ -5,7 +5,7 @@ late.
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -130,8 +130,9 @@ def _embedded(
 
     ref, kind = str(layout.folder), transformers.CLIPModel
     tokenizer = attempt(ref, transformers.AutoTokenizer.from_pretrained, ref)
-    loaded, _ = build_module(ref, kind, kind, config, None)
-    model, parts = loaded.float().to(device).eval(), []
+    model: Any = build_module(ref, kind, kind, config, None)[0].float()
+    model.to(device).eval()
+    parts = []
     how = {"max_length": config.text_config.max_position_embeddings, "return_tensors": "pt"}
     for start in range(0, len(prompts), BATCH):
         batch = prompts[start : start + BATCH]

@@ -2,7 +2,6 @@
 
 import os
 import re
-import tomllib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -18,6 +17,8 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure as Drawing
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
+from deltafl.report.tables import read_data
+
 WIDTH = 420
 """Pixels of every drawing: shown smaller by a quarter on a phone, larger where there is room."""
 
@@ -31,7 +32,7 @@ APART = 4
 """Series whose ends differ by this factor are drawn over a logarithmic axis."""
 
 STYLE = Path(__file__).with_name("charts.mplstyle")
-TONES = tomllib.loads(Path(__file__).with_name("theme.toml").read_text())
+TONES = read_data("theme")
 """Role -> {"light": colour, "dark": colour}."""
 
 PAPER, INK, MUTED = (TONES[role]["light"] for role in ("paper", "ink", "muted"))

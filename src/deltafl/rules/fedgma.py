@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from deltafl.rules.rule import RULES, CoordinateRule, Tensor, Traits, Within
 from deltafl.rules.weighted import weighted_sum
@@ -25,7 +25,7 @@ class FedGMA(CoordinateRule):
     values: ClassVar = {"rho": [0.3, 0.6, 0.9]}
 
     @classmethod
-    def grid(cls, given: Mapping[str, Any], norms: Sequence[float]) -> Mapping[str, Any]:
+    def grid(cls, given: Mapping[str, object], norms: Sequence[float]) -> Mapping[str, object]:
         return {"rho": [round(0.1 * i, 1) for i in range(1, 10)]}
 
     def combine(self, block: Tensor, weights: Sequence[float]) -> Tensor:

@@ -13,7 +13,7 @@ import typing
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from deltafl.errors import DeltaflError, did_you_mean
 from deltafl.registry import Registry
@@ -119,7 +119,7 @@ class Rule:
     transforms: ClassVar[tuple[Transform, ...]] = ()
     needs_gram: ClassVar[bool] = False
     weighs_examples: ClassVar[bool] = False
-    values: ClassVar[Mapping[str, Any]] = {}
+    values: ClassVar[Mapping[str, object]] = {}
 
     def __post_init__(self) -> None:
         for key, hint in typing.get_type_hints(type(self), include_extras=True).items():
@@ -142,19 +142,19 @@ class Rule:
         return []
 
     @classmethod
-    def grid(cls, given: Mapping[str, Any], norms: Sequence[float]) -> Mapping[str, Any]:
+    def grid(cls, given: Mapping[str, object], norms: Sequence[float]) -> Mapping[str, object]:
         """Parameters that a search tries beside the given ones; norms: of the deltas, (n,)."""
         return {}
 
     @classmethod
-    def typical(cls) -> dict[str, Any]:
+    def typical(cls) -> dict[str, object]:
         """One value of each of `values`, that in the middle."""
         return {
             k: v[(len(v) - 1) // 2] if isinstance(v, list) else v for k, v in cls.values.items()
         }
 
     @classmethod
-    def seeded(cls, params: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    def seeded(cls, params: Mapping[str, object], seed: int) -> dict[str, object]:
         """The parameters, with the seed of a run for a rule that has one and is given none."""
         own = {"seed": seed} if "seed" in parameters(cls) else {}
         return own | dict(params)
@@ -206,7 +206,7 @@ def load_rules() -> Registry[type[Rule]]:
     return RULES
 
 
-def parameters(rule: type[Rule]) -> dict[str, tuple[Any, Any]]:
+def parameters(rule: type[Rule]) -> dict[str, tuple[object, object]]:
     """Parameter name -> (type, default or dataclasses.MISSING); a rule in it goes by its name."""
     hints = typing.get_type_hints(rule)
     return {
@@ -215,17 +215,17 @@ def parameters(rule: type[Rule]) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def build_rule(name: str, params: Mapping[str, Any]) -> Rule:
+def build_rule(name: str, params: Mapping[str, object]) -> Rule:
     """The rule called `name`; a rule that wraps another hands on the parameters it does not have.
 
     Raises DeltaflError for unknown and for missing parameters, all at once.
     """
     rule, own, problems = load_rules()[name], dict(params), list[str]()
-    known = parameters(rule)
-    if "inner" in known and isinstance(params.get("inner"), str):
+    known, inner = parameters(rule), params.get("inner")
+    if "inner" in known and isinstance(inner, str):
         rest = {key: own.pop(key) for key in params if key not in known}
         try:
-            own["inner"] = build_rule(params["inner"], rest)
+            own["inner"] = build_rule(inner, rest)
         except DeltaflError as error:
             problems += error.problems
     problems += [

@@ -70,4 +70,4 @@ def total_weight(weights: Weights, name: str = "") -> float:
 def shares(weights: Sequence[float]) -> list[float]:
     """p_i = |w_i| / sum_j |w_j|."""
     total = sum(map(abs, weights))
-    return [abs(w) / total for w in weights] if total else [0.0 for _ in weights]
+    return [abs(w) / total for w in weights]

@@ -1,8 +1,8 @@
 """Arrays on disk: written once, complete or not at all, memory-mapped ever after.
 
-An entry is a .safetensors file, named by the sha256 of what it is made of: an array and, as metadata,
-what there is to say about it. The files it was made of are known by their stamps, as `datasets` and
-`make` know them, so that a warm start reads no image twice.
+An entry is a .safetensors file, named by the sha256 of what it is made of: an array and, as
+metadata, what there is to say about it. The files it was made of are known by their stamps, as
+`datasets` and `make` know them, so that a warm start reads no image twice.
 """
 
 import hashlib
@@ -49,9 +49,9 @@ def stamps(files: Iterable[Path]) -> list[tuple[str, int, int]]:
 
 
 def kept(made_of: Mapping[str, object], make: Callable[[Path], Made]) -> tuple[About, Tensor]:
-    """What `make(scratch)` gives, its array memory-mapped: out of the cache, `$DELTAFL_CACHE` or else
-    `~/.cache/deltafl`, if it was made of the same before. `scratch` is a folder that lasts until the
-    array is written. No write into the tensor reaches the file.
+    """What `make(scratch)` gives, its array memory-mapped: out of the cache, `$DELTAFL_CACHE` or
+    else `~/.cache/deltafl`, if it was made of the same before. `scratch` is a folder that lasts
+    until the array is written. No write into the tensor reaches the file.
 
     Raises:
         DeltaflError: the cache folder cannot be written.

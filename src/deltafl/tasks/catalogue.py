@@ -24,8 +24,8 @@ class NamedTask(Recipe):
     """One task of catalogue.yaml, where the names are.
 
     num_classes: K. templates: prompts with {} where the class goes. hub: the id on the Hugging Face
-    hub; None: only a local folder will do. config: the hub set's configuration. class_names: K names
-    for prompts; None: the data's own. labels: what the data call the K classes where that is
+    hub; None: only a local folder will do. config: the hub set's configuration. class_names: K
+    names for prompts; None: the data's own. labels: what the data call the K classes where that is
     something else, to recognise them by. test_is_validation: the split to test on is published as
     "validation".
     """
@@ -74,7 +74,8 @@ def prompt_names(task: str, class_names: Sequence[str]) -> tuple[str, ...]:
     data's own words are used, cleaned, so that no word is ever given to another class.
 
     Raises:
-        DeltaflError: another number of classes than the catalogue's task, or numbers where words are
+        DeltaflError: another number of classes than the catalogue's task, or numbers where words
+        are
             needed.
     """
     named, words = catalogue().get(task), tuple(map(cleaned, class_names))

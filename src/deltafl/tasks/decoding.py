@@ -3,7 +3,7 @@
 import io
 from collections.abc import Iterator
 from multiprocessing.pool import ThreadPool
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -11,20 +11,17 @@ from PIL import Image, ImageOps
 from deltafl.errors import DeltaflError
 from deltafl.tasks.inputs import ImageInput
 
-if TYPE_CHECKING:
-    from datasets import Column
-
 BATCH = 512
 """Images decoded between two writes."""
 
 
 class RawSplit(NamedTuple):
-    """Images before they are decoded: labels int64 (N,), cells of `datasets` (see `decode`), and the
-    place in errors.
+    """Images before they are decoded: labels int64 (N,), cells of `datasets` (see `decode`), and
+    the place in errors.
     """
 
     labels: np.ndarray
-    images: "Column"
+    images: Any
     where: str
 
 
@@ -69,8 +66,8 @@ def decoded(split: RawSplit, rows: np.ndarray, inputs: ImageInput) -> Iterator[n
         except Exception as error:  # Pillow's readers raise many kinds
             place = f" ({cell['path']})" if cell and cell["bytes"] is None else ""
             raise DeltaflError(
-                f"row {row} of {split.where}{place} is not an 8-bit image that can be read: {error}. "
-                "Repair the row or remove it."
+                f"row {row} of {split.where}{place} is not an 8-bit image that can be read: "
+                f"{error}. Repair the row or remove it."
             ) from error
 
     with ThreadPool() as pool:

@@ -8,9 +8,9 @@ One fixed partition, stratified and the same in every run, whatever the seed of 
     tasks       1000    600  200   200   digits (untouched images) and every other variant
 
 No row is in two places, so what a base model saw in `digits:pretrain` is in no task, and a row that
-one variant tests on is trained on by none. A variant is a deterministic change of the images, made on
-a 16 x 16 canvas and then resized like any other image; the labels stay. Random textures and places are
-keyed by the row.
+one variant tests on is trained on by none. A variant is a deterministic change of the images, made
+on a 16 x 16 canvas and then resized like any other image; the labels stay. Random textures and
+places are keyed by the row.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,13 +30,14 @@ from deltafl.tasks.task import SPLITS
 CANVAS = 16
 
 Variant = Callable[[np.ndarray, np.random.Generator], np.ndarray]
-"""Images as float (N, 16, 16) in [0, 1], ink bright, and a generator -> images of the same shape and
-range.
+"""Images as float (N, 16, 16) in [0, 1], ink bright, and a generator -> images of the same shape
+and range.
 """
 
 
 def digits(variant: str, inputs: ImageInput) -> ImageTask:
-    """The task of one variant; "" is the untouched one. Raises `DeltaflError` for an unknown name."""
+    """The task of one variant; "" is the untouched one. Raises `DeltaflError` for an unknown name.
+    """
     change = VARIANTS.get(variant or "plain")
     if change is None:
         raise DeltaflError(
@@ -64,8 +65,8 @@ def partition(labels: np.ndarray) -> list[np.ndarray]:
 
 @cache
 def _canvas() -> tuple[np.ndarray, np.ndarray]:
-    """All digits, float64 (1797, 16, 16) in [0, 1], each pixel doubled and softened, and labels int64
-    (1797,).
+    """All digits, float64 (1797, 16, 16) in [0, 1], each pixel doubled and softened, and labels
+    int64 (1797,).
     """
     from sklearn.datasets import load_digits
 

@@ -1,8 +1,8 @@
 """From what a user writes to where the images are: folders, tasks by name, the hub."""
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,23 +32,24 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".ti
 class Source:
     """Image data that were found but not yet opened.
 
-    `read(scratch)` gives a table for each split, by the name of the split there; it may put files
-    into the folder `scratch`, which lives as long as the tables are used. `key` says which content
-    they have, for the cache, so that a warm start never reads the source. `where` is the place of
-    each split in errors, `sidecar` a file with class names, `named` the catalogue's task.
+    `key` says which content they have, for the cache, so that a warm start never opens the source.
+    `where` is the place of each split in errors, by its name there. Data are `files` by split,
+    Parquet or images in folders of their classes, or `tables`. `sidecar`: a file with the names of
+    classes. `named`: the catalogue's task.
     """
 
     name: str
     key: object
     where: Mapping[str, str]
-    read: "Callable[[Path], DatasetDict]"
+    files: Mapping[str, Sequence[Path]] = field(default_factory=dict)
+    tables: "DatasetDict | None" = None
     sidecar: Path | None = None
     named: NamedTask | None = None
 
 
 def find(recipe: DataRecipe) -> Source | None:
-    """The images that `recipe.data` names, None for digits; `DataRecipe` documents the syntax and what
-    goes first.
+    """The images that `recipe.data` names, None for digits; `DataRecipe` documents the syntax and
+    what goes first.
 
     Raises:
         DeltaflError: nothing of that name, or settings that do not go with it.
@@ -62,8 +63,8 @@ def find(recipe: DataRecipe) -> Source | None:
     if recipe.data_dir is not None:
         if colon or "/" in spec or kind == "digits" or recipe.revision is not None:
             raise DeltaflError(
-                f'data "{spec}": data_dir "{recipe.data_dir}" is for a task by its name (cifar100), '
-                f"without a revision; {did_you_mean(spec, catalogue())}"
+                f'data "{spec}": data_dir "{recipe.data_dir}" is for a task by its name '
+                f"(cifar100), without a revision; {did_you_mean(spec, catalogue())}"
             )
         path = Path(recipe.data_dir).expanduser() / spec
         if named is None:
@@ -76,8 +77,8 @@ def find(recipe: DataRecipe) -> Source | None:
     if named and not path.exists():
         if named.hub is None:
             raise DeltaflError(
-                f'task "{spec}" is on no hub under a known id. Download it and name the folder that '
-                "holds it with --data-dir (data_dir)."
+                f'task "{spec}" is on no hub under a known id. Download it and name the folder '
+                "that holds it with --data-dir (data_dir)."
             )
         target = ":".join(filter(None, (named.hub, named.config)))
         return replace(_on_hub(target, recipe.revision), name=spec, named=named)
@@ -106,7 +107,7 @@ def _on_hub(target: str, revision: str | None) -> Source:
         target.split("/")[-1].replace(":", "_"),
         [table._fingerprint for table in tables.values()],
         {str(split): f'split "{split}" of {where}' for split in tables},
-        lambda scratch: tables,
+        tables=tables,
     )
 
 
@@ -115,7 +116,8 @@ def _local(path: Path) -> Source:
     Parquet files in the Hugging Face layout, or `train/CLASS/` and `test/CLASS/`.
 
     Raises:
-        DeltaflError: there is no such folder or set, the folder holds several sets, or it holds none.
+        DeltaflError: there is no such folder or set, the folder holds several sets, or it holds
+        none.
     """
     if not path.is_dir():
         sets = _parquet_sets(path.parent)
@@ -135,30 +137,22 @@ def _local(path: Path) -> Source:
     return _image_folder(path)
 
 
-def _parquet_sets(folder: Path) -> dict[str, dict[str, list[str]]]:
-    """The Parquet files of a folder by set and split: {prefix or "": {split in the name: files}}."""
-    sets: dict[str, dict[str, list[str]]] = {}
+def _parquet_sets(folder: Path) -> dict[str, dict[str, list[Path]]]:
+    """The Parquet files of a folder by set and split: {prefix or "": {split in the name: files}}.
+    """
+    sets: dict[str, dict[str, list[Path]]] = {}
     for path in sorted(folder.glob("*.parquet")):
         if match := PARQUET_NAME.fullmatch(path.name):
-            files = sets.setdefault(match["prefix"] or "", {}).setdefault(match["split"], [])
-            files.append(str(path))
+            sets.setdefault(match["prefix"] or "", {}).setdefault(match["split"], []).append(path)
     return sets
 
 
-def _parquet(name: str, files: Mapping[str, list[str]]) -> Source:
-    every = [Path(path) for paths in files.values() for path in paths]
+def _parquet(name: str, files: Mapping[str, list[Path]]) -> Source:
+    every = [path for paths in files.values() for path in paths]
     sidecars = [every[0].with_name(file) for file in (f"{name}_classes.json", "classes.json")]
-    sidecars = [path for path in sidecars if path.is_file()][:1]
-    where = {split: shorten(paths, 1) for split, paths in files.items()}
-
-    def read(scratch: Path) -> "DatasetDict":
-        """From a copy that `datasets` makes under `scratch`: what stays on disk is the pixels."""
-        from deltafl.tasks.tables import read_tables
-
-        place = ", ".join(where.values())
-        return read_tables("parquet", place, data_files=files, cache_dir=str(scratch))
-
-    return Source(name, stamps([*every, *sidecars]), where, read, *sidecars)
+    sidecar = next((path for path in sidecars if path.is_file()), None)
+    where = {split: shorten([*map(str, paths)], 1) for split, paths in files.items()}
+    return Source(name, stamps([*every, *filter(None, [sidecar])]), where, files, sidecar=sidecar)
 
 
 def _image_folder(path: Path) -> Source:
@@ -174,11 +168,5 @@ def _image_folder(path: Path) -> Source:
             f'folder "{path}" holds neither Parquet files (train.parquet, test.parquet) nor images '
             "(train/CLASS/*.png, test/CLASS/*.png)."
         )
-
-    def read(scratch: Path) -> "DatasetDict":
-        from deltafl.tasks.tables import list_images
-
-        return list_images(files)
-
     where = {split: f'image folder "{path / split}"' for split in files}
-    return Source(path.resolve().name, stamps(every), where, read)
+    return Source(path.resolve().name, stamps(every), where, files)

@@ -40,7 +40,8 @@ class ImageTask(HeldTask[Images]):
     (1 - s) one-hot + s / K. Score: 1 where the largest logit is the label's, else 0.
 
     Raises:
-        DeltaflError: a split is missing or empty, its tensors are of another kind, or a label is not
+        DeltaflError: a split is missing or empty, its tensors are of another kind, or a label is
+        not
             below the number of class names.
     """
 

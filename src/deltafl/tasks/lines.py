@@ -60,8 +60,8 @@ class LineTask(HeldTask[Lines]):
     """Next-token cross-entropy; `model(input_ids=, attention_mask=).logits` is (B, T, V).
 
     A batch is {"input_ids", "attention_mask", "labels"}, int64 (B, T), padded on the right; labels
-    are the ids, `IGNORED` at padding. Loss of a line: the sum over its tokens but the first; weight:
-    their number. Score: the mean log-likelihood of these tokens, in nats, below 0.
+    are the ids, `IGNORED` at padding. Loss of a line: the sum over its tokens but the first;
+    weight: their number. Score: the mean log-likelihood of these tokens, in nats, below 0.
     """
 
     metric = "log-likelihood"

@@ -26,17 +26,18 @@ MODULE_ATTR = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
 
 
 def load_task(data: DataRecipe | str, inputs: ImageInput | TextInput, seed: int = 0) -> Task:
-    """The task that `data` names (see `DataRecipe`) in the form that a model takes: images decoded and
-    resized once to uint8 (N, channels, image_size, image_size), lines of text tokenised.
+    """The task that `data` names (see `DataRecipe`) in the form that a model takes: images decoded
+    and resized once to uint8 (N, channels, image_size, image_size), lines of text tokenised.
 
     The test split is the data's own. So is val where there is one ("validation", "valid", "val",
     "dev"); else it is held out of train: stratified, min(val_fraction N, 5000) rows, chosen by
-    `seed`. `limit` then keeps a stratified choice of each split. Rows keep the order of their files.
-    Images from files or the hub are cached in `$DELTAFL_CACHE`, or `~/.cache/deltafl`, and
+    `seed`. `limit` then keeps a stratified choice of each split. Rows keep the order of their
+    files. Images from files or the hub are cached in `$DELTAFL_CACHE`, or `~/.cache/deltafl`, and
     memory-mapped.
 
     Raises:
-        DeltaflError: whatever is wrong with the settings, the data or the cache folder, in one line.
+        DeltaflError: whatever is wrong with the settings, the data or the cache folder, in one
+        line.
     """
     recipe = DataRecipe.of(data=data) if isinstance(data, str) else data
     spec = recipe.data

@@ -1,4 +1,5 @@
-"""The settings of data: where they are, which part of them is used, and how a model trains on them."""
+"""The settings of data: where they are, which part of them is used, and how a model trains on them.
+"""
 
 from typing import Literal
 
@@ -18,7 +19,8 @@ class DataSource(Recipe):
     )
     image_column: str | None = Field(
         None,
-        description="the column of images, of Parquet files and hub sets (default: image, else img)",
+        description="the column of images, of Parquet files and hub sets "
+        "(default: image, else img)",
     )
     label_column: str | None = Field(
         None, description="the column of class numbers (default: label, else fine_label)"
@@ -26,7 +28,8 @@ class DataSource(Recipe):
     revision: str | None = Field(None, description="the version of a hub data set")
 
     def columns(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Names for the column of images and for that of labels; the first that a table has counts."""
+        """Names for the column of images and for that of labels; the first that a table has counts.
+        """
         images = (self.image_column,) if self.image_column else ("image", "img")
         return images, (self.label_column,) if self.label_column else ("label", "fine_label")
 
@@ -37,7 +40,8 @@ class DataRecipe(DataSource):
     `data` is, in this order of precedence:
 
     - `hub:owner/name[:config]`, a data set of the Hugging Face hub;
-    - `parquet:PATH` or `folder:PATH`, the same as PATH, for names that look like something else, and
+    - `parquet:PATH` or `folder:PATH`, the same as PATH, for names that look like something else,
+      and
       `lines:PATH`, a folder with lines of plain text, `train*.txt` and `test*.txt`;
     - `digits` or `digits:VARIANT`;
     - PATH, a folder with `train*.parquet` and `test*.parquet`, with `train/CLASS/*.png` and

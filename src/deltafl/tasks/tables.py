@@ -1,4 +1,5 @@
-"""What the `datasets` library reads, Parquet files, sets of the hub and lists of images, as raw splits.
+"""What the `datasets` library reads, Parquet files, sets of the hub and lists of images, as raw
+splits.
 
 To be imported where data are opened: `datasets` takes a second.
 """
@@ -7,6 +8,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -33,7 +35,7 @@ log = logging.getLogger(__name__)
 disable_progress_bars()
 
 
-def read_tables(path: str, where: str, **options: object) -> DatasetDict:
+def read_tables(path: str, where: str, **options: Any) -> DatasetDict:
     """`load_dataset(path, **options)`, tables by split; `where` names the place in errors.
 
     Raises:
@@ -52,22 +54,6 @@ def read_tables(path: str, where: str, **options: object) -> DatasetDict:
     return tables
 
 
-def list_images(files: Mapping[str, Sequence[Path]]) -> DatasetDict:
-    """A table for each split of images in folders that are their classes.
-
-    As `load_dataset("imagefolder")`, which takes 0.4 ms a file, more than a small image's decoding.
-    """
-    classes = sorted({image.parent.name for images in files.values() for image in images})
-    features = Features({"image": Image(decode=False), "label": ClassLabel(names=classes)})
-    return DatasetDict({
-        split: Dataset.from_dict(
-            {"image": [*map(str, images)], "label": [image.parent.name for image in images]},
-            features,
-        )
-        for split, images in files.items()
-    })  # fmt: skip
-
-
 def open_source(
     source: Source, columns: Sequence[Sequence[str]], scratch: Path
 ) -> tuple[Mapping[str, RawSplit], Sequence[str]]:
@@ -81,7 +67,7 @@ def open_source(
         DeltaflError: a column is missing, labels are not integers or not below the number of
             classes, there are too many or too few names of classes, or a split is missing or empty.
     """
-    tables, splits = source.read(scratch), {}
+    tables, splits = source.tables or _read_files(source, scratch), {}
     names = _class_names(source.sidecar) if source.sidecar else ()
     for key in (key for key in SPLIT_NAMES if key in tables):
         table, where = tables[key], source.where[key]
@@ -124,6 +110,25 @@ def open_source(
     return splits, names
 
 
+def _read_files(source: Source, scratch: Path) -> DatasetDict:
+    """Parquet files from a copy that `datasets` makes under `scratch`: what stays on disk is the
+    pixels. Images by their paths: `load_dataset("imagefolder")` takes 0.4 ms a file, more than a
+    small image's decoding.
+    """
+    every = [path for paths in source.files.values() for path in paths]
+    if every[0].suffix == ".parquet":
+        paths = {split: [*map(str, own)] for split, own in source.files.items()}
+        where = ", ".join(source.where.values())
+        return read_tables("parquet", where, data_files=paths, cache_dir=str(scratch))
+    classes = ClassLabel(names=sorted({path.parent.name for path in every}))
+    features, tables = Features({"image": Image(decode=False), "label": classes}), DatasetDict()
+    for split, images in source.files.items():
+        labels = [path.parent.name for path in images]
+        columns = {"image": [*map(str, images)], "label": labels}
+        tables[split] = Dataset.from_dict(columns, features)
+    return tables
+
+
 def _class_names(sidecar: Path) -> list[str]:
     """A JSON list of names, or an object with such a list under "classes"."""
     try:
@@ -133,7 +138,8 @@ def _class_names(sidecar: Path) -> list[str]:
         )
     except (ValueError, KeyError) as error:
         raise DeltaflError(
-            f'"{sidecar}" must hold a JSON list of class names, or an object with one under "classes".'
+            f'"{sidecar}" must hold a JSON list of class names, or an object with one under '
+            '"classes".'
         ) from error
 
 

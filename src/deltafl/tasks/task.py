@@ -139,8 +139,8 @@ def hash_of(*parts: Tensor | str) -> str:
 
 
 def check_task(task: Task, model: Model, device: Device = "cpu") -> None:
-    """Let `model`, in eval mode, do two training examples, so that a task of a user's own that breaks a
-    promise is found before anything trains.
+    """Let `model`, in eval mode, do two training examples, so that a task of a user's own that
+    breaks a promise is found before anything trains.
 
     Raises:
         DeltaflError: which field of the task is of another shape or dtype, or not finite.
@@ -176,10 +176,11 @@ def check_values(
 
 
 def drawn(chances: Tensor, generator: torch.Generator) -> Tensor:
-    """An index for each row of `chances`, (..., K) that sum to about 1 -> int64 (...), on their device.
+    """An index for each row of `chances`, (..., K) that sum to about 1 -> int64 (...), on their
+    device.
 
-    One number of `generator` each, in order, so that what is drawn does not depend on how rows are cut
-    into batches.
+    One number of `generator` each, in order, so that what is drawn does not depend on how rows are
+    cut into batches.
     """
     below = chances.detach().double().cumsum(-1)
     shape = (*below.shape[:-1], 1)

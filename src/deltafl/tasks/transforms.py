@@ -5,9 +5,11 @@ from torch import Tensor
 
 
 def random_crop(images: Tensor, padding: int, generator: torch.Generator) -> Tensor:
-    """Each image shifted by up to `padding` pixels in both directions, zeros coming in; same shape and dtype.
+    """Each image shifted by up to `padding` pixels in both directions, zeros coming in; same shape
+    and dtype.
 
-    Draws two integers per image from `generator` (on its own device): uniform over the (2 padding + 1)^2 shifts.
+    Draws two integers per image from `generator` (on its own device): uniform over the (2 padding +
+    1)^2 shifts.
     """
     n, _, height, width = images.shape
     shifts = torch.randint(2 * padding + 1, (2, n), generator=generator, device=generator.device)
@@ -18,7 +20,9 @@ def random_crop(images: Tensor, padding: int, generator: torch.Generator) -> Ten
 
 
 def random_flip(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image (N, C, H, W) mirrored left to right with probability one half; same shape and dtype."""
+    """Each image (N, C, H, W) mirrored left to right with probability one half; same shape and
+    dtype.
+    """
     flips = torch.randint(
         2, (len(images), 1, 1, 1), generator=generator, device=generator.device
     ).bool()
