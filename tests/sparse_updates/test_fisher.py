@@ -289,15 +289,6 @@ def test_scores_are_sums_of_squared_gradients_of_single_examples(name, labels, c
         assert ("example by example" in caplog.text) is bool(rest)
 
 
-def test_a_squared_batch_gradient_is_something_else():
-    """Its expectation keeps 1/B of the noise: a small part of the mass, where Fisher keeps all."""
-    net, task, ids = net_of("vit"), Pixels(), torch.arange(32)
-    found = sum(float(t.sum()) for t in scores(net, ids, "sampled").values()) / len(ids)
-    batch = task.sampled(net, task.batch("train", ids), generator(1))
-    grads = torch.autograd.grad(task.loss(net, batch)[0].mean(), list(trained(net).values()))
-    assert sum(float(g.square().sum()) for g in grads) < 0.3 * found
-
-
 def test_many_draws_approach_the_sum_over_all_labels():
     """E_y over the three classes, each weighed by its probability, is the exact score."""
     net, task = net_of("Mlp"), Pixels()
