@@ -89,13 +89,16 @@ class RunRecord:
         write_atomically(self.path, "".join(kept).encode())
         clear_unfinished(self.folder)
 
-    def finished(self) -> FinishedRun | None:
-        """What the run came to, whose state goes; None where it is not at its end."""
-        file = self.folder / "result.json"
-        if not file.is_file():
-            return None
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run is at its end."""
+        return (self.folder / "result.json").is_file()
+
+    def finished(self) -> FinishedRun:
+        """What a run that is at its end came to; its state goes."""
         shutil.rmtree(self.folder / "state", ignore_errors=True)
-        return FinishedRun(self.folder, json.loads(file.read_text()), read_rows(self.path))
+        result = json.loads((self.folder / "result.json").read_text())
+        return FinishedRun(self.folder, result, read_rows(self.path))
 
 
 def read_rows(path: str | Path) -> list[Row]:
