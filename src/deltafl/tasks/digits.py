@@ -36,8 +36,7 @@ and range.
 
 
 def digits(variant: str, inputs: ImageInput) -> ImageTask:
-    """The task of one variant; "" is the untouched one. Raises `DeltaflError` for an unknown name.
-    """
+    """The task of one variant; "" is the untouched one. Raises `DeltaflError` for an unknown name."""
     change = VARIANTS.get(variant or "plain")
     if change is None:
         raise DeltaflError(
