@@ -64,7 +64,7 @@ def test_merges(method: str, tmp_path: Path) -> None:
 
 def test_fine_tuning_and_evaluation(base: Path, tmp_path: Path) -> None:
     for device in ("cpu", "cuda"):
-        train(base, tmp_path / device, device)
+        train(base, tmp_path / device, device, "--head", base / "head.safetensors")
         told = ("--device", device, "--json", tmp_path / f"{device}.json")
         succeed("evaluate", "--models", tmp_path / device, *DIGITS, *told)
     close(tmp_path / "cpu", tmp_path / "cuda", rtol=1e-2, atol=1e-3)

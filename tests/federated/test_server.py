@@ -10,7 +10,7 @@ import torch
 from deltafl.algebra.deltas import Update
 from deltafl.errors import DeltaflError
 from deltafl.federated import FederatedRecipe
-from deltafl.federated.rounds import Workers, aggregate, run_round
+from deltafl.federated.rounds import Workers, combined, run_round
 from deltafl.federated.server import SERVER_OPTIMIZERS, ServerRecipe, ServerState, server_step
 from deltafl.recipes import read_recipe
 from deltafl.rules.rule import Source
@@ -59,7 +59,7 @@ def test_three_steps_are_the_formula(optimizer: str, momentum: float | None) -> 
             Update({"w": d, "running": d}, Source(str(i), num_examples=1 + 2 * i))
             for i, d in enumerate(pair)
         ]
-        state = server_step(state, aggregate(updates, recipe, 1), recipe.server, {"w"})
+        state = server_step(state, combined(updates, recipe, 1), recipe.server, {"w"})
     means = [(a.double() + 3 * b.double()).numpy() / 4 for a, b in deltas]
     wanted = reference(recipe.server, start["w"].double().numpy(), means)
     np.testing.assert_allclose(state.params["w"].double(), wanted, rtol=2e-5, atol=2e-6)
@@ -200,7 +200,7 @@ def test_weights_are_examples_or_none() -> None:
     ]
 
     def mean(**settings: Any) -> float:
-        return aggregate(updates, recipe_of(**settings), 1)["w"][0].item()
+        return combined(updates, recipe_of(**settings), 1)["w"][0].item()
 
     assert mean(aggregator="task_arithmetic") == pytest.approx((0 * 1 + 1 * 2 + 2 * 3) / 6)
     assert mean(aggregator="task_arithmetic", client_weights="uniform") == 1.0

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deltafl.errors import DeltaflError
-from deltafl.federated.sharding import ShardingRecipe, describe, shard
+from deltafl.federated.sharding import ShardingRecipe, shard, shard_counts
 
 totals_of_few = st.lists(st.integers(1, 40), min_size=1, max_size=8)
 seeds = st.integers(0, 2**40)
@@ -43,7 +43,7 @@ def shards_of(
 def counts_of(
     totals: Sequence[int], num_clients: int, sharding: dict[str, Any], seed: int = 0
 ) -> np.ndarray:
-    """int64 (K, L), counted here and not by `describe`, after checking the form of the shards."""
+    """int64 (K, L), counted here and not by `shard_counts`, after checking the form of the shards."""
     labels = labels_of(totals, seed)
     shards = shards_of(labels, num_clients, sharding, seed)
     assert len(shards) == num_clients
@@ -92,7 +92,7 @@ def test_dirichlet_hsu_draws_mixes_of_the_right_variance(alpha: float):
 def test_cifar_100_with_100_clients_is_exact(nc: int):
     labels = labels_of([450] * 100)  # 500 a class, 50 of them held out
     shards = shards_of(labels, 100, non_iid(nc))
-    told = describe(shards, labels, 100)
+    told = shard_counts(shards, labels, 100)
     assert told["sizes"].tolist() == [450] * 100
     assert told["classes"].tolist() == [nc] * 100
     assert (told["counts"] > 0).sum(0).tolist() == [nc] * 100
@@ -153,7 +153,7 @@ def test_missing_classes_are_the_smallest_and_are_told():
     totals = [9, 30, 8, 30, 7]
     labels = labels_of(totals)
     shards = shards_of(labels, 3, non_iid(1, allow_missing_classes=True))
-    told = describe(shards, labels, 5)
+    told = shard_counts(shards, labels, 5)
     assert told["left_out"].tolist() == [0, 0, 8, 0, 7]
     assert told["counts"].sum(0).tolist() == [9, 30, 0, 30, 0]
     assert told["classes"].tolist() == [1, 1, 1]
@@ -205,9 +205,9 @@ def test_labels_of_another_form_are_an_error():
             shards_of(labels, 1, IID)
 
 
-def test_describe_counts_what_is_held_left_out_and_given_twice():
+def test_counts_what_is_held_left_out_and_given_twice():
     labels = torch.tensor([0, 1, 1, 2, 0, 2])
-    told = describe([torch.tensor([0, 1, 2]), torch.tensor([2, 3])], labels, 4)
+    told = shard_counts([torch.tensor([0, 1, 2]), torch.tensor([2, 3])], labels, 4)
     assert {name: value.tolist() for name, value in told.items()} == {
         "counts": [[1, 2, 0, 0], [0, 1, 1, 0]], "sizes": [3, 2], "classes": [2, 2],
         "smallest": 2, "largest": 3, "duplicates": 1, "left_out": [1, 0, 1, 0],

@@ -107,21 +107,6 @@ def test_a_strategy_without_scores_asks_no_client_and_ignores_the_rounds(
     assert_same(*(begin(tmp_path, one).federation.mask for one in rounds))
 
 
-@pytest.mark.parametrize("strategy", list(MASK_STRATEGIES))
-@pytest.mark.parametrize("scope", ["global", "per_layer"])
-def test_every_strategy_freezes_the_share_asked_for(
-    strategy: str, scope: str, tmp_path: Path
-) -> None:
-    recipe = CALIBRATED.replace(
-        mask_strategy=strategy, mask_scope=scope, sparsity_ratio=0.8, num_rounds=1
-    )
-    run = federate(plain(), halves(), recipe, tmp_path / "run")
-    start = run.rows[0]
-    assert start["kept"] == pytest.approx(0.2 * start["parameters"], abs=2)
-    mask = load_mask(tmp_path / "run" / "mask.safetensors", plain())[0]
-    assert sum(int(m.sum()) for m in mask.values()) == start["kept"]
-
-
 def test_a_mask_from_a_file_is_used_and_one_of_another_model_refused(tmp_path: Path) -> None:
     net = plain()
     mask = {n: torch.zeros_like(t, dtype=torch.bool) for n, t in net.trained.items()}

@@ -8,7 +8,6 @@ from dataset_files import load, sizes
 
 from deltafl.errors import DeltaflError
 from deltafl.tasks import Task, load_task
-from deltafl.tasks.classes import only_classes
 from deltafl.tasks.lines import WORST, tokenised
 from deltafl.tasks.recipe import DataRecipe, TrainingDataRecipe
 from deltafl.tasks.task import check_task
@@ -65,17 +64,17 @@ def test_a_field_that_breaks_its_promise_is_named(name, value, message):
         check_task(Wrong({name: value}), lambda batch: batch)
 
 
-def test_some_classes_are_a_task_with_the_head_of_the_whole():
+def test_some_rows_are_a_task_with_the_head_of_the_whole():
     whole = load("digits", channels=1)
-    part = only_classes(whole, torch.tensor([2, 7]), "part")
+    rows = {split: torch.arange(1, whole.size(split), 2) for split in ("train", "val", "test")}
+    part = whole.only(rows, "part")
     assert part.name == "part"
     assert part.class_names == whole.class_names
-    for split in ("train", "val", "test"):
-        keep = (whole.groups(split) == 2) | (whole.groups(split) == 7)
+    for split, keep in rows.items():
         assert torch.equal(part.groups(split), whole.groups(split)[keep])
         assert torch.equal(part.splits[split].images, whole.splits[split].images[keep])
-    with pytest.raises(DeltaflError, match='task "none" has no example in train, val, test'):
-        only_classes(whole, torch.tensor([11]), "none")
+    with pytest.raises(DeltaflError, match='task "none" has no example in val'):
+        whole.only(rows | {"val": torch.arange(0)}, "none")
 
 
 @pytest.fixture
@@ -92,7 +91,8 @@ def test_lines_are_found_by_themselves_or_by_name(language, prefix):
     assert task.groups("train").unique().tolist() == [0, 1]  # the file that a line is from
     assert max(sizes(again)) == 4
     assert task.fingerprint() != again.fingerprint()
-    assert sizes(only_classes(task, torch.tensor([0]), "one source"))[2] < task.size("test")
+    rows = {split: torch.tensor([0]) for split in ("train", "val", "test")}
+    assert [*sizes(task.only(rows, "one line"))] == [1, 1, 1]
 
 
 @pytest.mark.parametrize(

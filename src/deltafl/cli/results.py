@@ -15,7 +15,7 @@ from deltafl.training.record import RunRecord, write_json
 
 def table_text(table: Table, most: int = 10_000) -> str:
     """A table of the report as plain text; of more rows than `most` the first and last five."""
-    cells, columns = table.cells(), table.shown.values()
+    cells, columns = table.cells(), table.shown
     rows = cells.to_numpy().tolist()
     if len(rows) > most:
         rows[5:-5] = [["...", *[""] * (len(columns) - 1)]]

@@ -2,7 +2,7 @@
 
 from deltafl.cli.command import recipe_command
 from deltafl.cli.results import show_result
-from deltafl.federated.sharding import ShardsRecipe, describe, shard
+from deltafl.federated.sharding import ShardsRecipe, shard, shard_counts
 from deltafl.files import check_output
 from deltafl.report import shards_page
 from deltafl.seeding import keyed_generator
@@ -25,7 +25,7 @@ def shards(recipe: ShardsRecipe) -> None:
     groups = task.groups("train")
     names = task.class_names if isinstance(task, ImageTask) else [str(i) for i in groups.unique()]
     positions = shard(groups, recipe.sharding, keyed_generator(recipe.seed, "shards"))
-    found = describe(positions, groups, len(names))
+    found = shard_counts(positions, groups, len(names))
     given = recipe.sharding.model_dump(exclude_defaults=True, exclude={"sharding", "num_clients"})
     sharding = recipe.sharding.sharding
     result = {

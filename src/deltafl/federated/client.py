@@ -33,8 +33,8 @@ Client: TypeAlias = Callable[[Tensors, Mask | None, Round], Update]
 `LocalTraining`.
 
 params: the server's (name -> tensor), not to be changed. mask None: all coordinates train. The
-delta of the update has the names of `params`. A `module:attr` is called with (net, task, recipe) and
-returns one of these, which serves all clients.
+delta of the update has the names of `params`. A `module:attr` is called with (net, task, recipe)
+and returns one of these, which serves all clients.
 """
 
 
@@ -61,8 +61,7 @@ class LocalTraining:
         given.
         """
         net, seed, local = self.net, self.recipe.seed, self.recipe.local
-        for name, tensor in self._state.items():
-            tensor.copy_(params[name])
+        load_state(self._state, params)
         counters = [b.clone() for b in self._counters]
         index = None if mask is None else self.index(mask)
         before = None if index is None else net.flat.index_select(0, index)
@@ -145,7 +144,7 @@ def state_of(net: Net) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_state(net: Net, params: Mapping[str, Tensor]) -> None:
-    """Set the working net to the server's parameters."""
-    for name, tensor in state_of(net).items():
+def load_state(state: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> None:
+    """Set the `state_of` a working net to the server's parameters."""
+    for name, tensor in state.items():
         tensor.copy_(params[name])

@@ -75,7 +75,7 @@ def run_round(
             "use a smaller lr"
         )
     started = time.perf_counter()
-    total = aggregate(list(updates.values()), recipe, number)
+    total = combined(list(updates.values()), recipe, number)
     stepped = server_step(state, total, recipe.server, federation.trained)
     stepped = replace(stepped, round=number)
     stepped = federation.controls.step(stepped, updates, recipe.sharding.num_clients)
@@ -170,7 +170,7 @@ def count_workers(recipe: FederatedRecipe, device: torch.device) -> int:
     return min(asked, recipe.clients_per_round)
 
 
-def aggregate(updates: Sequence[Update], recipe: FederatedRecipe, number: int) -> Aggregate:
+def combined(updates: Sequence[Update], recipe: FederatedRecipe, number: int) -> Aggregate:
     """R of the updates, weighed by examples where the recipe says so and the rule does not do it
     itself.
     """

@@ -15,12 +15,12 @@ from deltafl.algebra.deltas import Difference, Update
 from deltafl.algebra.tensors import device_named
 from deltafl.checkpoints.layout import fingerprint, read_layout
 from deltafl.federated.callbacks import Bytes, Callback
-from deltafl.federated.client import load_state
+from deltafl.federated.client import load_state, state_of
 from deltafl.federated.recipe import FederatedRecipe
 from deltafl.federated.rounds import Workers, count_workers, run_round
 from deltafl.federated.server import ServerState
 from deltafl.federated.setup import Federation, begin, make_shards, new_record
-from deltafl.federated.sharding import describe
+from deltafl.federated.sharding import shard_counts
 from deltafl.models.net import Net
 from deltafl.progress import OnProgress, Progress, ignore
 from deltafl.tasks.task import Split, Task
@@ -91,8 +91,8 @@ def federate(
     count = count_workers(recipe, device)
     shards, config = make_shards(task, recipe), run_config(net, task, recipe)
     begun = record.begun(config, resume=resume, overwrite=recipe.overwrite)
-    if begun and (found := record.finished()):
-        return found
+    if begun and record.is_finished:
+        return record.finished()
     federation = begin(net.copy_to(device), task.to(device), recipe, shards, begun)
     if not begun:
         new_record(federation, config)
@@ -132,7 +132,7 @@ def _rounds(
 
     if not state.round:
         groups = task.groups("train")
-        told = describe(federation.shards, groups, int(groups.max()) + 1)
+        told = shard_counts(federation.shards, groups, int(groups.max()) + 1)
         classes = told["classes"]
         row: Row = {"event": "start", "round": 0, "val_score": judge(state)}
         row |= {f"{which}_client": int(told[which]) for which in ("smallest", "largest")}
@@ -187,15 +187,13 @@ def _finished(best: Best, federation: Federation, record: RunRecord, config: Row
     }
     write_model(out / "model", federation.net, facts)
     write_json(out / "result.json", result)
-    found = record.finished()
-    assert found is not None
-    return found
+    return record.finished()
 
 
 def score_of(federation: Federation, params: Mapping[str, Tensor], split: Split) -> float:
     """Mean score over examples of the model with these parameters, which the working net keeps."""
     net = federation.net
-    load_state(net, params)
+    load_state(state_of(net), params)
     found = scores(net, federation.task, split, autocast=federation.recipe.autocast)
     return found.double().mean().item()
 
@@ -218,12 +216,13 @@ def save_update(
     what they are.
     """
     start, net, delta = folder / "base", federation.net, update.delta
+    state = state_of(net)
     facts = {"task": federation.task.name, "seed": federation.recipe.seed}
     if not start.is_dir():
-        load_state(net, base)
+        load_state(state, base)
         write_model(start, net, facts)
     whole = isinstance(delta, Difference)
-    load_state(net, delta.tuned if whole else {n: base[n] + delta[n] for n in base})
+    load_state(state, delta.tuned if whole else {n: base[n] + delta[n] for n in base})
     known = {n: v for n, v in asdict(update.source).items() if n != "name" and v is not None}
     origin = {"id": str(start), "fingerprint": fingerprint(read_layout(start))}
     write_model(folder / f"client-{client}", net, {"base": origin, **facts, **known})

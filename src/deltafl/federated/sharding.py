@@ -30,13 +30,13 @@ class ShardingRecipe(Recipe):
     )
 
     def problems(self) -> Iterator[str]:
-        held = self.model_dump()
-        for name, (sharding, needed) in _PARAMETERS.items():
-            given = held[name] not in (None, False)
-            if given and self.sharding != sharding:
+        given = self.model_dump(exclude_defaults=True)
+        for name, sharding in _PARAMETERS.items():
+            if name in given and sharding != self.sharding:
                 yield f"{name} is of sharding {sharding}, not of {self.sharding}; leave it out"
-            if needed and not given and self.sharding == sharding:
-                yield f"sharding {sharding} needs {name}"
+        for name in ("nc", "alpha"):
+            if name not in given and _PARAMETERS[name] == self.sharding:
+                yield f"sharding {self.sharding} needs {name}"
 
 
 class ShardsRecipe(Recipe):
@@ -53,12 +53,8 @@ class ShardsRecipe(Recipe):
     overwrite: Annotated[bool, Incidental] = Field(False, description="replace an existing output")
 
 
-_PARAMETERS = {
-    "nc": ("non_iid", True),
-    "allow_missing_classes": ("non_iid", False),
-    "alpha": ("dirichlet", True),
-}
-"""Setting -> the sharding that it is of, and whether that needs it."""
+_PARAMETERS = {"nc": "non_iid", "allow_missing_classes": "non_iid", "alpha": "dirichlet"}
+"""Setting -> the sharding that it is of."""
 
 Sharding: TypeAlias = Callable[[np.ndarray, ShardingRecipe, np.random.Generator], np.ndarray]
 """(sizes of the groups, int64 (L,), all positive; recipe; what is random) -> int64 (K, L), how many
@@ -101,7 +97,7 @@ def shard(groups: Tensor, recipe: ShardingRecipe, generator: torch.Generator) ->
     return tuple(torch.from_numpy(np.sort(np.concatenate(pieces))) for pieces in held)
 
 
-def describe(shards: Sequence[Tensor], groups: Tensor, num_groups: int) -> dict[str, Tensor]:
+def shard_counts(shards: Sequence[Tensor], groups: Tensor, num_groups: int) -> dict[str, Tensor]:
     """Count what `shards`, int64 positions into `groups`, hold; `groups` is int64 (N,) in 0 ..
     num_groups - 1.
 

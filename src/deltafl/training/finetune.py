@@ -101,8 +101,8 @@ def centralize(
     require_examples(task, "train", "val", "test")
     config = run_config(net, task, recipe)
     begun = record.begun(config, resume=resume, overwrite=recipe.overwrite)
-    if begun and (found := record.finished()):
-        return found
+    if begun and record.is_finished:
+        return record.finished()
     state = out / "state" / "state.pt"
     training = _trained(net, task, recipe, config, out / "model", state, begun, on_progress, record)
     if PartialState().is_main_process:
@@ -123,9 +123,7 @@ def centralize(
         }
         write_json(out / "result.json", result)
     PartialState().wait_for_everyone()
-    found = record.finished()
-    assert found is not None
-    return found
+    return record.finished()
 
 
 def _trained(

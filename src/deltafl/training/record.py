@@ -89,13 +89,16 @@ class RunRecord:
         write_atomically(self.path, "".join(kept).encode())
         clear_unfinished(self.folder)
 
-    def finished(self) -> FinishedRun | None:
-        """What the run came to, whose state goes; None where it is not at its end."""
-        file = self.folder / "result.json"
-        if not file.is_file():
-            return None
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run is at its end."""
+        return (self.folder / "result.json").is_file()
+
+    def finished(self) -> FinishedRun:
+        """What a run that is at its end came to; its state goes."""
         shutil.rmtree(self.folder / "state", ignore_errors=True)
-        return FinishedRun(self.folder, json.loads(file.read_text()), read_rows(self.path))
+        result = json.loads((self.folder / "result.json").read_text())
+        return FinishedRun(self.folder, result, read_rows(self.path))
 
 
 def read_rows(path: str | Path) -> list[Row]:
@@ -168,7 +171,9 @@ def _leaves(config: Mapping[str, object], path: str = "") -> Iterator[tuple[str,
 def write_state(file: Path, config: Mapping[str, object], state: Mapping[str, object]) -> None:
     """Replace `file` in one step, so that a kill leaves the old state or the new one."""
     with atomic_file(file) as temporary:
-        torch.save({"config": dict(config), **state}, temporary)
+        whole = {"config": dict(config), **state}
+        # without checksums of its own, for half the time
+        torch.save(whole, temporary, _use_new_zipfile_serialization=False)
 
 
 def read_state(
