@@ -106,27 +106,6 @@ class Grid(nn.Module):
         )
 
 
-class Scale(nn.Module):
-    """No rule knows it: DINOv2's layer scale, Llama's norm, a convolution in time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gain = nn.Parameter(torch.rand(8))
-        self.across = nn.Conv1d(8, 8, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (self.across(x * self.gain).mT * self.gain).mT
-
-
-class Odd(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale, self.out = Scale(), nn.Linear(8, 16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.scale(x[:, 0])).mean(1)
-
-
 class Shared(nn.Module):
     """A layer called twice, one with tokens in the batch dimension, a weight used twice, a tied one."""
 
@@ -213,7 +192,7 @@ def vision(kind: str) -> nn.Module:
     return Vision(module, lambda out: out.last_hidden_state[:, 0])
 
 
-KINDS = (Mlp, Depthwise, Words, Grid, Odd, Shared, Transposed, Untraceable)
+KINDS = (Mlp, Depthwise, Words, Grid, Shared, Transposed, Untraceable)
 MODELS = {
     **{kind: (lambda kind=kind: vision(kind)) for kind in ("vit", "clip", "dinov2")},
     **{kind.__name__: kind for kind in KINDS},

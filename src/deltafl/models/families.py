@@ -1,5 +1,4 @@
-"""The kinds of model that transformers has and we train: each is a function in a file of its own.
-"""
+"""The kinds of model that transformers has and we train: each is a function in its own file."""
 
 import difflib
 from collections.abc import Callable, Iterator, Mapping

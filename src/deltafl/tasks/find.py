@@ -138,8 +138,7 @@ def _local(path: Path) -> Source:
 
 
 def _parquet_sets(folder: Path) -> dict[str, dict[str, list[Path]]]:
-    """The Parquet files of a folder by set and split: {prefix or "": {split in the name: files}}.
-    """
+    """Parquet files of a folder by set and split: {prefix or "": {split in the name: files}}."""
     sets: dict[str, dict[str, list[Path]]] = {}
     for path in sorted(folder.glob("*.parquet")):
         if match := PARQUET_NAME.fullmatch(path.name):
