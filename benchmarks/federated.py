@@ -2,9 +2,8 @@
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = (
-    "1"  # before torch is imported, for this process and all that it starts
-)
+# Before torch is imported, for this process and all that it starts.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import argparse
 import json
@@ -21,10 +20,9 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from measure import machine, run
+from measure import in_turns, machine, ratios, run, spread
 from mlp import Mlp, Setting, bare_round, make_data, make_head, shards, shuffled
 from ours_run import recipe_of, save_frozen_head, task_of
-from turns import in_turns, ratios, spread
 
 from deltafl.federated.rounds import Workers, run_round
 from deltafl.federated.run import StateFile
@@ -32,7 +30,7 @@ from deltafl.federated.server import ServerState
 from deltafl.federated.setup import begin
 from deltafl.models import load_net
 from deltafl.training.loop import Best
-from deltafl.training.step import batches as batches_of
+from deltafl.training.step import batches
 
 HERE = Path(__file__).parent
 WORK = HERE / "work"
@@ -54,12 +52,7 @@ class Rounds:
     """Rounds by deltafl that all start from the same state; `stack` ends the workers."""
 
     def __init__(
-        self,
-        setting: Setting,
-        stack: ExitStack,
-        *,
-        width: int = 32,
-        workers: int = 1,
+        self, setting: Setting, stack: ExitStack, *, width: int = 32, workers: int = 1
     ) -> None:
         head = save_frozen_head(WORK / "head")
         recipe = recipe_of(setting, head=head, out=str(WORK / "run"))
@@ -93,11 +86,12 @@ class Bare:
 def check_same(ours: Sequence[Rounds], bare: Bare, setting: Setting) -> None:
     """All compute the same model as the bare loop when that is given the same batches."""
     size, seed = setting.batch, ours[0].federation.recipe.seed
-    batches = [
-        batches_of(rows, size, seed, setting.steps, f"round 1 client {k}")
-        for k, rows in enumerate(shards(setting))
-    ]
-    expected = bare.on(batches)
+    expected = bare.on(
+        [
+            batches(rows, size, seed, setting.steps, f"round 1 client {k}")
+            for k, rows in enumerate(shards(setting))
+        ]
+    )
     for rounds in ours:
         for name, value in rounds().params.items():
             torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-5)

@@ -299,15 +299,6 @@ def test_candidates_with_the_same_bits_are_one(
         assert found.rows[i].value == found.rows[j].value
 
 
-def test_the_unclipped_end_is_searched() -> None:
-    for seed in range(20):
-        found = run(make_problem(seed=seed), [("task_arithmetic", {}), ("cclip", {})], [0.3])
-        rhos = [r.params["rho"] for r in found.rows if r.method == "cclip"]
-        norms = found.gram.diagonal().sqrt()
-        assert (len(rhos), rhos[0], rhos[-1]) == (10, norms.min(), pytest.approx(norms.max()))
-        assert found.rows[-1].same_as == "task_arithmetic lambda=0.3"
-
-
 @pytest.mark.parametrize("strategy", ["exhaustive", "racing"])
 def test_the_base_wins_where_all_else_is_worse_and_of_equal_values_the_first(strategy: Any) -> None:
     problem = make_problem()

@@ -59,11 +59,6 @@ def test_average_is_one_threshold_on_the_mean(scope):
     assert score.calls == list(range(4))
 
 
-def test_one_round_of_each_kind_is_the_plain_mask():
-    assert same(run("average", 1, Recorder()), plain(scores_of(0)))
-    assert same(run("progressive", 1, Recorder()), plain(scores_of(0)))
-
-
 @pytest.mark.parametrize("scope", ["global", "per_layer"])
 @pytest.mark.parametrize("strategy", ["least_sensitive", "most_sensitive"])
 def test_progressive_masks_are_nested_and_shrink_on_schedule(strategy, scope, monkeypatch):

@@ -106,27 +106,6 @@ class Grid(nn.Module):
         )
 
 
-class Scale(nn.Module):
-    """No rule knows it: DINOv2's layer scale, Llama's norm, a convolution in time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gain = nn.Parameter(torch.rand(8))
-        self.across = nn.Conv1d(8, 8, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (self.across(x * self.gain).mT * self.gain).mT
-
-
-class Odd(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale, self.out = Scale(), nn.Linear(8, 16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.scale(x[:, 0])).mean(1)
-
-
 class Shared(nn.Module):
     """A layer called twice, one with tokens in the batch dimension, a weight used twice, a tied one."""
 
@@ -213,7 +192,7 @@ def vision(kind: str) -> nn.Module:
     return Vision(module, lambda out: out.last_hidden_state[:, 0])
 
 
-KINDS = (Mlp, Depthwise, Words, Grid, Odd, Shared, Transposed, Untraceable)
+KINDS = (Mlp, Depthwise, Words, Grid, Shared, Transposed, Untraceable)
 MODELS = {
     **{kind: (lambda kind=kind: vision(kind)) for kind in ("vit", "clip", "dinov2")},
     **{kind.__name__: kind for kind in KINDS},
@@ -287,15 +266,6 @@ def test_scores_are_sums_of_squared_gradients_of_single_examples(name, labels, c
         rest = {f"encoder.{n}" for n in ONE_BY_ONE.get(name, ())}
         assert expected.keys() - served == rest
         assert ("example by example" in caplog.text) is bool(rest)
-
-
-def test_a_squared_batch_gradient_is_something_else():
-    """Its expectation keeps 1/B of the noise: a small part of the mass, where Fisher keeps all."""
-    net, task, ids = net_of("vit"), Pixels(), torch.arange(32)
-    found = sum(float(t.sum()) for t in scores(net, ids, "sampled").values()) / len(ids)
-    batch = task.sampled(net, task.batch("train", ids), generator(1))
-    grads = torch.autograd.grad(task.loss(net, batch)[0].mean(), list(trained(net).values()))
-    assert sum(float(g.square().sum()) for g in grads) < 0.3 * found
 
 
 def test_many_draws_approach_the_sum_over_all_labels():

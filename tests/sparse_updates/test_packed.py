@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltafl.algebra.aggregate import Aggregate, aggregate
+from deltafl.algebra.aggregate import aggregate
 from deltafl.algebra.deltas import Update
 from deltafl.algebra.tensors import BLOCK, Spec
 from deltafl.sparse.packed import PackedDelta, kept_index
@@ -73,15 +73,6 @@ def test_a_packed_delta_is_the_dense_one_bit_for_bit(density):
                 assert torch.equal(out, part.double())
 
 
-def test_zeros_are_positive_and_blocks_the_callers_own():
-    mask = masks(0.5)
-    lazy = packed(mask, dense_delta(mask, 0))
-    assert not torch.signbit(lazy["embedding"][~mask["embedding"]]).any()
-    lazy["embedding"].fill_(9)
-    assert not (lazy.block("embedding", 0, 100) == 9).any()
-    assert not (lazy.kept == 9).any()
-
-
 @pytest.mark.parametrize("rule", rules(), ids=repr)
 def test_every_rule_gives_the_bits_of_dense_deltas(rule):
     mask = masks(0.3)
@@ -95,16 +86,6 @@ def test_every_rule_gives_the_bits_of_dense_deltas(rule):
     for name in two:
         assert torch.equal(one[name].view(torch.int32), two[name].view(torch.int32)), name
     assert two["embedding"].any(), "the rule gave nothing to compare"
-
-
-def test_threads_share_one_index():
-    mask = masks(0.3)
-    dense = [dense_delta(mask, i) for i in range(4)]
-    index = kept_index(mask, slices_of())
-    updates = [Update(packed(mask, d, index), source(i)) for i, d in enumerate(dense)]
-    for rule in rules():
-        alone, together = Aggregate(rule, updates, threads=1), Aggregate(rule, updates, threads=4)
-        assert all(torch.equal(alone[n], together[n]) for n in SHAPES)
 
 
 @pytest.mark.gpu

@@ -5,8 +5,8 @@ once.
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from deltafl.experiments.sweep import Result
 from deltafl.merge.search_recipe import SearchRecipe
 from deltafl.merge.search_run import run_search
 from deltafl.models import HEAD_FILE, Net, load_net, new_net
@@ -21,7 +21,9 @@ SETTINGS = load_yaml(Path(__file__).with_name("quickstart.yaml"))
 VARIANTS = SETTINGS["variants"]
 
 
-def run_quickstart(folder: Path, *, seed: int = 0, on_progress: OnProgress = ignore) -> Result:
+def run_quickstart(
+    folder: Path, *, seed: int = 0, on_progress: OnProgress = ignore
+) -> dict[str, Any]:
     """Write base, models/* and merged into `folder`; return the result for table and report.
 
     One thread: a model this small gains nothing from more, and sums then have one order.

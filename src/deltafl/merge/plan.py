@@ -199,6 +199,6 @@ def other_base(name: str, trained: Training, base: Layout) -> str | None:
     if recorded.get("fingerprint") in (None, fingerprint(base)):
         return None
     return (
-        f'model "{name}": was fine-tuned from another base ("{recorded.get("id", "unknown")}") than '
-        f'"{base.ref}"; give that base, or insist with --allow-other-base'
+        f'model "{name}": was fine-tuned from another base ("{recorded.get("id", "unknown")}") '
+        f'than "{base.ref}"; give that base, or insist with --allow-other-base'
     )

@@ -15,7 +15,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure as Drawing
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import LogLocator
 
 from deltafl.report.tables import read_data
 
@@ -78,7 +78,7 @@ def chart(
     counts and series end far apart.
     """
     tops = {name: max(y for _, y in line) for name, line in series.items() if line}
-    best = sorted(tops, key=lambda name: -tops[name])[: len(SERIES)]
+    best = sorted(tops, key=tops.__getitem__, reverse=True)[: len(SERIES)]
     names = [name for name in tops if name in best]
     if len(names) < len(tops):
         caption += f" The {len(names)} best of {len(tops)} are drawn."
@@ -100,13 +100,12 @@ def chart(
             axes.axhline(level[1], label=level[0], color=MUTED, lw=1.4, ls=(0, (2, 2)))
         axes.set(title=title, xlabel=x_label + " (logarithmic)" * log)
         axes.grid(axis="y")
-        steps = (1, 2, 2.5, 5, 10)
-        axes.yaxis.set_major_locator(MaxNLocator(6, steps=steps))
-        axes.xaxis.set_major_locator(MaxNLocator(6, steps=steps, integer=whole))
+        axes.locator_params(nbins=6)
+        axes.locator_params("x", integer=whole)
         if log:
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.xaxis.set_minor_locator(NullLocator())
+            axes.minorticks_off()
             axes.xaxis.set_major_formatter("{x:g}")
         if show.endswith("%"):
             axes.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.3g}%")

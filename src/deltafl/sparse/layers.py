@@ -61,7 +61,8 @@ def conv2d(call: Call, sums: Sums) -> None:
     module = call.module
     assert isinstance(module, nn.Conv2d)
     if module.padding_mode != "zeros" or isinstance(module.padding, str):
-        return any_module(call, sums)
+        any_module(call, sums)
+        return
     area = module.kernel_size[0] * module.kernel_size[1]
     size = max(1, CHUNK // (module.in_channels * area * call.grad[0, 0].numel()))
     unfold = nn.Unfold(module.kernel_size, module.dilation, module.padding, module.stride)
@@ -72,7 +73,6 @@ def conv2d(call: Call, sums: Sums) -> None:
             _add_products(total, left, right.mT)
         if "bias" in sums:
             _add_squares(sums["bias"], grads.sum(2))
-    return None
 
 
 def embedding(call: Call, sums: Sums) -> None:
