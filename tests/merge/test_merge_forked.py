@@ -4,15 +4,15 @@ import contextlib
 import errno
 import json
 import os
-import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from checkpoint_files import cli, files_in, make_world, refusal, save, succeed
+from checkpoint_files import cli, files_in, make_world, refusal, succeed
 from deltafl.algebra import streaming
 from deltafl.pool import Pool, R, T
 from deltafl.rules.rule import load_rules
@@ -86,8 +86,7 @@ def test_infinity_is_named(tmp_path: Path, method: str, forks: list[int]) -> Non
     world = make_world(tmp_path, 5)
     broken = {n: t.clone() for n, t in world.models[2].items()}
     broken["layer.0.weight"][-1, -1] = torch.inf
-    shutil.rmtree(world.root / "m2")
-    save(world.root / "m2", broken)
+    save_file(broken, world.file("m2"))
     problem = refusal(world.root, *world.args, "--method", method, "--threads", 2)
     assert problem.startswith('model "m2": tensor "layer.0.weight" differs from the base by NaN')
     assert forks
