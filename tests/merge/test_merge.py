@@ -1,30 +1,42 @@
 """The laws of merging from disk: the same bits as in memory, however the files lie; memory bounded by the block."""
 
+import contextlib
+import errno
 import json
+import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from checkpoint_files import (
     World,
+    cli,
+    files_in,
     load,
     make_world,
     mean_step,
+    refusal,
     save,
     succeed,
     toy,
     tuned,
 )
+from deltafl.algebra import streaming
 from deltafl.algebra.aggregate import step
 from deltafl.algebra.deltas import Update
 from deltafl.checkpoints.checkpoint import Checkpoint
 from deltafl.merge.plan import plan_merge
 from deltafl.merge.recipe import MergeRecipe
 from deltafl.merge.run import run_merge
+from deltafl.pool import Pool, R, T
 from deltafl.progress import Progress
 from deltafl.rules.rule import Source, build_rule, load_rules
 
@@ -74,11 +86,12 @@ def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("method", list(load_rules()))
-def test_the_command_line_computes_what_the_library_computes_in_memory(
-    world: World, tmp_path: Path, method: str
+def test_processes_write_what_the_library_computes_in_memory(
+    world: World, tmp_path: Path, method: str, forks: list[int]
 ) -> None:
     scale = ("--server-lr", 0.7, "--weights", 1, 2, -0.5)
-    succeed(*world.args, *options(method), *scale, "--out", tmp_path / "out", "--threads", 2)
+    succeed(*world.args, *options(method), *scale, "--out", tmp_path / "out", "--threads", 3)
+    assert len(forks) >= (2 if method in ("ties", "dare", "cclip", "krum") else 1)
     assert_same_bits(load(tmp_path / "out"), in_memory(world, method, 0.7, (1, 2, -0.5)))
 
 
@@ -179,3 +192,102 @@ def test_tied_tensors_are_compared_by_blocks(
     two = save(tmp_path / "m", model | {"lm_head.weight": model[name].clone()})
     monkeypatch.setattr(Checkpoint, "__getitem__", lambda *_: pytest.fail("a tensor read whole"))
     succeed("merge", "--base", one, "--models", two, "--out", tmp_path / "out")
+
+
+# In forked processes, which leave nothing behind
+
+
+@pytest.fixture
+def forks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Every block is a unit of work; how many workers each pass forked."""
+    asked: list[int] = []
+
+    class Counted(Pool[T, R]):
+        def __init__(self, work, workers, **options) -> None:
+            if workers > 1:
+                asked.append(workers)
+            super().__init__(work, workers, **options)
+
+    monkeypatch.setattr(streaming, "CHUNK", 1)
+    monkeypatch.setattr(streaming, "can_fork", lambda: True)
+    monkeypatch.setattr(streaming, "Pool", Counted)
+    return asked
+
+
+@pytest.fixture
+def sabotage(
+    monkeypatch: pytest.MonkeyPatch, forks: list[int]
+) -> Callable[[Callable[[], None]], None]:
+    """Let every worker do something before it writes."""
+    parent, pwrite = os.getpid(), os.pwrite
+
+    def patch(deed: Callable[[], None]) -> None:
+        def spoilt(*arguments) -> int:
+            if os.getpid() != parent:
+                deed()
+            return pwrite(*arguments)
+
+        monkeypatch.setattr(os, "pwrite", spoilt)
+
+    return patch
+
+
+def test_inspect_says_the_same(tmp_path: Path, forks: list[int]) -> None:
+    world, told = make_world(tmp_path, 3), []
+    for threads in (1, 2):
+        out = tmp_path / str(threads)
+        succeed("inspect", *world.args[1:-2], "--threads", threads, "--out", out)
+        told.append(json.loads((out / "inspect.json").read_text()))
+    assert forks
+    assert told[0] == told[1]
+
+
+@pytest.mark.parametrize("method", ["median", "krum"])
+def test_infinity_is_named(tmp_path: Path, method: str, forks: list[int]) -> None:
+    world = make_world(tmp_path, 5)
+    broken = {n: t.clone() for n, t in world.models[2].items()}
+    broken["layer.0.weight"][-1, -1] = torch.inf
+    save_file(broken, world.file("m2"))
+    problem = refusal(world.root, *world.args, "--method", method, "--threads", 2)
+    assert problem.startswith('model "m2": tensor "layer.0.weight" differs from the base by NaN')
+    assert forks
+
+
+def fail(number: int) -> NoReturn:
+    raise OSError(number, os.strerror(number))
+
+
+BROKEN: dict[str, Callable[[], object]] = {
+    "No space left on device": lambda: fail(errno.ENOSPC),
+    "lower --max-shard-size": lambda: fail(errno.EFBIG),
+    "free some, or use fewer processes": lambda: os.kill(os.getpid(), signal.SIGKILL),
+}
+
+
+@pytest.mark.parametrize("told", BROKEN)
+def test_a_worker_that_fails_or_is_killed_is_one_clear_line_and_leaves_nothing(
+    tmp_path: Path, told: str, sabotage: Callable[..., None]
+) -> None:
+    sabotage(BROKEN[told])
+    broken = make_world(tmp_path)
+    assert told in refusal(broken.root, *broken.args, "--threads", 2)
+
+
+def test_an_interrupt_leaves_nothing(tmp_path: Path, sabotage: Callable[..., None]) -> None:
+    world = make_world(tmp_path)
+    parent, once = os.getpid(), tmp_path / "once"
+
+    def interrupt() -> None:
+        with contextlib.suppress(FileNotFoundError):
+            once.unlink()
+            os.kill(parent, signal.SIGINT)
+            signal.pause()  # until the parent, which may be slow to see it, ends this process
+
+    sabotage(interrupt)
+    before = files_in(world.root)
+    once.touch()
+    outcome = cli(*world.args, "--threads", 2)
+    assert (outcome.code, outcome.err.strip()) == (130, "interrupted; nothing half-written is left")
+    assert files_in(world.root) == before
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
