@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from deltafl.models.families import FAMILIES, explained, build_module, quiet
+from deltafl.models.families import FAMILIES, build_module, explained, quiet
 from deltafl.models.net import Net
 from deltafl.tasks.inputs import TextInput
 

@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 from deltafl.checkpoints.layout import Layout, read_layout
 from deltafl.errors import DeltaflError, shorten
 from deltafl.models.classifier import HEADS, ClassifierNet
-from deltafl.models.families import explained, build_module, read_config
+from deltafl.models.families import build_module, explained, read_config
 from deltafl.models.head import Head
 from deltafl.models.head_recipe import HeadFit, HeadRecipe
 from deltafl.tasks.cache import Made, kept, stamps
