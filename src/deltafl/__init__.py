@@ -1,4 +1,4 @@
-"""deltafl: a task vector and a client update are the same thing, a delta; merging is one server step."""
+"""deltafl: a task vector and a client update are one thing, a delta; merging is one server step."""
 
 import importlib
 from typing import TYPE_CHECKING

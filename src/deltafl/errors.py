@@ -11,7 +11,8 @@ T = TypeVar("T")
 class DeltaflError(Exception):
     """A mistake in the input. The command line prints it without a traceback and exits with 2.
 
-    `problems` holds one line for each mistake found; `str(error)` is that line, or a numbered list of them.
+    `problems` holds one line for each mistake found; `str(error)` is that line, or a numbered list
+    of them.
     """
 
     def __init__(self, *problems: str) -> None:

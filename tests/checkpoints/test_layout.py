@@ -11,30 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from checkpoint_files import make_world, refusal, save, succeed, toy, tuned
-from deltafl.checkpoints.layout import fingerprint, identity, read_header, read_layout
+from deltafl.checkpoints.layout import fingerprint, identity, read_layout
 from deltafl.errors import DeltaflError
-
-
-def test_the_header_is_read_as_safetensors_wrote_it(tmp_path: Path) -> None:
-    held = toy() | {
-        "half": torch.ones(3, dtype=torch.bfloat16),
-        "flag": torch.tensor([True, False]),
-    }
-    save_file(held, tmp_path / "x.safetensors", metadata={"format": "pt"})
-    entries = read_header(tmp_path / "x.safetensors")
-    assert set(entries) == set(held)
-    raw = (tmp_path / "x.safetensors").read_bytes()
-    for name, tensor in held.items():
-        entry = entries[name]
-        assert entry.shape == tuple(tensor.shape)
-        assert (
-            raw[entry.start : entry.start + entry.num_bytes]
-            == tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        )
-    starts = [e.start for e in entries.values()]
-    assert starts == sorted(starts)
-    for name, entry in entries.items():
-        assert entry.floating == held[name].is_floating_point()
 
 
 def test_one_file_goes_before_an_index_and_safetensors_before_pickles(tmp_path: Path) -> None:

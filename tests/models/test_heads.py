@@ -78,6 +78,8 @@ def test_a_head_file_that_is_none(content: bytes | None, tmp_path: Path):
         (tmp_path / "h").write_bytes(content)
     with pytest.raises(DeltaflError, match="cannot be read"):
         load_head(tmp_path / "h")
+    with pytest.raises(DeltaflError, match="a head of 3 classes has weight"):
+        Head(torch.zeros(2, 4), torch.zeros(2), NAMES)
 
 
 @pytest.mark.parametrize(

@@ -36,14 +36,6 @@ def test_the_dropped_share_is_p_and_the_rest_is_rescaled(rate):
     )
 
 
-def test_the_expectation_over_seeds_is_the_inner_rule():
-    deltas = rows(3, 40)
-    draws = np.stack([apply(Dare(0.5, seed=seed), deltas) for seed in range(400)])
-    # At p = 1/2 the variance of a dropped and rescaled value x is x^2.
-    spread = np.sqrt((deltas**2).sum(0)) / 3 / np.sqrt(400)
-    assert np.all(np.abs(draws.mean(0) - deltas.mean(0)) <= 5 * spread)
-
-
 def test_draws_are_keyed_by_seed_model_tensor_and_block():
     first = dropped(0.5)
     assert torch.equal(first, dropped(0.5))

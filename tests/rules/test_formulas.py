@@ -221,25 +221,11 @@ def test_the_geometric_median_minimises_the_sum_of_distances(weights):
     assert cost(apply(GeometricMedian(), deltas, weights)) <= best.fun + 1e-5
 
 
-def test_one_outlier_of_any_size_moves_the_geometric_median_little():
-    far = rows(7)
-    far[0] *= 1e6
-    largest = np.linalg.norm(rows(7), axis=1).max()
-    assert np.linalg.norm(apply(GeometricMedian(), far)) < 2 * largest
-
-
 def test_of_the_closest_pair_krum_chooses_the_one_nearer_to_the_rest():
     """n = 3, f = 0: a score is one distance, and the closest two share it."""
     deltas = np.array([[9.0] * 6, [1.0] * 6, [2.0] * 6])
     assert_close(apply(Krum(), deltas), deltas[2])
     assert_close(apply(Krum(), deltas[::-1]), deltas[2])
-
-
-def test_krum_never_chooses_attackers():
-    deltas = rows(7)
-    deltas[[1, 4]] = 100.0 + rows(2)
-    for rule in (Krum(2), MultiKrum(2)):
-        assert aggregate_of(rule, deltas).report["coefficients"][1::3] == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("n", range(2, 12))
@@ -255,12 +241,6 @@ def test_values_equal_to_the_threshold_of_ties_are_kept_and_reported():
     deltas = np.ones((2, 10))
     deltas[1] = np.arange(1, 11)
     assert aggregate_of(Ties(0.3), deltas).report["kept_fraction"] == {"m0": 1.0, "m1": 0.3}
-
-
-def test_a_zero_delta_has_factor_1_under_clipping():
-    deltas = rows(5)
-    deltas[2] = 0
-    assert aggregate_of(CClip(0.0), deltas).report["coefficients"] == [0, 0, 0.2, 0, 0]
 
 
 def test_a_tiny_proximal_term_is_sgd():

@@ -16,7 +16,6 @@ from deltafl.rules.rule import (
     TensorRule,
     build_rule,
     check_rule,
-    parameters,
 )
 from deltafl.rules.task_arithmetic import TaskArithmetic
 from deltafl.rules.ties import Ties
@@ -32,12 +31,6 @@ def test_a_rule_is_frozen_and_of_one_kind(rule):
     assert sum(isinstance(rule.core, kind) for kind in kinds) == 1
     with pytest.raises(dataclasses.FrozenInstanceError):
         rule.anything = 1
-
-
-def test_parameters_have_types_and_defaults():
-    assert parameters(CClip)["rho"] == (float, dataclasses.MISSING)
-    assert parameters(CClip)["iterations"] == (int, 1)
-    assert parameters(Dare)["inner"] == (str, "task_arithmetic")
 
 
 def test_rules_are_built_by_name_and_a_wrapper_hands_on_what_is_not_its_own():
@@ -147,14 +140,6 @@ def test_a_model_of_weight_0_does_not_count(name, params, line):
         apply(build_rule(name, params), rows(5), [1.0] * 4 + [0.0])
 
 
-def test_a_name_is_registered_once():
-    registry: Registry[int] = Registry("thing")
-    assert registry.register("one")(1) == 1
-    with pytest.raises(ValueError, match='thing "one" is registered twice'):
-        registry.register("one")(2)
-    assert list(registry) == ["one"]
-
-
 def test_a_comparison_takes_typical_parameters_and_a_search_a_grid():
     assert CClip.typical() == {"unit": "quantile", "rho": 0.5}
     assert CClip.grid({"unit": "quantile"}, (1.0, 2.0)) == {}
@@ -168,3 +153,11 @@ def test_a_rule_that_draws_takes_the_seed_of_the_run_if_it_is_given_none():
     assert Dare.seeded({"drop_rate": 0.5}, 3) == {"drop_rate": 0.5, "seed": 3}
     assert Dare.seeded({"seed": 1}, 3) == {"seed": 1}
     assert CClip.seeded({"rho": 1.0}, 3) == {"rho": 1.0}
+
+
+def test_a_name_is_registered_once():
+    registry: Registry[int] = Registry("thing")
+    assert registry.register("one")(1) == 1
+    with pytest.raises(ValueError, match='thing "one" is registered twice'):
+        registry.register("one")(2)
+    assert list(registry) == ["one"]

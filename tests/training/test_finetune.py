@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from deltafl.checkpoints.layout import fingerprint, read_layout
-from deltafl.cli.finetune import centralized
+from deltafl.cli.finetune import centralized_command
 from deltafl.errors import DeltaflError
 from deltafl.models import HeadRecipe, Net, load_net
 from deltafl.models.fit import random_head
@@ -539,7 +539,7 @@ def test_a_run_that_cannot_be_writes_nothing(tmp_path: Path):
 
 
 def cli(*arguments: object, ok: bool = True) -> Result:
-    result = CliRunner().invoke(centralized, [str(a) for a in arguments])
+    result = CliRunner().invoke(centralized_command, [str(a) for a in arguments])
     if ok and result.exception:
         raise result.exception
     return result

@@ -62,7 +62,7 @@ class LazyGroup(click.Group):
         if cmd_name not in COMMANDS:
             raise click.UsageError(f'no command "{cmd_name}"; {did_you_mean(cmd_name, COMMANDS)}')
         module = "finetune" if cmd_name == "centralized" else cmd_name
-        return vars(importlib.import_module(f"deltafl.cli.{module}"))[cmd_name]
+        return vars(importlib.import_module(f"deltafl.cli.{module}"))[f"{cmd_name}_command"]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The list in the help text, without importing anything."""

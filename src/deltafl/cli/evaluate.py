@@ -14,13 +14,12 @@ from deltafl.files import write_atomically
 from deltafl.models import HeadRecipe, load_net
 from deltafl.report import Column, Table
 from deltafl.tasks import load_task
-from deltafl.training import TRAINING_JSON, EvaluationRecipe
-from deltafl.training import evaluate as run_evaluation
+from deltafl.training import TRAINING_JSON, EvaluationRecipe, evaluate
 
 
 @recipe_command(EvaluationRecipe)
 @quiet
-def evaluate(recipe: EvaluationRecipe, quiet: bool) -> None:
+def evaluate_command(recipe: EvaluationRecipe, quiet: bool) -> None:
     """Scores of models on a task.
 
     \b
@@ -35,7 +34,7 @@ def evaluate(recipe: EvaluationRecipe, quiet: bool) -> None:
         if recipe.head is not None:
             net.prepare(task, HeadRecipe.of(head=recipe.head, templates=recipe.templates))
         how = recipe.model_dump(include={"batch_size", "device", "mixed_precision"})
-        found = run_evaluation(net, task, recipe.split, **how)
+        found = evaluate(net, task, recipe.split, **how)
         scores = found.scores.tolist()
         row = {"model": model, "score": found.score, "examples": len(scores), "scores": scores}
         rows.append(row)

@@ -8,15 +8,14 @@ from deltafl.cli.progress import drawn_progress
 from deltafl.cli.run import finish, is_main, prepared
 from deltafl.cli.text import as_score
 from deltafl.progress import Progress
-from deltafl.training import CentralizedRecipe, TrainingRecipe, centralize
-from deltafl.training import finetune as train
+from deltafl.training import CentralizedRecipe, TrainingRecipe, centralize, finetune
 
 
 @recipe_command(TrainingRecipe)
 @resume
 @dry_run
 @quiet
-def finetune(recipe: TrainingRecipe, resume: bool, dry_run: bool, quiet: bool) -> None:
+def finetune_command(recipe: TrainingRecipe, resume: bool, dry_run: bool, quiet: bool) -> None:
     """Fine-tune a model on a task. On several devices: accelerate launch -m deltafl finetune ...
 
     \b
@@ -25,7 +24,7 @@ def finetune(recipe: TrainingRecipe, resume: bool, dry_run: bool, quiet: bool) -
     net, task = prepared(recipe, resume=resume, dry_run=dry_run)
     quiet = quiet or not is_main
     with drawn_progress(quiet=quiet) as show:
-        done = train(net, task, recipe, resume=resume, on_progress=show).training
+        done = finetune(net, task, recipe, resume=resume, on_progress=show).training
     if not quiet:
         score = as_score(task.ratio_scaled, done["val_score"])
         click.echo(
@@ -40,7 +39,7 @@ def finetune(recipe: TrainingRecipe, resume: bool, dry_run: bool, quiet: bool) -
 @resume
 @dry_run
 @quiet
-def centralized(
+def centralized_command(
     recipe: CentralizedRecipe, tensorboard: bool, resume: bool, dry_run: bool, quiet: bool
 ) -> None:
     """Train on all samples in one place: SGDM, the best epoch on validation, tested once.

@@ -14,7 +14,7 @@ from deltafl.merge.recipe import DeltaRecipe, MergeRecipe
 
 @recipe_command(DeltaRecipe, argument="config", read=read_merge)
 @quiet
-def inspect(recipe: MergeRecipe, quiet: bool) -> None:
+def inspect_command(recipe: MergeRecipe, quiet: bool) -> None:
     """How much fine-tunes of one base differ, and which rule that suggests.
 
     \b

@@ -65,7 +65,7 @@ def read_mask(config: str | None, settings: Mapping[str, Any]) -> MaskRecipe | D
 
 @recipe_command(MaskRecipe, read=read_mask)
 @dry_run
-def mask(recipe: MaskRecipe | DescribeRecipe, dry_run: bool) -> None:
+def mask_command(recipe: MaskRecipe | DescribeRecipe, dry_run: bool) -> None:
     """Make the mask that a federated run with these settings would make, or describe one.
 
     \b

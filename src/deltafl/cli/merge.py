@@ -33,7 +33,7 @@ def read_merge(config: str | None, settings: Mapping[str, Any]) -> MergeRecipe:
 @recipe_command(MergeRecipe, argument="config", read=read_merge)
 @dry_run
 @quiet
-def merge(recipe: MergeRecipe, dry_run: bool, quiet: bool) -> None:
+def merge_command(recipe: MergeRecipe, dry_run: bool, quiet: bool) -> None:
     """Merge fine-tuned models of one base: theta = theta0 + server_lr * rule(deltas).
 
     \b

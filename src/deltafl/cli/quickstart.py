@@ -17,7 +17,7 @@ from deltafl.report import results_table
 @recipe_command(QuickstartRecipe)
 @dry_run
 @quiet
-def quickstart(recipe: QuickstartRecipe, dry_run: bool, quiet: bool) -> None:
+def quickstart_command(recipe: QuickstartRecipe, dry_run: bool, quiet: bool) -> None:
     """Pre-train, fine-tune, merge, search and test on real digits, offline, in about a minute."""
     out = Path(recipe.out)
     check_output(out, overwrite=recipe.overwrite)

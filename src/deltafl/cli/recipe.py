@@ -19,7 +19,7 @@ from deltafl.recipes import Recipe, all_leaves, leaves, recipes_in, section
 @click.option("--schema", is_flag=True, help="A JSON schema, for completion in editors.")
 @click.option("--markdown", is_flag=True, help="Tables of all keys, of one or of all commands.")
 @click.pass_context
-def recipe(ctx: click.Context, command: str | None, schema: bool, markdown: bool) -> None:
+def recipe_command(ctx: click.Context, command: str | None, schema: bool, markdown: bool) -> None:
     """Print a file with every setting of COMMAND, its default and what it is.
 
     \b

@@ -21,7 +21,7 @@ from deltafl.report import results_table
 @recipe_command(SearchRecipe, argument="config")
 @dry_run
 @quiet
-def search(recipe: SearchRecipe, dry_run: bool, quiet: bool) -> None:
+def search_command(recipe: SearchRecipe, dry_run: bool, quiet: bool) -> None:
     """Choose method and coefficients on validation data, test once, write the merged model.
 
     \b

@@ -12,7 +12,7 @@ from deltafl.tasks.loading import load_task
 
 
 @recipe_command(ShardsRecipe, argument="data")
-def shards(recipe: ShardsRecipe) -> None:
+def shards_command(recipe: ShardsRecipe) -> None:
     """Which client would hold which training samples of a task: digits, a folder, a name,
     hub:owner/name, module:attr.
 

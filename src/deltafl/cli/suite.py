@@ -26,7 +26,7 @@ from deltafl.training import TrainingRecipe
 @resume
 @dry_run
 @quiet
-def suite(
+def suite_command(
     recipes: tuple[SuiteRecipe, TrainingRecipe],
     names: tuple[str, ...],
     resume: bool,

@@ -87,7 +87,7 @@ class Input(Recipe):
     parameters: OfModel = OfModel()
 
 
-class Source(Input):
+class SliceSource(Input):
     """One of the `sources:` of a slice."""
 
     layer_range: tuple[int, int]
@@ -96,7 +96,7 @@ class Source(Input):
 class Slice(Recipe):
     """One of `slices:`."""
 
-    sources: tuple[Source, ...] = Field(min_length=1)
+    sources: tuple[SliceSource, ...] = Field(min_length=1)
     parameters: OfSlice = OfSlice()
 
 
@@ -157,7 +157,7 @@ def translate(data: Mapping[str, object]) -> tuple[Facts, list[str]]:
     if bool(config.models) == bool(config.slices):
         raise DeltaflError("models: give models, or slices")
     all_layers = [
-        Source(model=x.model, parameters=x.parameters, layer_range=(0, sys.maxsize))
+        SliceSource(model=x.model, parameters=x.parameters, layer_range=(0, sys.maxsize))
         for x in config.models
     ]
     slices = config.slices or (Slice(sources=tuple(all_layers)),)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from deltafl.models.families import FAMILIES, attempt, build_module, quiet
+from deltafl.models.families import FAMILIES, build_module, explained, quiet
 from deltafl.models.net import Net
 from deltafl.tasks.inputs import TextInput
 
@@ -28,7 +28,7 @@ def causal(ref: str, config: "PretrainedConfig", generator: torch.Generator | No
         return None
     kind = transformers.AutoModelForCausalLM
     module, _ = build_module(ref, kind, kind.from_config, config, generator)
-    tokenizer = attempt(ref, transformers.AutoTokenizer.from_pretrained, ref)
+    tokenizer = explained(ref, transformers.AutoTokenizer.from_pretrained, ref)
     limit = config.to_dict().get("max_position_embeddings") or MOST_TOKENS
     inputs = TextInput(tokenizer, min(limit, tokenizer.model_max_length, MOST_TOKENS))
     origin = "" if generator else ref

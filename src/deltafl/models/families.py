@@ -1,4 +1,4 @@
-"""The kinds of model that transformers has and we train: each is a function in a file of its own."""
+"""The kinds of model that transformers has and we train: each is a function in its own file."""
 
 import difflib
 from collections.abc import Callable, Iterator, Mapping
@@ -45,7 +45,7 @@ def read_config(ref: str) -> "PretrainedConfig":
     """The configuration in a folder or of a hub id. Raises DeltaflError."""
     import transformers
 
-    return attempt(ref, transformers.AutoConfig.from_pretrained, ref)
+    return explained(ref, transformers.AutoConfig.from_pretrained, ref)
 
 
 def new_config(ref: str, settings: Mapping[str, object]) -> "PretrainedConfig":
@@ -58,11 +58,11 @@ def new_config(ref: str, settings: Mapping[str, object]) -> "PretrainedConfig":
 
     rest = dict(settings)
     kind, make = rest.pop("model_type", None), transformers.AutoConfig.for_model
-    known = attempt(ref, make, kind).to_dict()
+    known = explained(ref, make, kind).to_dict()
     for key in rest.keys() - known.keys():
         if close := difflib.get_close_matches(key, known, 1, 0.8):
             raise DeltaflError(f'model "{ref}": unknown key "{key}"; did you mean "{close[0]}"?')
-    return attempt(ref, make, kind, **rest)
+    return explained(ref, make, kind, **rest)
 
 
 def build_module(
@@ -82,9 +82,9 @@ def build_module(
     if generator is not None:
         with torch.random.fork_rng(devices=[]):
             torch.random.default_generator.manual_seed(generator.initial_seed())
-            return attempt(ref, draw, config, **how), []
+            return explained(ref, draw, config, **how), []
     how |= {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    module, info = attempt(ref, kind.from_pretrained, ref, dtype="auto", **how)
+    module, info = explained(ref, kind.from_pretrained, ref, dtype="auto", **how)
     broken = sorted(info["missing_keys"]) + sorted(str(k[0]) for k in info["mismatched_keys"])
     if broken:
         raise DeltaflError(
@@ -93,7 +93,7 @@ def build_module(
     return module, sorted(info["unexpected_keys"])
 
 
-def attempt(ref: str, call: Callable[..., T], *args: object, **kwargs: object) -> T:
+def explained(ref: str, call: Callable[..., T], *args: object, **kwargs: object) -> T:
     """`call(...)`, quietly, its complaints as one line of ours."""
     complaints = OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError
     try:

@@ -220,7 +220,7 @@ class Net:
             save_head(self.head, folder / HEAD_FILE)
 
     def sharing(self) -> Self:
-        """A net on the same tensors, for another head: what is loaded into one of them is in both."""
+        """A net on the same tensors, for another head: what is loaded into one is in both."""
         tensors = [*self.module.parameters(), *self.module.buffers()]
         return self._of(copy.deepcopy(self.module, {id(tensor): tensor for tensor in tensors}))
 

@@ -107,7 +107,7 @@ def _draw(module: nn.Module, generator: torch.Generator) -> None:
 
 
 def _write(encoder: nn.Module, folder: Path, preprocessor: Path | None) -> None:
-    """config.json, model.safetensors and, where the origin has one, its preprocessor file, copied."""
+    """config.json, model.safetensors and, where the origin has one, its preprocessor file."""
     with quiet():
         encoder.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
     if preprocessor is not None:

@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 from deltafl.checkpoints.layout import Layout, read_layout
 from deltafl.errors import DeltaflError, shorten
 from deltafl.models.classifier import HEADS, ClassifierNet
-from deltafl.models.families import attempt, build_module, read_config
+from deltafl.models.families import build_module, explained, read_config
 from deltafl.models.head import Head
 from deltafl.models.head_recipe import HeadFit, HeadRecipe
 from deltafl.tasks.cache import Made, kept, stamps
@@ -59,9 +59,8 @@ def zero_shot_head(
 
     For class c, w_c = exp(s) * u / |u| with u the mean over templates t of e(t, c) / |e(t, c)|,
     where e is the projected text embedding and s the model's logit scale; bias 0, weight float32
-    (K, D).
-    `head(features)` is then CLIPModel's `logits_per_image` for the projected image embeddings that
-    the encoder gives. Source: arXiv 2103.00020, section 3.1.
+    (K, D). On projected image embeddings `head(features)` is then CLIPModel's `logits_per_image`.
+    Source: arXiv 2103.00020, section 3.1.
 
     ref: a directory or hub id of a whole CLIP model with its tokenizer. task, class_names: of the
     data; the prompts speak of `prompt_names` of them. templates: prompts with {} for the class;
@@ -129,7 +128,7 @@ def _embedded(
     import transformers
 
     ref, kind = str(layout.folder), transformers.CLIPModel
-    tokenizer = attempt(ref, transformers.AutoTokenizer.from_pretrained, ref)
+    tokenizer = explained(ref, transformers.AutoTokenizer.from_pretrained, ref)
     model: Any = build_module(ref, kind, kind, config, None)[0].float()
     model.to(device).eval()
     parts = []

@@ -1,4 +1,4 @@
-"""Mask strategies: what makes a coordinate worth training. A new one is one more registered here."""
+"""Mask strategies: what makes a coordinate worth training. A new one is registered here."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -75,8 +75,7 @@ def prompt_names(task: str, class_names: Sequence[str]) -> tuple[str, ...]:
 
     Raises:
         DeltaflError: another number of classes than the catalogue's task, or numbers where words
-        are
-            needed.
+            are needed.
     """
     named, words = catalogue().get(task), tuple(map(cleaned, class_names))
     if named is None:

@@ -29,14 +29,9 @@ from deltafl.tasks.task import SPLITS
 
 CANVAS = 16
 
-Variant = Callable[[np.ndarray, np.random.Generator], np.ndarray]
-"""Images as float (N, 16, 16) in [0, 1], ink bright, and a generator -> images of the same shape
-and range.
-"""
-
 
 def digits(variant: str, inputs: ImageInput) -> ImageTask:
-    """The task of one variant; "" is the untouched one. Raises `DeltaflError` for an unknown name."""
+    """The task of one variant; "" is the untouched one. Raises DeltaflError for an unknown name."""
     change = VARIANTS.get(variant or "plain")
     if change is None:
         raise DeltaflError(
@@ -97,7 +92,7 @@ def _scrambled(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 _STRIPES = np.add.outer(np.arange(CANVAS), np.arange(CANVAS)) % 6 < 3
 
-VARIANTS: Mapping[str, Variant] = {
+VARIANTS: Mapping[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
     "plain": lambda images, rng: images,
     "pretrain": lambda images, rng: images,
     # dark ink on bright paper
@@ -119,3 +114,6 @@ VARIANTS: Mapping[str, Variant] = {
     ),
     "scrambled": _scrambled,
 }
+"""Name -> change of images, float (N, 16, 16) in [0, 1], ink bright, keyed by a generator, into
+such images.
+"""

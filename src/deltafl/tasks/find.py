@@ -29,7 +29,7 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".ti
 
 
 @dataclass(frozen=True)
-class Source:
+class Found:
     """Image data that were found but not yet opened.
 
     `key` says which content they have, for the cache, so that a warm start never opens the source.
@@ -47,7 +47,7 @@ class Source:
     named: NamedTask | None = None
 
 
-def find(recipe: DataRecipe) -> Source | None:
+def find(recipe: DataRecipe) -> Found | None:
     """The images that `recipe.data` names, None for digits; `DataRecipe` documents the syntax and
     what goes first.
 
@@ -96,14 +96,14 @@ def find(recipe: DataRecipe) -> Source | None:
     )
 
 
-def _on_hub(target: str, revision: str | None) -> Source:
+def _on_hub(target: str, revision: str | None) -> Found:
     """`owner/name[:config]`, downloaded once into the cache of `datasets`."""
     from deltafl.tasks.tables import read_tables
 
     repo, _, config = target.partition(":")
     where = f"hub:{target}"
     tables = read_tables(repo, f'data "{where}"', name=config or None, revision=revision)
-    return Source(
+    return Found(
         target.split("/")[-1].replace(":", "_"),
         [table._fingerprint for table in tables.values()],
         {str(split): f'split "{split}" of {where}' for split in tables},
@@ -111,7 +111,7 @@ def _on_hub(target: str, revision: str | None) -> Source:
     )
 
 
-def _local(path: Path) -> Source:
+def _local(path: Path) -> Found:
     """The images in folder `path`, or the set `path.name` among several in folder `path.parent`:
     Parquet files in the Hugging Face layout, or `train/CLASS/` and `test/CLASS/`.
 
@@ -138,7 +138,7 @@ def _local(path: Path) -> Source:
 
 
 def _parquet_sets(folder: Path) -> dict[str, dict[str, list[Path]]]:
-    """The Parquet files of a folder by set and split: {prefix or "": {split in the name: files}}."""
+    """Parquet files of a folder by set and split: {prefix or "": {split in the name: files}}."""
     sets: dict[str, dict[str, list[Path]]] = {}
     for path in sorted(folder.glob("*.parquet")):
         if match := PARQUET_NAME.fullmatch(path.name):
@@ -146,15 +146,15 @@ def _parquet_sets(folder: Path) -> dict[str, dict[str, list[Path]]]:
     return sets
 
 
-def _parquet(name: str, files: Mapping[str, list[Path]]) -> Source:
+def _parquet(name: str, files: Mapping[str, list[Path]]) -> Found:
     every = [path for paths in files.values() for path in paths]
     sidecars = [every[0].with_name(file) for file in (f"{name}_classes.json", "classes.json")]
     sidecar = next((path for path in sidecars if path.is_file()), None)
     where = {split: shorten([*map(str, paths)], 1) for split, paths in files.items()}
-    return Source(name, stamps([*every, *filter(None, [sidecar])]), where, files, sidecar=sidecar)
+    return Found(name, stamps([*every, *filter(None, [sidecar])]), where, files, sidecar=sidecar)
 
 
-def _image_folder(path: Path) -> Source:
+def _image_folder(path: Path) -> Found:
     found = {split: sorted(path.glob(f"{split}/*/*")) for split in SPLIT_NAMES}
     files = {
         split: [image for image in images if image.suffix.lower() in IMAGE_SUFFIXES]
@@ -168,4 +168,4 @@ def _image_folder(path: Path) -> Source:
             "(train/CLASS/*.png, test/CLASS/*.png)."
         )
     where = {split: f'image folder "{path / split}"' for split in files}
-    return Source(path.resolve().name, stamps(every), where, files)
+    return Found(path.resolve().name, stamps(every), where, files)

@@ -1,5 +1,6 @@
 """Image classification: uint8 images of one size and a class for each."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,7 +33,7 @@ class Images:
 
 
 @dataclass(frozen=True, eq=False)
-class ImageTask(HeldTask[Images]):
+class ImageTask(HeldTask):
     """Classification by cross-entropy; `model(images)` gives logits (B, K).
 
     A batch is {"images": uint8 (B, C, H, W), "labels": int64 (B,)}; of training, `augment`-ed
@@ -41,10 +42,10 @@ class ImageTask(HeldTask[Images]):
 
     Raises:
         DeltaflError: a split is missing or empty, its tensors are of another kind, or a label is
-        not
-            below the number of class names.
+            not below the number of class names.
     """
 
+    splits: Mapping[str, Images]
     class_names: tuple[str, ...]
     augment: Augmentation = "none"
     label_smoothing: float = 0.0

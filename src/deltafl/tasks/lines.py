@@ -1,7 +1,7 @@
 """Language by lines of plain text: predict the next token, judge a line by its likelihood."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,13 +56,15 @@ def tokenised(texts: Sequence[str], inputs: TextInput) -> list[Tensor]:
 
 
 @dataclass(frozen=True, eq=False)
-class LineTask(HeldTask[Lines]):
+class LineTask(HeldTask):
     """Next-token cross-entropy; `model(input_ids=, attention_mask=).logits` is (B, T, V).
 
     A batch is {"input_ids", "attention_mask", "labels"}, int64 (B, T), padded on the right; labels
     are the ids, `IGNORED` at padding. Loss of a line: the sum over its tokens but the first;
     weight: their number. Score: the mean log-likelihood of these tokens, in nats, below 0.
     """
+
+    splits: Mapping[str, Lines]
 
     metric = "log-likelihood"
     ratio_scaled = False

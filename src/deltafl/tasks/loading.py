@@ -13,7 +13,7 @@ from deltafl.errors import DeltaflError
 from deltafl.tasks.cache import Made, kept
 from deltafl.tasks.decoding import decoded
 from deltafl.tasks.digits import digits
-from deltafl.tasks.find import Source, find
+from deltafl.tasks.find import Found, find
 from deltafl.tasks.images import Images, ImageTask
 from deltafl.tasks.inputs import ImageInput, TextInput
 from deltafl.tasks.lines import load_lines
@@ -91,7 +91,7 @@ def _user_task(spec: str, inputs: ImageInput | TextInput, seed: int) -> Task:
     return task
 
 
-def _images(source: Source, inputs: ImageInput, recipe: DataRecipe, seed: int) -> ImageTask:
+def _images(source: Found, inputs: ImageInput, recipe: DataRecipe, seed: int) -> ImageTask:
     shape, columns = (inputs.channels, inputs.image_size, inputs.image_size), recipe.columns()
 
     def make(scratch: Path) -> Made:

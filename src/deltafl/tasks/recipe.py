@@ -1,4 +1,4 @@
-"""The settings of data: where they are, which part of them is used, and how a model trains on them."""
+"""The settings of data: where they are, which part is used, and how a model trains on them."""
 
 from typing import Literal
 
@@ -27,7 +27,7 @@ class DataSource(Recipe):
     revision: str | None = Field(None, description="the version of a hub data set")
 
     def columns(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Names for the column of images and for that of labels; the first that a table has counts."""
+        """Names for the columns of images and of labels; the first that a table has counts."""
         images = (self.image_column,) if self.image_column else ("image", "img")
         return images, (self.label_column,) if self.label_column else ("label", "fine_label")
 

@@ -42,7 +42,7 @@ def stratified(
     of its rows stay outside. The result is shorter than `count` only where `leave` forces it.
     """
     classes, inverse, sizes = np.unique(labels, return_inverse=True, return_counts=True)
-    room = np.maximum(sizes - leave, 0)
+    room = sizes - leave
     shares = sizes * (min(count, len(labels)) / max(len(labels), 1))
     quotas = np.minimum(np.floor(shares + 1e-9).astype(np.int64), room)
     while (missing := min(count, room.sum()) - quotas.sum()) > 0:

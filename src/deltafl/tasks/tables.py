@@ -27,7 +27,7 @@ from pydantic import TypeAdapter
 
 from deltafl.errors import DeltaflError, did_you_mean, shorten
 from deltafl.tasks.decoding import RawSplit
-from deltafl.tasks.find import SPLIT_NAMES, Source
+from deltafl.tasks.find import SPLIT_NAMES, Found
 from deltafl.tasks.images import check_labels
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def read_tables(path: str, where: str, **options: Any) -> DatasetDict:
 
 
 def open_source(
-    source: Source, columns: Sequence[Sequence[str]], scratch: Path
+    source: Found, columns: Sequence[Sequence[str]], scratch: Path
 ) -> tuple[Mapping[str, RawSplit], Sequence[str]]:
     """The raw splits of a source, by our names, and the names of its classes.
 
@@ -110,7 +110,7 @@ def open_source(
     return splits, names
 
 
-def _read_files(source: Source, scratch: Path) -> DatasetDict:
+def _read_files(source: Found, scratch: Path) -> DatasetDict:
     """Parquet files from a copy that `datasets` makes under `scratch`: what stays on disk is the
     pixels. Images by their paths: `load_dataset("imagefolder")` takes 0.4 ms a file, more than a
     small image's decoding.

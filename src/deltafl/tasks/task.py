@@ -4,7 +4,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Generic, Literal, Protocol, Self, TypeVar
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -95,27 +95,12 @@ class Task(ABC):
         return self
 
 
-class Examples(Protocol):
-    """What a `HeldTask` holds of a split."""
-
-    def __len__(self) -> int:
-        """Number of examples."""
-        ...
-
-    def at(self, rows: Tensor) -> Self:
-        """Those at `rows`, int64."""
-        ...
-
-
-E = TypeVar("E", bound=Examples)
-
-
 @dataclass(frozen=True, eq=False)
-class HeldTask(Task, Generic[E]):
-    """A task that holds its examples, by split."""
+class HeldTask(Task):
+    """A task that holds its examples, by split: what has a length and, `at` rows int64, a part."""
 
     name: str
-    splits: Mapping[str, E]
+    splits: Mapping[str, Any]
 
     def size(self, split: Split) -> int:
         return len(self.splits[split])

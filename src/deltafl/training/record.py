@@ -171,7 +171,9 @@ def _leaves(config: Mapping[str, object], path: str = "") -> Iterator[tuple[str,
 def write_state(file: Path, config: Mapping[str, object], state: Mapping[str, object]) -> None:
     """Replace `file` in one step, so that a kill leaves the old state or the new one."""
     with atomic_file(file) as temporary:
-        torch.save({"config": dict(config), **state}, temporary)
+        whole = {"config": dict(config), **state}
+        # without checksums of its own, for half the time
+        torch.save(whole, temporary, _use_new_zipfile_serialization=False)
 
 
 def read_state(
