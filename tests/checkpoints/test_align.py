@@ -101,9 +101,7 @@ def test_a_classifier_is_merged_into_its_bare_vit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ViTModel", CLASSIFIER])
-def test_a_classifier_keeps_its_head_if_the_fine_tune_has_none_or_another(
-    tmp_path: Path, kind: str
-) -> None:
+def test_a_classifier_keeps_its_head_if_the_fine_tune_has_none_or_another(tmp_path, kind):
     base = make(tmp_path, CLASSIFIER, "base", num_labels=5)
     tuned = make(tmp_path, kind, "tuned", num_labels=3)
     merged, record = merge_one(tmp_path)
@@ -116,9 +114,7 @@ def test_a_classifier_keeps_its_head_if_the_fine_tune_has_none_or_another(
 
 
 @pytest.mark.parametrize("module_side", [["base"], ["tuned"], ["base", "tuned"]])
-def test_names_of_modules_and_names_of_files_are_the_same_tensors(
-    tmp_path: Path, module_side: list[str]
-) -> None:
+def test_names_of_modules_and_names_of_files_are_the_same_tensors(tmp_path, module_side):
     make(tmp_path, "ViTModel", "base")
     make(tmp_path, CLASSIFIER, "tuned", num_labels=5)
     tuned = reload(tmp_path / "tuned", "AutoModelForImageClassification").state_dict()
@@ -138,9 +134,7 @@ VISION = ("CLIPVisionModel", "CLIPVisionModelWithProjection")
 
 @pytest.mark.parametrize("old_names", [False, True], ids=["transformers 5", "transformers 4"])
 @pytest.mark.parametrize("kind", VISION)
-def test_a_vision_tower_is_merged_into_the_whole_clip(
-    tmp_path: Path, kind: str, old_names: bool
-) -> None:
+def test_a_vision_tower_is_merged_into_the_whole_clip(tmp_path, kind, old_names):
     base, tuned = make(tmp_path, "CLIPModel", "base"), make(tmp_path, kind, "tuned")
     whole = ("vision_model.", "visual_projection.")
     inner = {n if n.startswith(whole) else f"vision_model.{n}": t for n, t in tuned.items()}
@@ -232,9 +226,7 @@ def test_an_untied_base_does_not_take_embeddings_for_its_head(tmp_path: Path) ->
 @pytest.mark.parametrize(
     "kinds", [("LlamaModel", "LlamaForCausalLM"), ("LlamaForCausalLM", "LlamaModel")]
 )
-def test_a_language_model_merges_with_and_without_its_head(
-    tmp_path: Path, kinds: tuple[str, str]
-) -> None:
+def test_a_language_model_merges_with_and_without_its_head(tmp_path, kinds):
     base, tuned = (make(tmp_path, k, n) for k, n in zip(kinds, ("base", "tuned"), strict=True))
     merged, record = merge_one(tmp_path)
     held = {n.removeprefix("model."): t for n, t in tuned.items() if n != HEAD}
@@ -260,9 +252,7 @@ def test_a_language_model_of_another_vocabulary_is_refused(tmp_path: Path, tied:
 @pytest.mark.parametrize(
     "family", ["ViT", "DeiT", "Dinov2", "Beit", "Dinov2WithRegisters", "ViTMAE", "Bert", "Roberta"]
 )
-def test_every_tensor_has_one_name_in_the_file_and_in_the_module(
-    tmp_path: Path, family: str
-) -> None:
+def test_every_tensor_has_one_name_in_the_file_and_in_the_module(tmp_path, family):
     import transformers
 
     image = {} if family in ("Bert", "Roberta") else IMAGE

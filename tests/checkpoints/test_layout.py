@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from checkpoint_files import make_world, refusal, save, succeed, toy, tuned
-from deltafl.checkpoints.layout import fingerprint, identity, read_layout
+from deltafl.checkpoints.layout import fingerprint, read_layout
 from deltafl.errors import DeltaflError
 
 
@@ -68,9 +68,7 @@ def assert_absent(done: subprocess.CompletedProcess[str], ref: str) -> None:
     assert done.stderr.startswith(said)
 
 
-def test_hub_ids_are_found_in_the_hubs_cache_and_recorded_with_their_revision(
-    tmp_path: Path,
-) -> None:
+def test_hub_ids_are_found_in_the_hubs_cache_and_recorded_with_their_revision(tmp_path):
     world = make_world(tmp_path)
     succeed(*world.args)
     home = tmp_path / "home"
@@ -119,11 +117,3 @@ def test_the_fingerprint_sees_values_and_not_files(tmp_path: Path) -> None:
     renamed = read_layout(save(tmp_path / "renamed", {f"x.{n}": t for n, t in base.items()}))
     assert one.header_hash == many.header_hash == other.header_hash != renamed.header_hash
     assert fingerprint(one) == fingerprint(many) != fingerprint(other)
-
-
-def test_an_identity_counts_the_bytes_of_all_files(tmp_path: Path) -> None:
-    folder = save(tmp_path / "x", toy(), shards=2)
-    told = identity(read_layout(folder), full_hash=True)
-    assert told["bytes"] == sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-    assert told["files"] == [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
-    assert told["sha256"].keys() == set(told["files"])

@@ -43,18 +43,14 @@ def sparse(path: Path, size: int) -> Path:
     return path
 
 
-def test_files_are_read_in_turns(
-    tmp_path: Path, advised: Callable[[], list[tuple[str, int]]]
-) -> None:
+def test_files_are_read_in_turns(tmp_path, advised):
     run([sparse(tmp_path / "a", 2 * TURN + 1), sparse(tmp_path / "b", STEP)])
     a = [("a", at) for at in range(0, 2 * TURN + 1, STEP)]
     turn = TURN // STEP
     assert advised() == [*a[:turn], ("b", 0), *a[turn:]]
 
 
-def test_no_more_than_the_share_of_free_memory_is_asked_for(
-    tmp_path: Path, advised: Callable[[], list[tuple[str, int]]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_more_than_the_share_of_free_memory_is_asked_for(tmp_path, advised, monkeypatch):
     told = tmp_path / "meminfo"
     told.write_text(f"MemTotal: 24 kB\nMemFree:  9 kB\nMemAvailable:    {4 * STEP // 1024} kB\n")
     monkeypatch.setattr(readahead, "MEMINFO", told)
@@ -62,9 +58,7 @@ def test_no_more_than_the_share_of_free_memory_is_asked_for(
     assert advised() == [("a", 0), ("a", STEP)]
 
 
-def test_a_file_that_is_gone_is_left_to_whoever_reads_it(
-    tmp_path: Path, advised: Callable[[], list[tuple[str, int]]]
-) -> None:
+def test_a_file_that_is_gone_is_left_to_whoever_reads_it(tmp_path, advised):
     before = len(os.listdir("/proc/self/fd"))
     run([sparse(tmp_path / "a", 5), tmp_path / "gone"])
     assert len(os.listdir("/proc/self/fd")) == before

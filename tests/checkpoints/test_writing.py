@@ -16,8 +16,6 @@ import torch
 from safetensors import safe_open
 
 from checkpoint_files import (
-    cli,
-    files_in,
     load,
     make_world,
     mean_step,
@@ -85,9 +83,7 @@ def test_a_merged_directory_loads_with_the_right_weights_and_the_files_of_the_ba
         assert (tmp_path / "out" / name).read_bytes() == (llamas / "base" / name).read_bytes()
 
 
-def test_shards_hold_at_most_the_given_size_and_the_index_is_right(
-    llamas: Path, tmp_path: Path
-) -> None:
+def test_shards_hold_at_most_the_given_size_and_the_index_is_right(llamas, tmp_path):
     merge_llamas(llamas, tmp_path / "out", "--max-shard-size", "4KB")
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
     shards = sorted(tmp_path.glob("out/*.safetensors"))
@@ -192,9 +188,7 @@ def kill_after(server: subprocess.Popen[str], args: list[str], out: Path, delay:
     assert server.stdout.readline() == "ended\n"
 
 
-def test_a_kill_at_any_moment_leaves_the_output_absent_or_complete(
-    tmp_path: Path, forking: subprocess.Popen[str]
-) -> None:
+def test_a_kill_at_any_moment_leaves_the_output_absent_or_complete(tmp_path, forking):
     args, out = big_world(tmp_path, 200), tmp_path / "out"
     cut_short = 0
     for delay in (0.0, 0.03, 0.1, 0.2, 0.4):
@@ -210,9 +204,7 @@ def test_a_kill_at_any_moment_leaves_the_output_absent_or_complete(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "m", "out"]
 
 
-def test_a_kill_during_an_overwrite_never_costs_the_old_output(
-    tmp_path: Path, forking: subprocess.Popen[str]
-) -> None:
+def test_a_kill_during_an_overwrite_never_costs_the_old_output(tmp_path, forking):
     args, out = [*big_world(tmp_path, 20), "--overwrite"], tmp_path / "out"
     succeed(*args)
     for delay in (0.0, 0.03, 0.06):
@@ -233,21 +225,6 @@ def whole(out: Path, megabytes: int) -> bool:
     assert (out / "model.safetensors").stat().st_size >= megabytes * 2**20
     json.loads((out / "deltafl.json").read_text())
     return True
-
-
-def test_an_interrupt_leaves_nothing_and_exits_with_130(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    world = make_world(tmp_path)
-    before = files_in(world.root)
-
-    def interrupt(*arguments: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("deltafl.merge.run.describe", interrupt)
-    outcome = cli(*world.args)
-    assert (outcome.code, outcome.err.strip()) == (130, "interrupted; nothing half-written is left")
-    assert files_in(world.root) == before
 
 
 def test_a_limit_on_file_sizes_is_one_clear_line(tmp_path: Path) -> None:
@@ -276,8 +253,8 @@ def test_a_limit_on_file_sizes_is_one_clear_line(tmp_path: Path) -> None:
     ],
 )
 def test_a_disk_that_fills_or_fails_at_any_step_leaves_nothing(
-    tmp_path: Path, call: str, code: int, line: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path, call, code, line, monkeypatch
+):
     world = make_world(tmp_path)
 
     def fail(*arguments: object) -> None:
