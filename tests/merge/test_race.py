@@ -60,38 +60,11 @@ def test_at_least_19_of_20_orders_find_the_winner_for_far_fewer_examples() -> No
         assert scores.examples / 20 < 120 * 2200 / 3
 
 
-def test_no_seed_loses_a_clear_best_and_confidence_is_what_keeps_it() -> None:
-    # The best is ahead by 6 of 200 examples; a race that trusts any lead drops it in some orders.
-    lost = {0.95: 0, 0.01: 0}
-    for made in range(60):
-        draw = torch.Generator().manual_seed(made)
-        table = (torch.rand(30, 200, generator=draw) < 0.5).to(torch.uint8)
-        table[7] = table[3]
-        table[7, (table[3] == 0).nonzero()[:6, 0]] = 1
-        for i in range(30):
-            while i != 7 and table[i].sum() >= table[7].sum():
-                table[i, table[i].nonzero()[0, 0]] = 0
-        for confidence in lost:
-            lost[confidence] += Scores([table]).loses(made, confidence)
-    assert lost[0.95] <= 3  # 5% of 60
-    assert lost[0.01] > lost[0.95]
-
-
-def exponential(*shape: int, draw: torch.Generator) -> Tensor:
-    return -torch.log(torch.rand(shape, generator=draw, dtype=torch.float64))
-
-
-def student(*shape: int, draw: torch.Generator) -> Tensor:
-    """Student's t with 3 degrees of freedom: its fourth moment is infinite."""
-    normal = torch.randn(4, *shape, generator=draw, dtype=torch.float64)
-    return normal[0] / normal[1:].square().mean(0).sqrt()
-
-
-NOISE: dict[str, Callable[..., Tensor]] = {
-    "normal": lambda *shape, draw: torch.randn(shape, generator=draw, dtype=torch.float64),
-    "student": student,
-    "rare gains": exponential,
-    "rare losses": lambda *shape, draw: -exponential(*shape, draw=draw),
+NOISE: dict[str, Callable[[Tensor], Tensor]] = {
+    "normal": lambda normal: normal[0],
+    "student": lambda normal: normal[0] / normal[1:].square().mean(0).sqrt(),
+    "rare gains": lambda normal: normal[0].square(),
+    "rare losses": lambda normal: -normal[0].square(),
 }
 
 
@@ -103,7 +76,7 @@ def likelihoods(noise: str, seed: int, gap: float) -> Scores:
     """
     draw, tasks = torch.Generator().manual_seed(seed), []
     for size in (400, 250):
-        scores = NOISE[noise](20, size, draw=draw)
+        scores = NOISE[noise](torch.randn(4, 20, size, generator=draw, dtype=torch.float64))
         scores -= scores.mean(1, keepdim=True)
         scores[1:] -= gap * torch.rand(19, 1, generator=draw) + 1e-9
         tasks.append(scores - 3 + 2 * torch.randn(size, generator=draw))
@@ -135,9 +108,6 @@ def test_candidates_of_equal_worth_survive_to_the_end() -> None:
         best = int(scores.values.argmax())
         found = Scores([torch.cat([t, t[[best, best]]]) for t in scores.tasks]).race(seed)
         assert [found[c] for c in (best, 120, 121)] == [None] * 3
-    table = torch.zeros(2, 64)  # equal means, of other examples
-    table[0, ::2] = table[1, 1::2] = 1
-    assert Scores([table]).race() == [None, None]
 
 
 def test_looks_grow_by_half_and_a_seed_fixes_the_orders() -> None:
@@ -172,20 +142,6 @@ def test_the_bound_is_its_formula() -> None:
     for k in (0, 10):  # the bound of everything is the mean
         d = torch.randn(4, 30, dtype=torch.float64, generator=draw)
         torch.testing.assert_close(upper_bounds([d], [k], [30], [1.0], math.inf), d.mean(1))
-
-
-@pytest.mark.parametrize(("known", "n"), [(0, 16), (0, 64), (8, 64), (50, 150)])
-def test_the_bound_covers_the_difference_on_all_data_as_often_as_it_says(
-    known: int, n: int
-) -> None:
-    # Two models that disagree on a fifth of 200 examples and are equally good: the hardest case.
-    population = torch.zeros(200, dtype=torch.float64)
-    population[:20], population[20:40] = 1, -1
-    draw = torch.Generator().manual_seed(n)
-    picked = torch.rand(20_000, 200, generator=draw).argsort(1)[:, :n]
-    upper = upper_bounds([population[picked]], [known], [200], [1.0], 1.6449)
-    missed = float((upper < 0).double().mean())
-    assert 0.01 < missed <= 0.06  # 5% one-sided, and the grid of few differing examples
 
 
 @pytest.mark.parametrize("bad", [math.nan, -math.inf])

@@ -1,12 +1,11 @@
 """A search over real fine-tunes of a tiny ViT on the digits: what it reads, and that its winner is what it writes."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from deltafl.checkpoints.checkpoint import Checkpoint
 from deltafl.errors import DeltaflError
@@ -15,8 +14,6 @@ from deltafl.merge.search import Goal
 from deltafl.merge.search_recipe import SearchRecipe
 from deltafl.merge.search_run import SINGLE, UNMERGED, run_search
 from deltafl.models import HEAD_FILE, load_net
-from deltafl.models.fit import random_head
-from deltafl.models.head import save_head
 from deltafl.tasks import DataRecipe, load_task, loading
 from deltafl.training import TrainingRecipe, finetune
 from deltafl.training.step import scores
@@ -39,34 +36,28 @@ def train_digits(factory: pytest.TempPathFactory) -> Path:
     root = factory.getbasetemp() / "trained-digits"
     if root.exists():
         return root
-    base = TrainingRecipe.of(
-        model=vit_file(num_hidden_layers=1), data="digits:pretrain", steps=30, lr=3e-3, head="linear",
-        train_head=True, out=str(root / "base"),
-    )  # fmt: skip
-    head = str(root / "base" / HEAD_FILE)
-    tunes = [
-        TrainingRecipe.of(
-            model=str(root / "base"), data=f"digits:{variant}", steps=10 + 10 * i, lr=1e-3, head=head,
-            out=str(root / variant),
-        )
-        for i, variant in enumerate(VARIANTS)
-    ]  # fmt: skip
-    for recipe in (base, *tunes):
-        net = load_net(recipe.model)
-        finetune(net, load_task(recipe.data, net.inputs), recipe)
+    vit, head = vit_file(num_hidden_layers=1), {"head": "linear", "train_head": True}
+    tune("digits:pretrain", root / "base", model=vit, steps=30, lr=3e-3, **head)
+    given = {"model": str(root / "base"), "lr": 1e-3, "head": str(root / "base" / HEAD_FILE)}
+    for i, variant in enumerate(VARIANTS):
+        tune(f"digits:{variant}", root / variant, steps=10 + 10 * i, **given)
     return root
 
 
+def tune(data: str, out: Path, **settings: Any) -> None:
+    recipe = TrainingRecipe.of(data=data, out=str(out), **settings)
+    net = load_net(recipe.model)
+    finetune(net, load_task(data, net.inputs), recipe)
+
+
 def search_recipe(root: Path, **changes: Any) -> SearchRecipe:
-    models = [{"path": str(root / v), "data": f"digits:{v}"} for v in VARIANTS]
-    recipe = SearchRecipe.of(
+    return SearchRecipe.of(
         base=str(root / "base"),
-        models=models,
+        models=[{"path": str(root / v), "data": f"digits:{v}"} for v in VARIANTS],
         methods=[{"method": name, **params} for name, params in METHODS],
         scaling_coefs=[0.3, 0.8],
         threads=1,
-    )
-    return recipe.replace(**changes)
+    ).replace(**changes)
 
 
 def run(recipe: SearchRecipe, out: Path | None = None) -> dict[str, Any]:
@@ -74,9 +65,7 @@ def run(recipe: SearchRecipe, out: Path | None = None) -> dict[str, Any]:
     return {k: v for k, v in result.items() if k != "seconds"}
 
 
-def test_the_rows_are_singles_base_and_each_method_with_their_own_test_scores(
-    trained: Path,
-) -> None:
+def test_the_rows_are_singles_base_and_each_method_with_their_own_test_scores(trained):
     result = run(search_recipe(trained))
     assert [r["rule"] for r in result["rows"]] == [SINGLE, UNMERGED, *(m for m, _ in METHODS)]
     for i, variant in enumerate(VARIANTS):
@@ -93,30 +82,22 @@ def test_the_rows_are_singles_base_and_each_method_with_their_own_test_scores(
 # What is read
 
 
-def counting(
-    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, key: Callable[..., object]
-) -> Counter[object]:
-    """Count the calls of a method by `key(*arguments)`."""
-    counts: Counter[object] = Counter()
-    original = getattr(owner, name)
+def test_nothing_is_read_or_decoded_again_for_every_candidate(trained, monkeypatch):
+    decoded, reads = Counter[str](), Counter[tuple[str, str]]()
+    digits, read = loading.digits, Checkpoint.read
 
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        counts[key(*args, **kwargs)] += 1
-        return original(*args, **kwargs)
+    def counted_digits(variant: str, *rest: Any) -> Any:
+        decoded[variant] += 1
+        return digits(variant, *rest)
 
-    monkeypatch.setattr(owner, name, counted)
-    return counts
+    def counted_read(self: Checkpoint, name: str, *rest: Any) -> None:
+        reads[self.layout.ref, name] += 1
+        read(self, name, *rest)
 
-
-def test_nothing_is_read_or_decoded_again_for_every_candidate(
-    trained: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    decoded = counting(monkeypatch, loading, "digits", lambda variant, *_: f"digits_{variant}")
-    reads = counting(
-        monkeypatch, Checkpoint, "read", lambda held, name, *_: (held.layout.ref, name)
-    )
+    monkeypatch.setattr(loading, "digits", counted_digits)
+    monkeypatch.setattr(Checkpoint, "read", counted_read)
     held = run(search_recipe(trained))
-    assert decoded == {f"digits_{v}": 1 for v in VARIANTS}
+    assert decoded == dict.fromkeys(VARIANTS, 1)
     assert {ref for ref, _ in reads} == {str(trained / n) for n in ("base", *VARIANTS)}
     assert set(reads.values()) == {1}
     assert run(search_recipe(trained, memory=0)) == held
@@ -131,18 +112,7 @@ def test_nothing_is_read_or_decoded_again_for_every_candidate(
 # What is refused, before any work
 
 
-def refused(recipe: SearchRecipe, monkeypatch: pytest.MonkeyPatch) -> DeltaflError:
-    """The error of a search that must not come to scoring anything."""
-    scored = counting(monkeypatch, Goal, "scores", lambda *rest: None)
-    with pytest.raises(DeltaflError) as error:
-        run(recipe)
-    assert not scored
-    return error.value
-
-
-def test_each_model_names_the_columns_of_its_own_data(
-    trained: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_model_names_the_columns_of_its_own_data(trained, monkeypatch):
     def load_task(data: DataRecipe, *_: object) -> None:
         raise DeltaflError(f"{data.data} {data.image_column}")
 
@@ -152,71 +122,36 @@ def test_each_model_names_the_columns_of_its_own_data(
         run(search_recipe(trained, models=models))
 
 
-def test_unknown_methods_are_found_before_any_data_is_loaded(
-    trained: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(examples, "load_task", lambda *rest: pytest.fail("data was loaded"))
-    methods = ["fedgm", {"method": "median", "rho": 1.0}]
-    assert len(refused(search_recipe(trained, methods=methods), monkeypatch).problems) == 2
-
-
-def test_heads_that_are_missing_or_of_another_model_are_all_reported(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    heads = (tmp_path / "none.safetensors", tmp_path / "wide.safetensors")
-    save_head(random_head(32, tuple("0123456789"), torch.Generator()), heads[1])
-    models = [
-        m | {"head": str(head)}
-        for m, head in zip(search_recipe(trained).resolved()["models"], heads, strict=True)
-    ]
-    error = refused(search_recipe(trained, models=models), monkeypatch)
-    assert len(error.problems) == 2
-    assert 'none.safetensors" cannot be read' in error.problems[0]
-    assert 'wide.safetensors" takes 32 features, the model gives 16' in error.problems[1]
-
-
 # Language
-
-
-@pytest.fixture(scope="module")
-def spoken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tune_on_lines(tmp_path_factory.mktemp("spoken"))
 
 
 def tune_on_lines(root: Path) -> Path:
     """Write a tiny Llama, two folders of lines, and a fine-tune of it on each of them."""
-    base = tiny_llama(root / "base")
-    base.save(root / "base")
+    tiny_llama(root / "base").save(root / "base")
     for source, text in (("sums", "{} and {} are more"), ("days", "the {}th of May {}")):
         (root / source).mkdir()
+        lines = "\n".join(text.format(i % 7, i) for i in range(30))
         for split in ("train", "test"):
-            lines = "\n".join(text.format(i % 7, i) for i in range(30))
             (root / source / f"{split}.txt").write_text(lines)
-        recipe = TrainingRecipe.of(
-            model=str(root / "base"), data=str(root / source), steps=20, lr=3e-3, batch_size=9,
-            out=str(root / f"on-{source}"),
-        )  # fmt: skip
-        net = load_net(recipe.model)
-        finetune(net, load_task(recipe.data, net.inputs), recipe)
+        given = {"model": str(root / "base"), "steps": 20, "lr": 3e-3, "batch_size": 9}
+        tune(str(root / source), root / f"on-{source}", **given)
     return root
 
 
 def language_recipe(root: Path, **changes: Any) -> SearchRecipe:
     sources = ("sums", "days")
-    recipe = SearchRecipe.of(
+    return SearchRecipe.of(
         base=str(root / "base"),
         models=[{"path": str(root / f"on-{s}"), "data": str(root / s)} for s in sources],
         methods=["task_arithmetic", {"method": "ties", "density": 0.5}, "median"],
         scaling_coefs=[0.2, 0.5, 1.0],
         metric="absolute",
         threads=1,
-    )
-    return recipe.replace(**changes)
+    ).replace(**changes)
 
 
-def test_language_models_are_searched_by_the_likelihood_of_lines(
-    spoken: Path, tmp_path: Path
-) -> None:
+def test_language_models_are_searched_by_the_likelihood_of_lines(tmp_path, monkeypatch):
+    spoken = tune_on_lines(tmp_path)
     result = run(language_recipe(spoken), tmp_path / "merged")
     best, base = result["best"], result["candidates"][0]
     assert result["metric"] == "log-likelihood"
@@ -228,24 +163,15 @@ def test_language_models_are_searched_by_the_likelihood_of_lines(
         assert float(scores(net, task, "val").double().mean()) == best["val"][name]
         own = load_net(spoken / f"on-{name}")
         assert float(scores(own, task, "test").double().mean()) == result["single"][name]
+    raced = run(language_recipe(spoken, strategy="racing", each_method=True))
+    assert raced["rows"] == result["rows"]
 
-
-@pytest.mark.parametrize("each_method", [False, True])
-def test_a_race_of_language_models_has_the_same_winner(spoken: Path, each_method: bool) -> None:
-    whole = run(language_recipe(spoken))
-    raced = run(language_recipe(spoken, strategy="racing", each_method=each_method))
-    assert raced["best"]["value"] == whole["best"]["value"]
-    assert raced["rows"] == whole["rows"] or not each_method
-
-
-def test_a_likelihood_is_not_divided_by_another(
-    spoken: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    no_ratio = 'task "{}": log-likelihood is no ratio, so that it cannot be '
-    reasons = {
-        "metric": ("normalized", "divided by that of the task's own model; give --metric absolute"),
-        "reference": ({"theirs": 70.0}, "compared in percent; leave reference out"),
-    }
-    for key, (value, why) in reasons.items():
-        error = refused(language_recipe(spoken, **{key: value}), monkeypatch)
-        assert error.problems == tuple(no_ratio.format(t) + why for t in ("sums", "days"))
+    monkeypatch.setattr(Goal, "scores", lambda *rest: pytest.fail("scored before it was refused"))
+    for change, why in (
+        ({"metric": "normalized"}, "divided by that of the task's own model; give --metric absolute"),
+        ({"reference": {"theirs": 70.0}}, "compared in percent; leave reference out"),
+    ):  # fmt: skip
+        with pytest.raises(DeltaflError) as error:
+            run(language_recipe(spoken, **change))
+        said = 'task "{}": log-likelihood is no ratio, so that it cannot be ' + why
+        assert error.value.problems == tuple(map(said.format, ("sums", "days")))

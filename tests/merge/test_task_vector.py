@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -68,29 +69,6 @@ class Net(nn.Module):
 # From checkpoints
 
 
-def write(tensors: Mapping[str, Tensor], folder: Path, form: str) -> Any:
-    if form == "mapping":
-        return tensors
-    if form == "pt":
-        torch.save(dict(tensors), folder / "weights.pt")
-        return str(folder / "weights.pt")
-    save(folder / "model", tensors, shards=2 if form == "sharded" else 1)
-    return folder / "model/model.safetensors" if form == "file" else folder / "model"
-
-
-@pytest.mark.parametrize("form", ["mapping", "folder", "sharded", "file", "pt"])
-@pytest.mark.parametrize("which", ["base", "finetuned"])
-def test_it_is_the_difference_of_the_float_tensors_in_any_form(
-    tmp_path: Path, form: str, which: str
-) -> None:
-    held: dict[str, Any] = {"base": toy(), "finetuned": tuned(toy(), 1)}
-    held[which] = write(held[which], tmp_path, form)
-    delta = TaskVector.from_checkpoints(**held)
-    assert_close(delta, combine(lambda a, b: b - a, toy(), tuned(toy(), 1)))
-    elements = sum(toy()[name].numel() for name in FLOATS)
-    assert repr(delta) == f"TaskVector(5 tensors, {elements:,} elements)"
-
-
 @pytest.mark.parametrize("wide", [0, 1])
 def test_a_float64_model_loses_nothing_and_bfloat16_is_widened(wide: int) -> None:
     held = [toy(), tuned(toy(), 1)]
@@ -102,16 +80,6 @@ def test_a_float64_model_loses_nothing_and_bfloat16_is_widened(wide: int) -> Non
     narrow = TaskVector.from_checkpoints(base, tuned(base, 1))
     assert {t.dtype for t in narrow.tensors.values()} == {torch.float32}
     assert_close(narrow, combine(lambda a, b: b - a, base, tuned(base, 1)))
-
-
-def test_training_a_module_further_leaves_its_task_vector_as_it_was() -> None:
-    base, model = Net(0), Net(1)
-    wanted = combine(lambda a, b: b - a, base.state_dict(), model.state_dict())
-    delta = TaskVector.from_checkpoints(base, model)
-    with torch.no_grad():
-        model.first.weight.add_(1)
-        base.first.bias.add_(1)
-    assert_close(delta, wanted)
 
 
 def test_files_are_read_only_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,9 +94,7 @@ def test_files_are_read_only_when_asked(tmp_path: Path, monkeypatch: pytest.Monk
     assert reads == ["layer.0.bias"] * 2
 
 
-def test_what_does_not_fit_is_named_and_a_head_of_the_model_alone_is_left_out(
-    tmp_path: Path,
-) -> None:
+def test_what_does_not_fit_is_named_and_a_head_of_the_model_alone_is_left_out(tmp_path):
     model = tuned(toy(), 1) | {"embed.weight": torch.ones(11, 8)}
     del model["norm.weight"]
     with pytest.raises(DeltaflError) as error:
@@ -136,8 +102,6 @@ def test_what_does_not_fit_is_named_and_a_head_of_the_model_alone_is_left_out(
     shape, missing = error.value.problems
     assert '"embed.weight" is (11, 8), the base has (9, 8)' in shape
     assert '"norm.weight"' in missing
-    model = tuned(toy(), 1) | {"classifier.weight": torch.ones(3, 8)}
-    assert sorted(TaskVector.from_checkpoints(toy(), model).tensors) == sorted(FLOATS)
     folder = save(tmp_path / "model", tuned(toy(), 1))
     save_head(random_head(16, ("a", "b"), torch.Generator()), folder / HEAD_FILE)
     assert sorted(TaskVector.from_checkpoints(toy(), folder).tensors) == sorted(FLOATS)
@@ -156,29 +120,18 @@ def test_it_is_a_vector_space_whose_operations_change_no_operand(factors: list[f
     assert_close(total, wanted)
     assert_close(vectors[0] - total * 2, combine(lambda a, b: a - 2 * b, vectors[0], total))
     assert_close(-total, {n: -values for n, values in wanted.items()})
-    for made in (total, task_arithmetic(vectors), median(vectors)):
-        for tensor in made.tensors.values():
-            tensor.fill_(7)
     applied = vectors[0].apply_to(base := toy(9))
-    for tensor in applied.values():
+    made = [total.tensors, task_arithmetic(vectors).tensors, median(vectors).tensors, applied]
+    for tensor in chain.from_iterable(tensors.values() for tensors in made):
         tensor.fill_(7)
     for held, was in zip([v.tensors for v in vectors] + [base], [*before, toy(9)], strict=True):
         assert all(torch.equal(held[n], was[n]) for n in was)
 
 
-def test_what_is_no_task_vector_cannot_be_added() -> None:
-    for other in (1, "x", toy()):
-        for operation in (lambda a, b: a + b, lambda a, b: a - b, lambda a, b: b + a):
-            with pytest.raises(TypeError):
-                operation(vector(), other)
-
-
-BINARY: dict[str, Callable[[TaskVector, TaskVector], object]] = {
+BINARY: dict[str, Callable[[TaskVector, Any], object]] = {
     "+": lambda a, b: a + b,
     "-": lambda a, b: a - b,
-    "sum": lambda a, b: sum([a, b]),
     "dot": lambda a, b: a.dot(b),
-    "task_arithmetic": lambda a, b: task_arithmetic([a, b]),
     "median": lambda a, b: median([a, b]),
 }
 
@@ -194,24 +147,19 @@ def test_task_vectors_of_other_tensors_or_shapes_are_an_error_that_names_them(na
     for pair in ((vector(), odd), (odd, vector())):
         with pytest.raises(DeltaflError, match=r'differ in tensors: "extra", "layer\.0\.bias"'):
             BINARY[name](*pair)
+    if name in "+-":
+        for other in (1, "x", toy()):
+            with pytest.raises(TypeError):
+                BINARY[name](vector(), other)
 
 
-def test_norms_and_products_are_those_of_float64(tmp_path: Path) -> None:
+def test_norms_and_products_are_those_of_float64() -> None:
     a, b = vector(0), vector(1)
     product = sum(combine(lambda x, y: float((x * y).sum()), a, b).values())
     square = sum(combine(lambda x: float((x**2).sum()), a).values())
     assert (a.dot(b), a.norm()) == pytest.approx((product, math.sqrt(square)), rel=1e-12)
     half = TaskVector({"w": torch.full((4,), 6e4, dtype=torch.float16)})
     assert half.norm() == pytest.approx(2 * 60000, rel=1e-15)
-    # one by one after the large one, every 1 is lost: the spacing is 4
-    values = {"large": torch.tensor([2.0**27]), **{f"t{i}": torch.tensor([1.0]) for i in range(8)}}
-    a, b = TaskVector(values), TaskVector(dict(reversed(values.items())))
-    assert a.dot(a) == b.dot(b) == 2.0**54 + 8
-    base, model = save(tmp_path / "base", toy()), save(tmp_path / "model", tuned(toy(), 1))
-    lazy, memory = (
-        TaskVector.from_checkpoints(*pair) for pair in ((base, model), (toy(), tuned(toy(), 1)))
-    )
-    assert lazy.norm() == memory.norm()  # the file has an order of its own
 
 
 # Application
@@ -230,57 +178,34 @@ def test_applying_adds_the_scaled_delta_and_leaves_the_rest_of_the_base(tmp_path
     part = TaskVector({"layer.0.bias": torch.ones(8)}).apply_to(base)
     for name in base:
         assert torch.equal(part[name], base[name] + 1 if name == "layer.0.bias" else base[name])
+    with pytest.raises(DeltaflError, match='the base lacks tensors of the update: "other"'):
+        TaskVector({"other": torch.ones(2)}).apply_to(toy())
+    with pytest.raises(DeltaflError, match=r'"layer.0.bias".*\(1,\).*\(8,\)'):
+        TaskVector({"layer.0.bias": torch.ones(1)}).apply_to(toy())
 
 
-def test_applying_to_a_module_gives_a_new_module_of_the_same_class() -> None:
+def test_modules_are_read_as_they_are_and_a_new_one_of_the_same_class_is_made() -> None:
     base, model = Net(0), Net(1)
     base.norm.num_batches_tracked.fill_(5)
-    before = copy.deepcopy(base.state_dict())
-    applied = TaskVector.from_checkpoints(base, model).apply_to(base, 0.5)
+    before, other = (copy.deepcopy(net.state_dict()) for net in (base, model))
+    delta = TaskVector.from_checkpoints(base, model)
+    with torch.no_grad():
+        model.first.weight.add_(1)
+    applied = delta.apply_to(base, 0.5)
     assert type(applied) is Net
     held, ours = applied.state_dict(), base.state_dict()
     assert all(torch.equal(t, before[n]) for n, t in ours.items())
-    assert_close(held, combine(lambda a, b: (a + b) / 2, before, model.state_dict()))
+    assert_close(held, combine(lambda a, b: (a + b) / 2, before, other))
     assert int(held["norm.num_batches_tracked"]) == 5
     assert not {t.data_ptr() for t in held.values()} & {t.data_ptr() for t in ours.values()}
-
-
-def test_a_bfloat16_base_is_rounded_once() -> None:
-    base, delta = toy(dtype=torch.bfloat16), vector(1, scale=0.1)
-    applied = delta.apply_to(base, 0.3)
-    for name in FLOATS:
-        wanted = (base[name].float() + 0.3 * delta.tensors[name]).bfloat16()
-        assert torch.equal(applied[name], wanted)
-    one = {"w": torch.ones(1, dtype=torch.bfloat16)}
-    small = TaskVector({"w": torch.tensor([2.0**-9])})
-    assert small.apply_to(one)["w"].item() == 1.0  # the step of bfloat16 above 1 is 2^-7
-    together: Any = sum([small] * 4)
-    assert together.apply_to(one)["w"].item() == 1.0 + 2.0**-7
-
-
-@pytest.mark.parametrize(
-    ("tensors", "message"),
-    [
-        ({"other": torch.ones(2)}, 'the base lacks tensors of the update: "other"'),
-        ({"layer.0.bias": torch.ones(1)}, r'"layer.0.bias".*\(1,\).*\(8,\)'),
-    ],
-)
-def test_a_base_that_does_not_fit_is_an_error_that_names_the_tensor(
-    tensors: dict[str, Tensor], message: str
-) -> None:
-    with pytest.raises(DeltaflError, match=message):
-        TaskVector(tensors).apply_to(toy())
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     base, model = save(tmp_path / "base", toy()), save(tmp_path / "model", tuned(toy(), 1))
     shared = torch.arange(6.0).reshape(2, 3)
     file = tmp_path / "delta.safetensors"
-    for made in (
-        vector(1),
-        TaskVector.from_checkpoints(base, model),
-        TaskVector({"a": shared, "b": shared, "c": shared.T}),
-    ):
+    twins = TaskVector({"a": shared, "b": shared, "c": shared.T})
+    for made in (TaskVector.from_checkpoints(base, model), twins):
         made.save(file)
         loaded = TaskVector.load(str(file))
         assert set(loaded.tensors) == set(made.tensors)
@@ -293,9 +218,8 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
 # Rules, whose formulas are tested on their own
 
 
-@pytest.mark.parametrize("n", [1, 3])
-def test_every_rule_is_that_of_its_name(n: int) -> None:
-    vectors, numbers = [vector(i, scale=1 + i) for i in range(n)], [7 * (i + 2) for i in range(n)]
+def test_every_rule_is_that_of_its_name() -> None:
+    vectors, numbers = [vector(i, scale=1 + i) for i in range(3)], [14, 21, 28]
     made = {
         "task_arithmetic": (task_arithmetic(vectors), {}),
         "fedavg": (fedavg(vectors, numbers), {}),
@@ -309,11 +233,17 @@ def test_every_rule_is_that_of_its_name(n: int) -> None:
     for name, (found, params) in made.items():
         wanted = dict(aggregate(build_rule(name, params), updates))
         assert all(torch.equal(found.tensors[n], t) for n, t in wanted.items()), name
+    with pytest.raises(DeltaflError, match="4 numbers for 3 task vectors"):
+        fednova(vectors, [*numbers, 3])
+    with pytest.raises(DeltaflError, match="no models"):
+        median([])
 
 
-def test_numbers_that_are_not_one_for_each_and_no_vectors_are_errors() -> None:
-    with pytest.raises(DeltaflError, match="3 numbers for 2 task vectors"):
-        fednova([vector(0), vector(1)], [1, 2, 3])
-    for merged in (task_arithmetic, median):
-        with pytest.raises(DeltaflError, match="no models"):
-            merged([])
+@pytest.mark.parametrize("files", [(), ("base",), ("finetuned",), ("base", "finetuned")])
+def test_it_is_the_difference_of_the_float_tensors_in_memory_or_files(tmp_path, files):
+    held: dict[str, Any] = {"base": toy(), "finetuned": tuned(toy(), 1)}
+    held |= {name: save(tmp_path / name, held[name]) for name in files}
+    delta = TaskVector.from_checkpoints(**held)
+    assert_close(delta, combine(lambda a, b: b - a, toy(), tuned(toy(), 1)))
+    elements = sum(toy()[name].numel() for name in FLOATS)
+    assert repr(delta) == f"TaskVector(5 tensors, {elements:,} elements)"

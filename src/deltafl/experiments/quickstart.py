@@ -63,7 +63,8 @@ def _steps(name: str, on_progress: OnProgress) -> OnProgress:
 
 
 def search_recipe(folder: Path, seed: int) -> SearchRecipe:
-    """The search over all rules of the paper."""
+    """The search over all rules of the paper, and some by examples of the tasks."""
     models = [{"path": str(folder / "models" / v), "data": f"digits:{v}"} for v in VARIANTS]
-    lambdas, base = SETTINGS["scaling_coefs"], str(folder / "base")
-    return SearchRecipe.of(base=base, models=models, scaling_coefs=lambdas, seed=seed)
+    return SearchRecipe.of(
+        base=str(folder / "base"), models=models, seed=seed, **SETTINGS["search"]
+    )
