@@ -156,22 +156,22 @@ def reference(
 def test_every_map_is_that_of_the_formula(kind: type[LayerRule], weights) -> None:
     rule, made = kind(examples=12, ridge=0.003), models()
     start, examples = world(made, weights)
-    found = merge_layerwise(rule, start, examples)
+    found, report = merge_layerwise(rule, start, examples)
     expected = reference(made, weights, rule, [e.drawn(12, 0) for e in examples])
-    assert set(found.tensors) == {
+    assert set(found) == {
         f"{at}.{n}" for at in MAPS for n in ("weight", "bias") if (at, n) != ("plain", "bias")
     }
-    for name, tensor in found.tensors.items():
+    for name, tensor in found.items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-8, atol=1e-10)
-    assert found.averaged == ["twice.weight", "idle.weight"]
+    assert report["averaged"] == ["twice.weight", "idle.weight"]
 
 
 @pytest.mark.parametrize("kind", RULES)
 def test_equal_fine_tunes_are_found_again(kind: type[LayerRule]) -> None:
     base, tuned = models(1)
     start, examples = world([base, tuned, tuned], (0.5, 0.5))
-    found = merge_layerwise(kind(examples=20, ridge=1e-9), start, examples)
-    for name, tensor in found.tensors.items():
+    found, _ = merge_layerwise(kind(examples=20, ridge=1e-9), start, examples)
+    for name, tensor in found.items():
         torch.testing.assert_close(tensor, floats(tuned)[name], rtol=1e-4, atol=1e-5)
 
 
@@ -181,9 +181,9 @@ def test_a_map_without_a_signal_is_the_mean(tmp_path: Path) -> None:
         nn.init.zeros_(model.conv.weight)
         nn.init.constant_(model.conv.bias, -1.0)  # relu: the depthwise convolution sees zeros
     start, examples = world(made, (1 / 3,) * 3)
-    found = merge_layerwise(SequentialRegression(examples=8), start, examples)
+    found, _ = merge_layerwise(SequentialRegression(examples=8), start, examples)
     mean = sum(floats(m)["depthwise.weight"] for m in made[1:]) / 3
-    torch.testing.assert_close(found.tensors["depthwise.weight"], mean)
+    torch.testing.assert_close(found["depthwise.weight"], mean)
 
 
 def test_maps_are_found_in_the_order_in_which_they_run() -> None:
@@ -201,15 +201,15 @@ def test_more_examples_than_there_are_is_one_line() -> None:
 
 def test_bytes_are_those_of_moments_and_maps() -> None:
     start, examples = world(models(), (1 / 3,) * 3)
-    found = merge_layerwise(RegMean(examples=4), start, examples)
+    _, report = merge_layerwise(RegMean(examples=4), start, examples)
     shapes = [(1, 6, 10), (6, 1, 10), (1, 5, 6), (1, 3, 6)]
-    assert found.bytes_up == 8 * sum(g * (2 * o * i + i * i) for g, o, i in shapes)
-    assert found.bytes_down == 8 * sum(g * o * i for g, o, i in shapes)
+    assert report["bytes_up"] == 8 * sum(g * (2 * o * i + i * i) for g, o, i in shapes)
+    assert report["bytes_down"] == 8 * sum(g * o * i for g, o, i in shapes)
 
 
 def test_a_merge_that_was_stopped_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     rule = SequentialRegression(examples=12)
-    whole = merge_layerwise(rule, *world(models(), (1 / 3,) * 3)).tensors
+    whole, _ = merge_layerwise(rule, *world(models(), (1 / 3,) * 3))
 
     def stop(progress: Progress) -> None:
         if progress.done == 2:
@@ -218,8 +218,8 @@ def test_a_merge_that_was_stopped_goes_on_to_the_same_bits(tmp_path: Path) -> No
     with pytest.raises(KeyboardInterrupt):
         merge_layerwise(rule, *world(models(), (1 / 3,) * 3), stop, tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
-    again = merge_layerwise(rule, *world(models(), (1 / 3,) * 3), state=tmp_path)
-    assert all(torch.equal(again.tensors[name], tensor) for name, tensor in whole.items())
+    again, _ = merge_layerwise(rule, *world(models(), (1 / 3,) * 3), state=tmp_path)
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
     assert threading.active_count() == 1
 
 
@@ -236,10 +236,10 @@ def test_rows_of_language_models_are_tokens_and_no_padding(tmp_path: Path) -> No
     mean = {n: (tuned[0][n] + tuned[1][n]) / 2 - t for n, t in base.items()}
     start = Start(base, mean, {n: n for n in base}, torch.float64)
     examples = [Examples(f"{i}", net, task, t, 0.5) for i, t in enumerate(tuned)]
-    found = merge_layerwise(RegMean(examples=4, ridge=0.01), start, examples)
-    assert found.averaged == ["model.embed_tokens.weight"]
-    assert len(found.tensors) == 2 * 7 + 1
-    for name, tensor in found.tensors.items():
+    found, report = merge_layerwise(RegMean(examples=4, ridge=0.01), start, examples)
+    assert report["averaged"] == ["model.embed_tokens.weight"]
+    assert len(found) == 2 * 7 + 1
+    for name, tensor in found.items():
         cross = gram = 0.0
         for state in tuned:
             module = copy.deepcopy(net.module).double()

@@ -55,9 +55,8 @@ def example_update(
         report["coefficients"] = dict(zip(merged, factors.tolist(), strict=True))
     else:
         assert isinstance(rule, LayerRule)
-        found = merge_layerwise(rule, start, some, on_progress, state)
-        merged, report = found.tensors, report | found._asdict()
-        del report["tensors"]
+        merged, found = merge_layerwise(rule, start, some, on_progress, state)
+        report |= found
     wanted = {n: t for n, t in merged.items() if n in mean}
     delta = {n: (t.cpu().double() - base[n].double()).to(base.dtype) for n, t in wanted.items()}
     return Joined({name: (delta if name in delta else mean, name) for name in mean}), report

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import torch
 from safetensors.torch import load_file, save
@@ -79,71 +79,50 @@ class Map:
         return {n: part.reshape(like[n].shape).contiguous() for n, part in parts.items()}
 
 
-Read = Callable[[str], Tensor]
+Read: TypeAlias = Callable[[str], Tensor]
 """Name in the base -> the tensor of some model."""
+
+
+See: TypeAlias = Callable[[object, Mapping[str, Any], Sequence[str]], None]
+"""Told before a function uses tensors: which, its arguments if it is a map, the tensors' names."""
 
 
 class _Reading(TorchFunctionMode):
     """Within it, who uses a parameter or buffer of a module is given another model's.
 
-    places: id of the parameter -> its name, which `read` is asked for.
+    places: id of the parameter -> its name, which `read` is asked for after `see` was told.
     """
 
-    def __init__(self, places: Mapping[int, str], read: Read) -> None:
+    def __init__(self, places: Mapping[int, str], read: Read, see: See) -> None:
         super().__init__()
-        self.places, self.read = places, read
+        self.places, self.read, self.see = places, read, see
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func.__name__ == "__get__":  # a shape or a dtype
             return func(*args, **kwargs)
         names = [self.places.get(id(value)) for value in (*args, *kwargs.values())]
-        if any(names):
-            given = dict(zip(ARGUMENTS, args, strict=False)) | kwargs
-            self.see(func, given, [name for name in names if name])
+        if used := [name for name in names if name]:
+            self.see(func, dict(zip(ARGUMENTS, args, strict=False)) | kwargs, used)
         return func(*map(self._given, args), **{k: self._given(v) for k, v in kwargs.items()})
 
     def _given(self, value: Any) -> Any:
         name = self.places.get(id(value))
         return value if name is None else self.read(name)
 
-    def see(self, func: Any, given: Mapping[str, Any], names: Sequence[str]) -> None:
-        """`func` is about to use the tensors `names`; given: its arguments, if it is a map."""
-        raise NotImplementedError
-
-
-class _Finding(_Reading):
-    """Notes the maps in their order, and how often each tensor is used."""
-
-    def __init__(self, places: Mapping[int, str], read: Read) -> None:
-        super().__init__(places, read)
-        self.maps: list[Map] = []
-        self.uses: Counter[str] = Counter()
-
-    def see(self, func: Any, given: Mapping[str, Any], names: Sequence[str]) -> None:
-        self.uses.update(names)
-        if func not in (LINEAR, CONV):
-            return
-        weight, bias = (self.places.get(id(given.get(key))) for key in ("weight", "bias"))
-        padding = given.get("padding", 0)
-        if weight and len(names) == 1 + (given.get("bias") is not None) and padding != "same":
-            window = (given.get("dilation", 1), padding, given.get("stride", 1))
-            window = window if func is CONV else None
-            self.maps.append(Map(weight, bias, window, given.get("groups", 1)))
-
 
 class _Left(BaseException):
     """Ends a pass that nobody waits for."""
 
 
-class _Pass(_Reading):
+class _Pass:
     """A forward pass in a thread, which stops before each of the weights `stops` is applied."""
 
     def __init__(
         self, work: Callable[[], object], places: Mapping[int, str], read: Read, stops: set[str]
     ) -> None:
-        super().__init__(places, read)
         self._work, self._stops = work, stops
+        self._reading = _Reading(places, read, self._see)
         self._input = torch.empty(0)
         self._error: BaseException | None = None
         self._left = False
@@ -153,7 +132,7 @@ class _Pass(_Reading):
 
     def _run(self) -> None:
         try:
-            with torch.no_grad(), self:
+            with torch.no_grad(), self._reading:
                 self._wait()
                 self._work()
         except BaseException as error:
@@ -165,7 +144,7 @@ class _Pass(_Reading):
         if self._left:
             raise _Left
 
-    def see(self, func: Any, given: Mapping[str, Any], names: Sequence[str]) -> None:
+    def _see(self, func: object, given: Mapping[str, Any], names: Sequence[str]) -> None:
         if func in (LINEAR, CONV) and self._stops.intersection(names):
             self._input = given["input"]
             self._stopped.release()
@@ -184,14 +163,6 @@ class _Pass(_Reading):
         self._left = True
         self._go.release()
         self._thread.join()
-
-
-class Moments(NamedTuple):
-    """What a client sends for a map: W_t L_t^T R_t and R_t^T R_t, means over its rows, and W_t."""
-
-    cross: Tensor
-    gram: Tensor
-    matrix: Tensor
 
 
 @dataclass(frozen=True)
@@ -253,13 +224,22 @@ def find_maps(start: Start, examples: Examples) -> list[Map]:
     A weight that is used twice (tied, or of a module that runs twice) is none, nor is one that
     never runs, or that no model changes.
     """
-    net, task = examples.net, examples.task
-    finding = _Finding(start.places(net), start.read(start.base, net.device))
+    net, task, places = examples.net, examples.task, start.places(examples.net)
+    maps, uses = list[Map](), Counter[str]()
+
+    def see(func: object, given: Mapping[str, Any], names: Sequence[str]) -> None:
+        uses.update(names)
+        weight, bias = (places.get(id(given.get(key))) for key in ("weight", "bias"))
+        padding, whole = given.get("padding", 0), 1 + (given.get("bias") is not None)
+        if func in (LINEAR, CONV) and weight and len(names) == whole and padding != "same":
+            window = (given.get("dilation", 1), padding, given.get("stride", 1))
+            window = window if func is CONV else None
+            maps.append(Map(weight, bias, window, given.get("groups", 1)))
+
     batch = task.batch("train", torch.arange(min(2, task.size("train"))), net.device)
-    with torch.no_grad(), finding:
+    with torch.no_grad(), _Reading(places, start.read(start.base, net.device), see):
         task.score(net, batch)
-    uses, mean = finding.uses, start.mean
-    return [m for m in finding.maps if uses[m.weight] == 1 and m.weight in mean]
+    return [m for m in maps if uses[m.weight] == 1 and m.weight in start.mean]
 
 
 class Client:
@@ -295,15 +275,17 @@ class Client:
         """Run to the next map; what it is given in each of the models that the rule names."""
         return {side: one.advance() for side, one in self._passes.items()}
 
-    def moments(self, m: Map, given: Mapping[str, Tensor]) -> Moments:
-        """Of the map that the passes have come to."""
+    def moments(self, m: Map, given: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """What is sent for the map that the passes have come to: the means over rows W_t L_t^T R_t
+        and R_t^T R_t, and W_t.
+        """
         matrix = m.matrix(self._examples.tuned)
         left, right = (given[side] for side in self._rule.inputs)
         shape = self._start.base[m.weight].shape
         if self._mask is not None and left.shape[:-1] == self._mask.shape:  # padding is no row
             left, right = (rows[self._mask.bool()] for rows in (left, right))
         cross, gram = sums(m, left, right, shape)
-        return Moments(matrix @ cross.cpu(), gram.cpu(), matrix)
+        return matrix @ cross.cpu(), gram.cpu(), matrix
 
     def take(self, tensors: Tensors) -> None:
         """The merged tensors of the map that was asked for."""
@@ -329,28 +311,16 @@ def sums(m: Map, left: Tensor, right: Tensor, shape: Sequence[int]) -> tuple[Ten
     return cross / count, gram / count
 
 
-class LayerwiseMerge(NamedTuple):
-    """The merged tensors of all maps, and how it went.
-
-    fallbacks: weights whose sums were singular, and which are the mean. averaged: matrices that are
-    no maps. bytes_up, bytes_down: between each client and the server.
-    """
-
-    tensors: dict[str, Tensor]
-    fallbacks: list[str]
-    averaged: list[str]
-    bytes_up: int
-    bytes_down: int
-
-
 def merge_layerwise(
     rule: LayerRule,
     start: Start,
     all_examples: Sequence[Examples],
     on_progress: OnProgress = ignore,
     state: Path | None = None,
-) -> LayerwiseMerge:
-    """The tensors of every map (see `LayerRule`), in the base's names, float64.
+) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """The merged tensors of every map (see `LayerRule`), in the base's names, float64; and what to
+    report: `fallbacks`, weights whose sums were singular, and which are the mean; `averaged`,
+    matrices that are no maps; `bytes_up`, `bytes_down` between each client and the server.
 
     state: a folder that keeps the maps that are solved; those that it holds already, of a merge of
     the same that was killed, are taken as they are.
@@ -362,8 +332,7 @@ def merge_layerwise(
     maps = find_maps(start, all_examples[0])
     clients = [Client(examples, start, rule, maps) for examples in all_examples]
     shares = [examples.weight for examples in all_examples]
-    found = LayerwiseMerge({}, [], [], 0, 0)
-    up = down = 0
+    tensors, fallbacks, up, down = dict[str, Tensor](), list[str](), 0, 0
     try:
         for done, m in enumerate(maps, 1):
             given = [client.advance() for client in clients]
@@ -383,8 +352,8 @@ def merge_layerwise(
                     write_atomically(state / name, save(merged))
             for client in clients:
                 client.take(merged)
-            found.tensors.update(merged)
-            found.fallbacks.extend([m.weight] * fell_back)
+            tensors |= merged
+            fallbacks += [m.weight] * fell_back
             numel = sum(tensor.numel() for tensor in merged.values())
             width = merged[m.weight][0].numel() + bool(m.bias)
             up, down = up + 8 * (2 * numel + m.groups * width**2), down + 8 * numel
@@ -392,5 +361,6 @@ def merge_layerwise(
     finally:
         for client in clients:
             client.leave()
-    averaged = [n for n in start.mean if n not in found.tensors and start.mean[n].ndim > 1]
-    return found._replace(averaged=averaged, bytes_up=up, bytes_down=down)
+    averaged = [n for n in start.mean if n not in tensors and len(start.base[n].shape) > 1]
+    report = {"fallbacks": fallbacks, "averaged": averaged, "bytes_up": up, "bytes_down": down}
+    return tensors, report
