@@ -62,9 +62,8 @@ def assert_is(
     deltas: Sequence[Model],
     formula: Callable[[list[np.ndarray], np.ndarray], np.ndarray],
     weights: Sequence[float] | None = None,
-    other: Callable[[list[np.ndarray], np.ndarray], np.ndarray] | None = None,
 ) -> None:
-    """R is `formula(matrices, p)` of matrices to 1e-6 of their size, and `other`, by default the mean, of the rest."""
+    """R is `formula(matrices, p)` of matrices to 1e-6, and the mean, at the paper's scale, of the rest."""
     p = np.array(weights or [1.0] * len(deltas))
     p = p / p.sum()
     for name, found in merge(rule, deltas, weights).items():
@@ -73,8 +72,9 @@ def assert_is(
             expected = formula(parts, p).reshape(SHAPES[name])
         else:
             parts = [d[name] for d in deltas]
-            mean = sum(w * x for w, x in zip(p, parts, strict=True))
-            expected = other(parts, p) if other else mean
+            expected = sum(w * x for w, x in zip(p, parts, strict=True))
+            if rule.traits.native_scale == "sum":
+                expected = expected / np.count_nonzero(p)
         size = max(np.abs(x).max() for x in parts) or 1
         np.testing.assert_allclose(found, expected, atol=1e-6 * size, rtol=1e-6, err_msg=name)
 

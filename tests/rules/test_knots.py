@@ -40,7 +40,6 @@ def test_is_ties_in_the_shared_basis(kind, density, weights):
         models(3, kind),
         lambda m, p: in_the_shared_basis(m, p, inner),
         weights,
-        lambda m, p: inner(np.array(m).reshape(len(m), -1), p).reshape(np.shape(m[0])),
     )
 
 
@@ -49,19 +48,12 @@ def test_another_rule_in_the_shared_basis():
         Knots(Median()),
         models(3),
         lambda m, p: in_the_shared_basis(m, p, lambda rows, _: np.median(rows, 0)),
-        other=lambda m, _: np.median(m, 0),
     )
 
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_equal_deltas_come_back(n):
-    deltas = models(n, "equal")
-    assert_is(Knots(Ties(1.0)), deltas, lambda m, p: m[0], other=lambda m, p: ties_of(m, p))
-
-
-def ties_of(tensors: list[np.ndarray], p: np.ndarray) -> np.ndarray:
-    rows = np.array(tensors).reshape(len(tensors), -1)
-    return ties(rows, p, 1.0).reshape(np.shape(tensors[0]))
+    assert_is(Knots(Ties(1.0)), models(n, "equal"), lambda m, p: m[0])
 
 
 @pytest.mark.parametrize(
