@@ -16,6 +16,7 @@ from deltafl.algebra.deltas import Deltas, Update
 from deltafl.algebra.reductions import gram_matrix, magnitude_thresholds
 from deltafl.algebra.tensors import Lazy, Spec, Tensors, lazy, memory_like, round_once
 from deltafl.errors import DeltaflError, shorten
+from deltafl.pool import one_thread
 from deltafl.progress import OnProgress, ignore
 from deltafl.rules.rule import CoordinateRule, LinearRule, Rule, Stats, TensorRule, check_rule
 from deltafl.rules.weights import Weights, WeightsLike, as_weights, shares
@@ -100,7 +101,8 @@ class Aggregate(Lazy):
             assert isinstance(self._core, TensorRule)
             try:
                 p = [share for share in shares(weights) if share]
-                tensor = self._core.combine(stack.view(len(stack), *spec.shape), p)
+                with one_thread():
+                    tensor = self._core.combine(stack.view(len(stack), *spec.shape), p)
             except torch.linalg.LinAlgError:
                 raise DeltaflError(
                     f'tensor "{name}": {self._core.name}: its singular values cannot be computed; '
