@@ -16,12 +16,13 @@ SHAPES = {
     "row": (1, 7),
     "column": (5, 1),
     "conv": (4, 3, 2, 2),
+    "patches": (5, 1, 2, 2),
     "depthwise": (5, 1, 3, 3),
     "bias": (5,),
     "scale": (),
     "table": (1, 3, 4),
 }
-MATRICES = {"tall", "wide", "square", "row", "conv"}
+MATRICES = {"tall", "wide", "square", "row", "column", "conv", "patches"}
 
 Model = dict[str, np.ndarray]
 

@@ -25,7 +25,11 @@ def in_the_shared_basis(matrices, p, inner):
     """`inner` of S V_i^T = U^T delta_i, which of a zero delta is exactly 0."""
     u, s, _ = svd(np.hstack(matrices))
     parts = np.array([u.T @ matrix for matrix in matrices])
-    return u @ inner(parts.reshape(len(parts), -1), p).reshape(parts.shape[1:]) if len(s) else 0
+    return (
+        u @ inner(parts.reshape(len(parts), -1), p).reshape(parts.shape[1:])
+        if len(s)
+        else 0 * matrices[0]
+    )
 
 
 @pytest.mark.parametrize("weights", [None, [1.0, 2.0, 0.5]])
