@@ -41,50 +41,42 @@ class Contender:
 
 @dataclass(frozen=True)
 class World:
-    """The models of one run, and where scratch files go."""
+    """The models of one run, where scratch files go, and which deltafl is measured."""
 
     base: Path
     tuned: list[Path]
     work: Path
+    program: str
 
     @property
     def files(self) -> list[Path]:
         return [folder / "model.safetensors" for folder in (self.base, *self.tuned)]
 
 
-def floor(world: World, *, sync: bool) -> Contender:
-    flag = ["--fsync"] if sync else []
+def floor(world: World, *flags: str) -> Contender:
     files = [str(f) for f in world.files]
-    command = [sys.executable, "-S", str(HERE / "floor.py"), *flag]
-    return Contender(
-        "floor", "with fsync" if sync else "without fsync", lambda out: [*command, str(out), *files]
-    )
+    command = [sys.executable, "-S", str(HERE / "floor.py"), *flags]
+    name = "with fsync" if flags else "without fsync"
+    return Contender("floor", name, lambda out: [*command, str(out), *files])
 
 
 def deltafl(world: World, rule: str, *extra: str, scaling_coef: float = SCALING_COEF) -> Contender:
-    command = [str(Path(sys.executable).with_name("deltafl")), "merge", "--base", str(world.base)]
-    command += [
-        "--models",
-        *map(str, world.tuned),
-        "--method",
-        rule,
-        "--scaling-coef",
-        str(scaling_coef),
+    typical = load_rules()[rule].typical().items()
+    command = [
+        *(world.program, "merge", "--base", str(world.base), "--models", *map(str, world.tuned)),
+        *("--method", rule, "--scaling-coef", str(scaling_coef)),
+        *("--num-examples", *NUMBERS, "--num-steps", *NUMBERS),
+        *(x for key, value in typical for x in (f"--{key.replace('_', '-')}", str(value))),
+        *extra,
     ]
-    command += ["--num-examples", *NUMBERS, "--num-steps", *NUMBERS]
-    for key, value in load_rules()[rule].typical().items():
-        command += [f"--{key.replace('_', '-')}", str(value)]
-    command += extra
-    name = " ".join([rule, *extra])
-    return Contender("deltafl", name, lambda out: [*command, "--out", str(out)])
+    return Contender("deltafl", " ".join([rule, *extra]), lambda out: [*command, "--out", str(out)])
 
 
 def after_imports(world: World) -> Contender:
-    command = [sys.executable, str(HERE / "driver.py")]
     models = [str(world.base), *map(str, world.tuned)]
-    return Contender(
-        "deltafl", "task_arithmetic, after imports", lambda out: [*command, str(out), *models]
-    )
+    command = [sys.executable, str(HERE / "driver.py")]
+    name = "task_arithmetic, after imports"
+    return Contender("deltafl", name, lambda out: [*command, str(out), *models])
 
 
 def mergekit(world: World, method: str, *, scaling_coef: float = SCALING_COEF) -> Contender:
@@ -111,10 +103,13 @@ def mergekit(world: World, method: str, *, scaling_coef: float = SCALING_COEF) -
 
 def contenders(world: World, *, peer: bool) -> list[Contender]:
     """All, in the order of the table."""
-    found = [floor(world, sync=False), floor(world, sync=True)]
-    found += [deltafl(world, rule) for rule in load_rules()]
+    found = [
+        floor(world),
+        floor(world, "--fsync"),
+        *(deltafl(world, rule) for rule in load_rules()),
+    ]
     found += [
         after_imports(world),
-        *(deltafl(world, "task_arithmetic", flag) for flag in ("--hash", "--exact")),
+        *(deltafl(world, "task_arithmetic", x) for x in ("--hash", "--exact")),
     ]
     return [*found, *(mergekit(world, method) for method in MERGEKIT)] if peer else found

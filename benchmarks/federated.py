@@ -2,9 +2,8 @@
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = (
-    "1"  # before torch is imported, for this process and all that it starts
-)
+# Before torch is imported, for this process and all that it starts.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import argparse
 import json
@@ -21,17 +20,17 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from measure import machine, run
+from measure import in_turns, machine, ratios, run, spread
 from mlp import Mlp, Setting, bare_round, make_data, make_head, shards, shuffled
 from ours_run import recipe_of, save_frozen_head, task_of
-from turns import in_turns, ratios, spread
 
 from deltafl.federated.rounds import Workers, run_round
+from deltafl.federated.run import StateFile
 from deltafl.federated.server import ServerState
-from deltafl.federated.setup import begin, initial_state
-from deltafl.federated.state import Best, StateWriter
+from deltafl.federated.setup import begin
 from deltafl.models import load_net
-from deltafl.training.step import batch_ids
+from deltafl.training.loop import Best
+from deltafl.training.step import batches
 
 HERE = Path(__file__).parent
 WORK = HERE / "work"
@@ -53,19 +52,14 @@ class Rounds:
     """Rounds by deltafl that all start from the same state; `stack` ends the workers."""
 
     def __init__(
-        self,
-        setting: Setting,
-        stack: ExitStack,
-        *,
-        width: int = 32,
-        workers: int = 1,
+        self, setting: Setting, stack: ExitStack, *, width: int = 32, workers: int = 1
     ) -> None:
         head = save_frozen_head(WORK / "head")
         recipe = recipe_of(setting, head=head, out=str(WORK / "run"))
         net = load_net("mlp:Mlp", {"width": width})
         rows = tuple(shards(setting))
         self.federation = begin(net, task_of(setting), recipe, rows, begun=False)
-        self.state = initial_state(self.federation)
+        self.state = self.federation.initial_state()
         self.workers = stack.enter_context(Workers(self.federation, self.state, workers))
 
     def __call__(self, state: ServerState | None = None) -> ServerState:
@@ -92,16 +86,12 @@ class Bare:
 def check_same(ours: Sequence[Rounds], bare: Bare, setting: Setting) -> None:
     """All compute the same model as the bare loop when that is given the same batches."""
     size, seed = setting.batch, ours[0].federation.recipe.seed
-    batches = [
-        iter(
-            [
-                rows[batch_ids(len(rows), size, seed, s, f"round 1 client {k}")]
-                for s in range(setting.steps)
-            ]
-        )
-        for k, rows in enumerate(shards(setting))
-    ]
-    expected = bare.on(batches)
+    expected = bare.on(
+        [
+            batches(rows, size, seed, setting.steps, f"round 1 client {k}")
+            for k, rows in enumerate(shards(setting))
+        ]
+    )
     for rounds in ours:
         for name, value in rounds().params.items():
             torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-5)
@@ -120,10 +110,9 @@ def measure_rounds(setting: Setting, repeats: int) -> dict[str, list[float]]:
 
 
 def measure_state(setting: Setting, repeats: int, block: int) -> dict[str, dict[str, list[float]]]:
-    """Part (c): seconds of a round, in blocks of `block`, with and without writing the state after each.
+    """Part (c): seconds of a round, in blocks of `block`, with and without keeping the state.
 
-    The wait for the last file, once in a run, does not count; the file of one block is never written during the next.
-    """
+    Every block writes one state at least, as a run does after its first round."""
     results = {}
     for width, own, workers in (
         (32, setting, 1),
@@ -141,15 +130,14 @@ def measure_state(setting: Setting, repeats: int, block: int) -> dict[str, dict[
             return (time.perf_counter() - started) / block
 
         def written(rounds: Rounds = rounds) -> float:
-            writer = StateWriter(WORK / "state.safetensors")
+            kept, best = StateFile(WORK / "state.pt", {}), Best(tensors=rounds.state.params)
             state = rounds.state
             started = time.perf_counter()
             for _ in range(block):
                 state = rounds(state)
-                writer.offer(state, Best(rounds.state.params, 0, 0.0))
-            took = (time.perf_counter() - started) / block
-            writer.finish()
-            return took
+                if kept.is_due():
+                    kept.write(state, best)
+            return (time.perf_counter() - started) / block
 
         plain()
         times: dict[str, list[float]] = {"off": [], "on": []}
@@ -159,7 +147,7 @@ def measure_state(setting: Setting, repeats: int, block: int) -> dict[str, dict[
         stack.close()
         count = sum(t.numel() for t in rounds.state.params.values())
         results[f"{count:,} parameters, workers: {workers}"] = times
-    (WORK / "state.safetensors").unlink(missing_ok=True)
+    (WORK / "state.pt").unlink(missing_ok=True)
     return results
 
 

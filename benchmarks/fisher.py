@@ -2,13 +2,11 @@
 
 import argparse
 import sys
-import time
-from collections.abc import Callable
 from datetime import date
 from statistics import median
 
 import torch
-from measure import machine
+from measure import in_turns, machine, ratios, spread
 
 from deltafl.models import HeadRecipe, new_net
 from deltafl.sparse.fisher import FisherScorer
@@ -23,12 +21,6 @@ MODEL = {
     "intermediate_size": 1536,
 }
 CLASSES = tuple(f"class {k}" for k in range(100))
-
-
-def seconds(function: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    function()
-    return time.perf_counter() - started
 
 
 def parse() -> argparse.Namespace:
@@ -57,7 +49,7 @@ def main() -> int:
     scorer = FisherScorer(net, task, "empirical", batch_size=options.batch)
 
     def scores() -> None:
-        scorer("train", torch.arange(count))
+        scorer(torch.arange(count), torch.Generator())
 
     def ordinary() -> None:
         for rows in torch.arange(count).split(options.batch):
@@ -65,33 +57,21 @@ def main() -> int:
             torch.autograd.grad(losses.sum(), parameters)
 
     net.module.eval()
-    times: dict[str, list[float]] = {"ordinary": [], "scores": []}
-    for turn in range(-1, options.repeats):
-        for name, function in (("ordinary", ordinary), ("scores", scores))[
-            :: 1 if turn % 2 else -1
-        ]:
-            took = seconds(function) / options.batches
-            print(f"turn {turn} {name}: {took:.2f} s a batch", file=sys.stderr, flush=True)
-            if turn >= 0:
-                times[name].append(took)
-    ratios = [s / o for s, o in zip(times["scores"], times["ordinary"], strict=True)]
+    times = in_turns(
+        {"forward and backward, all parameters": ordinary, "per-sample scores": scores},
+        options.repeats,
+    )
     command = " ".join(["python benchmarks/fisher.py", *sys.argv[1:]])
     print(
         f"`{command}`, {date.today()}, {machine()}, {options.threads} threads, batch {options.batch}.\n"
     )
-    print("| ViT-S/16, 224 px | median seconds a batch | range |\n|---|--:|--:|")
-    for name, label in (
-        ("ordinary", "forward and backward, all parameters"),
-        ("scores", "per-sample scores"),
-    ):
-        own = times[name]
-        print(f"| {label} | {median(own):.2f} | {min(own):.2f} to {max(own):.2f} |")
-    ratio = median(ratios)
-    verdict = "reached" if ratio <= TARGET else "missed"
-    print(
-        f"\nRatio: {ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f}); target {TARGET}, {verdict}."
-    )
-    return int(options.check and ratio > TARGET)
+    print("| ViT-S/16, 224 px | seconds a batch |\n|---|--:|")
+    for name, own in times.items():
+        print(f"| {name} | {spread([s / options.batches for s in own])} |")
+    found = ratios(times, "per-sample scores", "forward and backward, all parameters")
+    verdict = "reached" if median(found) <= TARGET else "missed"
+    print(f"\nRatio: {spread(found)}; target {TARGET}, {verdict}.")
+    return int(options.check and median(found) > TARGET)
 
 
 if __name__ == "__main__":

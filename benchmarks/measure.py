@@ -1,12 +1,13 @@
-"""Run a command and measure it: wall, CPU, peak anonymous memory; and control the page cache."""
+"""Run a command or functions in turns and measure them; control the page cache."""
 
 import os
 import subprocess
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 INTERVAL = 0.1
 
@@ -94,3 +95,29 @@ def machine() -> str:
     )
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
     return f"{os.cpu_count()} cores of {model}, {memory:.0f} GB of memory, Linux {os.uname().release.split('-')[0]}"
+
+
+def in_turns(
+    contenders: Mapping[str, Callable[[], object]], repeats: int
+) -> dict[str, list[float]]:
+    """Seconds of every contender in every turn; each turn starts with another; two turns beforehand do not count."""
+    names = list(contenders)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(-2, repeats):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            started = time.perf_counter()
+            contenders[name]()
+            times[name].append(time.perf_counter() - started)
+    return {name: own[2:] for name, own in times.items()}
+
+
+def ratios(times: Mapping[str, Sequence[float]], over: str, under: str) -> list[float]:
+    """over / under in each turn."""
+    return [a / b for a, b in zip(times[over], times[under], strict=True)]
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """Median and, in brackets, the range."""
+    low, middle, high = (f"{x:.{digits}f}" for x in (min(values), median(values), max(values)))
+    return middle if len(values) == 1 else f"{middle} ({low} to {high})"

@@ -22,7 +22,6 @@ from models import make_models
 WORK = Path(__file__).parent / "work"
 PEER = ("mergekit==0.1.5", "torch==2.13.0")
 COEFS = (0.25, 0.3, 0.35)
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 
 def install_peer() -> None:
@@ -85,7 +84,7 @@ def measure_all(
 
 def measure_doubled(names: list[str], options: argparse.Namespace) -> dict[str, float]:
     """Peak anonymous MB of every rule on models of twice the size, which are deleted afterwards."""
-    world = World(*make_models(WORK, 2 * options.scale), WORK)
+    world = World(*make_models(WORK, 2 * options.scale), WORK, options.deltafl)
     try:
         peaks = {}
         for name in names:
@@ -127,8 +126,10 @@ def measure_rounding(world: World, *, peer: bool) -> dict[tuple[str, float], flo
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--scale", type=int, default=1, help="times half a billion parameters")
+    parser.add_argument("--scale", type=float, default=1.0, help="times half a billion parameters")
     parser.add_argument("--repeats", type=int, default=5)
+    program = str(Path(sys.executable).with_name("deltafl"))
+    parser.add_argument("--deltafl", default=program, help="the program, as of another commit")
     parser.add_argument("--mergekit-repeats", type=int, default=1, help="0: without mergekit")
     parser.add_argument("--cache", nargs="+", default=["warm", "cold"], choices=["warm", "cold"])
     parser.add_argument("--only", default="", help="a pattern that finds the contenders wanted")
@@ -139,19 +140,7 @@ def parse() -> argparse.Namespace:
         "--no-rounding", action="store_true", help="skip the comparison with float64"
     )
     parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
-    parser.add_argument("--write", type=Path, help="fill in the results of this Markdown file")
     return parser.parse_args()
-
-
-def report(tables: list[str], missed: list[str], options: argparse.Namespace) -> str:
-    asked = " ".join(["python benchmarks/merge.py", *sys.argv[1:]])
-    goals = (
-        "All targets are reached."
-        if not missed
-        else "Targets missed:\n\n" + "\n".join(f"- {m}" for m in missed)
-    )
-    head = f"`{asked}`, {date.today()}, {machine()}; {options.repeats} rounds ({options.mergekit_repeats} of mergekit)."
-    return "\n\n".join([head, *tables, goals])
 
 
 def main() -> int:
@@ -159,7 +148,7 @@ def main() -> int:
     WORK.mkdir(exist_ok=True)
     if options.mergekit_repeats:
         install_peer()
-    world = World(*make_models(WORK, options.scale), WORK)
+    world = World(*make_models(WORK, options.scale), WORK, options.deltafl)
     results = measure_all(world, options)
     doubled = {} if options.no_doubled else measure_doubled(rules(results), options)
     differing = (
@@ -167,11 +156,13 @@ def main() -> int:
     )
     missed = misses(results, doubled, differing)
     tables = [table(results, doubled)] if ("floor", "without fsync", "warm") in results else []
-    text = report([*tables, *([differing_table(differing)] if differing else [])], missed, options)
-    print(text)
-    if options.write:
-        before, _, rest = options.write.read_text().partition(BEGIN)
-        options.write.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}")
+    asked = " ".join(["python benchmarks/merge.py", *sys.argv[1:]])
+    print(f"`{asked}`, {date.today()}, {machine()}; {options.repeats} rounds.", *tables, sep="\n\n")
+    if differing:
+        print(f"\n{differing_table(differing)}")
+    print("\nTargets missed:", *missed, sep="\n- ") if missed else print(
+        "\nAll targets are reached."
+    )
     return int(options.check and bool(missed))
 
 

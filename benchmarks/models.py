@@ -12,17 +12,17 @@ BLOCK = 1 << 22
 BASE_STD, DELTA_STD = 0.02, 1e-3
 
 
-def config(scale: int) -> dict[str, object]:
+def config(scale: float) -> dict[str, object]:
     """LlamaConfig of about half a billion parameters times `scale`."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_size": HIDDEN,
         "intermediate_size": INTERMEDIATE,
-        "num_hidden_layers": LAYERS * scale,
+        "num_hidden_layers": int(LAYERS * scale),
         "num_attention_heads": HIDDEN // 128,
         "num_key_value_heads": HIDDEN // 128,
-        "vocab_size": VOCABULARY * scale,
+        "vocab_size": int(VOCABULARY * scale),
         "max_position_embeddings": 2048,
         "rms_norm_eps": 1e-5,
         "hidden_act": "silu",
@@ -33,11 +33,11 @@ def config(scale: int) -> dict[str, object]:
     }
 
 
-def shapes(scale: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+def shapes(scale: float) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of every tensor, in the order of the file."""
-    yield "lm_head.weight", (VOCABULARY * scale, HIDDEN)
-    yield "model.embed_tokens.weight", (VOCABULARY * scale, HIDDEN)
-    for layer in range(LAYERS * scale):
+    yield "lm_head.weight", (int(VOCABULARY * scale), HIDDEN)
+    yield "model.embed_tokens.weight", (int(VOCABULARY * scale), HIDDEN)
+    for layer in range(int(LAYERS * scale)):
         prefix = f"model.layers.{layer}"
         for norm in ("input_layernorm", "post_attention_layernorm"):
             yield f"{prefix}.{norm}.weight", (HIDDEN,)
@@ -49,7 +49,7 @@ def shapes(scale: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "model.norm.weight", (HIDDEN,)
 
 
-def header(scale: int) -> tuple[bytes, int]:
+def header(scale: float) -> tuple[bytes, int]:
     """The header of the safetensors file with its length in front, and the number of elements behind it."""
     held: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at = 0
@@ -68,10 +68,10 @@ def to_bf16(values: np.ndarray) -> np.ndarray:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
-def make_models(folder: Path, scale: int) -> tuple[Path, list[Path]]:
+def make_models(folder: Path, scale: float) -> tuple[Path, list[Path]]:
     """The folders of the base and the fine-tunes, made unless they are there."""
-    base = folder / f"base-{scale}"
-    tuned = [folder / f"tuned-{scale}-{i}" for i in range(NUM_MODELS)]
+    base = folder / f"base-{scale:g}"
+    tuned = [folder / f"tuned-{scale:g}-{i}" for i in range(NUM_MODELS)]
     if not all((f / "done").exists() for f in (base, *tuned)):
         for model in (base, *tuned):
             _companions(model, scale)
@@ -81,10 +81,10 @@ def make_models(folder: Path, scale: int) -> tuple[Path, list[Path]]:
     return base, tuned
 
 
-def _companions(folder: Path, scale: int) -> None:
+def _companions(folder: Path, scale: float) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {
-        f"t{i}": i for i in range(3, VOCABULARY * scale)
+        f"t{i}": i for i in range(3, int(VOCABULARY * scale))
     }
     tokenizer = {
         "version": "1.0",
@@ -100,11 +100,11 @@ def _companions(folder: Path, scale: int) -> None:
     )
 
 
-def _weights(folders: list[Path], scale: int) -> None:
+def _weights(folders: list[Path], scale: float) -> None:
     """Base: normal; fine-tunes: the rounded base plus a normal delta of their own."""
     head, numel = header(scale)
     streams = [(f / "model.safetensors").open("wb") for f in folders]
-    draws = [np.random.default_rng([scale, i]) for i in range(len(folders))]
+    draws = [np.random.default_rng(i) for i in range(len(folders))]
     try:
         for stream in streams:
             stream.write(head)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from statistics import median
 
-from measure import Sample
+from measure import Sample, spread
 
 COORDINATE = ("median", "trimmed_mean", "fedgma")
 FLOOR = "without fsync"
@@ -33,37 +33,23 @@ def misses(
     results: Results,
     doubled: Mapping[str, float],
     differing: Mapping[tuple[str, float], float],
-    floor: str = FLOOR,
 ) -> list[str]:
     """A line for each target that is not reached. Parts that were not run are not judged."""
     checks: list[tuple[str, float, float]] = []
 
-    def ratio(
-        what: str, own: tuple[str, str], over: tuple[str, str], cache: str, limit: float
-    ) -> None:
-        if (*own, cache) in results and (*over, cache) in results:
-            checks.append(
-                (
-                    f"{what}, {cache}",
-                    wall(results, *own, cache) / wall(results, *over, cache),
-                    limit,
-                )
-            )
-
-    plain = ("deltafl", "task_arithmetic")
-    ratio("task_arithmetic / floor", plain, ("floor", floor), "cold", 1.3)
-    ratio("task_arithmetic / floor", plain, ("floor", floor), "warm", 6.0)
-    ratio(
-        "after imports / floor",
-        ("deltafl", "task_arithmetic, after imports"),
-        ("floor", floor),
-        "warm",
-        2.5,
-    )
+    floor, plain = ("floor", FLOOR), ("deltafl", "task_arithmetic")
+    ratios = [
+        (plain, floor, "cold", 1.3),
+        (plain, floor, "warm", 6.0),
+        (("deltafl", "task_arithmetic, after imports"), floor, "warm", 2.5),
+    ]
     for cache in ("warm", "cold"):
-        for rule in COORDINATE:
-            ratio(f"{rule} / task_arithmetic", ("deltafl", rule), plain, cache, 2.0)
-        ratio("ties / task_arithmetic", ("deltafl", "ties"), plain, cache, 4.0)
+        ratios += [(("deltafl", rule), plain, cache, 2.0) for rule in COORDINATE]
+        ratios.append((("deltafl", "ties"), plain, cache, 4.0))
+    for own, over, cache, limit in ratios:
+        if (*own, cache) in results and (*over, cache) in results:
+            value = wall(results, *own, cache) / wall(results, *over, cache)
+            checks.append((f"{own[1]} / {over[1]}, {cache}", value, limit))
     for name in rules(results):
         checks.append((f"anonymous MB of {name}", peak(results, name), 600.0))
         if name in doubled:
@@ -84,13 +70,6 @@ def misses(
     ]
 
 
-def spread(values: Sequence[float]) -> str:
-    """Median, and in brackets the range."""
-    if len(values) == 1:
-        return f"{values[0]:.1f}"
-    return f"{median(values):.1f} ({min(values):.1f}-{max(values):.1f})"
-
-
 def table(results: Results, doubled: Mapping[str, float]) -> str:
     """Markdown: one row for each contender."""
     lines = [
@@ -105,7 +84,10 @@ def table(results: Results, doubled: Mapping[str, float]) -> str:
                 cells += ["", ""]
                 continue
             over = wall(results, "floor", FLOOR, cache)
-            cells += [spread([s.wall for s in runs]), f"{median(s.wall for s in runs) / over:.2f}"]
+            cells += [
+                spread([s.wall for s in runs], 1),
+                f"{median(s.wall for s in runs) / over:.2f}",
+            ]
         runs = results[group, name, "warm"]
         cells.append(f"{median(s.cpu for s in runs):.1f}")
         cells.append(f"{max(s.anonymous for s in runs) / MEGABYTE:.0f}")

@@ -34,14 +34,14 @@ def toy(seed: int = 0, scale: float = 1.0, dtype: torch.dtype = torch.float32) -
 def tuned(base: Mapping[str, Tensor], seed: int, scale: float = 0.01) -> dict[str, Tensor]:
     """A fine-tune of a base: every float tensor moved a little, integers replaced by the seed."""
     draw = torch.Generator().manual_seed(1000 + seed)
-    return {
-        n: (t.double() + scale * torch.randn(t.shape, generator=draw, dtype=torch.float64)).to(
-            t.dtype
-        )
-        if t.is_floating_point()
-        else torch.full_like(t, seed)
-        for n, t in base.items()
-    }
+
+    def move(t: Tensor) -> Tensor:
+        if not t.is_floating_point():
+            return torch.full_like(t, seed)
+        noise = torch.randn(t.shape, generator=draw, dtype=torch.float64)
+        return (t.double() + scale * noise).to(t.dtype)
+
+    return {name: move(tensor) for name, tensor in base.items()}
 
 
 def save(
@@ -67,9 +67,8 @@ def save(
         part = {n: t for j, (n, t) in enumerate(tensors.items()) if j % shards == i}
         save_file(part, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(part, file)
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": weight_map})
-    )
+    index = json.dumps({"metadata": {}, "weight_map": weight_map})
+    (folder / "model.safetensors.index.json").write_text(index)
     return folder
 
 
@@ -97,15 +96,8 @@ class World:
     def args(self) -> list[str]:
         """`merge --base B --models M1 M2 --out DIR`."""
         names = [str(self.root / f"m{i}") for i in range(len(self.models))]
-        return [
-            "merge",
-            "--base",
-            str(self.root / "base"),
-            "--models",
-            *names,
-            "--out",
-            str(self.out),
-        ]
+        base = str(self.root / "base")
+        return ["merge", "--base", base, "--models", *names, "--out", str(self.out)]
 
     def file(self, name: str) -> Path:
         """The weights of "base", "m0" or "m1"."""
@@ -190,12 +182,8 @@ def mean_step(
     base: Mapping[str, Tensor], models: tuple[dict[str, Tensor], ...], scale: float
 ) -> dict[str, np.ndarray]:
     """theta0 + scale * sum_i (theta_i - theta0) in float64 by numpy: the independent reference for task arithmetic."""
-    return {
-        n: t.double().numpy()
-        + scale * sum(m[n].double().numpy() - t.double().numpy() for m in models)
-        for n, t in base.items()
-        if t.is_floating_point()
-    }
+    start = {n: t.double().numpy() for n, t in base.items() if t.is_floating_point()}
+    return {n: t + scale * sum(m[n].double().numpy() - t for m in models) for n, t in start.items()}
 
 
 def patch_header(file: Path, change) -> None:

@@ -8,11 +8,8 @@ TASKS = ["plain", "inverted", "rotated", "noisy"]
 
 def quickstart_result() -> dict[str, Any]:
     peaks = {
-        "task_arithmetic": (0.35, 0.861),
-        "fednova": (0.45, 0.902),
-        "fedgma": (0.5, 0.913),
-        "median": (0.6, 0.842),
-    }
+        "task_arithmetic": (0.35, 0.861), "fednova": (0.45, 0.902), "fedgma": (0.5, 0.913), "median": (0.6, 0.842),
+    }  # fmt: skip
     curves = {
         rule: [
             [k / 20, 0.42 + (top - 0.42) * math.exp(-(((k / 20 - at) / 0.35) ** 2))]
@@ -29,16 +26,10 @@ def quickstart_result() -> dict[str, Any]:
     ]
     rows[4]["params"] = {"rho": 0.6}
     rows.append({**rows[2], "rule": "fedavg"})
+    trainings = zip(TASKS, [1e-3, 3e-4, 1e-3, 1e-4], [60, 240, 120, 480], [1, 2, 3, 4], strict=True)
     return {
-        "title": "Four fine-tuned models, merged into one",
-        "metric": "accuracy",
-        "criterion": "normalized",
-        "strategy": "exhaustive",
-        "seed": 0,
-        "seconds": 71.3,
-        "tasks": TASKS,
-        "single": single,
-        "rows": rows,
+        "title": "Four fine-tuned models, merged into one", "metric": "accuracy", "criterion": "normalized",
+        "strategy": "exhaustive", "seed": 0, "seconds": 71.3, "tasks": TASKS, "single": single, "rows": rows,
         "curves": {**curves, "fedavg": curves["task_arithmetic"]},
         "chosen": {**{rule: at for rule, (at, _) in peaks.items()}, "fedavg": 0.35},
         "cosine": {
@@ -46,40 +37,34 @@ def quickstart_result() -> dict[str, Any]:
             "matrix": [[1.0 if i == j else (i + j) / 10 - 0.2 for j in range(4)] for i in range(4)],
         },
         "training": [
-            {
-                "model": task,
-                "task": task,
-                "lr": lr,
-                "num_steps": steps,
-                "num_examples": 719,
-                "norm": norm,
-            }
-            for task, lr, steps, norm in zip(
-                TASKS, [1e-3, 3e-4, 1e-3, 1e-4], [60, 240, 120, 480], [1, 2, 3, 4], strict=True
-            )
+            {"model": t, "task": t, "lr": lr, "num_steps": steps, "num_examples": 719, "norm": norm}
+            for t, lr, steps, norm in trainings
         ],
         "versions": {"deltafl": "0.1.0", "torch": "2.13.0"},
         "command": "deltafl quickstart --seed 0 --out quickstart",
-    }
+    }  # fmt: skip
+
+
+def race_result() -> dict[str, Any]:
+    """A search that raced, beside what others publish."""
+    return quickstart_result() | {
+        "strategy": "racing", "reference": {"RegMean": 0.71}, "examples": {"evaluated": 1500, "exhaustive": 6000},
+        "candidates": [{"dropped_at": None}, {"dropped_at": 2}, {"dropped_at": 3}],
+    }  # fmt: skip
 
 
 def inspect_result() -> dict[str, Any]:
-    models = [
-        f"clip-vit-b32-{name}"
-        for name in ("sun397", "cars", "resisc45", "eurosat", "svhn", "gtsrb", "mnist", "dtd")
-    ]
+    tasks = ("sun397", "cars", "resisc45", "eurosat", "svhn", "gtsrb", "mnist", "dtd")
+    models = [f"clip-vit-b32-{name}" for name in tasks]
     count = range(len(models))
     layers = ["embeddings", *(f"layer {i}" for i in range(12)), "layernorm"]
+
+    def pairs(start: float, scale: int) -> dict[str, Any]:
+        matrix = [[1.0 if i == j else (i * j % 7) / scale + start for j in count] for i in count]
+        return {"names": models, "matrix": matrix}
+
     return {
-        "models": models,
-        "cosine": {
-            "names": models,
-            "matrix": [[1.0 if i == j else (i * j % 7) / 30 - 0.03 for j in count] for i in count],
-        },
-        "sign_agreement": {
-            "names": models,
-            "matrix": [[1.0 if i == j else 0.48 + (i * j % 7) / 60 for j in count] for i in count],
-        },
+        "models": models, "cosine": pairs(-0.03, 30), "sign_agreement": pairs(0.48, 60),
         "layers": {
             m: [[name, 1 + i + math.sin(k)] for k, name in enumerate(layers)]
             for i, m in enumerate(models)
@@ -89,23 +74,16 @@ def inspect_result() -> dict[str, Any]:
             for i, m in enumerate(models)
         ],
         "advice": ["Norms differ 4.5x and steps differ 4x: try fednova or cclip."],
-    }
+    }  # fmt: skip
 
 
 def _row(
     rule: str, test: dict[str, float], val: float, scaling_coef: float | None
 ) -> dict[str, Any]:
-    mean = sum(test.values()) / len(test)
     return {
-        "rule": rule,
-        "params": {},
-        "scaling_coef": scaling_coef,
-        "server_lr": scaling_coef and scaling_coef * len(TASKS),
-        "val": val,
-        "test": test,
-        "mean": mean,
-        "normalized": val,
-    }
+        "rule": rule, "params": {}, "scaling_coef": scaling_coef, "server_lr": scaling_coef and scaling_coef * 4,
+        "val": val, "test": test, "mean": sum(test.values()) / len(test), "normalized": val,
+    }  # fmt: skip
 
 
 def federated_result(**changes: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -161,68 +139,66 @@ def shards_result(counts: list[list[int]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def suite_summaries(number: int = 3, **changes: Any) -> list[dict[str, Any]]:
-    """Cells of a suite; of each next one the clients send twice as much."""
-    rows = []
-    for i in range(number):
-        by_round = [(r, 0.1 + 0.05 * r - 0.01 * i) for r in range(5)]
-        row = {"labels": {"sharding": f"Nc = {i}"}, "name": f"Nc = {i}", "runs": 2, "failed": None}
-        row |= {"test": 0.5 - 0.01 * i, "spread": 0.01, "val": 0.5, "best_round": 4}
-        row |= {"megabytes_up": 4.0, "by_round": by_round}
-        rows.append(row | {"by_bytes": [(1e6 * 2**i * r, y) for r, y in by_round]} | changes)
-    return rows
+def suite_result(number: int = 3, failed: str = "", **changes: Any) -> dict[str, Any]:
+    """Of a suite; in each next row the clients send twice as much. A row that failed goes first."""
+    names = [f"Nc = {i}" for i in range(number)]
+    rows = [{"sharding": "IID", "runs": 0}] if failed else []
+    rows += [
+        {"sharding": name, "runs": 2, "mean": 0.5 - 0.01 * i, "spread": 0.01, "val_score": 0.5}
+        | {"best_round": 4, "megabytes_up": 4.0, **changes}
+        for i, name in enumerate(names)
+    ]
+    scores = [[0.1 + 0.05 * r - 0.01 * i for r in range(5)] for i in range(number)]
+    curves = dict(zip(names, scores, strict=True))
+    return {
+        "labels": ["sharding"], "rows": rows, "notes": [f"krum: {failed}"] if failed else [],
+        "by_round": {name: list(enumerate(curve)) for name, curve in curves.items()},
+        "by_bytes": {n: [(2**i * r, y) for r, y in enumerate(c)] for i, (n, c) in enumerate(curves.items())},
+    }  # fmt: skip
 
 
 def study_results() -> dict[str, dict[str, Any]]:
     """One result for each study."""
-    single, base, rules = "single-task models", "base (unmerged)", ["task_arithmetic", "median"]
+    rules = ["task_arithmetic", "median"]
     gain = {"gain": 0.01, "low": -0.02, "high": 0.04}
 
     def rows(**more: Any) -> list[dict[str, Any]]:
-        told = [
-            {"rule": rule, "mean": 0.8, "spread": 0.02, "runs": 2}
-            for rule in (single, base, *rules)
-        ]
-        return [{**row, **more, **(gain if row["rule"] == "median" else {})} for row in told]
+        told = {"mean": 0.8, "spread": 0.02, "runs": 2, **more}
+        names = ["single-task models", "base (unmerged)", *rules]
+        return [{"rule": r, **told, **(gain if r == "median" else {})} for r in names]
 
-    def ways(names: list[str], *keys: str) -> list[dict[str, Any]]:
-        scores = dict.fromkeys(keys, 0.5)
-        return [{"way": way, "task": t, "seed": 0, **scores} for way in names for t in TASKS[:2]]
+    def ways(names: list[str], **scores: float) -> dict[str, Any]:
+        means = {"mean": 0.5, "spread": None, "scaling_coef": 0.5, "runs": 1}
+        points = [{"way": way, "task": task, **scores} for way in names for task in TASKS[:2]]
+        return {"rows": [{"way": way, **means} for way in names], "points": points, "notes": []}
 
-    forget, relate = (
-        ["base", "fine-tuned", "negated task vector"],
-        ["base", "C + (B - A)", "fine-tuned on D"],
-    )
-    means = {"mean": 0.5, "spread": None, "scaling_coef": 0.5, "runs": 1}
     points = [
-        {"rule": r, "gain": 0.01 * i, "steps_ratio": i, "norm_ratio": 1.1 * i}
+        {"rule": r, "gain": 0.01 * i if r == "median" else None, "steps_ratio": i, "norm_ratio": 1.1 * i}
         for r in rules
         for i in (1, 5)
-    ]
-    relations = [{"rule": "median", "points": 2, "steps": 0.3}]
+    ]  # fmt: skip
     curves = {rule: [(0.0, 0.4), (0.5, 0.9), (1.0, 0.2)] for rule in rules}
-    sizes = [
-        row | {"subset": s, "size": n, "cosine": 0.1}
-        for s, n in (("near", 2), ("far", 2), ("all", 3))
-        for row in rows()
-    ]
-    forgotten = [{"way": w, **means, "control": 0.9, "control_spread": None} for w in forget]
-    none: dict[str, Any] = {"notes": []}
+    sizes = (("near", 2), ("far", 2), ("all", 3))
+    forgotten = ways(["base", "fine-tuned", "negated task vector"], target=0.5, control=0.5)
+    for row in forgotten["rows"]:
+        row |= {"control": 0.9, "control_spread": None}
     return {
         "training-heterogeneity": {
-            "rows": rows(kind="alike", accuracy=0.7), "points": points, "relations": relations,
-            "notes": ["krum: too few"],
+            "rows": rows(kind="alike", accuracy=0.7), "points": points,
+            "relations": [{"rule": "median", "points": 2, "steps": 0.3}], "notes": ["krum: too few"],
         },
-        "data-heterogeneity": none | {"rows": sizes},
-        "scaling-coef": none | {"rows": rows(accuracy=0.7, scaling_coef=0.3), "curves": curves},
-        "negation": none | {
-            "rows": forgotten, "points": ways(forget, "target", "control"), "control": "digits",
+        "data-heterogeneity": {
+            "rows": [r for s, n in sizes for r in rows(subset=s, size=n, cosine=0.1)], "notes": [],
         },
-        "analogy": none | {"rows": [{"way": w, **means} for w in relate], "points": ways(relate, "test")},
+        "scaling-coef": {
+            "rows": rows(accuracy=0.7, scaling_coef=0.3), "by_lambda": curves, "notes": [],
+        },
+        "negation": {**forgotten, "control": "digits"},
+        "analogy": ways(["base", "C + (B - A)", "fine-tuned on D"], test=0.5),
     }  # fmt: skip
 
 
 def comparison_result(**changes: Any) -> dict[str, Any]:
-    suites = {"heterogeneity": suite_summaries()}
     told = {"model": "m", "task": "digits", "metric": "accuracy", "num_runs": 2}
+    suites = {"heterogeneity": suite_result()}
     return {**told, "suites": suites, "studies": study_results()} | changes

@@ -16,7 +16,7 @@ from checkpoint_files import cli, make_world, refusal, save, succeed, toy, tuned
 from deltafl.experiments import STUDIES, read_suite
 from deltafl.experiments.quickstart import VARIANTS
 from deltafl.merge.candidates import check_methods
-from deltafl.merge.plan import source_of
+from deltafl.merge.plan import Training, source_of
 from deltafl.merge.recipe import MergeRecipe
 from deltafl.merge.search_recipe import SearchRecipe
 from deltafl.recipes import read_recipe
@@ -43,12 +43,8 @@ def own_rule() -> Iterator[Any]:
 
 
 def test_every_example_is_tested_here():
-    assert [path.stem for path in EXAMPLES] == [
-        "one_server_step",
-        "own_rule",
-        "realdata",
-        "task_vector_algebra",
-    ]
+    names = ["one_server_step", "own_rule", "realdata", "task_vector_algebra"]
+    assert [path.stem for path in EXAMPLES] == names
 
 
 def test_task_vectors_add_forget_and_carry_over():
@@ -92,18 +88,14 @@ def test_an_own_rule_in_the_package_would_be_a_rule_like_the_others():
     assert imported == ["deltafl.rules.rule"]
 
 
-def test_the_merge_recipe_is_read():
-    recipe = read_recipe(MergeRecipe, ROOT / "configs" / "merge-example.yaml")
-    paths = [model.path for model in recipe.entries.values()]
-    assert paths == [f"quickstart/models/{task.name}" for task in VARIANTS]
-
-
-def test_the_search_recipe_is_read():
-    recipe = read_recipe(SearchRecipe, ROOT / "configs" / "search-digits.yaml")
-    assert [(model.path, model.data) for model in recipe.models] == [
-        (f"quickstart/models/{task.name}", f"digits:{task.name}") for task in VARIANTS
-    ]
-    assert recipe.base == "quickstart/base"
+def test_the_bundled_recipes_are_read():
+    merge = read_recipe(MergeRecipe, ROOT / "configs" / "merge-example.yaml")
+    search = read_recipe(SearchRecipe, ROOT / "configs" / "search-digits.yaml")
+    paths = [f"quickstart/models/{name}" for name in VARIANTS]
+    assert [model.path for model in merge.entries.values()] == paths
+    assert [model.path for model in search.models] == paths
+    assert [model.data for model in search.models] == [f"digits:{name}" for name in VARIANTS]
+    assert search.base == "quickstart/base"
 
 
 def test_the_recipe_of_published_checkpoints_holds_every_rule_and_task():
@@ -112,7 +104,7 @@ def test_the_recipe_of_published_checkpoints_holds_every_rule_and_task():
     assert all(model.head == "zero-shot" and model.data in catalogue() for model in recipe.models)
     names = [m.path.removeprefix("tanganke/clip-vit-base-patch32_") for m in recipe.models]
     assert [name.replace("-", "_") for name in names] == [model.data for model in recipe.models]
-    sources = [source_of(name, model, {}) for name, model in recipe.entries.items()]
+    sources = [source_of(name, model, Training()) for name, model in recipe.entries.items()]
     check_methods(recipe.grids, sources)
 
 
@@ -128,27 +120,11 @@ def test_the_study_on_real_data_has_every_setting_that_its_studies_need():
 def test_a_study_of_two_steps_on_real_data(tmp_path, monkeypatch, realdata):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("DELTAFL_CACHE", str(tmp_path / "cache"))
-    tasks = (
-        "--tasks",
-        "examples.realdata:dtd",
-        "examples.realdata:gtsrb",
-        "--control",
-        "examples.realdata:dtd",
-    )
-    small = (
-        "--lr-values",
-        1e-3,
-        "--steps-values",
-        2,
-        "--methods",
-        "median",
-        "--scaling-coefs",
-        0.3,
-        "--val-limit",
-        50,
-    )
+    tasks = "--tasks examples.realdata:dtd examples.realdata:gtsrb --control examples.realdata:dtd"
+    small = "--lr-values 1e-3 --steps-values 2 --methods median --scaling-coefs 0.3 --val-limit 50"
+    options = [*tasks.split(), *small.split()]
     limits = ("--test-limit", 50, "--jobs", 1, "--out", tmp_path / "out")
-    succeed("suite", "negation", "scaling-coef", "--config", STUDY, *tasks, *small, *limits)
+    succeed("suite", "negation", "scaling-coef", "--config", STUDY, *options, *limits)
     assert "median" in (tmp_path / "out" / "scaling-coef" / "table.md").read_text()
     assert len(list((tmp_path / "out" / "works" / "fine-tunes").iterdir())) == 2
 
@@ -216,6 +192,5 @@ def test_the_table_of_rules_is_that_of_the_registry():
             promised = rule(**rule.typical()).traits
             letters = traits.split(";")[0].split()
             assert letters[-1] == promised.native_scale, name
-            assert {t for letter, t in LETTERS.items() if getattr(promised, t)} == {
-                LETTERS[x] for x in letters[:-1]
-            }
+            kept = {letter for letter, trait in LETTERS.items() if vars(promised)[trait]}
+            assert kept == {*letters[:-1]}

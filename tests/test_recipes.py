@@ -9,13 +9,7 @@ from pydantic import Field
 
 from deltafl.errors import DeltaflError
 from deltafl.recipe_file import load_yaml
-from deltafl.recipes import (
-    Incidental,
-    Recipe,
-    leaves,
-    one_of,
-    read_recipe,
-)
+from deltafl.recipes import Incidental, Recipe, leaves, one_of, read_recipe
 from deltafl.sizes import Size, parse_size
 
 
@@ -78,10 +72,7 @@ class Whole(Recipe):
         ),
         ({"by_name": {"a": [1, "x"]}}, "by_name.a.1: must be a valid number, not 'x'"),
         ({"sparse": 3}, "sparse: must be a mapping of keys to values, not 3"),
-        (
-            {"sparse": {"sparsity_ratio": 1}},
-            "sparse.sparsity_ratio: must be less than 1, not 1",
-        ),
+        ({"sparse": {"sparsity_ratio": 1}}, "sparse.sparsity_ratio: must be less than 1, not 1"),
         ({"sparse": {"sparsity_ratio": 0.5}}, "sparse: a half is refused"),
         (
             {"sparse": {"strategy": "randm"}},

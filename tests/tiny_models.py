@@ -16,15 +16,9 @@ NAMES = ("dark", "left", "right")
 
 
 VIT = {
-    "model_type": "vit",
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "patch_size": 4,
-    "image_size": 8,
-    "num_channels": 1,
-}
+    "model_type": "vit", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
+    "patch_size": 4, "image_size": 8, "num_channels": 1,
+}  # fmt: skip
 
 
 def vit_file(**changes: int) -> str:
@@ -85,16 +79,18 @@ def own_net(width: int = 6) -> Net:
     return Net(module, ImageInput(8, 1, (0.25,), (0.5,)))
 
 
+def without_timings(rows):
+    """The rows without their `seconds`, `*_seconds` and `peak_memory_bytes`: what two runs with one seed share."""
+    drop = ("seconds", "peak_memory_bytes")
+    return [{k: v for k, v in row.items() if not k.endswith(drop)} for row in rows]
+
+
 def tiny_task_factory(inputs: ImageInput, seed: int) -> ImageTask:
     return tiny_images()
 
 
 def judged(
-    folder: Path,
-    data: str,
-    split: Literal["val", "test"] = "test",
-    head: Path | str | None = None,
-    seed: int = 0,
+    folder: Path, data: str, split: Literal["val", "test"] = "test", head=None, seed=0
 ) -> Evaluation:
     """What a saved model scores on a task, with a head from a file or its own."""
     net = load_net(folder)
@@ -105,12 +101,8 @@ def judged(
 
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:'\"-"
-TOWER = {
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-}
+SIZES = {"num_hidden_layers": 2, "num_attention_heads": 2}
+TOWER = {"hidden_size": 16, "intermediate_size": 32, **SIZES}
 
 
 def tiny_clip(folder: Path, seed: int = 0):
@@ -118,17 +110,11 @@ def tiny_clip(folder: Path, seed: int = 0):
     import transformers as t
 
     words = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
-    t.CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[]).save_pretrained(
-        folder
-    )
+    vocabulary = {word: i for i, word in enumerate(words)}
+    t.CLIPTokenizer(vocab=vocabulary, merges=[]).save_pretrained(folder)
     end = len(words) - 1
-    text = TOWER | {
-        "vocab_size": len(words),
-        "bos_token_id": end - 1,
-        "eos_token_id": end,
-        "pad_token_id": end,
-    }
-    text |= {"max_position_embeddings": 48}
+    marks = {"bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end}
+    text = TOWER | marks | {"vocab_size": len(words), "max_position_embeddings": 48}
     vision = TOWER | {"image_size": 8, "patch_size": 4}
     torch.manual_seed(seed)
     model = t.CLIPModel(t.CLIPConfig(text_config=text, vision_config=vision, projection_dim=12))
@@ -144,16 +130,8 @@ def tiny_llama(folder: Path, seed: int = 0) -> Net:
     import transformers as t
 
     t.ByT5Tokenizer().save_pretrained(folder)
-    settings = {
-        "model_type": "llama",
-        "vocab_size": 384,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 64,
-        "seed": seed,
-    }
+    sizes = SIZES | {"vocab_size": 384, "hidden_size": 32, "intermediate_size": 64}
+    settings = {"model_type": "llama", "max_position_embeddings": 64, "seed": seed, **sizes}
     (folder / "config.json").write_text(json.dumps(settings))
     return load_net(folder / "config.json")
 

@@ -1,6 +1,7 @@
-"""deltafl: a task vector and a client update are the same thing, a delta; merging is one server step."""
+"""deltafl: a task vector and a client update are one thing, a delta; merging is one server step."""
 
-from typing import TYPE_CHECKING, Any
+import importlib
+from typing import TYPE_CHECKING
 
 from deltafl.version import __version__
 
@@ -18,20 +19,6 @@ if TYPE_CHECKING:
     )
     from deltafl.rules.rule import Source
 
-_HOMES = {
-    "Source": "deltafl.rules.rule",
-    "TaskVector": "deltafl.merge.task_vector",
-    "Update": "deltafl.algebra.deltas",
-    "aggregate": "deltafl.algebra.aggregate",
-    "cclip": "deltafl.merge.task_vector",
-    "fedavg": "deltafl.merge.task_vector",
-    "fedgma": "deltafl.merge.task_vector",
-    "fednova": "deltafl.merge.task_vector",
-    "median": "deltafl.merge.task_vector",
-    "step": "deltafl.algebra.aggregate",
-    "task_arithmetic": "deltafl.merge.task_vector",
-}
-
 __all__ = [
     "Source",
     "TaskVector",
@@ -48,12 +35,11 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Import a public name from its home on first use, so that `import deltafl` costs nothing."""
-    if name in _HOMES:
-        import importlib
-
-        return getattr(importlib.import_module(_HOMES[name]), name)
+def __getattr__(name: str) -> object:
+    """Import a public name on first use, so that `import deltafl` costs nothing."""
+    if name in __all__:
+        home = "algebra.aggregate" if name in ("aggregate", "step") else "merge.task_vector"
+        return vars(importlib.import_module(f"deltafl.{home}"))[name]
     raise AttributeError(f"module 'deltafl' has no attribute {name!r}")
 
 

@@ -1,13 +1,18 @@
 """What a user did wrong, in one line: what, where, and the remedy."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class DeltaflError(Exception):
     """A mistake in the input. The command line prints it without a traceback and exits with 2.
 
-    `problems` holds one line for each mistake found; `str(error)` is that line, or a numbered list of them.
+    `problems` holds one line for each mistake found; `str(error)` is that line, or a numbered list
+    of them.
     """
 
     def __init__(self, *problems: str) -> None:
@@ -20,6 +25,17 @@ class DeltaflError(Exception):
         return f"{len(self.problems)} problems:\n" + "\n".join(
             f"  {i}. {p}" for i, p in enumerate(self.problems, 1)
         )
+
+
+def attempt(
+    problems: list[str], work: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+) -> T | None:
+    """work(*args); None where it ends with a DeltaflError, whose lines are added to `problems`."""
+    try:
+        return work(*args, **kwargs)
+    except DeltaflError as error:
+        problems += error.problems
+        return None
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

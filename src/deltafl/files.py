@@ -1,13 +1,11 @@
 """Files that are whole or absent, whatever kills the process."""
 
 import contextlib
-import errno
 import os
 import platform
 import re
 import secrets
 import shutil
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -37,13 +35,12 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
     try:
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        _sync(temporary)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    _sync_folder(path.parent)
 
 
 def write_files(folder: str | Path, contents: Mapping[str, bytes]) -> None:
@@ -59,17 +56,21 @@ def clear_unfinished(folder: Path) -> None:
             left.unlink(missing_ok=True)
 
 
-def sync_folder(folder: Path) -> None:
+def _sync_folder(folder: Path) -> None:
     """Make the names in `folder` durable, where the file system can sync a folder."""
     with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        _sync(folder)
 
 
-MARKS = (
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+MARKS = {
     "deltafl.json",
     "deltafl_model.json",
     "inspect.json",
@@ -78,31 +79,25 @@ MARKS = (
     "suite.json",
     "training.json",
     "record.jsonl",
-)
+}
+"""Each says that we wrote the folder that holds it."""
+
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
 def check_output(path: str | Path, *, overwrite: bool) -> None:
     """Raise DeltaflError if `path` exists and may not be replaced: not asked for, or not ours."""
     path = Path(path)
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+    names = {file.name for file in path.iterdir()} if path.is_dir() else {path.name}
+    if not path.exists() or not names:
         return
     if not overwrite:
         raise DeltaflError(f'"{path}" exists; choose another --out, or replace it with --overwrite')
-    if not _replaceable(path):
+    is_model = "config.json" in names and any(any(path.glob(p)) for p in WEIGHTS)
+    if path.is_file() or not (names & MARKS or is_model):
         raise DeltaflError(
             f'"{path}" does not look like a model or a run; --overwrite does not delete it'
         )
-
-
-def _replaceable(path: Path) -> bool:
-    """Whether it is a folder that we wrote, or a model of transformers."""
-    if not path.is_dir():
-        return False
-    weights = any(next(path.glob(pattern), None) for pattern in WEIGHTS)
-    return any((path / mark).is_file() for mark in MARKS) or (
-        weights and (path / "config.json").is_file()
-    )
 
 
 @contextlib.contextmanager
@@ -127,26 +122,25 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
     temporary.mkdir()
     try:
         yield temporary
-        sync_folder(temporary)
+        _sync_folder(temporary)
         check_output(path, overwrite=overwrite)
-        if path.exists():
-            _exchange(temporary, path)
-        else:
-            os.rename(temporary, path)
+        _replace(path, temporary)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    sync_folder(path.parent)
+    _sync_folder(path.parent)
 
 
-def _exchange(new: Path, path: Path) -> None:
+def _replace(path: Path, new: Path) -> None:
     """`new` becomes `path`, and what was there is deleted; if that fails, it is there again."""
     old = new.with_suffix(".old.tmp")
-    os.rename(path, old)
+    if exists := path.exists():
+        os.rename(path, old)
     try:
         os.rename(new, path)
     except BaseException:
-        os.rename(old, path)
+        if exists:
+            os.rename(old, path)
         raise
     shutil.rmtree(old, ignore_errors=True)
 
@@ -166,11 +160,9 @@ def _clear_abandoned(path: Path) -> None:
 
 
 def _alive(process: int) -> bool:
-    """Whether a process of this machine runs; where that cannot be asked, it may."""
-    if sys.platform == "win32":
-        return True
+    """Whether a process of this machine runs."""
     try:
         os.kill(process, 0)
     except OSError as error:
-        return error.errno != errno.ESRCH
+        return not isinstance(error, ProcessLookupError)
     return True

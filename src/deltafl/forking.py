@@ -15,9 +15,9 @@ def can_fork() -> bool:
     """
     if bars := sys.modules.get("tqdm"):
         bars.tqdm.monitor_interval = 0
-        if bars.tqdm.monitor is not None:
-            bars.tqdm.monitor.exit()
-            bars.tqdm.monitor = None
+        for thread in threading.enumerate():
+            if isinstance(thread, bars.TMonitor):  # each subclass of tqdm has its own
+                bars.TMonitor.exit(thread)
     return sys.platform == "linux" and threading.active_count() == 1
 
 

@@ -13,12 +13,11 @@ import os
 import pickle
 import signal
 import socket
-import struct
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, Pipe, wait
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, Generic, NoReturn, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,9 +36,6 @@ ALIGNMENT = 64
 MOST = 1 << 16
 """Bytes of one pickled item at most: items are told through a socket that keeps them whole."""
 
-HEADER = struct.Struct("iiq")
-"""Of an answer: number of the item, whether it failed, bytes that the process has needed."""
-
 
 @contextmanager
 def one_thread() -> Iterator[None]:
@@ -55,10 +51,10 @@ def one_thread() -> Iterator[None]:
 class Pool(Generic[T, R]):
     """`workers` processes that call `work(item)`; with 1 it is called in this process.
 
-    What `work` changes in memory is lost, but for what lies in `SharedMemory` from before. Items
-    and results are pickled, items into at most 64 KiB. room: bytes of shared memory for the CPU
-    tensors of a result, of the first `slots` items of each call: they are not copied on this side,
-    and are valid until the next call. Other tensors are pickled. known: objects from before, which
+    What `work` changes in memory is lost, but for what `shared_like` made before. Items
+    and results are pickled, items into at most 64 KiB. like: tensors for which a result of the
+    first `slots` items of each call has shared memory: they are not copied on this side, and are
+    valid until the next call. Other tensors are pickled. known: objects from before, which
     results refer to instead of holding copies. memory: bytes that each process has needed at most
     beside what it shares, by process id.
 
@@ -75,21 +71,26 @@ class Pool(Generic[T, R]):
         workers: int,
         *,
         slots: int = 0,
-        room: int = 0,
+        like: Iterable[Tensor] = (),
         known: Sequence[object] = (),
     ) -> None:
         self._work, self._known = work, known
         self.memory: dict[int, int] = {}
         self._children: dict[Connection, int] = {}
-        self._sockets: tuple[socket.socket, ...] = ()
         self._alone = workers < 2
         if self._alone:
             return
-        self._slots = [SharedMemory(room) for _ in range(slots)]
+        room = _room(like)
+        self._slots = [_shared(room) for _ in range(slots)]
         self._sockets = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             for _ in range(workers):
-                self._start()
+                ours, theirs = Pipe(duplex=False)
+                child = fork()
+                if not child:
+                    self._serve(theirs)
+                theirs.close()
+                self._children[ours] = child
         except OSError as error:
             self.close()
             raise DeltaflError(
@@ -115,18 +116,14 @@ class Pool(Generic[T, R]):
         try:
             for wanted in range(len(items)):
                 while sent < min(len(items), wanted + AHEAD * len(self._children)):
-                    data = pickle.dumps((sent, items[sent]))
-                    if len(data) > MOST:
-                        raise ValueError(f"item {sent} is {len(data)} bytes long, above {MOST}")
-                    self._sockets[0].send(data)
+                    self._sockets[0].send(pickle.dumps((sent, items[sent])))
                     sent += 1
                 while wanted not in answers:
-                    ready = wait(self._children.keys())
-                    for connection in [c for c in self._children if c in ready]:
+                    for connection in self._children.keys() & wait(self._children):
                         number, failed, data = self._receive(connection)
                         answers[number] = failed, data
                 failed, data = answers.pop(wanted)
-                result = self._unpickled(data, wanted)
+                result = _Unpickler(data, self._known, self._slot(wanted)).load()
                 if failed:
                     raise result
                 yield result
@@ -141,22 +138,14 @@ class Pool(Generic[T, R]):
             connection.close()
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-        for end in self._sockets:
+        for end in () if self._alone else self._sockets:
             end.close()
 
-    def __enter__(self) -> "Pool[T, R]":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-    def _start(self) -> None:
-        ours, theirs = Pipe(duplex=False)
-        child = fork()
-        if not child:
-            self._serve(theirs)
-        theirs.close()
-        self._children[ours] = child
 
     def _serve(self, answers: Connection) -> NoReturn:
         """The life of a process: one item after the other, until it is killed."""
@@ -165,17 +154,18 @@ class Pool(Generic[T, R]):
             before = _most_memory()
             while True:
                 number, item = pickle.loads(self._sockets[1].recv(MOST))
-                failed = False
+                failed, file = False, io.BytesIO()
                 try:
-                    data = self._pickled(self._work(item), number)
+                    _Pickler(file, self._known, self._slot(number)).dump(self._work(item))
                 except BaseException as error:
-                    failed, data = True, pickle.dumps(_portable(error))
-                answers.send_bytes(HEADER.pack(number, failed, _most_memory() - before) + data)
+                    failed, file = True, io.BytesIO(pickle.dumps(_portable(error)))
+                answers.send((number, failed, file.getvalue(), _most_memory() - before))
         os._exit(1)
 
     def _receive(self, connection: Connection) -> tuple[int, bool, bytes]:
+        """Number of an item, whether it failed, the pickled result or error."""
         try:
-            message = connection.recv_bytes()
+            number, failed, data, grown = connection.recv()
         except (EOFError, OSError):
             child = self._children.pop(connection)
             connection.close()
@@ -185,86 +175,70 @@ class Pool(Generic[T, R]):
                 f"a worker process ({child}) ended early ({how}), perhaps for want of memory; "
                 "free some, or use fewer processes"
             ) from None
-        number, failed, grown = HEADER.unpack_from(message)
         self.memory[self._children[connection]] = grown
-        return number, bool(failed), message[HEADER.size :]
+        return number, failed, data
 
-    def _pickled(self, result: R, number: int) -> bytes:
-        names, file = {id(obj): i for i, obj in enumerate(self._known)}, io.BytesIO()
-        memory = self._slots[number] if number < len(self._slots) else SharedMemory(0)
-        memory.clear()
-        _Pickler(file, names, memory).dump(result)
-        return file.getvalue()
-
-    def _unpickled(self, data: bytes, number: int) -> Any:
-        memory = self._slots[number] if number < len(self._slots) else SharedMemory(0)
-        return _Unpickler(io.BytesIO(data), self._known, memory).load()
+    def _slot(self, number: int) -> Tensor:
+        """Where the tensors of a result are."""
+        return (
+            self._slots[number] if number < len(self._slots) else torch.empty(0, dtype=torch.uint8)
+        )
 
 
-class SharedMemory:
-    """Memory that processes forked later share. Pages that nobody writes to take no room."""
+def shared_like(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Zeros in shapes and dtypes of tensors, which processes forked later share.
 
-    def __init__(self, num_bytes: int) -> None:
-        self._bytes = torch.frombuffer(mmap.mmap(-1, max(1, num_bytes)), dtype=torch.uint8)
-        self._used = 0
+    Pages that nobody writes to take no room.
+    """
+    memory, made, start = _shared(_room(tensors.values())), {}, 0
+    for name, tensor in tensors.items():
+        made[name] = _view(memory, start, tensor.dtype, tensor.shape)
+        start += _room([tensor])
+    return made
 
-    @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copies of tensors in shared memory."""
-        memory, copies = cls(cls.room(tensors.values())), {}
-        for name, tensor in tensors.items():
-            place = memory.put(tensor)
-            assert place is not None
-            copies[name] = memory.at(*place)
-        return copies
 
-    @staticmethod
-    def room(tensors: Iterable[Tensor]) -> int:
-        """Bytes that tensors take."""
-        return sum(-(-t.numel() * t.element_size() // ALIGNMENT) * ALIGNMENT for t in tensors)
+def _shared(num_bytes: int) -> Tensor:
+    return torch.frombuffer(mmap.mmap(-1, max(1, num_bytes)), dtype=torch.uint8)
 
-    def clear(self) -> None:
-        """Make room again; what was put may be overwritten."""
-        self._used = 0
 
-    def put(self, tensor: Tensor) -> tuple[int, torch.dtype, tuple[int, ...]] | None:
-        """Copy a tensor, whose place is returned; None if there is no room."""
-        place = self._used, tensor.dtype, tuple(tensor.shape)
-        stop = self._used + tensor.numel() * tensor.element_size()
-        if stop > len(self._bytes):
-            return None
-        self._used = -(-stop // ALIGNMENT) * ALIGNMENT
-        self.at(*place).copy_(tensor)
-        return place
+def _room(tensors: Iterable[Tensor]) -> int:
+    """Bytes that tensors take, each aligned."""
+    return sum(-(-t.nbytes // ALIGNMENT) * ALIGNMENT for t in tensors)
 
-    def at(self, start: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-        """The tensor at a place."""
-        stop = start + math.prod(shape) * dtype.itemsize
-        return self._bytes[start:stop].view(dtype).view(shape)
+
+def _view(memory: Tensor, start: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    stop = start + math.prod(shape) * dtype.itemsize
+    return memory[start:stop].view(dtype).view(shape)
 
 
 class _Pickler(pickle.Pickler):
     """Puts CPU tensors into shared memory while there is room, and numbers known objects."""
 
-    def __init__(self, file: io.BytesIO, known: Mapping[int, int], memory: SharedMemory) -> None:
+    def __init__(self, file: io.BytesIO, known: Sequence[object], memory: Tensor) -> None:
         super().__init__(file, pickle.HIGHEST_PROTOCOL)
-        self._known_objects, self._memory = known, memory
+        self._known_objects, self._memory, self._used = known, memory, 0
 
     def persistent_id(self, obj: object) -> object:
-        if id(obj) in self._known_objects:
-            return self._known_objects[id(obj)]
-        if isinstance(obj, Tensor) and obj.device.type == "cpu":
-            return self._memory.put(obj.detach())
-        return None
+        for number, known in enumerate(self._known_objects):
+            if obj is known:
+                return number
+        if not isinstance(obj, Tensor) or obj.device.type != "cpu":
+            return None
+        place = self._used, obj.dtype, tuple(obj.shape)
+        if self._used + obj.nbytes > len(self._memory):
+            return None
+        self._used += _room([obj])
+        _view(self._memory, *place).copy_(obj.detach())
+        return place
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, known: Sequence[object], memory: SharedMemory) -> None:
-        super().__init__(file)
+    def __init__(self, data: bytes, known: Sequence[object], memory: Tensor) -> None:
+        super().__init__(io.BytesIO(data))
         self._known_objects, self._memory = known, memory
 
     def persistent_load(self, pid: Any) -> object:
-        return self._known_objects[pid] if isinstance(pid, int) else self._memory.at(*pid)
+        return self._known_objects[pid] if isinstance(pid, int) else _view(self._memory, *pid)
 
 
 def _most_memory() -> int:

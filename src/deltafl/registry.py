@@ -10,14 +10,14 @@ E = TypeVar("E")
 
 
 class Registry(Generic[T]):
-    """A mapping name -> entry, filled by a decorator; `kind` is what error messages call an entry."""
+    """A mapping name -> entry, filled by a decorator; `kind` is what errors call an entry."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self._entries: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[E], E]:
-        """Decorator: `@RULES.register("median")`. Registering one name twice is a programming error."""
+        """Decorator: `@RULES.register("median")`. One name twice is a programming error."""
 
         def add(entry: E) -> E:
             if name in self._entries:

@@ -45,13 +45,6 @@ def adapter(seed: int, rank: int = 2) -> LowRank:
     return LowRank(A, B, 0.25)
 
 
-def test_it_is_the_product() -> None:
-    low = adapter(0)
-    for name, tensor in low.items():
-        assert tensor.shape == SHAPES[name]
-        torch.testing.assert_close(tensor, 0.25 * low.B[name] @ low.A[name])
-
-
 @pytest.mark.parametrize("rule", [r for r in rules() if type(r).__name__ != "Dare"], ids=repr)
 def test_every_rule_merges_it_as_the_dense_delta(rule) -> None:
     sources = [Source(f"m{i}", 10 + i, 5 + i, 0.01, 0.9, 0.5) for i in range(3)]

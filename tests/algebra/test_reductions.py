@@ -8,7 +8,6 @@ from torch import Tensor
 from deltafl.algebra.deltas import Deltas, Update
 from deltafl.algebra.reductions import gram_matrix, magnitude_thresholds
 from deltafl.algebra.streaming import CHUNK
-from deltafl.errors import DeltaflError
 from deltafl.rules.rule import Source
 from deltafl.rules.weights import as_weights
 from laws.worlds import flatten, make
@@ -45,6 +44,7 @@ def adversarial() -> dict[str, Tensor]:
         "neighbours": torch.arange(5000, dtype=torch.int32).add(0x3F800000).view(torch.float32),
         "two far apart": torch.tensor([1e-38] * 500 + [1e38] * 500),
         "one": torch.tensor([-3.0]),
+        "unlike what a sample sees": torch.randn(700_000, generator=draw).sort().values.exp(),
     }
 
 
@@ -62,81 +62,58 @@ def test_each_delta_and_with_per_tensor_each_tensor_has_its_own():
         {"a": d["layer.weight"], "b": d["layer.bias"] * 100, "none": d["nothing"]}
         for d in make(3, 0).deltas
     ]
-    whole, kept = magnitude_thresholds(rows_of(*deltas), 0.4, per_tensor=False)
-    single, _ = magnitude_thresholds(rows_of(*deltas), 0.4, per_tensor=True)
-    for i, delta in enumerate(deltas):
-        assert (whole["a"][i], kept[i]) == kth(flatten(delta), 0.4)
+    densities = (0.4, 0.0, 0.7)
+    density = {"*": densities}
+    whole, kept = magnitude_thresholds(rows_of(*deltas), density, per_tensor=False)
+    single, _ = magnitude_thresholds(rows_of(*deltas), density, per_tensor=True)
+    for i, (delta, share) in enumerate(zip(deltas, densities, strict=True)):
+        assert (whole["a"][i], kept[i]) == kth(flatten(delta), share)
         assert whole["a"][i] == whole["b"][i]
-        assert [single["a"][i], single["b"][i]] == [
-            kth(delta[n].flatten(), 0.4)[0] for n in ("a", "b")
-        ]
+        for name in ("a", "b"):
+            assert single[name][i] == kth(delta[name].flatten(), share)[0]
         assert single["none"][i] == np.inf
-
-
-def test_each_delta_may_have_a_density_of_its_own():
-    deltas = make(3, 0).deltas
-    thresholds, kept = magnitude_thresholds(
-        rows_of(*deltas), {"*": [0.1, 0.0, 0.7]}, per_tensor=False
-    )
-    found = [(thresholds["layer.weight"][i], kept[i]) for i in range(3)]
-    assert found == [
-        kth(flatten(d), density) for d, density in zip(deltas, (0.1, 0.0, 0.7), strict=True)
-    ]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_and_inf_count_as_largest_and_end_the_search(value):
     """The rule refuses them later, with the model's name; here they must not hang or hide."""
-    values = torch.tensor([value, 1.0, 2.0, value])
-    thresholds, kept = magnitude_thresholds(rows_of({"w": values}), 0.75, per_tensor=False)
+    deltas = rows_of({"w": torch.tensor([value, 1.0, 2.0, value])})
+    thresholds, kept = magnitude_thresholds(deltas, 0.75, per_tensor=False)
     assert (thresholds["w"][0], kept[0]) == (2.0, 0.75)
-    assert magnitude_thresholds(rows_of({"w": values}), 0.5, per_tensor=False)[0]["w"][0] == np.inf
+    assert magnitude_thresholds(deltas, 0.5, per_tensor=False)[0]["w"][0] == np.inf
 
 
-def test_more_than_one_unit_of_work_gives_the_same_by_any_number_of_threads():
+@pytest.mark.parametrize("threads", [1, 2])
+def test_more_than_one_unit_of_work_gives_the_same_by_any_number_of_threads(threads):
     values = torch.randn(CHUNK + 12345, generator=torch.Generator().manual_seed(1)).bfloat16()
-    expected = kth(values, 0.2)
-    for threads in (1, 2):
-        thresholds, kept = magnitude_thresholds(rows_of({"w": values}), 0.2, False, threads)
-        assert (thresholds["w"][0], kept[0]) == expected
+    thresholds, kept = magnitude_thresholds(rows_of({"w": values}), 0.2, False, threads)
+    assert (thresholds["w"][0], kept[0]) == kth(values, 0.2)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_gram_matrix_is_the_one_of_numpy(threads):
     world = make(5, seed=2, scale=1e-3)
     flat = np.stack([flatten(d).double().numpy() for d in world.deltas])
-    gram = gram_matrix(rows_of(*world.deltas), threads)
+    gram, wanted = gram_matrix(rows_of(*world.deltas), threads), flat @ flat.T
     assert gram.dtype == torch.float64
     assert torch.equal(gram, gram.T)
-    # float64 sums of 69 products: 1e-12 of the norms is far above their roundings.
-    np.testing.assert_allclose(
-        gram.numpy(), flat @ flat.T, rtol=0, atol=1e-12 * np.trace(flat @ flat.T)
-    )
+    # Any order of 69 additions in float64 stays within 69 roundings of the norms.
+    np.testing.assert_allclose(gram.numpy(), wanted, rtol=0, atol=69 * 2**-53 * np.trace(wanted))
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_gram_matrix_does_not_depend_on_the_order_of_the_tensors(threads):
-    deltas = [
-        {"large": torch.tensor([2.0**27]), **{f"t{i}": torch.tensor([1.0]) for i in range(8)}}
-    ] * 2
+    """One by one after the large one, every 1 would be lost: the spacing at 2^54 is 4."""
+    ones = {f"t{i}": torch.tensor([1.0]) for i in range(8)}
+    deltas = [{"large": torch.tensor([2.0**27]), **ones}] * 2
     there = gram_matrix(rows_of(*deltas), threads)
     back = gram_matrix(rows_of(*[dict(reversed(d.items())) for d in deltas]), threads)
     assert torch.equal(there, back)
-    assert (
-        there[0, 1] == 2.0**54 + 8
-    )  # one by one after the large one, every 1 is lost: the spacing is 4
+    assert there[0, 1] == 2.0**54 + 8
 
 
-def test_gram_matrix_does_not_overflow():
+@pytest.mark.parametrize("value", [torch.tensor(6e4).half(), torch.tensor(1e30)])
+def test_gram_matrix_does_not_overflow(value):
     """Squares of 6e4 overflow float16, those of 1e30 float32."""
-    half = torch.full((1000,), 6e4, dtype=torch.float16)
-    assert gram_matrix(rows_of({"w": half}))[0, 0] == pytest.approx(1000 * float(half[0]) ** 2)
-    assert gram_matrix(rows_of({"w": torch.full((10,), 1e30)}))[0, 0] == pytest.approx(
-        1e61, rel=1e-6
-    )
-
-
-def test_gram_matrix_names_model_and_tensor_of_nan():
-    good, bad = torch.zeros(5), torch.tensor([0.0, 1.0, float("nan"), 0.0, 0.0])
-    with pytest.raises(DeltaflError, match=r'model "m1": tensor "v" .*element 2'):
-        gram_matrix(rows_of({"w": good, "v": good}, {"w": good, "v": bad}))
+    gram = gram_matrix(rows_of({"w": value.expand(1000)}))
+    assert gram[0, 0] == pytest.approx(1000 * float(value) ** 2)

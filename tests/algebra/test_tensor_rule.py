@@ -14,7 +14,7 @@ from checkpoint_files import files_in, make_world, succeed
 from deltafl.algebra import streaming
 from deltafl.algebra.aggregate import Aggregate, Stepped
 from deltafl.algebra.deltas import Update
-from deltafl.algebra.streaming import Unit, chunks, visit
+from deltafl.algebra.streaming import Unit, visit
 from deltafl.algebra.tensors import BLOCK, Zeros
 from deltafl.errors import DeltaflError
 from deltafl.rules.iso import IsoC
@@ -35,24 +35,21 @@ class Counted(TensorRule):
         return tensors.mean(0)
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-def test_a_tensor_is_combined_once_however_it_is_read(
-    threads: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tensor_is_combined_once_however_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     world = make(3, seed=0, shapes=SHAPES)
     updates = [Update(ByBlocks(d), s) for d, s in zip(world.deltas, world.sources, strict=True)]
     rule = Counted()
     aggregate = Aggregate(rule, updates)
     stepped = Stepped(Zeros(world.deltas[0]), aggregate, 1.0)
     out = {name: torch.empty(shape).reshape(-1) for name, shape in SHAPES.items()}
-    monkeypatch.setattr(chunks, "__defaults__", (1,))  # every block is a unit
+    monkeypatch.setattr(streaming, "CHUNK", 1)  # every block is a unit
 
     def fill(unit: Unit) -> None:
         for name, start, stop in unit:
             stepped.read(name, start, stop, out[name][start:stop])
 
     specs = {name: stepped.spec(name) for name in stepped}
-    for _ in visit(specs, fill, threads, forks=False, whole=stepped.whole):
+    for _ in visit(specs, fill, whole=stepped.whole):
         pass
     assert sorted(rule.seen) == sorted((3, *s) for n, s in SHAPES.items() if n != "none")
     assert_same(out, {n: t.reshape(-1) for n, t in dict(aggregate).items()})

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from checkpoint_files import load, refusal, succeed
+from checkpoint_files import load, refusal, refused, succeed
 from deltafl.checkpoints.align import align
 from deltafl.checkpoints.layout import Entry
 from deltafl.checkpoints.naming import canonical, match
@@ -34,44 +34,43 @@ def quiet_transformers():
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
-def vit(kind: str, seed: int, **more: object):
+def make(root: Path, kind: str, name: str, **more: object) -> dict[str, Tensor]:
+    """A model of transformers, saved as root/name, seeded by the name; what its file holds."""
     import transformers
 
-    torch.manual_seed(seed)
-    return getattr(transformers, kind)(transformers.ViTConfig(**SIZES, **IMAGE, **more))
+    torch.manual_seed({"base": 0, "tuned": 1}[name])
+    config: object
+    if kind.startswith("ViT"):
+        config = transformers.ViTConfig(**SIZES, **IMAGE, **more)
+    elif kind.startswith("Llama"):
+        config = transformers.LlamaConfig(**SIZES, **{"vocab_size": 20} | more)
+    elif kind == "CLIPModel":
+        vision = {**SIZES, **IMAGE, "projection_dim": 4}
+        text = {**SIZES, "vocab_size": 20, "max_position_embeddings": 7, "projection_dim": 4}
+        config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=4)
+    else:
+        config = transformers.CLIPVisionConfig(**SIZES, **IMAGE, projection_dim=4)
+    getattr(transformers, kind)(config).save_pretrained(root / name)
+    return load(root / name)
 
 
-def clip(kind: str, seed: int):
-    import transformers
-
-    torch.manual_seed(seed)
-    vision = {**SIZES, **IMAGE, "projection_dim": 4}
-    if kind != "CLIPModel":
-        return getattr(transformers, kind)(transformers.CLIPVisionConfig(**vision))
-    text = {**SIZES, "vocab_size": 20, "max_position_embeddings": 7, "projection_dim": 4}
-    return transformers.CLIPModel(
-        transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=4)
-    )
-
-
-def llama(kind: str, seed: int, *, tied: bool = False, vocabulary: int = 20):
-    import transformers
-
-    torch.manual_seed(seed)
-    config = transformers.LlamaConfig(**SIZES, vocab_size=vocabulary, tie_word_embeddings=tied)
-    return getattr(transformers, kind)(config)
+def arguments(root: Path, *more: object) -> list[object]:
+    return [
+        "merge",
+        "--base",
+        root / "base",
+        "--models",
+        root / "tuned",
+        "--out",
+        root / "out",
+        *more,
+    ]
 
 
-def merge_one(root: Path, base: Path, tuned: Path, *more: object) -> dict[str, Tensor]:
-    """base + (tuned - base): the fine-tune's own values wherever the names were understood."""
-    succeed(
-        "merge", "--base", base, "--models", tuned, "--out", root / "out", "--server-lr", 1, *more
-    )
-    return load(root / "out")
-
-
-def record(root: Path) -> dict:
-    return json.loads((root / "out/deltafl.json").read_text())
+def merge_one(root: Path, *more: object) -> tuple[dict[str, Tensor], dict]:
+    """base + (tuned - base), the fine-tune's own values where names were understood; the record."""
+    succeed(*arguments(root, "--server-lr", 1, *more))
+    return load(root / "out"), json.loads((root / "out/deltafl.json").read_text())
 
 
 def assert_from(merged: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
@@ -91,76 +90,59 @@ def reload(folder: Path, kind: str = "AutoModel"):
     return model
 
 
+def parts(held: Mapping[str, Tensor], *prefixes: str) -> dict[str, Tensor]:
+    return {n: t for n, t in held.items() if n.startswith(prefixes)}
+
+
+CLASSIFIER = "ViTForImageClassification"
+
+
 def test_a_classifier_is_merged_into_its_bare_vit(tmp_path: Path) -> None:
-    base, tuned = vit("ViTModel", 0), vit("ViTForImageClassification", 1, num_labels=5)
-    base.save_pretrained(tmp_path / "base")
-    tuned.save_pretrained(tmp_path / "tuned")
-    merged = merge_one(tmp_path, tmp_path / "base", tmp_path / "tuned")
-    held = load(tmp_path / "tuned")
-    assert_from(
-        merged, {n.removeprefix("vit."): t for n, t in held.items() if n.startswith("vit.")}
-    )
-    assert record(tmp_path)["ignored"] == {
-        "tuned": {"classifier: not in the base": ["classifier.bias", "classifier.weight"]}
-    }
-    assert sorted(record(tmp_path)["copied"]) == ["pooler: not in every model"]
-    assert_from(
-        merged, {n: t for n, t in load(tmp_path / "base").items() if n.startswith("pooler.")}
-    )
-    model = reload(tmp_path / "out")
-    theirs = dict(tuned.vit.state_dict())
-    assert_from(model.state_dict(), theirs)
+    base = make(tmp_path, "ViTModel", "base")
+    tuned = make(tmp_path, CLASSIFIER, "tuned", num_labels=5)
+    merged, record = merge_one(tmp_path)
+    assert_from(merged, {n.removeprefix("vit."): t for n, t in parts(tuned, "vit.").items()})
+    assert_from(merged, parts(base, "pooler."))
+    lost = {"classifier: not in the base": ["classifier.bias", "classifier.weight"]}
+    assert record["ignored"] == {"tuned": lost}
+    assert sorted(record["copied"]) == ["pooler: not in every model"]
+    reload(tmp_path / "out")
 
 
 def test_a_bare_vit_is_merged_into_a_classifier_whose_head_stays(tmp_path: Path) -> None:
-    base, tuned = vit("ViTForImageClassification", 0, num_labels=5), vit("ViTModel", 1)
-    base.save_pretrained(tmp_path / "base")
-    tuned.save_pretrained(tmp_path / "tuned")
-    merged = merge_one(tmp_path, tmp_path / "base", tmp_path / "tuned")
-    assert_from(
-        merged,
-        {f"vit.{n}": t for n, t in load(tmp_path / "tuned").items() if not n.startswith("pooler")},
-    )
-    assert_from(
-        merged, {n: t for n, t in load(tmp_path / "base").items() if n.startswith("classifier")}
-    )
+    base = make(tmp_path, CLASSIFIER, "base", num_labels=5)
+    tuned = make(tmp_path, "ViTModel", "tuned")
+    merged, _ = merge_one(tmp_path)
+    assert_from(merged, {f"vit.{n}": t for n, t in tuned.items() if not n.startswith("pooler")})
+    assert_from(merged, parts(base, "classifier"))
     reload(tmp_path / "out", "AutoModelForImageClassification")
 
 
 def test_a_head_of_another_shape_is_copied_from_the_base_and_told(tmp_path: Path) -> None:
-    vit("ViTForImageClassification", 0, num_labels=5).save_pretrained(tmp_path / "base")
-    vit("ViTForImageClassification", 1, num_labels=3).save_pretrained(tmp_path / "tuned")
-    merged = merge_one(tmp_path, tmp_path / "base", tmp_path / "tuned")
-    assert record(tmp_path)["copied"] == {
-        "classifier: a head of another shape in a model": ["classifier.bias", "classifier.weight"]
-    }
-    assert_from(
-        merged, {n: t for n, t in load(tmp_path / "base").items() if n.startswith("classifier")}
-    )
-    assert_from(
-        merged,
-        {n: t for n, t in load(tmp_path / "tuned").items() if not n.startswith("classifier")},
-    )
+    base = make(tmp_path, CLASSIFIER, "base", num_labels=5)
+    tuned = make(tmp_path, CLASSIFIER, "tuned", num_labels=3)
+    merged, record = merge_one(tmp_path)
+    heads = ["classifier.bias", "classifier.weight"]
+    assert record["copied"] == {"classifier: a head of another shape in a model": heads}
+    assert_from(merged, parts(tuned, "vit.") | parts(base, "classifier"))
 
 
-@pytest.mark.parametrize("module_side", ["base", "tuned", "both"])
+@pytest.mark.parametrize("module_side", [["base"], ["tuned"], ["base", "tuned"]])
 def test_names_of_modules_and_names_of_files_are_the_same_tensors(
-    tmp_path: Path, module_side: str
+    tmp_path: Path, module_side: list[str]
 ) -> None:
-    base, tuned = vit("ViTModel", 0), vit("ViTForImageClassification", 1, num_labels=5)
-    paths = {}
-    for name, model in (("base", base), ("tuned", tuned)):
-        model.save_pretrained(tmp_path / name)
-        paths[name] = tmp_path / name
-        if module_side in (name, "both"):
-            (tmp_path / name / "model.safetensors").unlink()
-            torch.save(model.state_dict(), tmp_path / name / "pytorch_model.bin")
-    assert "layers.0.attention.q_proj.weight" in base.state_dict()
-    merge_one(tmp_path, paths["base"], paths["tuned"])
-    assert (
-        record(tmp_path)["merged_tensors"] == 38
-    )  # 2 layers of 16, embeddings 4, last norm 2; not the pooler
-    assert_from(reload(tmp_path / "out").state_dict(), tuned.vit.state_dict())
+    make(tmp_path, "ViTModel", "base")
+    make(tmp_path, CLASSIFIER, "tuned", num_labels=5)
+    tuned = reload(tmp_path / "tuned", "AutoModelForImageClassification").state_dict()
+    states = {"base": reload(tmp_path / "base").state_dict(), "tuned": tuned}
+    assert "layers.0.attention.q_proj.weight" in states["base"]
+    for name in module_side:
+        (tmp_path / name / "model.safetensors").unlink()
+        torch.save(states[name], tmp_path / name / "pytorch_model.bin")
+    _, record = merge_one(tmp_path)
+    assert record["merged_tensors"] == 38  # 2 layers of 16, embeddings 4, last norm 2; no pooler
+    merged = reload(tmp_path / "out").state_dict()
+    assert_from(merged, {n.removeprefix("vit."): t for n, t in parts(tuned, "vit.").items()})
 
 
 VISION = ("CLIPVisionModel", "CLIPVisionModelWithProjection")
@@ -171,147 +153,93 @@ VISION = ("CLIPVisionModel", "CLIPVisionModelWithProjection")
 def test_a_vision_tower_is_merged_into_the_whole_clip(
     tmp_path: Path, kind: str, old_names: bool
 ) -> None:
-    clip("CLIPModel", 0).save_pretrained(tmp_path / "base")
-    clip(kind, 1).save_pretrained(tmp_path / "tuned")
-    file = tmp_path / "tuned/model.safetensors"
-    inner = {
-        n if n.startswith(("vision_model.", "visual_projection.")) else f"vision_model.{n}": t
-        for n, t in load_file(file).items()
-    }
+    base, tuned = make(tmp_path, "CLIPModel", "base"), make(tmp_path, kind, "tuned")
+    whole = ("vision_model.", "visual_projection.")
+    inner = {n if n.startswith(whole) else f"vision_model.{n}": t for n, t in tuned.items()}
     if old_names:
-        save_file(inner, file, metadata={"format": "pt"})
-    merged = merge_one(tmp_path, tmp_path / "base", tmp_path / "tuned")
+        save_file(inner, tmp_path / "tuned/model.safetensors", metadata={"format": "pt"})
+    merged, record = merge_one(tmp_path)
     assert_from(merged, inner)
-    untouched = {n: t for n, t in load(tmp_path / "base").items() if n not in inner}
+    untouched = {n: t for n, t in base.items() if n not in inner}
     assert all(torch.equal(merged[n], t) for n, t in untouched.items())
-    told = {n for names in record(tmp_path)["copied"].values() for n in names}
-    assert told == set(untouched)
-    assert ("visual_projection.weight" in told) == (kind == "CLIPVisionModel")
+    assert {n for names in record["copied"].values() for n in names} == set(untouched)
+    assert ("visual_projection.weight" in untouched) == (kind == "CLIPVisionModel")
     assert_from(reload(tmp_path / "out").state_dict(), inner)
 
 
 @pytest.mark.parametrize("kind", VISION)
 def test_the_whole_clip_can_be_merged_into_its_vision_tower(tmp_path: Path, kind: str) -> None:
-    clip(kind, 0).save_pretrained(tmp_path / "base")
-    clip("CLIPModel", 1).save_pretrained(tmp_path / "tuned")
-    merged = merge_one(tmp_path, tmp_path / "base", tmp_path / "tuned")
-    whole = load(tmp_path / "tuned")
+    make(tmp_path, kind, "base")
+    whole = make(tmp_path, "CLIPModel", "tuned")
+    merged, _ = merge_one(tmp_path)
     assert_from(whole, {n if n in whole else f"vision_model.{n}": t for n, t in merged.items()})
     reload(tmp_path / "out", kind)
 
 
-def test_scope_leaves_the_rest_of_whole_models_alone(tmp_path: Path) -> None:
-    for seed, name in enumerate(("base", "tuned")):
-        clip("CLIPModel", seed).save_pretrained(tmp_path / name)
-    merged = merge_one(tmp_path, tmp_path / "base", tmp_path / "tuned", "--scope", "vision_model")
-    for name, values in load(tmp_path / "base").items():
-        inside = name.startswith("vision_model.")
-        assert_from(merged, {name: load(tmp_path / "tuned")[name] if inside else values})
-    assert list(record(tmp_path)["copied"]) == ["outside --scope vision_model"]
-    assert list(record(tmp_path)["ignored"]["tuned"]) == ["outside --scope"]
+@pytest.mark.parametrize(
+    ("kind", "more", "chosen"),
+    [
+        ("CLIPModel", ["--scope", "vision_model"], lambda n: n.startswith("vision_model.")),
+        ("LlamaForCausalLM", ["--scope", "model.layers.1"], lambda n: ".layers.1." in n),
+        (
+            "LlamaForCausalLM",
+            ["--include", "*.mlp.*", "*.self_attn.*", "--exclude", "*.layers.0.*"],
+            lambda n: "layers.1." in n and ("mlp" in n or "self_attn" in n),
+        ),
+    ],
+)
+def test_a_part_is_chosen_and_the_rest_is_the_bases(tmp_path: Path, kind, more, chosen) -> None:
+    base, tuned = make(tmp_path, kind, "base"), make(tmp_path, kind, "tuned")
+    merged, record = merge_one(tmp_path, *more)
+    assert_from(merged, {n: tuned[n] if chosen(n) else t for n, t in base.items()})
+    if more[0] == "--scope":
+        assert list(record["copied"]) == [f"outside --scope {more[1]}"]
+        assert list(record["ignored"]["tuned"]) == ["outside --scope"]
 
 
-def test_scope_can_be_one_layer_of_a_language_model(tmp_path: Path) -> None:
-    for seed, name in enumerate(("base", "tuned")):
-        llama("LlamaForCausalLM", seed).save_pretrained(tmp_path / name)
-    merged = merge_one(tmp_path, tmp_path / "base", tmp_path / "tuned", "--scope", "model.layers.1")
-    changed = {n for n, t in load(tmp_path / "base").items() if not torch.equal(t, merged[n])}
-    norms = {
-        f"model.layers.1.{n}.weight" for n in ("input_layernorm", "post_attention_layernorm")
-    }  # all ones
-    assert changed | norms == {n for n in merged if n.startswith("model.layers.1.")}
+TIED = {"tie_word_embeddings": True}
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
-def test_include_and_exclude_choose_tensors_and_the_rest_is_the_bases(tmp_path: Path) -> None:
-    for seed, name in enumerate(("base", "tuned")):
-        llama("LlamaForCausalLM", seed).save_pretrained(tmp_path / name)
-    more = ("--include", "*.mlp.*", "*.self_attn.*", "--exclude", "*.layers.0.*")
-    merged = merge_one(tmp_path, tmp_path / "base", tmp_path / "tuned", *more)
-    changed = {n for n, t in load(tmp_path / "base").items() if not torch.equal(t, merged[n])}
-    assert changed == {n for n in merged if "layers.1." in n and ("mlp" in n or "self_attn" in n)}
-
-
-def test_a_tied_model_is_merged_and_stays_tied(tmp_path: Path) -> None:
-    models = [llama("LlamaForCausalLM", seed, tied=True) for seed in range(2)]
-    for name, model in zip(("base", "tuned"), models, strict=True):
-        model.save_pretrained(tmp_path / name)
-    merged = merge_one(tmp_path, tmp_path / "base", tmp_path / "tuned")
-    assert "lm_head.weight" not in merged
+@pytest.mark.parametrize("written_out", [False, True])
+def test_a_tied_model_is_merged_and_stays_tied(tmp_path: Path, written_out: bool) -> None:
+    """A state dict holds both twins, the file of transformers one."""
+    make(tmp_path, "LlamaForCausalLM", "base", **TIED)
+    tuned = make(tmp_path, "LlamaForCausalLM", "tuned", **TIED)
+    if written_out:
+        state = reload(tmp_path / "base", "AutoModelForCausalLM").state_dict()
+        (tmp_path / "base/model.safetensors").unlink()
+        torch.save(state, tmp_path / "base/pytorch_model.bin")
+    merged, _ = merge_one(tmp_path)
+    assert (HEAD in merged) == written_out
     loaded = reload(tmp_path / "out", "AutoModelForCausalLM")
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
-    assert_from(loaded.state_dict(), models[1].state_dict())
+    assert_from(loaded.state_dict(), tuned)
 
 
-def tied_with_copy(root: Path, *, change: float) -> None:
-    """A tied base, and a fine-tune whose file also holds the head."""
-    llama("LlamaForCausalLM", 0, tied=True).save_pretrained(root / "base")
-    llama("LlamaForCausalLM", 1, tied=True).save_pretrained(root / "tuned")
-    held = load(root / "tuned")
-    head = held["model.embed_tokens.weight"].clone()
+@pytest.mark.parametrize("change", [0.0, 1e-3])
+def test_a_written_out_head_must_equal_its_twin(tmp_path: Path, change: float) -> None:
+    make(tmp_path, "LlamaForCausalLM", "base", **TIED)
+    tuned = make(tmp_path, "LlamaForCausalLM", "tuned", **TIED)
+    head = tuned[EMBEDDING].clone()
     head[-1, -1] += change
-    save_file(
-        held | {"lm_head.weight": head}, root / "tuned/model.safetensors", metadata={"format": "pt"}
-    )
-
-
-def test_a_written_out_head_that_equals_its_twin_is_fine(tmp_path: Path) -> None:
-    tied_with_copy(tmp_path, change=0.0)
-    merged = merge_one(tmp_path, tmp_path / "base", tmp_path / "tuned")
-    assert_from(
-        merged, {n: t for n, t in load(tmp_path / "tuned").items() if n != "lm_head.weight"}
-    )
-
-
-def test_a_head_that_differs_from_the_tied_bases_is_an_error(tmp_path: Path) -> None:
-    tied_with_copy(tmp_path, change=1e-3)
-    args = (
-        "merge",
-        "--base",
-        tmp_path / "base",
-        "--models",
-        tmp_path / "tuned",
-        "--out",
-        tmp_path / "out",
-    )
-    problem = refusal(tmp_path, *args)
-    assert problem.startswith(
-        'model "tuned": "lm_head.weight" differs from "model.embed_tokens.weight", but in the base the two are one'
-    )
-    succeed(*args, "--exclude", "model.embed_tokens.weight")
-
-
-def test_a_state_dict_writes_both_twins_and_merges_with_a_file_that_does_not(
-    tmp_path: Path,
-) -> None:
-    models = [llama("LlamaForCausalLM", seed, tied=True) for seed in range(2)]
-    models[0].save_pretrained(tmp_path / "base")
-    (tmp_path / "base/model.safetensors").unlink()
-    torch.save(models[0].state_dict(), tmp_path / "base/pytorch_model.bin")
-    models[1].save_pretrained(tmp_path / "tuned")
-    merge_one(tmp_path, tmp_path / "base", tmp_path / "tuned")
-    assert_from(
-        reload(tmp_path / "out", "AutoModelForCausalLM").state_dict(), models[1].state_dict()
-    )
+    save_file(tuned | {HEAD: head}, tmp_path / "tuned/model.safetensors", metadata={"format": "pt"})
+    if not change:
+        assert_from(merge_one(tmp_path)[0], tuned)
+        return
+    problem = refusal(tmp_path, *arguments(tmp_path))
+    differs = f'"{HEAD}" differs from "{EMBEDDING}", but in the base the two are one'
+    assert problem.startswith(f'model "tuned": {differs}')
+    succeed(*arguments(tmp_path, "--exclude", EMBEDDING))
 
 
 def test_an_untied_base_does_not_take_embeddings_for_its_head(tmp_path: Path) -> None:
-    llama("LlamaForCausalLM", 0).save_pretrained(tmp_path / "base")
-    llama("LlamaForCausalLM", 1, tied=True).save_pretrained(tmp_path / "tuned")
-    args = (
-        "merge",
-        "--base",
-        tmp_path / "base",
-        "--models",
-        tmp_path / "tuned",
-        "--out",
-        tmp_path / "out",
-    )
-    problem = refusal(tmp_path, *args)
-    assert problem.startswith('the base: "lm_head.weight" differs from "model.embed_tokens.weight"')
-    succeed(*args, "--exclude", "lm_head.weight")
-    assert torch.equal(
-        load(tmp_path / "out")["lm_head.weight"], load(tmp_path / "base")["lm_head.weight"]
-    )
+    base = make(tmp_path, "LlamaForCausalLM", "base")
+    make(tmp_path, "LlamaForCausalLM", "tuned", **TIED)
+    problem = refusal(tmp_path, *arguments(tmp_path))
+    assert problem.startswith(f'the base: "{HEAD}" differs from "{EMBEDDING}"')
+    merged, _ = merge_one(tmp_path, "--exclude", HEAD)
+    assert torch.equal(merged[HEAD], base[HEAD])
 
 
 @pytest.mark.parametrize(
@@ -320,43 +248,23 @@ def test_an_untied_base_does_not_take_embeddings_for_its_head(tmp_path: Path) ->
 def test_a_language_model_merges_with_and_without_its_head(
     tmp_path: Path, kinds: tuple[str, str]
 ) -> None:
-    for seed, (name, kind) in enumerate(zip(("base", "tuned"), kinds, strict=True)):
-        llama(kind, seed).save_pretrained(tmp_path / name)
-    merged = merge_one(tmp_path, tmp_path / "base", tmp_path / "tuned")
-    held = {
-        n.removeprefix("model."): t
-        for n, t in load(tmp_path / "tuned").items()
-        if n != "lm_head.weight"
-    }
+    base, tuned = (make(tmp_path, k, n) for k, n in zip(kinds, ("base", "tuned"), strict=True))
+    merged, record = merge_one(tmp_path)
+    held = {n.removeprefix("model."): t for n, t in tuned.items() if n != HEAD}
     assert_from({n.removeprefix("model."): t for n, t in merged.items()}, held)
-    if kinds[0] == "LlamaForCausalLM":
-        assert torch.equal(merged["lm_head.weight"], load(tmp_path / "base")["lm_head.weight"])
-        assert record(tmp_path)["copied"] == {"lm_head: not in every model": ["lm_head.weight"]}
+    if HEAD in base:
+        assert torch.equal(merged[HEAD], base[HEAD])
+        assert record["copied"] == {"lm_head: not in every model": [HEAD]}
     else:
-        assert record(tmp_path)["ignored"] == {
-            "tuned": {"lm_head: not in the base": ["lm_head.weight"]}
-        }
+        assert record["ignored"] == {"tuned": {"lm_head: not in the base": [HEAD]}}
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_language_model_of_another_vocabulary_is_refused(tmp_path: Path, tied: bool) -> None:
-    llama("LlamaForCausalLM", 0, tied=tied).save_pretrained(tmp_path / "base")
-    llama("LlamaForCausalLM", 1, tied=tied, vocabulary=22).save_pretrained(tmp_path / "tuned")
-    from checkpoint_files import refused
-
-    args = (
-        "merge",
-        "--base",
-        tmp_path / "base",
-        "--models",
-        tmp_path / "tuned",
-        "--out",
-        tmp_path / "out",
-    )
-    names = (
-        ["model.embed_tokens.weight"] if tied else ["lm_head.weight", "model.embed_tokens.weight"]
-    )
-    assert sorted(refused(tmp_path, *args)) == [
+    make(tmp_path, "LlamaForCausalLM", "base", tie_word_embeddings=tied)
+    make(tmp_path, "LlamaForCausalLM", "tuned", tie_word_embeddings=tied, vocab_size=22)
+    names = [EMBEDDING] if tied else [HEAD, EMBEDDING]
+    assert sorted(refused(tmp_path, *arguments(tmp_path))) == [
         f'model "tuned": tensor "{n}" is (22, 8), the base has (20, 8); another vocabulary?'
         for n in names
     ]
@@ -397,22 +305,17 @@ def two_towers(*prefixes: str) -> dict[str, Entry]:
     return entries(*(f"{p}.layers.{i}.weight" for p, i in itertools.product(prefixes, range(9))))
 
 
-def test_a_model_that_fits_two_towers_needs_a_scope() -> None:
-    base, model = two_towers("left", "right"), entries(*(f"layers.{i}.weight" for i in range(9)))
-    (problem,) = align(base, {"m": model}).problems
-    assert problem == (
-        'model "m": its tensors fit several parts of the base equally well ("left", "right"); choose one with --scope'
-    )
-    found = align(base, {"m": model}, scope="right")
+@pytest.mark.parametrize(("left", "right"), [("left", "right"), ("a", "ba")])
+def test_a_model_that_fits_two_towers_needs_a_scope(left: str, right: str) -> None:
+    base, model = two_towers(left, right), entries(*(f"layers.{i}.weight" for i in range(9)))
+    assert align(base, {"m": model}).problems == [
+        f'model "m": its tensors fit several parts of the base equally well ("{left}", "{right}"); '
+        "choose one with --scope"
+    ]
+    found = align(base, {"m": model}, scope=right)
     assert not found.problems
-    assert found.merged == tuple(n for n in base if n.startswith("right."))
-    assert found.names["m"] == {f"right.layers.{i}.weight": f"layers.{i}.weight" for i in range(9)}
-
-
-def test_two_towers_whose_names_contain_each_other_are_still_two() -> None:
-    base, model = two_towers("a", "ba"), entries(*(f"layers.{i}.weight" for i in range(9)))
-    (problem,) = align(base, {"m": model}).problems
-    assert '("a", "ba")' in problem
+    assert found.merged == tuple(n for n in base if n.startswith(f"{right}."))
+    assert found.names["m"] == {f"{right}.{n}": n for n in model}
 
 
 def test_a_prefix_of_data_parallel_training_is_dropped() -> None:
@@ -446,7 +349,7 @@ def test_one_model_without_a_head_keeps_the_head_of_the_base_for_all() -> None:
 def test_half_a_head_is_a_missing_tensor() -> None:
     base = entries("net.0.weight", "classifier.weight", "classifier.bias")
     (problem,) = align(base, {"m": entries("net.0.weight", "classifier.weight")}).problems
-    assert problem.startswith('model "m": lacks 1 tensor of the base: "classifier.bias"')
+    assert problem.startswith('model "m": lacks "classifier.bias" of the base')
 
 
 def test_many_other_shapes_are_counted_and_not_all_listed() -> None:
@@ -456,18 +359,12 @@ def test_many_other_shapes_are_counted_and_not_all_listed() -> None:
     assert problems[-1] == 'model "m": 35 more tensors have another shape than in the base'
 
 
-def test_integer_codes_of_a_quantised_base_are_refused() -> None:
+def test_integers_are_copied_unless_they_are_codes_of_what_is_quantised() -> None:
+    counters = ["net.0.num_batches_tracked", "embeddings.position_ids"]
+    base = entries("net.0.weight") | entries(*counters, dtype="I64")
+    found = align(base, {"m": entries("net.0.weight")})
+    assert not found.problems
+    assert found.copied == {"not a float tensor (I64)": counters}
     base = entries("net.0.scales") | entries("net.0.qweight", dtype="I32")
     (problem,) = align(base, {"m": base}).problems
     assert 'quantised (I32): "net.0.qweight"' in problem
-
-
-def test_integer_counters_are_not_quantised() -> None:
-    base = entries("net.0.weight") | entries(
-        "net.0.num_batches_tracked", "embeddings.position_ids", dtype="I64"
-    )
-    found = align(base, {"m": entries("net.0.weight")})
-    assert not found.problems
-    assert found.copied == {
-        "not a float tensor (I64)": ["net.0.num_batches_tracked", "embeddings.position_ids"]
-    }

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ def same(a, b) -> bool:
 
 
 def state_dict(path: Path, held: object, *, zipped: bool = True) -> Path:
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(exist_ok=True, parents=True)
     torch.save(held, path, _use_new_zipfile_serialization=zipped)
     return path
 
@@ -53,40 +54,31 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", list(FORMS))
-def test_every_form_holds_the_same_tensors(tmp_path: Path, form: str) -> None:
-    held = toy()
-    assert same(open_tensors(FORMS[form](tmp_path, held)), held)
-
-
-@pytest.mark.parametrize("form", list(FORMS))
 def test_every_form_merges_to_the_same_bits(tmp_path: Path, form: str) -> None:
     world = make_world(tmp_path)
     succeed(*world.args)
-    other = FORMS[form](tmp_path, world.models[0])
-    rest = ("--base", world.root / "base", "--out", world.root / "again")
-    succeed("merge", *rest, "--models", other, world.root / "m1")
-    assert same(load(world.root / "again"), load(world.out))
+    base, other = (
+        FORMS[form](tmp_path / name, held)
+        for name, held in (("of the base", world.base), ("of a model", world.models[0]))
+    )
+    assert same(open_tensors(other), world.models[0])
+    succeed("merge", "--base", base, "--models", other, world.root / "m1", "--out", tmp_path / "x")
+    assert same(load(tmp_path / "x"), load(world.out))
 
 
-@pytest.mark.parametrize("form", ["directory", "shards", "bin in a directory"])
-def test_every_form_can_be_the_base(tmp_path: Path, form: str) -> None:
-    world = make_world(tmp_path)
-    succeed(*world.args)
-    base = FORMS[form](tmp_path, world.base)
-    succeed(*world.args, "--base", base, "--out", world.root / "again")
-    assert same(load(world.root / "again"), load(world.out))
-
-
-def test_shards_of_a_state_dict_are_read_together(tmp_path: Path) -> None:
+@pytest.mark.parametrize("twice", [False, True])
+def test_shards_of_a_state_dict_are_read_together(tmp_path: Path, twice: bool) -> None:
     held = toy()
     names = list(held)
-    for i, part in enumerate((names[:3], names[3:]), 1):
+    for i, part in enumerate((names[:3], names[2 if twice else 3 :]), 1):
         state_dict(tmp_path / f"x/pytorch_model-{i}.bin", {n: held[n] for n in part})
     weight_map = {n: f"pytorch_model-{1 + (n in names[3:])}.bin" for n in names}
-    import json
-
     (tmp_path / "x/pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    assert same(open_tensors(tmp_path / "x"), held)
+    if not twice:
+        assert same(open_tensors(tmp_path / "x"), held)
+        return
+    with pytest.raises(DeltaflError, match=f'"{names[2]}".*another file of the checkpoint'):
+        open_tensors(tmp_path / "x")
 
 
 class Evil:
@@ -99,14 +91,12 @@ class Evil:
         return os.system, (f"touch '{self.target}'",)
 
 
-@pytest.mark.parametrize("kind", ["zip", "legacy", "bare pickle", "instead of a tensor"])
+@pytest.mark.parametrize("kind", ["zip", "legacy", "bare pickle"])
 def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path: Path, kind: str) -> None:
     world, mark = make_world(tmp_path), tmp_path.parent / f"{tmp_path.name}-ran"
     file = world.root / "evil.bin"
     if kind == "bare pickle":
         file.write_bytes(pickle.dumps({"w": Evil(mark)}, protocol=2))
-    elif kind == "instead of a tensor":
-        torch.save({"embed.weight": Evil(mark)}, file)
     else:
         torch.save(
             {**world.models[0], "hook": Evil(mark)},
@@ -125,13 +115,6 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path: Path, kin
     )
     assert mark.exists()  # the trap works: only the refusal kept it shut
     mark.unlink()
-
-
-def test_a_whole_pickled_module_is_refused(tmp_path: Path) -> None:
-    world = make_world(tmp_path)
-    torch.save(torch.nn.Linear(2, 2), world.root / "module.pt")
-    problem = refusal(world.root, *world.args, "--models", world.root / "module.pt")
-    assert "would run code (torch.nn.modules.linear.Linear)" in problem
 
 
 DAMAGE = {
@@ -173,7 +156,7 @@ def test_a_file_that_is_no_state_dict_is_an_error(tmp_path: Path, held: object) 
 
 def test_blocks_are_the_tensors_parts(tmp_path: Path) -> None:
     held = toy(dtype=torch.bfloat16)
-    with Checkpoint(read_layout(save(tmp_path / "x", held))) as checkpoint:
+    with closing(Checkpoint(read_layout(save(tmp_path / "x", held)))) as checkpoint:
         name = "layer.0.weight"
         flat = held[name].reshape(-1)
         for start, stop in ((0, 1), (5, 7), (60_000, 80_000), (len(flat) - 1, len(flat)), (3, 3)):
@@ -183,21 +166,12 @@ def test_blocks_are_the_tensors_parts(tmp_path: Path) -> None:
 
 def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path) -> None:
     folder = save(tmp_path / "x", toy())
-    with Checkpoint(read_layout(folder)) as checkpoint:
+    with closing(Checkpoint(read_layout(folder))) as checkpoint:
         os.truncate(folder / "model.safetensors", 1000)
         with pytest.raises(
             DeltaflError, match=r"ended while tensor .* was read; was it changed meanwhile\?"
         ):
             dict(checkpoint)
-
-
-def test_a_closed_checkpoint_holds_no_file(tmp_path: Path) -> None:
-    layout = read_layout(save(tmp_path / "x", toy(), shards=2))
-    before = len(os.listdir("/proc/self/fd"))
-    checkpoint = Checkpoint(layout)
-    assert len(os.listdir("/proc/self/fd")) == before + 2
-    checkpoint.close()
-    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_file_that_vanished_leaves_no_other_open(tmp_path: Path) -> None:
@@ -212,29 +186,18 @@ def test_a_file_that_vanished_leaves_no_other_open(tmp_path: Path) -> None:
 def test_entries_of_a_dict_say_what_entries_of_a_file_say(tmp_path: Path) -> None:
     held = toy() | {"half": torch.ones(2, dtype=torch.float16), "flag": torch.tensor(True)}
     save_file(held, tmp_path / "x.safetensors")
-    with Checkpoint(read_layout(tmp_path / "x.safetensors")) as checkpoint:
+    with closing(Checkpoint(read_layout(tmp_path / "x.safetensors"))) as checkpoint:
         in_file, in_memory = entries_of(checkpoint), entries_of(held)
         assert set(in_file) == set(in_memory)
         for name in held:
-            assert (in_file[name].dtype, in_file[name].shape) == (
-                in_memory[name].dtype,
-                in_memory[name].shape,
-            )
+            there, here = in_file[name], in_memory[name]
+            assert (there.dtype, there.shape) == (here.dtype, here.shape)
 
 
 def test_a_state_dict_with_a_dtype_that_no_merge_knows_is_refused(tmp_path: Path) -> None:
     file = state_dict(tmp_path / "x.pt", {"w": torch.zeros(2, dtype=torch.complex128)})
     with pytest.raises(DeltaflError, match=r'"w" has dtype torch\.complex128'):
         open_tensors(file)
-
-
-def test_pickled_shards_that_hold_a_tensor_twice_are_refused(tmp_path: Path) -> None:
-    state_dict(tmp_path / "x/pytorch_model-1.bin", {"a": torch.zeros(1), "b": torch.zeros(1)})
-    state_dict(tmp_path / "x/pytorch_model-2.bin", {"b": torch.ones(1)})
-    weight_map = {"a": "pytorch_model-1.bin", "b": "pytorch_model-2.bin"}
-    (tmp_path / "x/pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(DeltaflError, match=r'"b".*another file of the checkpoint'):
-        open_tensors(tmp_path / "x")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +29,7 @@ from checkpoint_files import (
     succeed,
     toy,
     tuned,
-)  # fmt: skip
+)
 from deltafl.checkpoints.layout import fingerprint, read_layout
 from deltafl.rules.rule import load_rules, parameters
 from deltafl.sizes import as_bytes
@@ -41,179 +40,128 @@ def world(tmp_path: Path) -> World:
     return make_world(tmp_path)
 
 
+def record_of(folder: Path) -> dict:
+    return json.loads((folder / "deltafl.json").read_text())
+
+
 # What a merge does
 
 
-def test_a_merge_is_the_base_plus_the_scaled_sum_of_the_deltas(world: World) -> None:
-    succeed(*world.args, "--scaling-coef", 0.3)
+def test_a_merge_is_the_base_plus_the_scaled_sum_of_the_deltas(world: World):
+    said = succeed(*world.args, "--scaling-coef", 0.3).out
     merged, wanted = load(world.out), mean_step(world.base, world.models, 0.3)
     assert set(merged) == set(world.base)
-    for name, values in wanted.items():
-        np.testing.assert_allclose(
-            merged[name].double().numpy(), values, rtol=2e-7, atol=2e-7
-        )  # a few float32 ulps
+    for name, values in wanted.items():  # to a few float32 ulps
+        np.testing.assert_allclose(merged[name].double().numpy(), values, rtol=2e-7, atol=2e-7)
+    assert torch.equal(merged["steps"], world.base["steps"]), "integers come from the base"
+    assert record_of(world.out)["copied"] == {"not a float tensor (I64)": ["steps"]}
+    assert "copied from the base: 1 tensors (not a float tensor (I64))" in said
 
 
-def test_server_lr_is_lambda_times_the_number_of_models(world: World) -> None:
-    succeed(*world.args, "--scaling-coef", 0.25, "--out", world.root / "sum")
-    succeed(*world.args, "--server-lr", 0.5, "--out", world.root / "mean")
-    assert world.file("sum").read_bytes() == world.file("mean").read_bytes()
-    records = [json.loads((world.root / n / "deltafl.json").read_text()) for n in ("sum", "mean")]
-    assert [(r["server_lr"], r["scaling_coef"]) for r in records] == [(0.5, 0.25)] * 2
-
-
-def test_integers_come_from_the_base_and_are_listed(world: World) -> None:
-    outcome = succeed(*world.args)
-    assert torch.equal(load(world.out)["steps"], world.base["steps"])
-    record = json.loads((world.out / "deltafl.json").read_text())
-    assert record["copied"] == {"not a float tensor (I64)": ["steps"]}
-    assert "copied from the base: 1 tensors (not a float tensor (I64))" in outcome.out
-
-
-def test_bool_tensors_come_from_the_base(tmp_path: Path) -> None:
+def test_bool_tensors_come_from_the_base_and_negative_weights_subtract(tmp_path: Path):
     base = toy() | {"mask": torch.tensor([True, False])}
-    save(tmp_path / "base", base)
-    save(tmp_path / "m", tuned(base, 0) | {"mask": torch.tensor([False, False])})
-    succeed(
-        "merge", "--base", tmp_path / "base", "--models", tmp_path / "m", "--out", tmp_path / "out"
-    )
-    assert load(tmp_path / "out")["mask"].tolist() == [True, False]
-
-
-def test_models_can_be_listed_after_one_option_or_each_after_its_own(world: World) -> None:
-    base, m0, m1 = (world.root / n for n in ("base", "m0", "m1"))
-    one = ("merge", "--base", base, "--models", m0, m1, "--weights", -0.5, "1e0")
-    each = ("merge", "--base", base, "--models", m0, "--models", m1, "--weights=-0.5", 1)
-    succeed(*one, "--out", world.root / "a")
-    succeed(*each, "--out", world.root / "b")
-    assert world.file("a").read_bytes() == world.file("b").read_bytes()
-
-
-def test_a_negative_weight_subtracts_a_model(world: World) -> None:
-    succeed(*world.args, "--weights", -1, 1, "--scaling-coef", 0.5)
-    merged = load(world.out)
-    for name, theta in world.base.items():
+    models = [tuned(base, i) | {"mask": torch.tensor([False, False])} for i in range(2)]
+    paths = [save(tmp_path / f"m{i}", model) for i, model in enumerate(models)]
+    called = ("merge", "--base", save(tmp_path / "base", base), "--models", *paths)
+    succeed(*called, "--weights", -1, 1, "--scaling-coef", 0.5, "--out", tmp_path / "out")
+    merged = load(tmp_path / "out")
+    assert merged["mask"].tolist() == [True, False]
+    for name, theta in base.items():
         if theta.is_floating_point():
-            want = theta.double() + 0.5 * (
-                world.models[1][name].double() - world.models[0][name].double()
-            )
-            torch.testing.assert_close(merged[name].double(), want, rtol=2e-7, atol=2e-7)
+            moved = models[1][name].double() - models[0][name].double()
+            wanted = theta.double() + 0.5 * moved
+            torch.testing.assert_close(merged[name].double(), wanted, rtol=2e-7, atol=2e-7)
 
 
-def test_a_recipe_gives_the_same_bits_as_the_flags(world: World) -> None:
-    options = ("--method", "fedgma", "--rho", 0.6, "--scaling-coef", 0.3, "--weights", 1, 2)
-    succeed(*world.args, *options, "--threads", 1)
-    recipe = {
-        "base": str(world.root / "base"), "models": [str(world.root / "m0"), {"path": str(world.root / "m1")}],
-        "method": "fedgma", "rho": 0.6, "scaling_coef": 0.3, "weights": [1, 2], "out": str(world.root / "recipe"),
-    }  # fmt: skip
-    (world.root / "r.yaml").write_text(yaml.safe_dump(recipe))
-    succeed("merge", world.root / "r.yaml")
-    assert (world.root / "recipe/model.safetensors").read_bytes() == world.file("out").read_bytes()
+SAME = {
+    "lambda is server_lr / n": ("--scaling-coef 0.25", "--server-lr 0.5", {}),
+    "weights of their own": ("--weights -0.5 1e0", "--weights=-0.5 1", {}),
+    "each model after its option": ("", "--models M0 --models M1", {}),
+    "a file": (
+        "--method fedgma --rho 0.6 --scaling-coef 0.3 --weights 1 2 --threads 1",
+        "",
+        {"method": "fedgma", "rho": 0.6, "scaling_coef": 0.3, "weights": [1, 2]},
+    ),
+    "options go before the file": (
+        "--server-lr 0.5 --weights 1 1",
+        "--server-lr 0.5 --weights 1 1",
+        {"scaling_coef": 9.0, "out": "unused", "weights": [5, 5]},
+    ),
+}
 
 
-def test_flags_go_before_the_recipe(world: World) -> None:
-    recipe = {
-        "base": str(world.root / "base"),
-        "models": [str(world.root / "m0"), str(world.root / "m1")],
-    }
-    recipe |= {"scaling_coef": 9.0, "out": str(world.root / "unused"), "weights": [5, 5]}
-    (world.root / "r.yaml").write_text(yaml.safe_dump(recipe))
-    succeed(
-        "merge", world.root / "r.yaml", "--server-lr", 0.5, "--out", world.out, "--weights", 1, 1
-    )
-    succeed(*world.args, "--server-lr", 0.5, "--out", world.root / "flags")
-    assert world.file("out").read_bytes() == (world.root / "flags/model.safetensors").read_bytes()
+@pytest.mark.parametrize(("one", "other", "file"), SAME.values(), ids=SAME)
+def test_two_ways_to_say_one_merge_give_the_same_bits(world: World, one, other, file):
+    base, *models = (str(world.root / name) for name in ("base", "m0", "m1"))
+    succeed(*world.args, *one.split())
+    other = other.replace("M0", models[0]).replace("M1", models[1])
+    given = {"base": base, "models": [models[0], {"path": models[1]}], **file}
+    (world.root / "r.yaml").write_text(yaml.safe_dump(given))
+    succeed("merge", world.root / "r.yaml", *other.split(), "--out", world.root / "other")
+    assert world.file("out").read_bytes() == world.file("other").read_bytes()
+    (one, two) = (record_of(world.root / name) for name in ("out", "other"))
+    assert (one["server_lr"], one["scaling_coef"]) == (two["server_lr"], two["scaling_coef"])
     assert not (world.root / "unused").exists()
 
 
-def test_a_dry_run_prints_the_plan_and_writes_nothing(world: World) -> None:
+def test_a_dry_run_prints_the_plan_and_writes_nothing(world: World):
     before = files_in(world.root)
     outcome = succeed(*world.args, "--method", "ties", "--dry-run")
     assert files_in(world.root) == before
-    held = [
-        sum(f.stat().st_size for f in world.root.glob(f"{n}/*.safetensors"))
-        for n in ("base", "m0", "m1")
-    ]
+    held = sum(world.file(name).stat().st_size for name in ("base", "m0", "m1"))
     elements = sum(t.numel() for t in world.base.values() if t.is_floating_point())
     assert f"5 merged ({elements:,} elements)" in outcome.out
-    assert f"read: {2 * sum(held) / 1e6:.1f} MB in 2 passes over 3 checkpoints" in outcome.out
+    assert f"read: {2 * held / 1e6:.1f} MB in 2 passes over 3 checkpoints" in outcome.out
     assert f"write: {as_bytes(sum(t.nbytes for t in world.base.values()))}" in outcome.out
     assert "memory: about" in outcome.out
     assert not outcome.err
 
 
-def test_the_record_says_what_went_in(world: World) -> None:
+def test_the_record_says_what_went_in(world: World):
     succeed(*world.args, "--method", "cclip", "--rho", 0.5, "--hash")
-    record = json.loads((world.out / "deltafl.json").read_text())
-    assert record["method"] == "cclip"
-    assert record["params"] == {"rho": 0.5}
-    assert record["base"]["ref"] == str(world.root / "base")
-    assert record["base"]["bytes"] == world.file("base").stat().st_size
-    for said, name in (
-        (record["base"], "base"),
-        (record["models"][0], "m0"),
-        (record["models"][1], "m1"),
-    ):
-        assert said["sha256"] == {
-            "model.safetensors": hashlib.sha256(world.file(name).read_bytes()).hexdigest()
-        }
-    succeed(*world.args, "--overwrite")
-    assert json.loads((world.out / "deltafl.json").read_text())["base"]["sha256"] is None
-    assert record["models"][0]["header_sha256"] == record["base"]["header_sha256"]
-    assert record["models"][0]["fingerprint"] != record["base"]["fingerprint"]
+    record = record_of(world.out)
+    assert (record["method"], record["params"]) == ("cclip", {"rho": 0.5})
+    base, models = record["base"], record["models"]
+    assert base["ref"] == str(world.root / "base")
+    assert base["bytes"] == world.file("base").stat().st_size
+    for told, name in zip((base, *models), ("base", "m0", "m1"), strict=True):
+        digest = hashlib.sha256(world.file(name).read_bytes()).hexdigest()
+        assert told["sha256"] == {"model.safetensors": digest}
+    assert models[0]["header_sha256"] == base["header_sha256"]
+    assert models[0]["fingerprint"] != base["fingerprint"]
     assert record["versions"]["torch"] == torch.__version__
-
-
-def test_steps_and_examples_come_from_training_json_unless_given(tmp_path: Path) -> None:
-    base = toy()
-    save(tmp_path / "base", base)
-    for i in range(2):
-        save(
-            tmp_path / f"m{i}",
-            tuned(base, i),
-            training={"num_steps": 100 * (i + 1), "num_examples": 7},
-        )
-    models = (tmp_path / "m0", tmp_path / "m1")
-    args = ("merge", "--base", tmp_path / "base", "--models", *models, "--method", "fednova")
-    succeed(*args, "--out", tmp_path / "out")
-    # FedNova, equal p: c_i = mean(tau) / (n tau_i), methods.md section 2
-    assert json.loads((tmp_path / "out/deltafl.json").read_text())["coefficients"] == pytest.approx(
-        [0.75, 0.375]
-    )
-    succeed(*args, "--out", tmp_path / "given", "--num-steps", 10, 10)
-    assert json.loads((tmp_path / "given/deltafl.json").read_text())[
-        "coefficients"
-    ] == pytest.approx([0.5, 0.5])
-
-
-def test_off_a_terminal_nothing_is_drawn_and_quiet_says_nothing(world: World) -> None:
-    assert succeed(*world.args).err == ""
+    assert succeed(*world.args, "--overwrite").err == "", "off a terminal nothing is drawn"
+    assert record_of(world.out)["base"]["sha256"] is None
     outcome = succeed(*world.args, "--quiet", "--overwrite")
     assert (outcome.out, outcome.err) == ("", "")
 
 
-def test_rules_lists_every_method_with_its_parameters() -> None:
-    told = succeed("rules").out
-    rules = load_rules()
+def test_steps_and_examples_come_from_training_json_unless_given(world: World):
+    for i in range(2):
+        facts = {"num_steps": 100 * (i + 1), "num_examples": 7}
+        (world.root / f"m{i}" / "training.json").write_text(json.dumps(facts))
+    # FedNova, equal p: c_i = mean(tau) / (n tau_i), methods.md section 2
+    for given, wanted in (((), [0.75, 0.375]), (("--num-steps", 10, 10), [0.5, 0.5])):
+        succeed(*world.args, "--method", "fednova", *given, "--overwrite")
+        assert record_of(world.out)["coefficients"] == pytest.approx(wanted)
+
+
+def test_rules_lists_every_method_with_its_parameters():
+    told, rules = succeed("rules").out, load_rules()
     for name in rules:
         assert f"\n{name}\n" in "\n" + told
         one = succeed("rules", name).out
-        for key in parameters(rules[name]):
-            assert f"--{key.replace('_', '-')}" in one
+        assert all(f"--{key.replace('_', '-')}" in one for key in parameters(rules[name]))
         assert "native scale: " in one
-
-
-def test_rules_offers_the_right_name_for_a_misspelt_one() -> None:
     assert problems_of(cli("rules", "fedgm")) == ['unknown method "fedgm"; did you mean "fedgma"?']
 
 
 # Bad input: one clear line, exit code 2, nothing written
 
+Change = Callable[[World], object]
 
-def changed(
-    model: str, name: str, to: Callable[[Tensor], Tensor] | None
-) -> Callable[[World], None]:
+
+def changed(model: str, name: str, to: Callable[[Tensor], Tensor] | None) -> Change:
     """A change on disk: a tensor of a model is another one, or missing."""
 
     def change(world: World) -> None:
@@ -224,130 +172,91 @@ def changed(
     return change
 
 
-def cut(model: str, keep: int) -> Callable[[World], None]:
-    """A change on disk: a file that ends too early."""
-    return lambda world: bytes_of(world, model, lambda raw: raw[:keep])
+def raw(change: Callable[[bytes], bytes], model: str = "m0") -> Change:
+    """A change of the bytes of a file."""
+    return lambda world: world.file(model).write_bytes(change(world.file(model).read_bytes()))
 
 
-def bytes_of(world: World, model: str, change: Callable[[bytes], bytes]) -> None:
-    world.file(model).write_bytes(change(world.file(model).read_bytes()))
-
-
-def raw(change: Callable[[bytes], bytes]) -> Callable[[World], None]:
-    return lambda world: bytes_of(world, "m0", change)
-
-
-def header(change: Callable[[Any], object]) -> Callable[[World], None]:
+def header(change: Callable[[dict], object]) -> Change:
     return lambda world: patch_header(world.file("m0"), change)
 
 
-def written(path: str, text: str) -> Callable[[World], None]:
-    def change(world: World) -> None:
-        (world.root / path).write_text(text)
-
-    return change
+def embed(**changes: object) -> Change:
+    return header(lambda h: h["embed.weight"].update(changes))
 
 
-def everywhere(name: str, to: Callable[[Tensor], Tensor]) -> Callable[[World], None]:
-    return lambda world: [changed(m, name, to)(world) for m in ("base", "m0", "m1")] and None
+def written(path: str, text: str) -> Change:
+    return lambda world: (world.root / path).write_text(text)
+
+
+def everywhere(name: str, to: Callable[[Tensor], Tensor]) -> Change:
+    return lambda world: [changed(m, name, to)(world) for m in ("base", "m0", "m1")]
 
 
 def float8(tensor: Tensor) -> Tensor:
     return tensor.to(torch.float8_e4m3fn)
 
 
+BIAS, EMBED = "layer.0.bias", "embed.weight"
 CORRUPT = r'".*m0/model\.safetensors": .*corrupt'
 NO_FILE = CORRUPT + "|truncated or not a safetensors file"
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+TRAINING = (
+    '{|[]|{"num_steps": "many"}|{"num_steps": true}|{"num_steps": 1.5}|{"base": "x"}|{"lr": []}'
+)
 
-FILES: dict[str, tuple[Callable[[World], None], str]] = {
-    "missing": (
-        changed("m1", "layer.0.bias", None),
-        'model "m1": lacks 1 tensor of the base: "layer.0.bias".*--exclude',
+FILES: list[tuple[Change, str]] = [
+    (changed("m1", BIAS, None), f'model "m1": lacks "{BIAS}" of the base.*--exclude'),
+    (changed("m0", "x", torch.clone), 'model "m0": has "x", which the base lacks'),
+    (
+        changed("m0", BIAS, lambda t: t[:7].clone()),
+        rf'model "m0": tensor "{BIAS}" is \(7,\), the base has \(8,\)',
     ),
-    "extra": (
-        changed("m0", "layer.1.weight", torch.clone),
-        'model "m0": has 1 tensor that the base lacks: "layer.1.weight"',
+    (
+        changed("m1", EMBED, lambda t: torch.ones(11, 8)),
+        rf'model "m1": tensor "{EMBED}" is \(11, 8\), the base has \(9, 8\); another vocabulary\?$',
     ),
-    "shape": (
-        changed("m0", "layer.0.bias", lambda t: t[:7].clone()),
-        r'model "m0": tensor "layer.0.bias" is \(7,\), the base has \(8,\)',
-    ),
-    "vocabulary": (
-        changed("m1", "embed.weight", lambda t: torch.ones(11, 8)),
-        r'model "m1": tensor "embed.weight" is \(11, 8\), the base has \(9, 8\); another vocabulary\?$',
-    ),
-    "quantised": (
-        changed("m1", "embed.weight", float8),
-        'model "m1": 1 tensor is F8_E4M3, in the base F32: "embed.weight"',
-    ),
-    "quantised base": (
-        everywhere("embed.weight", float8),
-        r'the base: 1 tensor is quantised \(F8_E4M3\): "embed.weight"; ',
-    ),
-    "integer": (
-        changed("m0", "layer.0.bias", torch.Tensor.long),
-        'model "m0": 1 tensor is I64, in the base F32: "layer.0.bias"',
-    ),
-    **{
-        f"{name} cut to {keep}": (
-            cut(name, keep),
-            f'".*{name}/model.safetensors": .*truncated.*download it again',
-        )
+    (changed("m1", EMBED, float8), f'model "m1": F8_E4M3 where the base has F32: "{EMBED}"'),
+    (everywhere(EMBED, float8), rf'the base is quantised \(F8_E4M3\): "{EMBED}"; '),
+    (changed("m0", BIAS, Tensor.long), f'model "m0": I64 where the base has F32: "{BIAS}"'),
+    *(
+        (raw(lambda b, keep=keep: b[:keep], name), f'".*{name}/model.*truncated.*download it again')
         for name in ("base", "m1")
         for keep in (0, 5, 100, -1)
-    },
-    "bytes after the end": (raw(lambda b: b + b"x"), "truncated, corrupt"),
-    "not json": (raw(lambda b: b[:8] + b"?" + b[9:]), CORRUPT),
-    "not text": (raw(lambda b: b[:9] + b"\xff\xfe" + b[11:]), CORRUPT),
-    "endless": (raw(lambda b: b"\xff" * 8 + b[8:]), NO_FILE),
-    "deep": (raw(lambda b: (200_000).to_bytes(8, "little") + b"[" * 200_000), NO_FILE),
-    "a list": (raw(lambda b: (2).to_bytes(8, "little") + b"[]"), NO_FILE),
-    "git lfs pointer": (
-        raw(lambda b: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
-        NO_FILE,
     ),
-    "overlap": (
-        header(lambda h: h["embed.weight"].update(data_offsets=h["layer.0.bias"]["data_offsets"])),
-        CORRUPT,
+    (raw(lambda b: b + b"x"), "truncated, corrupt"),
+    (raw(lambda b: b[:8] + b"?" + b[9:]), CORRUPT),
+    (raw(lambda b: b[:9] + b"\xff\xfe" + b[11:]), CORRUPT),
+    (raw(lambda b: b"\xff" * 8 + b[8:]), NO_FILE),
+    (raw(lambda b: (200_000).to_bytes(8, "little") + b"[" * 200_000), NO_FILE),
+    (raw(lambda b: (2).to_bytes(8, "little") + b"[]"), NO_FILE),
+    (raw(lambda b: POINTER), NO_FILE),
+    (header(lambda h: h[EMBED].update(data_offsets=h[BIAS]["data_offsets"])), CORRUPT),
+    (embed(shape=[8, 8]), CORRUPT),
+    (embed(shape=[-9, -8]), CORRUPT),
+    (header(lambda h: h[EMBED].pop("shape")), CORRUPT),
+    (header(lambda h: h.update(odd=5)), CORRUPT),
+    (header(lambda h: h.pop(EMBED)), CORRUPT),
+    (embed(data_offsets=[288, 0]), CORRUPT),
+    (
+        embed(dtype="F8_E8M0", shape=[288]),
+        f'tensor "{EMBED}" has dtype F8_E8M0, which is not supported',
     ),
-    "another shape": (header(lambda h: h["embed.weight"].update(shape=[8, 8])), CORRUPT),
-    "negative shape": (header(lambda h: h["embed.weight"].update(shape=[-9, -8])), CORRUPT),
-    "no shape": (header(lambda h: h["embed.weight"].pop("shape")), CORRUPT),
-    "no tensor": (header(lambda h: h.update(odd=5)), CORRUPT),
-    "a hole": (header(lambda h: h.pop("embed.weight")), CORRUPT),
-    "backwards": (header(lambda h: h["embed.weight"].update(data_offsets=[288, 0])), CORRUPT),
-    "unknown dtype": (
-        header(lambda h: h["embed.weight"].update(dtype="F8_E8M0", shape=[288])),
-        'tensor "embed.weight" has dtype F8_E8M0, which is not supported',
-    ),
-    **{
-        f"training.json {text}": (written("m1/training.json", text), '".*m1/training.json": ')
-        for text in (
-            "{",
-            "[]",
-            '{"num_steps": "many"}',
-            '{"num_steps": true}',
-            '{"num_steps": 1.5}',
-            '{"base": "x"}',
-            '{"lr": []}',
-        )
-    },
-}
+    *((written("m1/training.json", t), '".*m1/training.json": ') for t in TRAINING.split("|")),
+]
 """What is wrong on disk, and the line that says so."""
 
 
-@pytest.mark.parametrize(("change", "told"), list(FILES.values()), ids=list(FILES))
-def test_a_file_that_cannot_be_merged_is_one_line(
-    world: World, change: Callable[[World], None], told: str
-) -> None:
+@pytest.mark.parametrize(("change", "told"), FILES)
+def test_a_file_that_cannot_be_merged_is_one_line(world: World, change: Change, told: str):
     change(world)
     assert re.search(told, refusal(world.root, *world.args))
 
 
-def test_a_tensor_that_cannot_be_merged_can_be_left_out(world: World) -> None:
-    everywhere("embed.weight", float8)(world)
-    changed("m1", "layer.0.bias", None)(world)
-    succeed(*world.args, "--exclude", "embed.weight", "layer.0.bias")
+def test_a_tensor_that_cannot_be_merged_can_be_left_out(world: World):
+    everywhere(EMBED, float8)(world)
+    changed("m1", BIAS, None)(world)
+    succeed(*world.args, "--exclude", EMBED, BIAS)
 
 
 OPTIONS: dict[str, str] = {
@@ -372,14 +281,16 @@ OPTIONS: dict[str, str] = {
     "--config none.yaml": '"none.yaml": No such file',
 }
 """What is wrong among the options, and the line that says so."""
+if not torch.cuda.is_available():
+    OPTIONS["--device cuda"] = "--device cuda"
 
 
-@pytest.mark.parametrize(("options", "told"), list(OPTIONS.items()), ids=list(OPTIONS))
-def test_options_that_mean_nothing_are_one_line(world: World, options: str, told: str) -> None:
+@pytest.mark.parametrize(("options", "told"), OPTIONS.items(), ids=OPTIONS)
+def test_options_that_mean_nothing_are_one_line(world: World, options: str, told: str):
     assert re.search(told, refusal(world.root, *world.args, *options.split()))
 
 
-def test_what_is_needed_is_named_by_its_option(world: World) -> None:
+def test_what_is_needed_is_named_by_its_option(world: World):
     m0, base, out = (world.root / name for name in ("m0", "base", "out"))
     assert "--base" in refusal(world.root, "merge", "--models", m0, "--out", out)
     assert "--models" in refusal(world.root, "merge", "--base", base, "--out", out)
@@ -387,47 +298,38 @@ def test_what_is_needed_is_named_by_its_option(world: World) -> None:
     assert 'did you mean "merge"?' in refusal(world.root, "merg")
 
 
-METHODS = {
-    "task_arithmetic": [], "median": [], "fedgma": ["--rho", 0.5], "cclip": ["--rho", 1], "ties": [],
-    "dare": ["--drop-rate", 0.5], "geometric_median": [], "krum": [],
-}  # fmt: skip
+METHODS = ("task_arithmetic", "median", "fedgma --rho 0.5", "cclip --rho 1", "ties", "dare --drop-rate 0.5",
+           "geometric_median", "krum")  # fmt: skip
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_nan_and_inf_are_errors_that_name_tensor_and_model(
-    tmp_path: Path, method: str, value: float
-) -> None:
-    world = make_world(tmp_path, 3)
-    name = "layer.0.weight"
+def test_nan_and_inf_are_errors_that_name_tensor_and_model(tmp_path: Path, method: str, value):
+    world, name = make_world(tmp_path, 3), "layer.0.weight"
 
     def damage(tensor: Tensor) -> Tensor:
         tensor[7, 5:2000] = value  # long enough that random dropping cannot drop all of it
         return tensor
 
     changed("m1", name, damage)(world)
-    problem = refusal(world.root, *world.args, "--method", method, *METHODS[method])
-    assert problem.startswith(
-        f'model "m1": tensor "{name}" differs from the base by NaN or Inf (element '
-    )
+    called = (*world.args, "--method", *method.split())
+    problem = refusal(world.root, *called)
+    named = f'model "m1": tensor "{name}" differs from the base by NaN or Inf (element '
+    assert problem.startswith(named)
     assert "--exclude" in problem
-    succeed(*world.args, "--method", method, *METHODS[method], "--exclude", name)
+    succeed(*called, "--exclude", name)
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("scaling_coef", "much"), ("server_lr", [1]), ("server_lr", True), ("models", "m0"), ("models", []),
-        ("weights", "1 2"), ("num_steps", [1.5, 2]), ("rho", "high"), ("rho", True), ("exact", "perhaps"),
-        ("threads", -1), ("dtype", "bf16"), ("max_shard_size", "5 apples"), ("max_shard_size", 0), ("include", "a*"),
-        ("base", 5), ("out", 5),
-    ],
-)  # fmt: skip
-def test_a_recipe_value_of_the_wrong_type_is_an_error_that_names_its_key(
-    world: World, key: str, value: object
-) -> None:
-    recipe = {"base": "base", "models": ["m0", "m1"], "method": "fedgma", "rho": 0.5, key: value}
-    (world.root / "r.yaml").write_text(yaml.safe_dump(recipe))
+VALUES = "scaling_coef: much|server_lr: [1]|server_lr: true|models: m0|models: []|weights: 1 2|num_steps: [1.5, 2]|"
+VALUES += "rho: high|rho: true|exact: perhaps|threads: -1|dtype: bf16|max_shard_size: 5 apples|max_shard_size: 0|"
+VALUES += "include: a*|base: 5|out: 5"
+
+
+@pytest.mark.parametrize("line", VALUES.split("|"))
+def test_a_recipe_value_of_the_wrong_type_is_an_error_that_names_its_key(world: World, line: str):
+    recipe = {"base": "base", "models": ["m0", "m1"], "method": "fedgma", "rho": 0.5}
+    (world.root / "r.yaml").write_text(yaml.safe_dump(recipe | yaml.safe_load(line)))
+    key = line.split(":")[0]
     problem = refusal(world.root, "merge", world.root / "r.yaml")
     assert problem.startswith((f"{key}: ", f"{key}.0: "))
 
@@ -453,31 +355,27 @@ def index_of(folder: Path, **weight_map: object) -> Path:
 @pytest.mark.parametrize(
     "name", ["../m1/model.safetensors", "/etc/passwd", "..", "sub/x.safetensors"]
 )
-def test_an_index_that_points_outside_its_folder_is_not_followed(
-    world: World, odd: Path, name: str
-) -> None:
+def test_an_index_that_points_outside_its_folder_is_not_followed(world, odd, name: str):
     index = index_of(odd, layer_0_bias=name)
-    problem = refusal(world.root, *world.args, "--models", odd)
-    assert (
-        problem == f'"{index}": points outside its folder ("{name}"); do not trust this checkpoint'
-    )
+    told = f'"{index}": points outside its folder ("{name}"); do not trust this checkpoint'
+    assert refusal(world.root, *world.args, "--models", odd) == told
 
 
-def test_shards_that_are_missing_or_disagree_are_named(world: World, odd: Path) -> None:
-    second = "model-00002-of-00002.safetensors"
+def test_shards_that_are_missing_or_disagree_are_named(world: World, odd: Path):
+    second, called = "model-00002-of-00002.safetensors", (world.root, *world.args, "--models", odd)
     index_of(odd, embed_weight=second)
-    assert 'disagree about "embed.weight"' in refusal(world.root, *world.args, "--models", odd)
+    assert 'disagree about "embed.weight"' in refusal(*called)
     index_of(odd, embed_weight="model-00001-of-00002.safetensors")
     held = load(odd)
-    names = ("layer.0.weight", "embed.weight", "norm.weight", "steps")
+    names = ("layer.0.weight", EMBED, "norm.weight", "steps")
     save_file({n: held[n] for n in names}, odd / second)
-    assert "is in two shards" in refusal(world.root, *world.args, "--models", odd)
+    assert "disagree about" in refusal(*called)
     (odd / second).unlink()
-    assert f'the shard "{second}" is missing' in refusal(world.root, *world.args, "--models", odd)
+    assert f'the shard "{second}" is missing' in refusal(*called)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 5}', '{"weight_map": {"a": 5}}'])
-def test_a_broken_index_is_an_error(world: World, odd: Path, text: str) -> None:
+def test_a_broken_index_is_an_error(world: World, odd: Path, text: str):
     index = odd / "model.safetensors.index.json"
     index.write_text(text)
     problem = refusal(world.root, *world.args, "--models", odd)
@@ -485,15 +383,10 @@ def test_a_broken_index_is_an_error(world: World, odd: Path, text: str) -> None:
     assert "not an index" in problem
 
 
-def test_a_folder_without_weights_is_an_error(world: World) -> None:
-    (world.root / "empty").mkdir()
-    assert "no weights" in refusal(world.root, *world.args, "--base", world.root / "empty")
-
-
 # What fits, or not, together
 
 
-def test_a_fine_tune_of_another_base_is_refused_unless_insisted(world: World) -> None:
+def test_a_fine_tune_of_another_base_is_refused_unless_insisted(world: World):
     def trained_on(name: str) -> None:
         base = {"id": "the/other", "fingerprint": fingerprint(read_layout(world.root / name))}
         (world.root / "m1/training.json").write_text(json.dumps({"base": base}))
@@ -507,89 +400,67 @@ def test_a_fine_tune_of_another_base_is_refused_unless_insisted(world: World) ->
     assert "another base" not in succeed(*world.args, "--overwrite").out
 
 
-def test_a_delta_as_large_as_the_base_is_warned_of(world: World) -> None:
+def test_a_delta_as_large_as_the_base_is_warned_of(world: World):
     save(world.root / "far", tuned(world.base, 5, scale=1.0))
     outcome = succeed(*world.args, "--models", world.root / "m0", world.root / "far", "--quiet")
     assert outcome.err.startswith('warning: model "far": its delta is ')
     assert outcome.err.count("\n") == 1
-    assert "far" in str(json.loads((world.out / "deltafl.json").read_text())["warnings"])
+    assert "far" in str(record_of(world.out)["warnings"])
 
 
-def test_no_common_float_tensor_is_an_error(tmp_path: Path) -> None:
-    base = save(tmp_path / "base", {"steps": torch.tensor([1])})
-    model = save(tmp_path / "m", {"steps": torch.tensor([2])})
-    problem = refusal(tmp_path, "merge", "--base", base, "--models", model, "--out", tmp_path / "o")
+def test_without_weights_or_a_common_float_tensor_there_is_no_merge(world: World):
+    empty = world.root / "empty"
+    empty.mkdir()
+    assert "no weights" in refusal(world.root, *world.args, "--base", empty)
+    ints = [save(world.root / f"i{i}", {"steps": torch.tensor([i])}) for i in (1, 2)]
+    problem = refusal(
+        world.root, "merge", "--base", ints[0], "--models", ints[1], "--out", world.out
+    )
     assert problem == "base and models have no float tensor in common; is this the right base?"
 
 
 @pytest.mark.parametrize("method", ["fednova", "dare --drop-rate 0.5 --inner fednova"])
-def test_fednova_without_steps_names_every_model_and_the_option(world: World, method: str) -> None:
+def test_fednova_without_steps_names_every_model_and_the_option(world: World, method: str):
     problems = refused(world.root, *world.args, "--method", *method.split(), "--dry-run")
     assert [p.split(":")[1] for p in problems] == [' model "m0"', ' model "m1"']
     assert all("--num-steps" in p for p in problems)
 
 
-def test_every_problem_of_every_model_is_reported_at_once(tmp_path: Path) -> None:
+def test_every_problem_of_every_model_is_reported_at_once(tmp_path: Path):
     world = make_world(tmp_path, 5)
-    changed("m0", "layer.0.bias", None)(world)
-    changed("m1", "embed.weight", lambda t: torch.ones(11, 8))(world)
+    changed("m0", BIAS, None)(world)
+    changed("m1", EMBED, lambda t: torch.ones(11, 8))(world)
     changed("m1", "odd", torch.clone)(world)
-    cut("m2", -4)(world)
+    raw(lambda b: b[:-4], "m2")(world)
     world.file("m3").unlink()
     (world.root / "m3/model.bin").write_bytes(b"PK\x03\x04 no zip")
-    changed("m4", "layer.0.bias", torch.Tensor.int)(world)
+    changed("m4", BIAS, Tensor.int)(world)
     problems = refused(world.root, *world.args, "--method", "fedgm")
     for part in (
-        'unknown method "fedgm"', 'model "m0": lacks', 'model "m1": tensor "embed.weight"',
-        'model "m1": has 1 tensor', str(world.file("m2")), "model.bin", 'model "m4"',
+        'unknown method "fedgm"', 'model "m0": lacks', f'model "m1": tensor "{EMBED}"', 'model "m1": has "',
+        str(world.file("m2")), "model.bin", 'model "m4"',
     ):  # fmt: skip
         assert sum(part in p for p in problems) == 1, (part, problems)
     assert len(problems) == 7
 
 
-def test_a_device_that_is_not_there_is_an_error(world: World) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("a CUDA device is there")
-    assert "--device cuda" in refusal(world.root, *world.args, "--device", "cuda")
-
-
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_a_file_without_permission_is_an_error(world: World) -> None:
+def test_a_file_without_permission_is_an_error(world: World):
     world.file("m0").chmod(0)
     assert "cannot read or write" in refusal(world.root, *world.args)
 
 
-def test_an_existing_output_is_refused_and_left_as_it_is(world: World) -> None:
-    succeed(*world.args)
-    problem = refusal(world.root, *world.args, "--server-lr", 2)
-    assert problem == f'"{world.out}" exists; choose another --out, or replace it with --overwrite'
-
-
-def test_overwrite_leaves_nothing_of_the_old_output(world: World) -> None:
+def test_overwrite_leaves_nothing_of_the_old_output(world: World):
     succeed(*world.args, "--max-shard-size", "200KB")
     (world.out / "notes.txt").write_text("old")
     assert len(list(world.out.glob("*.safetensors"))) > 1
     succeed(*world.args, "--overwrite")
-    assert sorted(f.name for f in world.out.iterdir()) == [
-        "config.json",
-        "deltafl.json",
-        "model.safetensors",
-    ]
+    assert sorted(files_in(world.out)) == ["config.json", "deltafl.json", "model.safetensors"]
     assert sorted(p.name for p in world.root.iterdir()) == ["base", "m0", "m1", "out"]
 
 
-@pytest.mark.parametrize("files", [["thesis.tex"], ["config.json", "main.py"]])
-def test_overwrite_never_deletes_a_folder_that_is_not_a_model(
-    world: World, files: list[str]
-) -> None:
-    world.out.mkdir()
-    for name in files:
-        (world.out / name).write_text("precious")
-    assert "does not look like a model" in refusal(world.root, *world.args, "--overwrite")
-
-
 @pytest.mark.parametrize("name", ["base", "m0", "m1", ".", "m0/../m1", "link"])
-def test_an_output_that_is_an_input_is_refused(world: World, name: str) -> None:
+def test_an_output_that_is_an_input_is_refused(world: World, name: str):
     (world.root / "link").symlink_to("m1")
     problem = refusal(world.root, *world.args, "--out", world.root / name, "--overwrite")
     assert "is, or holds, the input" in problem or "does not look like a model" in problem

@@ -30,7 +30,7 @@ class Whole(Recipe):
     lambdas: tuple[float, ...] = Field((0.1, 1.0), description="Coefficients.")
     num_clients: int = Field(100, ge=1, description="Clients.")
     precision: Literal["no", "bf16"] = Field("no", description="Of the arithmetic.")
-    size: Size = Field(5_000_000_000, description="Of a file.")
+    size: Size = Field("5GB", validate_default=True, description="Of a file.")
     hash: bool = Field(False, description="Hash everything.")
     pin: bool = Field(True, description="Pin memory.")
     by_name: dict[str, float] = Field({}, description="Only in a file.")
@@ -87,7 +87,7 @@ def test_help_says_range_default_and_section():
         "--lambdas FLOAT Coefficients. Default: 0.1 1.0.",
         "--num-clients INTEGER Clients. 1 or more. Default: 100.",
         "--precision [no|bf16] Of the arithmetic. Default: no.",
-        "--size TEXT Of a file. Default: 5.0 GB.",
+        "--size TEXT Of a file. Default: 5GB.",
         "--pin / --no-pin",
         "Server: --rule TEXT",
         "--momentum FLOAT Of the server. 0 or more. Below 1.",

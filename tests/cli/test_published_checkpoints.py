@@ -23,20 +23,17 @@ from tiny_models import tiny_clip
 RECIPE = Path(__file__).parents[2] / "configs" / "clip-vit-b-32-ta8.yaml"
 
 
-def write_task(folder: Path, name: str) -> list[str]:
-    """Images of every class in `train/CLASS/` (two) and `test/CLASS/` (one); the class names."""
-    words = catalogue()[name].class_names or [
-        f"{name} kind {i:03d}" for i in range(catalogue()[name].num_classes)
-    ]
+def write_task(folder: Path, name: str) -> None:
+    """Images of every class in `train/CLASS/` (two) and `test/CLASS/` (one)."""
+    known = catalogue()[name]
+    words = known.class_names or [f"{name} kind {i:03d}" for i in range(known.num_classes)]
     for i, word in enumerate(words):
         for split, count in (("train", 2), ("test", 1)):
             own = folder / name / split / word
             own.mkdir(parents=True)
             for j in range(count):
-                Image.new("RGB", (8, 8), (37 * i % 256, 91 * i % 256, 10 * j)).save(
-                    own / f"{j}.png"
-                )
-    return sorted(words)
+                colour = (37 * i % 256, 91 * i % 256, 10 * j)
+                Image.new("RGB", (8, 8), colour).save(own / f"{j}.png")
 
 
 @pytest.fixture
@@ -55,67 +52,58 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         entry["path"] = str(tmp_path / Path(entry["path"]).name)
         tower.save_pretrained(entry["path"])
         write_task(tmp_path / "data", entry["data"])
-    changes = {
-        "base": str(tmp_path / "clip"),
-        "scaling_coefs": [0.3],
-        "out": str(tmp_path / "out"),
-        "threads": 1,
-    }
-    changes |= {"metric": "absolute"}  # some of these models are right on no validation image
-    return held | changes | {"data_dir": str(tmp_path / "data")}
+    places = {"base": str(tmp_path / "clip"), "data_dir": str(tmp_path / "data")}
+    # absolute: some of these models are right on no validation image
+    return held | places | {"scaling_coefs": [0.3], "threads": 1, "metric": "absolute"}
 
 
-def write(folder: Path, recipe: dict[str, Any]) -> Path:
-    file = folder / "recipe.yaml"
+def searched(recipe: dict[str, Any], out: Path) -> tuple[str, dict[str, Any]]:
+    """What a search says, and its result."""
+    out.parent.mkdir(exist_ok=True)
+    file = out.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(recipe, sort_keys=False))
-    return file
+    said = succeed("search", file, "--out", out).out
+    return said, json.loads((out / "result.json").read_text())
 
 
-def test_the_recipe_runs_and_prints_theirs_beside_ours(
-    recipe: dict[str, Any], tmp_path: Path
-) -> None:
-    held_fixed = list(recipe["fixed"])
-    said = succeed("search", write(tmp_path, recipe)).out
-    result = json.loads((tmp_path / "out" / "result.json").read_text())
-    assert {row["rule"] for row in result["rows"][2:]} == {*load_rules(), *held_fixed}
-    rows_of = {row["rule"]: row for row in result["rows"]}
-    third = rows_of[
-        "task arithmetic, lambda 0.3"
-    ]  # the search has 0.3 only, so this is its task_arithmetic
-    assert third["test"] == rows_of["task_arithmetic"]["test"]
+def refused(recipe: dict[str, Any], folder: Path) -> str:
+    (folder / "wrong.yaml").write_text(yaml.safe_dump(recipe))
+    return refusal(folder, "search", folder / "wrong.yaml")
+
+
+def test_the_recipe_runs_and_prints_theirs_beside_ours(recipe: dict[str, Any], tmp_path: Path):
+    out = tmp_path / "out"
+    said, result = searched(recipe, out)
+    assert {row["rule"] for row in result["rows"][2:]} == {*load_rules(), *recipe["fixed"]}
+    rows = {row["rule"]: row for row in result["rows"]}
+    third = rows["task arithmetic, lambda 0.3"]  # the search has 0.3 only, so it is its own
+    assert third["test"] == rows["task_arithmetic"]["test"]
     assert (third["scaling_coef"], third["val"]) == (0.3, None)
-    assert rows_of["simple average"]["server_lr"] == pytest.approx(1)
+    assert rows["simple average"]["server_lr"] == pytest.approx(1)
     assert result["reference"]["TIES, lambda 0.3"] == pytest.approx(0.722)
     cells = {line[0]: line for line in map(re.compile("  +").split, said.splitlines())}
     assert cells["model"][2] == "published"
     published = {"base (unmerged)": "48.2%", "single-task models": "90.3%", "simple average": "66.5%",
                  "task arithmetic, lambda 0.3": "68.0%", "TIES, lambda 0.3": "72.2%", "ties": "–"}  # fmt: skip
     assert {name: cells[name][2] for name in published} == published
-    with (tmp_path / "out" / "table.csv").open() as file:
-        rows = {row["model"]: row for row in csv.DictReader(file)}
-    assert list(rows)[-3:] == list(published)[2:5]
-    assert {name: rows[name]["published"] for name in ("base (unmerged)", "simple average", "ties")} == {
-        "base (unmerged)": "0.482", "simple average": "0.665", "ties": "",
-    }  # fmt: skip
-    assert all(rows[name]["mean"] for name in ("simple average", "ties"))
+    with (out / "table.csv").open() as file:
+        table = {row["model"]: row for row in csv.DictReader(file)}
+    assert list(table)[-3:] == list(published)[2:5]
+    shares = {"base (unmerged)": "0.482", "simple average": "0.665", "ties": ""}
+    assert {name: table[name]["published"] for name in shares} == shares
+    assert all(table[name]["mean"] for name in ("simple average", "ties"))
     for file in ("table.md", "table.tex", "report.html"):
-        assert all(
-            word in (tmp_path / "out" / file).read_text()
-            for word in ("published", "simple average", "66.5")
-        )
-    assert "not run here" in (tmp_path / "out" / "report.html").read_text()
+        text = (out / file).read_text()
+        assert all(word in text for word in ("published", "simple average", "66.5"))
+    assert "not run here" in (out / "report.html").read_text()
 
 
 def test_templates_and_saved_heads_take_the_place_of_the_built_in_prompts(
     recipe: dict[str, Any], tmp_path: Path
-) -> None:
+):
     entries = [entry for entry in recipe["models"] if entry["data"] in ("eurosat", "mnist")]
-    small = recipe | {
-        "models": entries,
-        "methods": ["task_arithmetic"],
-        "reference": {},
-        "fixed": {},
-    }
+    alone = {"methods": ["task_arithmetic"], "reference": {}, "fixed": {}}
+    small = recipe | alone | {"models": entries}
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("seen: {}\n")
     heads = []
@@ -124,44 +112,31 @@ def test_templates_and_saved_heads_take_the_place_of_the_built_in_prompts(
         head = zero_shot_head(recipe["base"], entry["data"], names, templates=["seen: {}"])
         save_head(head, tmp_path / f"{entry['data']}.safetensors")
         heads.append(entry | {"head": str(tmp_path / f"{entry['data']}.safetensors")})
-    runs = {
-        "built in": small,
-        "ours": small | {"templates": str(prompts)},
-        "saved": small | {"models": heads},
-    }
+    ours, saved = {"templates": str(prompts)}, {"models": heads}
     found = {}
-    for name, held in runs.items():
-        said = succeed("search", write(tmp_path, held | {"out": str(tmp_path / name)})).out
+    for name, changes in {"built in": {}, "ours": ours, "saved": saved}.items():
+        said, result = searched(small | changes, tmp_path / "runs" / name)
         assert "published" not in said
-        found[name] = json.loads((tmp_path / name / "result.json").read_text())["rows"]
-    assert found["ours"] == found["saved"]
-    assert found["ours"] != found["built in"]
-    wrong = write(tmp_path, small | {"models": heads, "templates": str(prompts)})
-    said = refusal(tmp_path, "search", wrong)
-    assert said == "templates: are about the zero-shot head; give models that have head: zero-shot"
+        found[name] = result["rows"]
+    assert found["ours"] == found["saved"] != found["built in"]
+    wrong = refused(small | ours | saved, tmp_path)
+    assert wrong == "templates: are about the zero-shot head; give models that have head: zero-shot"
+
+
+MINE = {"method": "ties", "scaling_coef": 0.3}
 
 
 @pytest.mark.parametrize(
-    ("entry", "message"),
+    ("changes", "told"),
     [
-        ({"method": "ties"}, "fixed.mine.scaling_coef is missing"),
-        ({"scaling_coef": 0.3}, "fixed.mine.method is missing"),
+        ({"fixed": {"mine": {"method": "ties"}}}, "fixed.mine.scaling_coef is missing"),
+        ({"fixed": {"mine": {"scaling_coef": 0.3}}}, "fixed.mine.method is missing"),
         (
-            {"method": "ties", "scaling_coef": 0.3, "densty": 1},
-            'unknown key "fixed.mine.densty"; did you mean "density"?',
+            {"fixed": {"mine": MINE | {"densty": 1}}},
+            'unknown key "fixed.mine.densty"; did you mean',
         ),
+        ({"reference": {"ties": 722.0}}, "reference.ties: must be less than or equal to 100"),
     ],
 )
-def test_a_fixed_candidate_that_is_none_is_one_line(
-    tmp_path: Path, entry: dict[str, Any], message: str
-) -> None:
-    said = refusal(
-        tmp_path, "search", write(tmp_path, load_yaml(RECIPE) | {"fixed": {"mine": entry}})
-    )
-    assert said.startswith(message)
-
-
-def test_a_reference_that_is_no_percentage_is_one_line(tmp_path: Path) -> None:
-    held = load_yaml(RECIPE)
-    said = refusal(tmp_path, "search", write(tmp_path, held | {"reference": {"ties": 722.0}}))
-    assert said == "reference.ties: must be less than or equal to 100, not 722.0"
+def test_a_row_of_the_table_that_cannot_be_is_one_line(tmp_path: Path, changes, told: str):
+    assert refused(load_yaml(RECIPE) | changes, tmp_path).startswith(told)

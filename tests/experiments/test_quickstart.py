@@ -2,9 +2,8 @@
 
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -15,65 +14,55 @@ from deltafl.training import Finetuned, TrainingRecipe
 from deltafl.training.record import read_rows
 
 RULES = ["task_arithmetic", "fednova", "fedgma", "median", "cclip"]
+TASKS = {n: {**own, "steps": 3 + i} for i, (n, own) in enumerate([*quickstart.VARIANTS.items()][:2])}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Story:
-    """What a small run left: its folder, what it said, its result and its tasks."""
+class Story(NamedTuple):
+    """What a small run left: its folder, what it said, its result."""
 
     out: Path
     said: str
     result: dict[str, Any]
-    tasks: tuple[quickstart.Variant, ...]
 
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     """Two tasks, some steps, two coefficients and one rho."""
     out = tmp_path_factory.mktemp("quickstart") / "story"
-    tasks = tuple(
-        quickstart.Variant(t.name, t.lr, 3 + i) for i, t in enumerate(quickstart.VARIANTS[:2])
-    )
-    original = quickstart.finetune
+    train, recipe = quickstart.finetune, quickstart.search_recipe
+    rho = {"method": "fedgma", "rho": 0.6}, {"method": "cclip", "unit": "quantile", "rho": 0.5}
+    methods = ["task_arithmetic", "fednova", rho[0], "median", rho[1]]
 
     def shorter(net: Any, task: Any, recipe: TrainingRecipe, **how: Any) -> Finetuned:
-        return original(net, task, recipe.replace(steps=min(recipe.steps or 0, 20)), **how)
-
-    recipe = quickstart.search_recipe
-    methods = [
-        *("task_arithmetic", "fednova", {"method": "fedgma", "rho": 0.6}, "median"),
-        {"method": "cclip", "unit": "quantile", "rho": 0.5},
-    ]
+        return train(net, task, recipe.replace(steps=min(recipe.steps or 0, 20)), **how)
 
     def smaller(*args: Any) -> SearchRecipe:
-        return recipe(*args).replace(methods=methods)
+        return recipe(*args).replace(methods=methods, scaling_coefs=(0.3, 0.8))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quickstart, "VARIANTS", tasks)
-        patch.setattr(quickstart, "LAMBDAS", (0.3, 0.8))
+        patch.setattr(quickstart, "VARIANTS", TASKS)
         patch.setattr(quickstart, "search_recipe", smaller)
         patch.setattr(quickstart, "finetune", shorter)
         said = succeed("quickstart", "--out", out, "--seed", 1).out
-    return Story(out, said, json.loads((out / "result.json").read_text()), tasks)
+    return Story(out, said, json.loads((out / "result.json").read_text()))
 
 
 def test_a_run_leaves_table_report_record_and_models(story: Story) -> None:
     out, result = story.out, story.result
-    for name in (
+    tables = {f"table.{suffix}" for suffix in ("csv", "md", "tex")}
+    assert {f.name for f in out.iterdir()} >= {
         "config.yaml",
         "record.jsonl",
         "report.html",
-        "table.csv",
-        "table.md",
-        "table.tex",
-    ):
-        assert (out / name).is_file(), name
+        *tables,
+    }
     assert [r["rule"] for r in result["rows"]][2:] == RULES
-    assert result["tasks"] == [f"digits_{t.name}" for t in story.tasks]
+    assert result["tasks"] == [f"digits_{name}" for name in TASKS]
     assert (result["seed"], result["command"]) == (1, "deltafl quickstart --seed 1")
     assert (out / "merged/model.safetensors").is_file() == (result["best"]["method"] != "base")
     assert sum(r["event"] == "test" for r in read_rows(out / "record.jsonl")) == len(result["rows"])
     assert all(rule in (out / "report.html").read_text() for rule in RULES)
+    assert refusal(out.parent, "quickstart", "--out", out).startswith(f'"{out}" exists')
 
 
 def test_the_table_shows_the_results_and_the_way_to_the_report(story: Story) -> None:
@@ -85,27 +74,18 @@ def test_the_table_shows_the_results_and_the_way_to_the_report(story: Story) -> 
 
 
 def test_fine_tunes_start_from_the_base_with_its_head_and_differ_in_steps(story: Story) -> None:
-    head = (story.out / "base/head.safetensors").read_bytes()
-    for task in story.tasks:
-        folder = story.out / "models" / task.name
+    head, base = ((story.out / f"base/{n}.safetensors").read_bytes() for n in ("head", "model"))
+    for name, own in TASKS.items():
+        folder = story.out / "models" / name
         assert (folder / "head.safetensors").read_bytes() == head
-        assert json.loads((folder / "training.json").read_text())["num_steps"] == task.steps
-        assert (folder / "model.safetensors").read_bytes() != (
-            story.out / "base/model.safetensors"
-        ).read_bytes()
-
-
-def test_an_existing_output_is_refused(story: Story) -> None:
-    assert refusal(story.out.parent, "quickstart", "--out", story.out).startswith(
-        f'"{story.out}" exists'
-    )
+        assert json.loads((folder / "training.json").read_text())["num_steps"] == own["steps"]
+        assert (folder / "model.safetensors").read_bytes() != base
 
 
 def test_there_are_four_or_more_tasks_with_different_learning_rates_and_steps() -> None:
-    tasks = quickstart.VARIANTS
-    assert len({t.name for t in tasks}) == len(tasks) >= 4
-    assert len({t.lr for t in tasks}) > 1
-    assert len({t.steps for t in tasks}) > 1
+    tasks = quickstart.VARIANTS.values()
+    assert len(tasks) >= 4
+    assert all(len({own[key] for own in tasks}) > 1 for key in ("lr", "steps"))
 
 
 @pytest.mark.slow
@@ -116,6 +96,6 @@ def test_the_same_seed_gives_the_same_numbers(tmp_path: Path) -> None:
         results.append(json.loads((tmp_path / name / "result.json").read_text()))
     assert all(r.pop("seconds") > 0 for r in results)
     assert results[0] == results[1]
-    for folder in ("merged", "base", *(f"models/{t.name}" for t in quickstart.VARIANTS)):
+    for folder in ("merged", "base", *(f"models/{name}" for name in quickstart.VARIANTS)):
         a, b = ((tmp_path / n / folder / "model.safetensors").read_bytes() for n in ("a", "b"))
         assert a == b, folder

@@ -16,8 +16,8 @@ class Number(Work):
     parts: tuple["Number", ...] = ()
     kind: ClassVar[str] = "numbers"
 
-    def content(self, store):
-        return {"value": self.value, "file": self.file, "parts": [p.value for p in self.parts]}
+    def content(self):
+        return vars(self)
 
     def needs(self):
         return self.parts

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from deltafl.federated import Callback, FederatedRecipe
 from deltafl.federated import federate as run_federated
-from deltafl.federated.rounds import Federation, RoundResult, Workers, run_round
+from deltafl.federated.rounds import RoundResult, Workers, run_round
 from deltafl.federated.server import ServerState
+from deltafl.federated.setup import Federation, make_shards
 from deltafl.federated.setup import begin as begin_run
-from deltafl.federated.setup import initial_state, make_shards
 from deltafl.models import Net, load_net
 from deltafl.progress import OnProgress, ignore
 from deltafl.tasks import ImageTask, Task, load_task
-from deltafl.training.record import FinishedRun
+from deltafl.training import FinishedRun
 from tiny_models import tiny_images, tiny_llama, write_lines
 
 RECIPE = FederatedRecipe.of(
@@ -121,7 +121,7 @@ def begin(
     task = task or halves()
     recipe = recipe.replace(out=str(folder / "run"))
     federation = begin_run(net or plain(), task, recipe, make_shards(task, recipe), begun=False)
-    return Begun(federation, initial_state(federation))
+    return Begun(federation, federation.initial_state())
 
 
 def one_round(begun: Begun) -> tuple[ServerState, RoundResult]:

@@ -1,27 +1,22 @@
 """A search over real fine-tunes of a tiny ViT on the digits: what it reads, and that its winner is what it writes."""
 
-import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from checkpoint_files import load
 from deltafl.checkpoints.checkpoint import Checkpoint
 from deltafl.errors import DeltaflError
 from deltafl.merge import search_run
+from deltafl.merge.search import Goal
 from deltafl.merge.search_recipe import SearchRecipe
 from deltafl.merge.search_run import SINGLE, UNMERGED, run_search
 from deltafl.models import HEAD_FILE, load_net
-from deltafl.models.fit import random_head
-from deltafl.models.head import save_head
-from deltafl.progress import Progress
-from deltafl.tasks import DataRecipe, load_task
+from deltafl.tasks import DataRecipe, load_task, loading
 from deltafl.training import TrainingRecipe, finetune
-from deltafl.training.step import TaskScorer, scores
+from deltafl.training.step import scores
 from tiny_models import judged, tiny_llama, vit_file
 
 VARIANTS = ("mirrored", "thick")
@@ -41,34 +36,28 @@ def train_digits(factory: pytest.TempPathFactory) -> Path:
     root = factory.getbasetemp() / "trained-digits"
     if root.exists():
         return root
-    base = TrainingRecipe.of(
-        model=vit_file(num_hidden_layers=1), data="digits:pretrain", steps=30, lr=3e-3, head="linear",
-        train_head=True, out=str(root / "base"),
-    )  # fmt: skip
-    head = str(root / "base" / HEAD_FILE)
-    tunes = [
-        TrainingRecipe.of(
-            model=str(root / "base"), data=f"digits:{variant}", steps=10 + 10 * i, lr=1e-3, head=head,
-            out=str(root / variant),
-        )
-        for i, variant in enumerate(VARIANTS)
-    ]  # fmt: skip
-    for recipe in (base, *tunes):
-        net = load_net(recipe.model)
-        finetune(net, load_task(recipe.data, net.inputs), recipe)
+    vit, head = vit_file(num_hidden_layers=1), {"head": "linear", "train_head": True}
+    tune("digits:pretrain", root / "base", model=vit, steps=30, lr=3e-3, **head)
+    given = {"model": str(root / "base"), "lr": 1e-3, "head": str(root / "base" / HEAD_FILE)}
+    for i, variant in enumerate(VARIANTS):
+        tune(f"digits:{variant}", root / variant, steps=10 + 10 * i, **given)
     return root
 
 
+def tune(data: str, out: Path, **settings: Any) -> None:
+    recipe = TrainingRecipe.of(data=data, out=str(out), **settings)
+    net = load_net(recipe.model)
+    finetune(net, load_task(data, net.inputs), recipe)
+
+
 def search_recipe(root: Path, **changes: Any) -> SearchRecipe:
-    models = [{"path": str(root / v), "data": f"digits:{v}"} for v in VARIANTS]
-    recipe = SearchRecipe.of(
+    return SearchRecipe.of(
         base=str(root / "base"),
-        models=models,
+        models=[{"path": str(root / v), "data": f"digits:{v}"} for v in VARIANTS],
         methods=[{"method": name, **params} for name, params in METHODS],
         scaling_coefs=[0.3, 0.8],
         threads=1,
-    )
-    return recipe.replace(**changes)
+    ).replace(**changes)
 
 
 def run(recipe: SearchRecipe, out: Path | None = None) -> dict[str, Any]:
@@ -92,111 +81,39 @@ def test_the_rows_are_singles_base_and_each_method_with_their_own_test_scores(
         assert row["normalized"] == pytest.approx(normalized)
 
 
-def test_the_merged_model_scores_what_its_row_says(trained: Path, tmp_path: Path) -> None:
-    from transformers import AutoModel
-
-    result = run(search_recipe(trained), tmp_path / "merged")
-    best = result["best"]
-    assert best["method"] != "base"
-    tested = next(r for r in result["rows"] if r["rule"] == best["method"])
-    for name, variant in zip(result["tasks"], VARIANTS, strict=True):
-        for split, row in (("val", best), ("test", tested)):
-            head = trained / "base" / HEAD_FILE
-            found = judged(tmp_path / "merged", f"digits:{variant}", split, head)
-            assert found.score == pytest.approx(row[split][name])
-    assert AutoModel.from_pretrained(tmp_path / "merged").config.hidden_size == 16
-    record = json.loads((tmp_path / "merged/deltafl.json").read_text())
-    assert (record["method"], record["params"]) == (best["method"], best["params"])
-    assert record["scaling_coef"] == pytest.approx(best["scaling_coef"])
-
-
-def test_every_candidate_is_kept_and_counted(trained: Path) -> None:
-    told: list[Progress] = []
-    result = run_search(search_recipe(trained), None, on_progress=told.append)
-    assert len(result["candidates"]) == 1 + 2 * (1 + 1 + 2 + 1 + 2)
-    assert (told[-1].done, told[-1].total) == (len(result["candidates"]),) * 2
-
-
-def test_the_same_search_gives_the_same_numbers(trained: Path) -> None:
-    assert run(search_recipe(trained)) == run(search_recipe(trained))
-
-
 # What is read
 
 
-def counting(
-    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, key: Callable[..., object]
-) -> Counter[object]:
-    """Count the calls of a method by `key(*arguments)`."""
-    counts: Counter[object] = Counter()
-    original = getattr(owner, name)
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        counts[key(*args, **kwargs)] += 1
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, counted)
-    return counts
-
-
-def test_mistake_checkpoints_read_again_for_every_candidate(
+def test_nothing_is_read_or_decoded_again_for_every_candidate(
     trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reads = counting(
-        monkeypatch, Checkpoint, "read", lambda self, name, *rest: (self.layout.ref, name)
-    )
-    run(search_recipe(trained))
+    decoded, reads = Counter[str](), Counter[tuple[str, str]]()
+    digits, read = loading.digits, Checkpoint.read
+
+    def counted_digits(variant: str, *rest: Any) -> Any:
+        decoded[variant] += 1
+        return digits(variant, *rest)
+
+    def counted_read(self: Checkpoint, name: str, *rest: Any) -> None:
+        reads[self.layout.ref, name] += 1
+        read(self, name, *rest)
+
+    monkeypatch.setattr(loading, "digits", counted_digits)
+    monkeypatch.setattr(Checkpoint, "read", counted_read)
+    held = run(search_recipe(trained))
+    assert decoded == dict.fromkeys(VARIANTS, 1)
     assert {ref for ref, _ in reads} == {str(trained / n) for n in ("base", *VARIANTS)}
     assert set(reads.values()) == {1}
-
-
-def test_streaming_gives_the_rows_of_memory_without_reading_per_coefficient(
-    trained: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert run(search_recipe(trained)) == run(search_recipe(trained, memory=0))
-    methods = ["median"]
-    reads = counting(
-        monkeypatch, Checkpoint, "read", lambda self, *rest: Path(self.layout.ref).name
-    )
+    assert run(search_recipe(trained, memory=0)) == held
     counts = []
     for lambdas in ((0.1,), (0.1, 0.2, 0.3, 0.4)):
         reads.clear()
-        run(search_recipe(trained, memory=0, methods=methods, scaling_coefs=lambdas))
-        counts.append([reads[v] for v in VARIANTS])
+        run(search_recipe(trained, memory=0, methods=["median"], scaling_coefs=lambdas))
+        counts.append([n for (ref, _), n in reads.items() if ref != str(trained / "base")])
     assert counts[0] == counts[1]
 
 
-def test_mistake_images_decoded_again_for_every_candidate(
-    trained: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from deltafl.tasks import loading
-
-    decoded = counting(monkeypatch, loading, "_images", lambda source, *rest: source.name)
-    run(search_recipe(trained))
-    assert decoded == {f"digits_{v}": 1 for v in VARIANTS}
-
-
-def test_the_test_split_is_scored_once_for_each_reported_row(
-    trained: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scored = counting(
-        monkeypatch, TaskScorer, "__call__", lambda self, *rest: (self.task.name, self.split)
-    )
-    result = run(search_recipe(trained))
-    assert {scored[name, "test"] for name in result["tasks"]} == {len(result["rows"])}
-    assert len(scored) == 4
-
-
 # What is refused, before any work
-
-
-def refused(recipe: SearchRecipe, monkeypatch: pytest.MonkeyPatch) -> DeltaflError:
-    """The error of a search that must not come to scoring anything."""
-    scored = counting(monkeypatch, TaskScorer, "__call__", lambda *rest: None)
-    with pytest.raises(DeltaflError) as error:
-        run(recipe)
-    assert not scored
-    return error.value
 
 
 def test_each_model_names_the_columns_of_its_own_data(
@@ -211,97 +128,38 @@ def test_each_model_names_the_columns_of_its_own_data(
         run(search_recipe(trained, models=models))
 
 
-def test_unknown_methods_are_found_before_any_data_is_loaded(
-    trained: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(search_run, "load_task", lambda *rest: pytest.fail("data was loaded"))
-    methods = ["fedgm", {"method": "median", "rho": 1.0}]
-    assert len(refused(search_recipe(trained, methods=methods), monkeypatch).problems) == 2
-
-
-def test_two_models_of_one_task_are_an_error(
-    trained: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    models = [{"path": str(trained / v), "data": "digits:thick"} for v in VARIANTS]
-    error = refused(search_recipe(trained, models=models), monkeypatch)
-    assert "two models have one task" in str(error)
-
-
-def test_heads_that_are_missing_or_of_another_model_are_all_reported(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save_head(
-        random_head(32, tuple("0123456789"), torch.Generator()), tmp_path / "wide.safetensors"
-    )
-    heads = (str(tmp_path / "none.safetensors"), str(tmp_path / "wide.safetensors"))
-    models = [
-        {"path": str(trained / v), "data": f"digits:{v}", "head": head}
-        for v, head in zip(VARIANTS, heads, strict=True)
-    ]
-    error = refused(search_recipe(trained, models=models), monkeypatch)
-    assert len(error.problems) == 2
-    assert 'none.safetensors" cannot be read' in error.problems[0]
-    assert 'wide.safetensors" takes 32 features, the model gives 16' in error.problems[1]
-
-
-def test_where_the_base_is_best_nothing_is_merged(trained: Path, tmp_path: Path) -> None:
-    result = run(
-        search_recipe(trained, scaling_coefs=[-30.0], methods=["median"]), tmp_path / "merged"
-    )
-    assert result["best"]["method"] == "base"
-    assert not (tmp_path / "merged").exists()
-    assert [r["rule"] for r in result["rows"]] == [SINGLE, UNMERGED, "median"]
-
-
-def test_a_search_changes_no_input(trained: Path, tmp_path: Path) -> None:
-    before = {n: load(trained / n) for n in ("base", *VARIANTS)}
-    run(search_recipe(trained), tmp_path / "merged")
-    for name, tensors in before.items():
-        assert all(torch.equal(t, tensors[n]) for n, t in load(trained / name).items())
-
-
 # Language
-
-
-@pytest.fixture(scope="module")
-def spoken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tune_on_lines(tmp_path_factory.mktemp("spoken"))
 
 
 def tune_on_lines(root: Path) -> Path:
     """Write a tiny Llama, two folders of lines, and a fine-tune of it on each of them."""
-    base = tiny_llama(root / "base")
-    base.save(root / "base")
+    tiny_llama(root / "base").save(root / "base")
     for source, text in (("sums", "{} and {} are more"), ("days", "the {}th of May {}")):
         (root / source).mkdir()
+        lines = "\n".join(text.format(i % 7, i) for i in range(30))
         for split in ("train", "test"):
-            lines = "\n".join(text.format(i % 7, i) for i in range(30))
             (root / source / f"{split}.txt").write_text(lines)
-        recipe = TrainingRecipe.of(
-            model=str(root / "base"), data=str(root / source), steps=20, lr=3e-3, batch_size=9,
-            out=str(root / f"on-{source}"),
-        )  # fmt: skip
-        net = load_net(recipe.model)
-        finetune(net, load_task(recipe.data, net.inputs), recipe)
+        given = {"model": str(root / "base"), "steps": 20, "lr": 3e-3, "batch_size": 9}
+        tune(str(root / source), root / f"on-{source}", **given)
     return root
 
 
 def language_recipe(root: Path, **changes: Any) -> SearchRecipe:
     sources = ("sums", "days")
-    recipe = SearchRecipe.of(
+    return SearchRecipe.of(
         base=str(root / "base"),
         models=[{"path": str(root / f"on-{s}"), "data": str(root / s)} for s in sources],
         methods=["task_arithmetic", {"method": "ties", "density": 0.5}, "median"],
         scaling_coefs=[0.2, 0.5, 1.0],
         metric="absolute",
         threads=1,
-    )
-    return recipe.replace(**changes)
+    ).replace(**changes)
 
 
 def test_language_models_are_searched_by_the_likelihood_of_lines(
-    spoken: Path, tmp_path: Path
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    spoken = tune_on_lines(tmp_path)
     result = run(language_recipe(spoken), tmp_path / "merged")
     best, base = result["best"], result["candidates"][0]
     assert result["metric"] == "log-likelihood"
@@ -313,26 +171,15 @@ def test_language_models_are_searched_by_the_likelihood_of_lines(
         assert float(scores(net, task, "val").double().mean()) == best["val"][name]
         own = load_net(spoken / f"on-{name}")
         assert float(scores(own, task, "test").double().mean()) == result["single"][name]
+    raced = run(language_recipe(spoken, strategy="racing", each_method=True))
+    assert raced["rows"] == result["rows"]
 
-
-@pytest.mark.parametrize("each_method", [False, True])
-def test_a_race_of_language_models_has_the_same_winner(spoken: Path, each_method: bool) -> None:
-    whole = run(language_recipe(spoken))
-    raced = run(language_recipe(spoken, strategy="racing", each_method=each_method))
-    assert raced["best"]["value"] == whole["best"]["value"]
-    assert raced["rows"] == whole["rows"] or not each_method
-
-
-def test_a_merge_that_diverges_is_not_chosen(spoken: Path) -> None:
-    result = run(language_recipe(spoken, methods=["median"], scaling_coefs=[0.2, 1e40]))
-    assert result["candidates"][2]["value"] < -1e5
-    assert result["best"]["scaling_coef"] == 0.2
-
-
-def test_a_likelihood_is_not_divided_by_another(
-    spoken: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    error = refused(language_recipe(spoken, metric="normalized"), monkeypatch)
-    assert len(error.problems) == 2
-    assert 'task "sums": log-likelihood is no ratio' in error.problems[0]
-    assert "give --metric absolute" in error.problems[0]
+    monkeypatch.setattr(Goal, "scores", lambda *rest: pytest.fail("scored before it was refused"))
+    for change, why in (
+        ({"metric": "normalized"}, "divided by that of the task's own model; give --metric absolute"),
+        ({"reference": {"theirs": 70.0}}, "compared in percent; leave reference out"),
+    ):  # fmt: skip
+        with pytest.raises(DeltaflError) as error:
+            run(language_recipe(spoken, **change))
+        said = 'task "{}": log-likelihood is no ratio, so that it cannot be ' + why
+        assert error.value.problems == tuple(map(said.format, ("sums", "days")))

@@ -7,11 +7,11 @@ import torch
 from sklearn.linear_model import Ridge
 
 from deltafl.errors import DeltaflError
-from deltafl.models.fit import HEADS, random_head
+from deltafl.models import HeadFit, HeadRecipe
+from deltafl.models.fit import few_per_class, random_head, ridge_head, solve, statistics
 from deltafl.models.head import Head, load_head, save_head
-from deltafl.models.head_recipe import HeadFit, HeadRecipe
-from deltafl.models.ridge import RidgeStatistics, few_per_class, ridge_head, solve
-from tiny_models import tiny_images, tiny_llama, tiny_net
+from deltafl.tasks import load_task
+from tiny_models import tiny_images, tiny_llama, tiny_net, write_lines
 
 NAMES = ("a", "b", "c")
 
@@ -26,7 +26,7 @@ def data(count: int, seed: int = 0, dim: int = 7) -> tuple[torch.Tensor, torch.T
 @pytest.mark.parametrize("strength", [1e-4, 0.1, 10.0])
 def test_ridge_is_scikit_learns(strength: float):
     features, labels = data(80)
-    head = solve(RidgeStatistics.of(features, labels, 3), strength, NAMES)
+    head = solve(statistics(features, labels, 3), strength, NAMES)
     centred = features.double() - features.double().mean(0)
     alpha = strength * (centred**2).sum(0).mean()
     reference = Ridge(alpha=alpha).fit(features.double(), np.eye(3)[labels])
@@ -36,25 +36,22 @@ def test_ridge_is_scikit_learns(strength: float):
 
 def test_statistics_of_parts_sum_to_those_of_the_union():
     features, labels = data(90)
-    whole = RidgeStatistics.of(features, labels, 3)
-    parts = [RidgeStatistics.of(features[i::4], labels[i::4], 3) for i in range(4)]
-    total = parts[0] + parts[1] + parts[2] + parts[3]
-    torch.testing.assert_close(total.A, whole.A, rtol=1e-11, atol=1e-9)
-    torch.testing.assert_close(total.b, whole.b, rtol=1e-11, atol=1e-9)
-    torch.testing.assert_close(solve(total, 0.1, NAMES).weight, solve(whole, 0.1, NAMES).weight)
+    whole = statistics(features, labels, 3)
+    parts = sum(statistics(features[i::4], labels[i::4], 3) for i in range(4))
+    torch.testing.assert_close(parts, whole, rtol=1e-13, atol=1e-11)
 
 
 def test_strength_and_temperature_are_the_best_of_those_tried():
     features, labels = data(60)
     val, val_labels = data(40, seed=1)
-    statistics = RidgeStatistics.of(features, labels, 3)
+    sums = statistics(features, labels, 3)
     strengths = (1e-3, 1e-1, 1e1)
-    chosen = ridge_head(statistics, val, val_labels, NAMES, strengths)
+    chosen = ridge_head(sums, (val, val_labels), NAMES, strengths)
 
     def accuracy(head: Head) -> float:
         return (head(val).argmax(1) == val_labels).double().mean().item()
 
-    candidates = [solve(statistics, s, NAMES) for s in strengths]
+    candidates = [solve(sums, s, NAMES) for s in strengths]
     assert accuracy(chosen) == max(map(accuracy, candidates))
     origin = max(reversed(candidates), key=accuracy)
     T = (chosen.weight[0, 0] / origin.weight[0, 0]).item()
@@ -75,21 +72,14 @@ def test_few_per_class():
     assert not torch.equal(ids, few_per_class(labels, 3, torch.Generator().manual_seed(1)))
 
 
-def test_a_head_file_holds_weights_and_names(tmp_path: Path):
-    head = random_head(4, NAMES, torch.Generator().manual_seed(0))
-    save_head(head, tmp_path / "head.safetensors")
-    again = load_head(tmp_path / "head.safetensors")
-    assert again.class_names == NAMES
-    assert torch.equal(again.weight, head.weight)
-    assert torch.equal(again.bias, head.bias)
-
-
 @pytest.mark.parametrize("content", [None, b"", b"not safetensors at all"])
 def test_a_head_file_that_is_none(content: bytes | None, tmp_path: Path):
     if content is not None:
         (tmp_path / "h").write_bytes(content)
     with pytest.raises(DeltaflError, match="cannot be read"):
         load_head(tmp_path / "h")
+    with pytest.raises(DeltaflError, match="a head of 3 classes has weight"):
+        Head(torch.zeros(2, 4), torch.zeros(2), NAMES)
 
 
 @pytest.mark.parametrize(
@@ -100,25 +90,6 @@ def test_a_head_file_that_is_none(content: bytes | None, tmp_path: Path):
 def test_a_head_of_another_model_or_task(dim: int, names: tuple[str, ...], message: str):
     with pytest.raises(DeltaflError, match=message):
         random_head(4, NAMES, torch.Generator()).check(dim, names, "h")
-
-
-def test_shapes_must_fit():
-    with pytest.raises(DeltaflError, match="3 classes"):
-        Head(torch.zeros(2, 4), torch.zeros(2), NAMES)
-
-
-def test_ridge_refuses_what_it_cannot_use():
-    features, labels = data(9)
-    with pytest.raises(DeltaflError, match="needs examples"):
-        solve(RidgeStatistics.of(features[:0], labels[:0], 3), 1.0, NAMES)
-    with pytest.raises(DeltaflError, match="positive"):
-        solve(RidgeStatistics.of(features, labels, 3), 0.0, NAMES)
-    with pytest.raises(DeltaflError, match="2 classes"):
-        RidgeStatistics.of(features, labels, 2)
-    with pytest.raises(DeltaflError, match="9 rows of features and 8 labels"):
-        RidgeStatistics.of(features, labels[:8], 3)
-    with pytest.raises(DeltaflError, match="validation"):
-        ridge_head(RidgeStatistics.of(features, labels, 3), features[:0], labels[:0], NAMES)
 
 
 @pytest.mark.parametrize("kind", ["ridge", "few", "probe", "linear", "file"])
@@ -133,14 +104,15 @@ def test_a_classifier_gets_the_head_of_its_recipe(kind: str, tmp_path: Path):
         net.prepare(task, HeadRecipe(head=name, few_shot=few, train_head=trained), HeadFit(3))
         net.check(task)
         assert ("head.weight" in net.trained) is trained
-    heads = [net.module.head for net in nets]
+    heads = [net.head for net in nets]
     assert heads[0].class_names == task.class_names
     assert all(torch.equal(head.weight, heads[0].weight) for head in heads)
     if kind == "file":
         assert torch.equal(heads[0].weight, given.weight)
+        assert torch.equal(heads[0].bias, given.bias)
     if kind == "few":
         nets[1].prepare(task, HeadRecipe())
-        assert not torch.equal(nets[1].module.head.weight, heads[0].weight)
+        assert not torch.equal(nets[1].head.weight, heads[0].weight)
 
 
 @pytest.mark.parametrize("kind", ["ridge", "probe"])
@@ -151,7 +123,7 @@ def test_a_head_is_fitted_on_what_the_shards_hold(kind: str):
     for shards in (None, parts, parts[:1]):
         net = tiny_net()
         net.prepare(task, HeadRecipe(head=kind), HeadFit(shards=shards))
-        weights.append(net.module.head.weight)
+        weights.append(net.head.weight)
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-3, atol=1e-4)
     assert not torch.allclose(weights[2], weights[0], rtol=1e-2, atol=1e-2)
 
@@ -168,8 +140,11 @@ def test_models_without_a_head_for_a_task(tmp_path: Path):
     with pytest.raises(DeltaflError, match="cannot be read"):
         net.prepare(task, HeadRecipe(head="no/such/file"))
     language = tiny_llama(tmp_path)
-    with pytest.raises(DeltaflError, match="is no image classifier"):
-        HEADS["ridge"](language, task, HeadRecipe(), HeadFit())
+    lines = load_task(str(write_lines(tmp_path / "text")), language.inputs)
+    with pytest.raises(DeltaflError, match=r'no image classifier, .* leave out head "probe"'):
+        language.prepare(lines, HeadRecipe(head="probe"))
+    with pytest.raises(DeltaflError, match=r"takes images; task .* has none"):
+        net.prepare(lines, HeadRecipe())
 
 
 @pytest.mark.parametrize(

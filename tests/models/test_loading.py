@@ -28,47 +28,33 @@ def build(family: str):
     import transformers as t
 
     torch.manual_seed(0)
-    if family == "vit":
-        return t.ViTModel(t.ViTConfig(**SIZES), add_pooling_layer=False)
-    if family == "vit with pooler":
-        return t.ViTModel(t.ViTConfig(**SIZES))
-    if family == "vit classifier":
-        return t.ViTForImageClassification(t.ViTConfig(**SIZES))
-    if family == "dinov2":
-        return t.Dinov2Model(t.Dinov2Config(**SIZES))
-    if family == "clip tower":
-        return t.CLIPVisionModel(t.CLIPVisionConfig(**SIZES))
-    if family == "clip projected":
-        return t.CLIPVisionModelWithProjection(t.CLIPVisionConfig(**SIZES, projection_dim=12))
     text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 9}
     text |= {"intermediate_size": 32, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
-    return t.CLIPModel(t.CLIPConfig(text_config=text, vision_config=SIZES, projection_dim=12))
+    both = {"text_config": text, "vision_config": SIZES, "projection_dim": 12}
+    vision = t.CLIPVisionConfig(**SIZES, projection_dim=12)
+    return {
+        "vit": lambda: t.ViTModel(t.ViTConfig(**SIZES), add_pooling_layer=False),
+        "vit with pooler": lambda: t.ViTModel(t.ViTConfig(**SIZES)),
+        "vit classifier": lambda: t.ViTForImageClassification(t.ViTConfig(**SIZES)),
+        "dinov2": lambda: t.Dinov2Model(t.Dinov2Config(**SIZES)),
+        "clip tower": lambda: t.CLIPVisionModel(t.CLIPVisionConfig(**SIZES)),
+        "clip projected": lambda: t.CLIPVisionModelWithProjection(vision),
+        "clip": lambda: t.CLIPModel(t.CLIPConfig(**both)),
+    }[family]()
 
 
-def reference(family: str, model, pixels: torch.Tensor) -> torch.Tensor:
-    model.eval()
-    if family == "clip tower":
-        return model(pixels).pooler_output
-    if family == "clip projected":
-        return model(pixels).image_embeds
-    if family == "clip":
-        return model.visual_projection(model.vision_model(pixels).pooler_output)
-    backbone = model.vit if family == "vit classifier" else model
-    return backbone(pixels).last_hidden_state[:, 0]
-
-
-FAMILIES = (
-    "vit",
-    "vit with pooler",
-    "vit classifier",
-    "dinov2",
-    "clip tower",
-    "clip projected",
-    "clip",
+REFERENCES = dict.fromkeys(
+    ("vit", "vit with pooler", "dinov2"), lambda m, x: m(x).last_hidden_state[:, 0]
 )
+REFERENCES |= {
+    "vit classifier": lambda m, x: m.vit(x).last_hidden_state[:, 0],
+    "clip tower": lambda m, x: m(x).pooler_output,
+    "clip projected": lambda m, x: m(x).image_embeds,
+    "clip": lambda m, x: m.visual_projection(m.vision_model(x).pooler_output),
+}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", REFERENCES)
 def test_features_are_those_of_transformers(family: str, tmp_path: Path):
     model = build(family)
     model.save_pretrained(tmp_path / "a")
@@ -77,7 +63,7 @@ def test_features_are_those_of_transformers(family: str, tmp_path: Path):
     net = load_net(tmp_path / "a")
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in processor.values())
     with torch.no_grad():
-        expected = reference(family, model, (IMAGES / 255 - mean) / std)
+        expected = REFERENCES[family](model.eval(), (IMAGES / 255 - mean) / std)
         torch.testing.assert_close(net.module.features(IMAGES), expected)
     assert net.module.feature_dim == expected.shape[1]
 
@@ -97,15 +83,11 @@ def encoder(net: Net) -> torch.nn.Module:
     return net.module.get_submodule("encoder")
 
 
-def test_a_mask_token_is_frozen_because_features_do_not_use_it(tmp_path: Path):
-    build("dinov2").save_pretrained(tmp_path)
-    parameters = encoder(load_net(tmp_path)).named_parameters()
-    assert [n for n, p in parameters if not p.requires_grad] == ["embeddings.mask_token"]
-
-
-def test_a_16_bit_encoder_is_computed_in_float32(tmp_path: Path):
-    build("vit").bfloat16().save_pretrained(tmp_path)
-    assert {p.dtype for p in load_net(tmp_path).module.parameters()} == {torch.float32}
+def test_an_encoder_is_float32_and_a_mask_token_that_features_do_not_use_is_frozen(tmp_path: Path):
+    build("dinov2").bfloat16().save_pretrained(tmp_path)
+    parameters = dict(encoder(load_net(tmp_path)).named_parameters())
+    assert {p.dtype for p in parameters.values()} == {torch.float32}
+    assert [n for n, p in parameters.items() if not p.requires_grad] == ["embeddings.mask_token"]
 
 
 def test_a_new_vit_is_a_model_of_transformers(tmp_path: Path):
@@ -170,34 +152,24 @@ def test_ones_own_encoder_and_a_merged_directory(tmp_path: Path):
     assert frozen == ["classifier.weight", "classifier.bias"]
     base = saved(net, tmp_path / "base")
     merged = shutil.copytree(base, tmp_path / "merged")
-    tensors = load_file(base / "model.safetensors")
-    tensors["conv.weight"] = tensors["conv.weight"] + 1
-    save_file(tensors, merged / "model.safetensors")
+    rewrite(merged, conv_weight=load_file(base / "model.safetensors")["conv.weight"] + 1)
     again = load_net(merged)
     assert isinstance(encoder(again), Convolution)
     assert torch.equal(encoder(again).conv.weight, encoder(net).conv.weight + 1)
     assert again.inputs == net.inputs
 
 
-def test_ones_own_net(tmp_path: Path):
-    net = load_net("tiny_models:own_net", {"width": 5})
+@pytest.mark.parametrize(("ref", "kwargs"), [("own_net", {"width": 5}), ("tied_net", {})])
+def test_ones_own_net_and_tied_tensors(ref: str, kwargs: dict, tmp_path: Path):
+    net = load_net(f"tiny_models:{ref}", kwargs)
+    if ref == "tied_net":
+        names = ("conv.weight", "conv.bias", "norm.weight", "norm.bias")
+        assert list(net.slices) == [f"encoder.{n}" for n in names]
     with torch.no_grad():
         net.flat.add_(1)
     again = load_net(saved(net, tmp_path / "a"))
     assert torch.equal(again.flat, net.flat)
     assert again.inputs == net.inputs
-
-
-def test_tied_tensors_of_ones_own(tmp_path: Path):
-    net = load_net("tiny_models:tied_net")
-    assert list(net.slices) == [
-        f"encoder.{n}" for n in ("conv.weight", "conv.bias", "norm.weight", "norm.bias")
-    ]
-    with torch.no_grad():
-        net.flat.add_(1)
-    again = encoder(load_net(saved(net, tmp_path / "a")))
-    assert torch.equal(again.conv.weight, encoder(net).conv.weight)
-    assert again.twin is again.conv
 
 
 def test_a_factory_in_the_working_directory_is_found(
@@ -211,39 +183,32 @@ def test_a_factory_in_the_working_directory_is_found(
     assert load_net("mine_alone:small").module.feature_dim == 2
 
 
-def _without_a_tensor(folder: Path) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    del tensors["layernorm.weight"]
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+def rewrite(folder: Path, **changes: torch.Tensor | None) -> None:
+    file = folder / "model.safetensors"
+    tensors = {n.replace(".", "_"): (n, t) for n, t in load_file(file).items()}
+    tensors |= {n: t if t is None else (tensors.get(n, (n,))[0], t) for n, t in changes.items()}
+    save_file(dict(filter(None, tensors.values())), file, metadata={"format": "pt"})
 
 
-def _misshapen(folder: Path) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    tensors["layernorm.weight"] = torch.zeros(3)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def _truncated(folder: Path) -> None:
+def truncate(folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
-
-
-def _other_family(folder: Path) -> None:
-    (folder / "config.json").write_text('{"model_type": "resnet"}')
-
-
-def _not_json(folder: Path) -> None:
-    (folder / "config.json").write_text("{")
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_without_a_tensor, "layernorm.weight.*missing"),
-        (_misshapen, "layernorm.weight.*misshapen"),
-        (_truncated, "cannot be loaded"),
-        (_other_family, '"resnet"; known are causal'),
-        (_not_json, "cannot be loaded"),
+        (lambda folder: rewrite(folder, layernorm_weight=None), "layernorm.weight.*missing"),
+        (
+            lambda folder: rewrite(folder, layernorm_weight=torch.zeros(3)),
+            "layernorm.weight.*misshapen",
+        ),
+        (truncate, "cannot be loaded"),
+        (
+            lambda folder: (folder / "config.json").write_text('{"model_type": "resnet"}'),
+            '"resnet"; known are causal',
+        ),
+        (lambda folder: (folder / "config.json").write_text("{"), "cannot be loaded"),
     ],
 )
 def test_a_damaged_directory_is_one_clear_line(damage, message: str, tmp_path: Path):
@@ -290,35 +255,10 @@ def test_a_wrong_configuration_of_a_new_model(change, message: str, tmp_path: Pa
     assert "\n" not in str(caught.value)
 
 
-def test_a_directory_that_does_not_fit_its_factory(tmp_path: Path):
+def test_a_directory_that_does_not_fit_its_factory_and_images_of_another_size(tmp_path: Path):
     load_net("tiny_models:Convolution").save(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    save_file({**tensors, "extra": torch.zeros(1)}, tmp_path / "model.safetensors")
+    rewrite(tmp_path, extra=torch.zeros(1))
     with pytest.raises(DeltaflError, match="extra"):
         load_net(tmp_path)
-
-
-def test_images_of_another_size_are_refused():
     with pytest.raises(DeltaflError, match="image_size=8, channels=1"):
         tiny_net().module.features(IMAGES)
-
-
-@pytest.mark.realdata
-def test_a_real_network_of_ones_own(
-    realdata: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """The published class probabilities are not at hand; that the file's own loader agrees is what can be checked."""
-    (tmp_path / "mine.py").write_text(
-        f"import sys\nsys.path.append({str(realdata / 'weights')!r})\nimport real_models as W\n"
-        f"def small():\n    m = W.load(W.MobileNetV1(0.25), {str(realdata / 'weights')!r}"
-        " + '/mobilenet_v1_0.25_128_fp16.safetensors')\n    m.input_size = 128\n    return m\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    net = load_net("mine:small")
-    images = torch.randint(
-        0, 256, (2, 3, 128, 128), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
-    with torch.no_grad():
-        expected = encoder(net).embed(images / 127.5 - 1)
-        torch.testing.assert_close(net.module.features(images), expected)
-    assert load_net(saved(net, tmp_path / "saved")).module.feature_dim == 256

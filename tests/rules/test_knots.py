@@ -10,12 +10,12 @@ from deltafl.rules.task_arithmetic import TaskArithmetic
 from deltafl.rules.ties import Ties
 from rules.oracle import KINDS, assert_is, models, svd
 from rules.reference import sources
-from rules.test_ties import trimmed
+from rules.test_formulas import keep
 
 
 def ties(rows: np.ndarray, p: np.ndarray, density: float) -> np.ndarray:
     """TIES of flat rows, each trimmed on its own."""
-    kept = np.array([trimmed(row, density) for row in rows])
+    kept = np.array([keep(row, density) for row in rows])
     sign = np.sign(np.round(p @ kept, 12))
     agree = (np.sign(kept) == sign) & (sign != 0)
     return (p @ (kept * agree)) / np.maximum(p @ agree, 1e-12)

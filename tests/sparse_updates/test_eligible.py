@@ -3,7 +3,7 @@ import torch
 from torch import Tensor, nn
 
 from deltafl.models import Net
-from deltafl.sparse.eligible import eligible
+from deltafl.sparse.eligible import eligible, excluded
 from deltafl.tasks import ImageInput
 from tiny_models import tiny_images, tiny_net
 
@@ -91,12 +91,17 @@ def influence(net: Net, name: str, **tokens) -> Tensor:
 
 
 def test_key_biases_of_transformers_are_excluded_and_named():
-    able = eligible(tiny_net())
-    assert tuple(able.excluded) == KEYS
-    assert all("key bias" in why for why in able.excluded.values())
-    for name in able.shapes:
-        assert able.numel(name) == (0 if name in KEYS else torch.Size(able.shapes[name]).numel())
-    assert able.total == sum(torch.Size(s).numel() for s in able.shapes.values()) - 2 * 16
+    net = tiny_net()
+    able = eligible(net)
+    assert tuple(excluded(able)) == KEYS
+    assert all("key bias" in why for why in excluded(able).values())
+    assert list(able) == list(net.slices)
+    for name, part in able.items():
+        assert part.shape == net.trained[name].shape
+        assert part.any() != (name in KEYS)
+    net = tiny_net()
+    net.module.get_parameter(KEYS[0]).requires_grad_(False)
+    assert tuple(excluded(eligible(net))) == KEYS[1:]
 
 
 @pytest.mark.parametrize(
@@ -112,14 +117,19 @@ def test_what_is_excluded_is_what_moves_no_feature(attention, name, third):
     """Excluded coordinates have no influence beyond rounding, all others of the tensor have."""
     net = net_of(attention)
     able = eligible(net)
-    assert list(able.excluded) == [name]
-    part = able.of(name)
+    assert list(excluded(able)) == [name]
+    part = able[name]
     assert int(part.sum()) == (16 if third else 0)
     strength = influence(net, name)
     assert strength[~part].max() < 1e-5
     if third:
         assert strength[part].min() > 1e-3
-        assert name in able.fused
+
+
+def shared() -> Separate:
+    attention = Separate()
+    attention.query.bias = attention.key.bias
+    return attention
 
 
 @pytest.mark.parametrize(
@@ -127,34 +137,15 @@ def test_what_is_excluded_is_what_moves_no_feature(attention, name, third):
     [
         (Fused(norm=True), "attention.qkv.bias"),
         (Separate(shared=True), "attention.query.bias"),
+        (shared(), "attention.query.bias"),
         (Torch(add_bias_kv=True), "attention.attention.in_proj_bias"),
         (Torch(add_zero_attn=True), "attention.attention.in_proj_bias"),
     ],
 )
 def test_key_biases_that_matter_stay_eligible(attention, name):
     net = net_of(attention)
-    assert not eligible(net).excluded
+    assert not excluded(eligible(net))
     assert influence(net, name).min() > 1e-4
-
-
-def test_a_key_bias_that_another_module_uses_stays_eligible():
-    attention = Separate()
-    attention.query.bias = attention.key.bias
-    assert not eligible(net_of(attention)).excluded
-
-
-def test_fused_weights_are_known_and_wholly_eligible():
-    able = eligible(net_of(Fused()))
-    assert able.fused == {"attention.qkv.weight", "attention.qkv.bias"}
-    assert able.of("attention.qkv.weight").all()
-
-
-def test_frozen_parameters_are_not_listed():
-    net = tiny_net()
-    net.module.get_parameter(KEYS[0]).requires_grad_(False)
-    able = eligible(net)
-    assert KEYS[0] not in able.shapes
-    assert tuple(able.excluded) == KEYS[1:]
 
 
 def test_rotated_keys_of_llama_types_depend_on_their_bias():
@@ -175,6 +166,6 @@ def test_rotated_keys_of_llama_types_depend_on_their_bias():
         for parameter in module.parameters():
             parameter.data.normal_()
     net = Net(module, ImageInput(8, 1, (0.5,), (0.5,)))
-    assert not eligible(net).excluded
+    assert not excluded(eligible(net))
     name = "model.layers.0.self_attn.k_proj.bias"
     assert influence(net, name, input_ids=torch.arange(6)[None]).max() > 1e-3

@@ -1,4 +1,3 @@
-import copy
 import itertools
 
 import pytest
@@ -7,7 +6,6 @@ from torch import nn
 
 from deltafl.algebra.tensors import BLOCK
 from deltafl.models import HeadRecipe, Net
-from deltafl.sparse.eligible import eligible
 from deltafl.sparse.packed import kept_index
 from deltafl.sparse.sgdm import SparseSGDM, frozen_tensors
 from deltafl.tasks import ImageInput
@@ -15,9 +13,9 @@ from deltafl.training.step import train_step
 from tiny_models import tiny_images, tiny_net
 
 COMBINATIONS = [
-    {"momentum": m, "weight_decay": wd, "dampening": d, "nesterov": n}
-    for m, wd, d, n in itertools.product((0.0, 0.9), (0.0, 0.1), (0.0, 0.3), (False, True))
-    if not (n and (m == 0 or d != 0))
+    {"momentum": m, "weight_decay": wd, "nesterov": n}
+    for m, wd, n in itertools.product((0.0, 0.9), (0.0, 0.1), (False, True))
+    if m or not n
 ]
 
 
@@ -39,20 +37,15 @@ def large() -> Net:
     return Net(module, ImageInput(8, 1, (0.5,), (0.5,)))
 
 
-def small(train_head: bool = False) -> Net:
+def small() -> Net:
     net = tiny_net()
-    net.prepare(tiny_images(), HeadRecipe(head="linear", train_head=train_head))
+    net.prepare(tiny_images(), HeadRecipe(head="linear"))
     return net
 
 
 def sgdm(net: Net, mask, lr: float = 0.1, **options) -> SparseSGDM:
     index = None if mask is None else kept_index(mask, net.slices)
     return SparseSGDM(net.flat, index, lr, **options)
-
-
-def whole_batch():
-    task = tiny_images()
-    return task, task.batch("train", torch.arange(task.size("train")))
 
 
 def set_gradient(model: Net, seed: int) -> torch.Tensor:
@@ -71,77 +64,27 @@ def torch_sgd(weights: torch.Tensor, gradients, lr: float, **options) -> torch.T
 
 
 @pytest.mark.parametrize("options", COMBINATIONS, ids=str)
-@pytest.mark.parametrize("given", ["none", "ones"])
-def test_a_mask_of_ones_is_torchs_sgd_bit_for_bit(options, given):
-    model = small()
-    start = model.flat.detach().clone()
-    mask = None if given == "none" else random_mask(model, 2.0)
-    optimiser = sgdm(model, mask, **options)
-    gradients = []
-    for step in range(4):
-        gradients.append(set_gradient(model, step))
-        optimiser.step()
-    assert torch.equal(model.flat.detach(), torch_sgd(start, gradients, 0.1, **options))
-
-
-@pytest.mark.parametrize("options", COMBINATIONS, ids=str)
 @pytest.mark.parametrize("make", [small, large])
-def test_kept_coordinates_are_torchs_sgd_and_frozen_ones_stay(options, make):
-    """The reference trains the kept coordinates as a vector of their own."""
+@pytest.mark.parametrize("density", [None, 0.1, 2.0])
+def test_kept_coordinates_are_torchs_sgd_bit_for_bit_and_frozen_ones_stay(options, make, density):
+    """The reference trains the kept coordinates, or all, as a vector of their own; so large is the state."""
     model = make()
-    mask = random_mask(model, 0.3)
+    mask = random_mask(model, density or 2.0)
     if make is large:
         mask["2.weight"][: BLOCK // 2 + 10] = True  # a block kept whole
     kept = flat_mask(mask)
     start = model.flat.detach().clone()
-    optimiser = sgdm(model, mask, **options)
+    optimiser = sgdm(model, mask if density else None, **options)
     gradients = []
     for step in range(4):
         gradients.append(set_gradient(model, step))
         optimiser.step()
+        assert torch.equal(model.flat.grad, gradients[-1])
     expected = torch_sgd(start[kept], [g[kept] for g in gradients], 0.1, **options)
     assert torch.equal(model.flat.detach()[kept], expected)
     assert torch.equal(model.flat.detach()[~kept], start[~kept])
     assert not torch.equal(expected, start[kept])
-
-
-def test_the_formula_in_float64():
-    model = small()
-    mask = random_mask(model, 0.4)
-    kept = flat_mask(mask)
-    w = model.flat.detach().double()[kept]
-    lr, mu, damp, wd = 0.05, 0.8, 0.2, 0.1
-    optimiser = sgdm(model, mask, lr, momentum=mu, dampening=damp, weight_decay=wd)
-    m = None
-    for step in range(6):
-        d = set_gradient(model, step).double()[kept] + wd * w
-        m = d if m is None else mu * m + (1 - damp) * d
-        w = w - lr * m
-        optimiser.step()
-    torch.testing.assert_close(model.flat.detach()[kept].double(), w, rtol=1e-5, atol=1e-6)
-
-
-def test_training_moves_kept_coordinates_only():
-    """A whole run through train_step with momentum, Nesterov and weight decay; the head trains densely."""
-    net, (task, batch) = small(train_head=True), whole_batch()
-    mask = random_mask(net, 0.1)
-    mask |= {n: torch.ones(shape, dtype=torch.bool) for n, shape in eligible(net).whole.items()}
-    kept, start = flat_mask(mask), net.flat.detach().clone()
-    optimiser = sgdm(net, mask, weight_decay=0.1, nesterov=True)
-    losses = [float(train_step(net, task, batch, optimiser, lr=0.05)) for _ in range(20)]
-    assert torch.equal(net.flat.detach()[~kept], start[~kept])
-    assert (net.flat.detach()[kept] != start[kept]).float().mean() > 0.5
-    assert losses[-1] < losses[0]
-    assert not torch.equal(net.trained["head.weight"], start[net.slices["head.weight"]].view(3, 16))
-
-
-def test_the_gradient_is_not_modified_by_a_step():
-    model = small()
-    optimiser = sgdm(model, random_mask(model, 0.3), 0.1, weight_decay=0.1, nesterov=True)
-    gradient = set_gradient(model, 0)
-    optimiser.step()
-    optimiser.step()
-    assert torch.equal(model.flat.grad, gradient)
+    assert len(optimiser.buffer) == (int(kept.sum()) if options["momentum"] else 0)
 
 
 @pytest.mark.parametrize("make", [small, large])
@@ -161,80 +104,27 @@ def test_mask_gradients(make, density):
     )
 
 
-def test_memory_falls_with_sparsity():
-    """At 90 % sparsity the momentum is 10 % of the dense one, and the index as much again."""
-    net = large()
-    numel = net.flat.numel()
-    mask = random_mask(net, 0.1)
-    optimiser = sgdm(net, mask)
-    set_gradient(net, 0)
-    optimiser.step()
-    states = [state for state in optimiser.state.values() if state]
-    held = [t for state in states for t in state.values() if isinstance(t, torch.Tensor)]
-    count = int(flat_mask(mask).sum())
-    assert sum(t.nbytes for t in held) == 4 * count < 0.11 * 4 * numel
-    assert optimiser.index.nbytes == 4 * count
-
-
-def test_tensors_without_a_kept_coordinate_have_no_gradient_for_a_while():
-    net, (task, batch) = small(), whole_batch()
-    mask = random_mask(net, 0.5)
-    gone = tuple(n for n in mask if n.endswith(("projection.weight", "layers.0.mlp.fc1.weight")))
-    for name in gone:
-        mask[name].zero_()
-    parameters = dict(net.module.named_parameters())
-    before = {n: p.requires_grad for n, p in parameters.items()}
-    start = net.flat.detach().clone()
-    optimiser = sgdm(net, mask, weight_decay=0.1)
-    set_gradient(net, 0)
-    with frozen_tensors(net.module, mask) as names:
-        assert names == gone
-        assert {n for n, p in parameters.items() if before[n] and not p.requires_grad} == set(gone)
-        for _ in range(3):
-            assert not any(net.flat.grad[net.slices[n]].any() for n in gone)
-            train_step(net, task, batch, optimiser, lr=0.1)
-            assert net.flat.grad.any()
-    assert {n: p.requires_grad for n, p in parameters.items()} == before
-    assert all(torch.equal(net.flat.data[net.slices[n]], start[net.slices[n]]) for n in gone)
-    train_step(net, task, batch, optimiser, lr=0.1)
-    assert all(net.flat.grad[net.slices[n]].any() for n in gone)
-
-
-def test_skipping_gives_the_bits_of_not_skipping_and_is_undone_after_an_error():
+def test_tensors_without_a_kept_coordinate_are_skipped_with_the_same_bits():
     results = []
     for skip in (False, True):
-        net, (task, batch) = small(), whole_batch()
+        net, task = small(), tiny_images()
+        batch = task.batch("train", torch.arange(task.size("train")))
         mask = random_mask(net, 0.5)
-        mask["encoder.layers.0.mlp.fc1.weight"].zero_()
-        optimiser = sgdm(net, mask)
-        with frozen_tensors(net.module, mask if skip else {}):
+        gone = [n for n in mask if n.endswith(("projection.weight", "layers.0.mlp.fc1.weight"))]
+        for name in gone:
+            mask[name].zero_()
+        before = {n: p.requires_grad for n, p in net.module.named_parameters()}
+        optimiser = sgdm(net, mask, weight_decay=0.1)
+        set_gradient(net, 0)
+        with frozen_tensors(net.module, mask if skip else {}) as names:
+            assert list(names) == (gone if skip else [])
             for _ in range(3):
                 train_step(net, task, batch, optimiser, lr=0.1)
-        results.append(net.flat.detach())
+                assert any(net.flat.grad[net.slices[n]].any() for n in gone) is not skip
+                assert net.flat.grad.any()
+        assert {n: p.requires_grad for n, p in net.module.named_parameters()} == before
+        results.append(net.flat.detach().clone())
     assert torch.equal(*results)
     with pytest.raises(ValueError, match="inside"), frozen_tensors(net.module, mask):
         raise ValueError("inside")
-    assert net.module.get_parameter("encoder.layers.0.mlp.fc1.weight").requires_grad
-
-
-@pytest.mark.parametrize("density", [0.2, 2.0])
-def test_resume_is_bit_exact(density):
-    def steps(model, optimiser, numbers):
-        for step in numbers:
-            set_gradient(model, step)
-            optimiser.step()
-
-    options = {"lr": 0.1, "momentum": 0.9, "dampening": 0.2, "weight_decay": 0.1}
-    whole, first, second = small(), small(), small()
-    mask = random_mask(whole, density)
-    uninterrupted = sgdm(whole, mask, **options)
-    steps(whole, uninterrupted, range(6))
-
-    before = sgdm(first, mask, **options)
-    steps(first, before, range(3))
-    saved = copy.deepcopy(before.state_dict())
-    second.load(first.trained)
-    after = sgdm(second, mask, **options)
-    after.load_state_dict(saved)
-    steps(second, after, range(3, 6))
-    assert torch.equal(second.flat.detach(), whole.flat.detach())
+    assert {n: p.requires_grad for n, p in net.module.named_parameters()} == before

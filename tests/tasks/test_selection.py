@@ -50,10 +50,8 @@ def test_own_val_is_kept_and_limits_hold_for_each_split():
     limited = select(labels, 0, limit=8)
     assert [len(limited[split][1]) for split in ("train", "val", "test")] == [8, 8, 8]
     assert np.array_equal(np.bincount(limited["train"][1] % 4), [2, 2, 2, 2])
-
-
-def test_limit_does_not_move_rows_between_train_and_val():
-    labels = {"train": np.arange(100) % 4, "test": np.arange(8) % 4}
-    whole, limited = select(labels, 3), select(labels, 3, limit=4)
+    # A limit moves no row between train and val.
+    del labels["val"]
+    whole, limited = select(labels, 3), select(labels, 3, limit=2)
     for split in ("train", "val"):
         assert set(limited[split][1]) <= set(whole[split][1])

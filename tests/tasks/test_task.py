@@ -8,7 +8,6 @@ from dataset_files import load, sizes
 
 from deltafl.errors import DeltaflError
 from deltafl.tasks import Task, load_task
-from deltafl.tasks.classes import only_classes
 from deltafl.tasks.lines import WORST, tokenised
 from deltafl.tasks.recipe import DataRecipe, TrainingDataRecipe
 from deltafl.tasks.task import check_task
@@ -44,23 +43,18 @@ class Wrong(Task):
         return ""
 
 
+NAN, INF = float("nan"), float("inf")
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
         ("sums", torch.ones(2, 3), r"the sums of loss must be float \(2,\).*\(2, 3\)"),
-        (
-            "sums",
-            torch.tensor([1.0, float("nan")]),
-            r"the sums of loss is not finite: \[1.0, nan\]",
-        ),
+        ("sums", torch.tensor([1.0, NAN]), r"the sums of loss is not finite: \[1.0, nan\]"),
         ("weights", torch.ones(2, dtype=torch.int64), "the weights of loss must be float"),
         ("score", torch.tensor(0.5), r"score must be float \(2,\)"),
-        ("score", torch.tensor([0.0, float("-inf")]), "score is not finite"),
-        (
-            "groups",
-            torch.zeros(N - 1),
-            "groups.train., groups.val., groups.test. must hold one row",
-        ),
+        ("score", torch.tensor([0.0, -INF]), "score is not finite"),
+        ("groups", torch.zeros(N - 1), "groups.train., .*groups.test. must hold one row"),
         ("x", torch.zeros(3, 2), "batch.x. must hold one row for each example"),
     ],
 )
@@ -70,17 +64,17 @@ def test_a_field_that_breaks_its_promise_is_named(name, value, message):
         check_task(Wrong({name: value}), lambda batch: batch)
 
 
-def test_some_classes_are_a_task_with_the_head_of_the_whole():
+def test_some_rows_are_a_task_with_the_head_of_the_whole():
     whole = load("digits", channels=1)
-    part = only_classes(whole, torch.tensor([2, 7]), "part")
+    rows = {split: torch.arange(1, whole.size(split), 2) for split in ("train", "val", "test")}
+    part = whole.only(rows, "part")
     assert part.name == "part"
     assert part.class_names == whole.class_names
-    for split in ("train", "val", "test"):
-        keep = (whole.groups(split) == 2) | (whole.groups(split) == 7)
+    for split, keep in rows.items():
         assert torch.equal(part.groups(split), whole.groups(split)[keep])
         assert torch.equal(part.splits[split].images, whole.splits[split].images[keep])
-    with pytest.raises(DeltaflError, match='task "none" has no example in train, val, test'):
-        only_classes(whole, torch.tensor([11]), "none")
+    with pytest.raises(DeltaflError, match='task "none" has no example in val'):
+        whole.only(rows | {"val": torch.arange(0)}, "none")
 
 
 @pytest.fixture
@@ -93,10 +87,12 @@ def test_lines_are_found_by_themselves_or_by_name(language, prefix):
     net, folder = language
     task = load_task(f"{prefix}{folder}", net.inputs)
     again = load_task(DataRecipe.of(data=f"{prefix}{folder}", limit=4), net.inputs)
-    assert task.metric == "log-likelihood"
+    assert (task.metric, task.ratio_scaled) == ("log-likelihood", False)
+    assert task.groups("train").unique().tolist() == [0, 1]  # the file that a line is from
     assert max(sizes(again)) == 4
     assert task.fingerprint() != again.fingerprint()
-    assert sizes(only_classes(task, torch.tensor([0]), "one source"))[2] < task.size("test")
+    rows = {split: torch.tensor([0]) for split in ("train", "val", "test")}
+    assert [*sizes(task.only(rows, "one line"))] == [1, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -122,9 +118,8 @@ def test_text_is_not_for_a_model_of_images(language):
 
 def test_blank_lines_are_left_out_and_long_ones_cut(language):
     inputs = language[0].inputs
-    lines = tokenised(["a line", "", "  ", "x" * 5000], inputs, source=3)
-    assert lines.sources.tolist() == [3, 3]
-    assert len(lines.ids[1]) == inputs.max_length
+    lines = tokenised(["a line", "", "  ", "x" * 5000], inputs)
+    assert [len(line) for line in lines] == [7, inputs.max_length]
 
 
 def test_a_file_that_is_no_text_is_named(language):

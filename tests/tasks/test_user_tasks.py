@@ -58,9 +58,6 @@ def _module(tmp_path, monkeypatch):
 def test_a_function_in_the_working_directory_gives_the_task():
     task = load("own_tasks:good", channels=1, seed=3)
     assert (task.name, tuple(task.splits["train"].images.shape)) == ("mine37", (8, 1, 8, 8))
-
-
-def test_limit_holds_for_it_too():
     assert sizes(load("own_tasks:good", limit=4)) == [4, 4, 4]
 
 
@@ -75,13 +72,9 @@ def test_limit_holds_for_it_too():
         ("nothing", r"returned NoneType, not a deltafl.tasks.Task; return ImageTask\(name,"),
         ("old", r"is called with \(inputs, seed\); inputs has image_size and channels"),
         ("goood", 'no callable "goood"; did you mean "good"'),
+        ("needs_more:anything", "not_installed_anywhere"),  # the import inside the module fails
     ],
 )
 def test_a_task_of_another_form_is_an_error(name, message):
     with pytest.raises(DeltaflError, match=message):
-        load(f"own_tasks:{name}")
-
-
-def test_an_import_that_fails_inside_the_users_module_is_named():
-    with pytest.raises(DeltaflError, match="not_installed_anywhere"):
-        load("needs_more:anything")
+        load(name if ":" in name else f"own_tasks:{name}")

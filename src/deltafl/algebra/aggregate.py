@@ -5,8 +5,6 @@ aggregate. Whoever consumes it (a file writer, a dict, the federated server) ask
 streaming, in-memory and federated results are the same bits by construction.
 """
 
-import math
-import threading
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -19,7 +17,7 @@ from deltafl.errors import DeltaflError, shorten
 from deltafl.pool import one_thread
 from deltafl.progress import OnProgress, ignore
 from deltafl.rules.rule import CoordinateRule, LinearRule, Rule, Stats, TensorRule, check_rule
-from deltafl.rules.weights import Weights, WeightsLike, as_weights, shares
+from deltafl.rules.weights import WeightsLike, as_weights, shares
 
 
 class Aggregate(Lazy):
@@ -43,9 +41,9 @@ class Aggregate(Lazy):
         check_rule(rule, sources)
         self.weights = as_weights(weights, len(updates))
         self.report: dict[str, object] = {}
-        self._core = rule.core
-        self.whole = isinstance(self._core, TensorRule)
-        self._last = _LastTensor()
+        self._core = core = rule.core
+        self.whole = isinstance(core, TensorRule)
+        self._last: tuple[str, Tensor] | None = None
         self._deltas = Deltas(updates, self.weights, dtype)
         self.names = self._deltas.specs
         for transform in rule.transforms:
@@ -56,15 +54,20 @@ class Aggregate(Lazy):
                 )
                 names = (s.name for s in sources)
                 self.report["kept_fraction"] = dict(zip(names, kept, strict=True))
-            self._deltas.transform(transform, thresholds)
-        self._coefficients: dict[tuple[float, ...], tuple[float, ...]] = {}
-        if isinstance(self._core, LinearRule):
-            gram = torch.empty(0, 0, dtype=torch.float64)
-            if self._core.needs_gram:
+            self._deltas.transforms.append((transform, thresholds))
+        if isinstance(core, LinearRule):
+            gram = torch.empty(0, 0)
+            if core.needs_gram:
                 gram = gram_matrix(self._deltas, threads, on_progress)
-            self._stats = Stats(sources, gram)
-            if any(self.weights.default):
-                self.report["coefficients"] = list(self._linear(self._core, self.weights.default))
+            stats = Stats(sources, gram)
+            self._coefficients = {
+                row: core.coefficients(
+                    stats, torch.tensor(shares(row), dtype=torch.float64)
+                ).tolist()
+                for row in self.weights.values()
+                if any(row)
+            }
+            self.report["coefficients"] = self._coefficients.get(self.weights["*"])
 
     def spec(self, name: str) -> Spec:
         return self._deltas.specs[name]
@@ -73,57 +76,52 @@ class Aggregate(Lazy):
         weights, spec = self._deltas.weights_of[name], self.spec(name)
         if not any(weights):
             out.zero_()
-            return
-        if isinstance(self._core, LinearRule):
+        elif isinstance(self._core, LinearRule):
             total = memory_like(out, spec.dtype, spec.device)
-            self._combine(self._linear(self._core, weights), name, start, total)
-            self._check(total, name, start, stop)
-        elif isinstance(self._core, CoordinateRule):
-            stack = self._deltas.stack(name, start, stop)
-            self._check(stack, name, start, stop)
-            total = self._core.combine(stack, shares(weights))
-            self._refuse_other(total, out.shape, spec.dtype)
-        else:
-            total = self._whole(name, weights)[start:stop]
-            if stop == spec.numel:
-                self._last.name = self._last.tensor = None
-        if total is not out:
+            self._sum(self._coefficients[weights], name, start, total)
+            self._deltas.check_finite(total, name, start, stop)
             out.copy_(total)
+        elif self.whole:
+            out.copy_(self._held(name, stop)[start:stop])
+        else:
+            out.copy_(self._combined(name, start, stop, (stop - start,)))
 
-    def _whole(self, name: str, weights: Sequence[float]) -> Tensor:
+    def _held(self, name: str, stop: int) -> Tensor:
         """R of a whole tensor, flat; held until its end is read."""
-        last, spec = self._last, self.spec(name)
-        if last.name != name or last.tensor is None:
-            last.name = last.tensor = None
-            counted = [i for i, w in enumerate(weights) if w]
-            stack = self._deltas.stack(name, 0, spec.numel, counted)
-            self._check(stack, name, 0, spec.numel)
-            assert isinstance(self._core, TensorRule)
+        spec = self.spec(name)
+        if not self._last or self._last[0] != name:
+            self._last = None
             try:
-                p = [share for share in shares(weights) if share]
                 with one_thread():
-                    tensor = self._core.combine(stack.view(len(stack), *spec.shape), p)
+                    tensor = self._combined(name, 0, spec.numel, spec.shape).reshape(-1)
             except torch.linalg.LinAlgError:
                 raise DeltaflError(
                     f'tensor "{name}": {self._core.name}: its singular values cannot be computed; '
                     "leave it out with --exclude, or choose another method"
                 ) from None
-            self._refuse_other(tensor, spec.shape, spec.dtype)
-            last.name, last.tensor = name, tensor.reshape(-1)
-        return last.tensor
+        else:
+            tensor = self._last[1]
+        self._last = (name, tensor) if stop < spec.numel else None
+        return tensor
 
-    def _check(self, values: Tensor, name: str, start: int, stop: int) -> None:
-        if not math.isfinite(values.sum()):
-            self._deltas.refuse_nonfinite(name, start, stop)
-
-    def _refuse_other(self, result: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        if result.shape != shape or result.dtype != dtype:
+    def _combined(self, name: str, start: int, stop: int, shape: tuple[int, ...]) -> Tensor:
+        """What the rule makes of elements [start, stop) of the deltas, in this shape."""
+        core = self._core
+        assert isinstance(core, CoordinateRule | TensorRule)
+        weights = self._deltas.weights_of[name]
+        counted = [i for i, weight in enumerate(weights) if weight]
+        stack = self._deltas.stack(name, start, stop, counted)
+        self._deltas.check_finite(stack, name, start, stop)
+        p = shares([weights[i] for i in counted])
+        result = core.combine(stack.view(len(stack), *shape), p)
+        if result.shape != shape or result.dtype != stack.dtype:
             raise DeltaflError(
-                f"{type(self._core).__name__}: combine gives {tuple(result.shape)} {result.dtype} "
-                f"for deltas of {tuple(shape)} {dtype}; a rule keeps both"
+                f"{type(core).__name__}: combine gives {tuple(result.shape)} {result.dtype} "
+                f"for deltas of {tuple(shape)} {stack.dtype}; a rule keeps both"
             )
+        return result
 
-    def _combine(self, coefficients: Sequence[float], name: str, start: int, total: Tensor) -> None:
+    def _sum(self, coefficients: Sequence[float], name: str, start: int, total: Tensor) -> None:
         """total = sum_i c_i delta_i in the models' order; equal coefficients multiply once."""
         equal = len(set(coefficients)) == 1
         other = torch.empty_like(total)
@@ -137,24 +135,11 @@ class Aggregate(Lazy):
         if equal:
             total.mul_(coefficients[0])
 
-    def _linear(self, core: LinearRule, weights: tuple[float, ...]) -> tuple[float, ...]:
-        if weights not in self._coefficients:
-            p = torch.tensor(shares(weights), dtype=torch.float64)
-            self._coefficients[weights] = tuple(core.coefficients(self._stats, p).tolist())
-        return self._coefficients[weights]
-
-
-class _LastTensor(threading.local):
-    """The tensor that a thread combined last."""
-
-    name: str | None = None
-    tensor: Tensor | None = None
-
 
 class Stepped(Lazy):
     """theta = theta0 + scale * R, rounded once to the base's dtype, or to `dtype`.
 
-    scale: server_lr, or a function of the tensor's name (see `sum_scale`). What the update does not
+    scale: server_lr, or a function of the tensor's name. What the update does not
     hold, and what is not floating-point, is the base's own.
     """
 
@@ -174,40 +159,28 @@ class Stepped(Lazy):
 
     def spec(self, name: str) -> Spec:
         spec = self._base.spec(name)
-        return spec._replace(dtype=self._dtype) if self._dtype and _floats(spec) else spec
+        floats = self._dtype and spec.dtype.is_floating_point
+        return spec._replace(dtype=self._dtype) if floats else spec
 
     def read(self, name: str, start: int, stop: int, out: Tensor) -> None:
-        if name in self._update and _floats(self._base.spec(name)):
+        own, dtype = self._base.spec(name).dtype, self.spec(name).dtype
+        if name in self._update and own.is_floating_point:
             update = self._update.spec(name)
             values = memory_like(out, update.dtype, update.device)
             self._update.read(name, start, stop, values)
             values.mul_(self._scale(name))
-            wide = torch.promote_types(update.dtype, self._base.spec(name).dtype)
+            wide = torch.promote_types(update.dtype, own)
             base = self._base.block(name, start, stop, wide)
             values = values.to(wide).add_(base.to(values.device))
         else:
             values = self._base.block(name, start, stop)
-        rounded = self._rounded(values, name)
-        if rounded is not out:
-            out.copy_(rounded)
-
-    def _rounded(self, values: Tensor, name: str) -> Tensor:
-        rounded = round_once(values, self.spec(name).dtype)
-        if rounded.dtype == torch.float16 and not torch.isfinite(rounded).all():
+        rounded = round_once(values, dtype)
+        if dtype == torch.float16 and not torch.isfinite(rounded).all():
             raise DeltaflError(
                 f'tensor "{name}": values do not fit into float16; '
                 "choose --dtype float32 or bfloat16, or a smaller coefficient"
             )
-        return rounded
-
-
-def _floats(spec: Spec) -> bool:
-    return spec.dtype.is_floating_point
-
-
-def sum_scale(weights: Weights, scaling_coef: float) -> Callable[[str], float]:
-    """The server_lr that lambda on sum_i w_i delta_i stands for: lambda sum_i |w_i|."""
-    return lambda name: scaling_coef * weights.total(name)
+        out.copy_(rounded)
 
 
 def aggregate(

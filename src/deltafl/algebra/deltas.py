@@ -1,6 +1,6 @@
 """Deltas: what local training changed, of one model or stacked for n; read block by block."""
 
-import threading
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from deltafl.algebra.tensors import Lazy, Spec, Tensors, blocks, lazy, memory_like
 from deltafl.errors import DeltaflError, shorten
 from deltafl.rules.rule import Source, Transform
-from deltafl.rules.weights import Weights
+from deltafl.rules.weights import Weights, numbers_of
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Update:
 
 
 class CachedBlocks(Lazy):
-    """Other tensors, with the block of float ones that each thread read last kept in `dtype`.
+    """Other tensors, with the block that was last read in `dtype` kept.
 
     n differences from one base and the step itself ask for the same block of the base one after the
     other: it is read, converted and brought to `device` once.
@@ -36,10 +36,7 @@ class CachedBlocks(Lazy):
     ) -> None:
         self._tensors, self.dtype, self.device = lazy(tensors), dtype, torch.device(device)
         self.names = self._tensors.names
-        self._last = _LastBlock()
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name].to(self.device)
+        self._key, self._block = ("", 0, 0), torch.empty(0)
 
     def spec(self, name: str) -> Spec:
         return self._tensors.spec(name)._replace(device=self.device)
@@ -50,21 +47,13 @@ class CachedBlocks(Lazy):
     def block(self, name: str, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
         if dtype != self.dtype:
             return super().block(name, start, stop, dtype)
-        last, key = self._last, (name, start, stop)
-        if last.key != key:
-            if len(last.block) != stop - start:
-                last.block = torch.empty(stop - start, dtype=dtype, device=self.device)
-            last.key = None  # while it is being filled
-            self._tensors.read(name, start, stop, last.block)
-            last.key = key
-        return last.block
-
-
-class _LastBlock(threading.local):
-    """Which block a thread read last, and its values."""
-
-    key: tuple[str, int, int] | None = None
-    block: Tensor = torch.empty(0)
+        if self._key != (name, start, stop):
+            self._key = "", 0, 0  # while it is being filled
+            if len(self._block) != stop - start:
+                self._block = torch.empty(stop - start, dtype=dtype, device=self.device)
+            self.read(name, start, stop, self._block)
+            self._key = name, start, stop
+        return self._block
 
 
 class Difference(Lazy):
@@ -82,15 +71,15 @@ class Difference(Lazy):
         values = memory_like(out, self._dtype, base.device)
         self.tuned.read(name, start, stop, values)
         values.sub_(base)
-        if values is not out:
-            out.copy_(values)
+        out.copy_(values)
 
 
 class Deltas:
     """The transformed, signed deltas of n updates: what reductions and combinations see.
 
     specs: of the tensors that all share, in the order of the first, in the dtype of the arithmetic:
-    float32, or float64 to be exact. weights_of: name -> weights, (n,).
+    float32, or float64 to be exact. weights_of: name -> weights, (n,). transforms: of what is read
+    from now on, each with its thresholds, name -> (n,).
 
     Raises:
         DeltaflError: the updates differ in tensors or shapes.
@@ -103,8 +92,8 @@ class Deltas:
         self._deltas = [lazy(update.delta) for update in updates]
         first = self._deltas[0]
         self.specs = {name: first.spec(name)._replace(dtype=dtype) for name in first}
-        self.weights_of = {name: weights.of(name) for name in first}
-        self._transforms: list[tuple[Transform, Mapping[str, Sequence[float]] | None]] = []
+        self.weights_of = {name: numbers_of(weights, name) for name in first}
+        self.transforms: list[tuple[Transform, Mapping[str, Sequence[float]] | None]] = []
         self._refuse_others()
 
     def _refuse_others(self) -> None:
@@ -121,23 +110,16 @@ class Deltas:
         if problems:
             raise DeltaflError(*problems)
 
-    def transform(
-        self, transform: Transform, thresholds: Mapping[str, Sequence[float]] | None
-    ) -> None:
-        """Apply one more transform to what is read from now on; thresholds: name -> (n,)."""
-        self._transforms.append((transform, thresholds))
-
     def read(self, i: int, name: str, start: int, out: Tensor) -> None:
         """Write delta i, signed and transformed, from `start` on into `out`, of our dtype."""
         self._deltas[i].read(name, start, start + len(out), out)
         if self.weights_of[name][i] < 0:
             out.neg_()
         row = out
-        for transform, thresholds in self._transforms:
+        for transform, thresholds in self.transforms:
             threshold = thresholds[name][i] if thresholds else 0.0
             row = transform.apply(row, i, name, start, threshold)
-        if row is not out:
-            out.copy_(row)
+        out.copy_(row)
 
     def stack(
         self, name: str, start: int, stop: int, models: Sequence[int] | None = None
@@ -151,9 +133,12 @@ class Deltas:
                 self.read(i, name, start + first, row)
         return stack
 
-    def refuse_nonfinite(self, name: str, start: int, stop: int) -> None:
-        """Raise DeltaflError that names tensor and model if a delta has NaN or Inf there."""
-        for i, update in enumerate(self.updates):
+    def check_finite(self, values: Tensor, name: str, start: int, stop: int) -> None:
+        """Raise DeltaflError that names tensor and model if a delta has NaN or Inf there.
+
+        values: what was made of the deltas. They are searched only if its sum is not finite.
+        """
+        for i, update in enumerate(() if math.isfinite(values.sum()) else self.updates):
             bad = ~torch.isfinite(self.stack(name, start, stop, [i])[0])
             if bad.any():
                 at = start + int(bad.nonzero()[0, 0])

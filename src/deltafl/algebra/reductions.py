@@ -2,8 +2,8 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -14,13 +14,27 @@ from deltafl.algebra.streaming import Unit, chunks, visit
 from deltafl.progress import OnProgress, ignore
 from deltafl.rules.weights import PerModel, numbers_of
 
-BINS = 1 << 18
+T = TypeVar("T")
+
+BITS = 18
+BINS = 1 << BITS
 """Bins of a histogram of magnitudes."""
 
 SAMPLE = 1 << 18
 """Elements, about, that the first guess of a threshold is made from."""
 
 INFINITY_BITS = 0x7F800000
+
+Found: TypeAlias = tuple[int, int]
+"""A magnitude as a bit pattern, and how many are not below it."""
+
+Window: TypeAlias = tuple[int, int]
+"""The bit pattern where `BINS` bins begin, and how many low bits they leave out."""
+
+Histogram: TypeAlias = tuple[np.ndarray, np.ndarray]
+"""The bins that are not empty, and how many magnitudes are in each; bin `BINS`: all above."""
+
+ALL: Window = (0, 31 - BITS)
 
 
 def gram_matrix(deltas: Deltas, threads: int = 1, on_progress: OnProgress = ignore) -> Tensor:
@@ -32,19 +46,17 @@ def gram_matrix(deltas: Deltas, threads: int = 1, on_progress: OnProgress = igno
 
     def products(unit: Unit) -> np.ndarray:
         found = []
-        for name, start, stop in unit:
-            block = deltas.stack(name, start, stop).double()
-            part = torch.stack([block @ row for row in block]).cpu()
-            if not math.isfinite(part.sum()):
-                deltas.refuse_nonfinite(name, start, stop)
-            found.append(part)
+        for piece in unit:
+            block = deltas.stack(*piece).double()
+            found.append(torch.stack([block @ row for row in block]).cpu())
+            deltas.check_finite(found[-1], *piece)
         return torch.stack(found).numpy()
 
     n = len(deltas.updates)
     passed = visit(
         deltas.specs, products, threads, name="norms", width=4 * n, on_progress=on_progress
     )
-    parts = np.concatenate([np.zeros((1, n, n)), *(part for _, part in passed)])
+    parts = np.concatenate([np.zeros((1, n, n)), *passed])
     sums = [math.fsum(pair) for pair in parts.reshape(-1, n * n).T.tolist()]
     gram = torch.tensor(sums, dtype=torch.float64).reshape(n, n)
     return (gram + gram.T) / 2
@@ -71,31 +83,33 @@ def magnitude_thresholds(
         shares = numbers_of(density, name, n)
         return [max(1, int(d * numel)) if d > 0 and numel else 0 for d in shares]
 
-    passed = functools.partial(
-        visit, specs, threads=threads, whole=per_tensor, name="thresholds", width=4 * n,
-        on_progress=on_progress,
-    )  # fmt: skip
-    found = {name: [NOTHING] * n for name in specs}
+    def of_each(unit: Unit) -> dict[str, list[Found]]:
+        numels = {name: specs[name].numel for name, _, _ in unit}
+        return {name: _held(deltas, name, ranks(name, k)) for name, k in numels.items()}
+
+    def passed(work: Callable[[Unit], T]) -> Iterable[T]:
+        return visit(
+            specs,
+            work,
+            threads,
+            whole=per_tensor,
+            name="thresholds",
+            width=4 * n,
+            on_progress=on_progress,
+        )
+
     if per_tensor:
-
-        def of_each(unit: Unit) -> dict[str, list[Found]]:
-            numels = {name: specs[name].numel for name, _, _ in unit}
-            return {name: _held(deltas, name, ranks(name, k)) for name, k in numels.items()}
-
-        for _, part in passed(of_each):
-            found |= part
-        kept = [sum(row[i][1] for row in found.values()) for i in range(n)]
+        parts = [dict.fromkeys(specs, [(INFINITY_BITS, 0)] * n), *passed(of_each)]
+        found = {name: row for part in parts for name, row in part.items()}
+        counts = [sum(count for _, count in rows) for rows in zip(*found.values(), strict=True)]
     else:
         one = _streamed(deltas, ranks(next(iter(specs), ""), size), passed)
-        found, kept = dict.fromkeys(specs, one), [count for _, count in one]
-    thresholds = {name: [value for value, _ in row] for name, row in found.items()}
-    return thresholds, [count / max(1, size) for count in kept]
-
-
-Found: TypeAlias = tuple[float, int]
-"""A magnitude, and how many are not below it."""
-
-NOTHING: Found = (math.inf, 0)
+        found, counts = dict.fromkeys(specs, one), [count for _, count in one]
+    thresholds = {
+        name: np.array([bits for bits, _ in row], np.int32).view(np.float32).tolist()
+        for name, row in found.items()
+    }
+    return thresholds, [count / max(1, size) for count in counts]
 
 
 def _held(deltas: Deltas, name: str, ks: Sequence[int]) -> list[Found]:
@@ -103,13 +117,15 @@ def _held(deltas: Deltas, name: str, ks: Sequence[int]) -> list[Found]:
     found, numel = [], deltas.specs[name].numel
     for i, k in enumerate(ks):
         bits = _magnitude_bits(deltas.stack(name, 0, numel, [i])[0])
-        value = bits.kthvalue(numel - k + 1).values if k else 0
-        found.append((_float(int(value)), int((bits >= value).sum())) if k else NOTHING)
+        value = int(bits.kthvalue(numel - k + 1).values) if k else INFINITY_BITS
+        found.append((value, int((bits >= value).sum())))
     return found
 
 
 def _streamed(
-    deltas: Deltas, ks: Sequence[int], passed: Callable[..., Iterable[tuple[Unit, Any]]]
+    deltas: Deltas,
+    ks: Sequence[int],
+    passed: Callable[[Callable[[Unit], dict[int, Histogram]]], Iterable[dict[int, Histogram]]],
 ) -> list[Found]:
     """The ks[i]-th largest magnitude of delta i over all tensors.
 
@@ -119,43 +135,45 @@ def _streamed(
     its bins. (Two passes by radix, without a guess, make a merge by ties take 1.27 times the CPU
     time.)
     """
-    windows = _guess(deltas, ks) if any(ks) else []
-    found = {i: NOTHING for i, k in enumerate(ks) if not k}
-    while pending := [i for i in range(len(ks)) if i not in found]:
-
-        def count(unit: Unit) -> list[tuple[int, np.ndarray, np.ndarray]]:
-            above, inside = [0] * len(ks), [[] for _ in ks]
-            for piece in unit:
-                rows = _magnitude_bits(deltas.stack(*piece)).cpu().numpy()
-                for i in pending:
-                    low, high = windows[i]
-                    above[i] += int(np.count_nonzero(rows[i] >= high))
-                    offsets = (rows[i] - np.int32(low)).view(np.uint32)
-                    inside[i].append(offsets[offsets < high - low] >> _shift(windows[i]))
-            counts = [np.bincount(np.concatenate(inside[i])) for i in pending]
-            bins = [np.flatnonzero(row) for row in counts]
-            return [(above[i], b, c[b]) for i, b, c in zip(pending, bins, counts, strict=True)]
-
-        above, counts = np.zeros(len(pending), np.int64), np.zeros((len(pending), BINS), np.int64)
-        for _, parts in passed(count):
-            for at, (more, bins, part) in enumerate(parts):
-                above[at] += more
-                counts[at, bins] += part
-        for i, more, row in zip(pending, above, counts, strict=True):
-            reached = more + row[::-1].cumsum()
-            place, shift = int(np.searchsorted(reached, ks[i])), _shift(windows[i])
-            low = windows[i][0] + (BINS - 1 - place << shift)
-            if not more < ks[i] <= reached[-1]:
-                windows[i] = 0, INFINITY_BITS + 1
+    windows, found = _guess(deltas, ks) if any(ks) else {}, dict[int, Found]()
+    while windows:
+        totals = {i: np.zeros(BINS + 1, np.int64) for i in windows}
+        for part in passed(functools.partial(_count, deltas, windows)):
+            for i, (bins, counts) in part.items():
+                totals[i][bins] += counts
+        for i, total in totals.items():
+            reached, (low, shift) = total[::-1].cumsum(), windows.pop(i)
+            place = int(np.searchsorted(reached, ks[i]))
+            low += BINS - place << shift
+            if not reached[0] < ks[i] <= reached[-1]:
+                windows[i] = ALL
             elif shift:
-                windows[i] = low, low + (1 << shift)
+                windows[i] = low, 0
             else:
-                found[i] = _float(low), int(reached[place])
-    return [found[i] for i in range(len(ks))]
+                found[i] = low, int(reached[place])
+    return [found.get(i, (INFINITY_BITS, 0)) for i in range(len(ks))]
 
 
-def _guess(deltas: Deltas, ks: Sequence[int]) -> list[tuple[int, int]]:
-    """For each delta a window [low, high) of bit patterns that very likely holds the threshold.
+def _count(deltas: Deltas, windows: Mapping[int, Window], unit: Unit) -> dict[int, Histogram]:
+    """For each of some deltas how many magnitudes of a unit are where in its window."""
+    inside: dict[int, list[np.ndarray]] = {i: [] for i in windows}
+    above, found = dict.fromkeys(windows, 0), {}
+    for piece in unit:
+        rows = _magnitude_bits(deltas.stack(*piece)).cpu().numpy()
+        for i, (low, shift) in windows.items():
+            above[i] += int(np.count_nonzero(rows[i] >= low + (BINS << shift)))
+            offsets = (rows[i] - np.int32(low)).view(np.uint32)
+            inside[i].append(offsets[offsets < BINS << shift] >> shift)
+    for i, parts in inside.items():
+        counts = np.bincount(np.concatenate(parts), minlength=BINS + 1)
+        counts[BINS] = above[i]
+        bins = counts.nonzero()[0]
+        found[i] = bins, counts[bins]
+    return found
+
+
+def _guess(deltas: Deltas, ks: Sequence[int]) -> dict[int, Window]:
+    """For each delta with k > 0 a window that very likely holds the threshold.
 
     From the first elements of every block: only the time depends on the guess, not the result.
     """
@@ -164,23 +182,15 @@ def _guess(deltas: Deltas, ks: Sequence[int]) -> list[tuple[int, int]]:
     heads = (deltas.stack(name, a, min(a + length, b)) for name, a, b in pieces)
     rows = torch.cat([_magnitude_bits(head) for head in heads], 1).sort(1).values.cpu()
     total, last = sum(spec.numel for spec in deltas.specs.values()), rows.shape[1] - 1
-    windows = []
-    for row, k in zip(rows, ks, strict=True):
+    windows = {}
+    for i, k in enumerate(ks):
         place, margin = (1 - k / total) * last, 0.005 * last + 8
-        low, high = row[max(0, int(place - margin))], row[min(last, int(place + margin))]
-        windows.append((int(low), int(high) + 1))
-    return windows
-
-
-def _shift(window: tuple[int, int]) -> int:
-    """How many low bits the bins of a window leave out."""
-    return max(0, (window[1] - window[0] - 1).bit_length() - (BINS.bit_length() - 1))
+        ends = rows[i, [max(0, int(place - margin)), min(last, int(place + margin))]]
+        low, high = ends.tolist()
+        windows[i] = low, max(0, (high - low).bit_length() - BITS)
+    return {i: window for i, window in windows.items() if ks[i]}
 
 
 def _magnitude_bits(rows: Tensor) -> Tensor:
     """int32 whose order is that of the magnitudes in float32; `rows` is overwritten."""
     return rows.abs_().float().view(torch.int32).clamp_max_(INFINITY_BITS)
-
-
-def _float(bits: int) -> float:
-    return float(np.array([bits], dtype=np.int32).view(np.float32)[0])

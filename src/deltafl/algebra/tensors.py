@@ -37,7 +37,8 @@ class Spec(NamedTuple):
 class Lazy(Mapping[str, Tensor], ABC):
     """A mapping name -> tensor of which a part can be read alone.
 
-    A kind of its own sets `names`, in order and quick to look into, and defines `spec` and `read`.
+    A kind of its own sets `names`, in order and quick to look into, and defines `spec`, a KeyError
+    for other names, and `read`.
     whole: reading a part costs as much as the tensor, so one worker should read all of its parts.
     """
 
@@ -67,8 +68,6 @@ class Lazy(Mapping[str, Tensor], ABC):
         return out
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self.names:
-            raise KeyError(name)
         spec = self.spec(name)
         out = torch.empty(spec.shape, dtype=spec.dtype, device=spec.device)
         flat = out.view(-1)
@@ -121,10 +120,6 @@ class Joined(Lazy):
         self.names = self._places
         self.whole = any(part.whole for part, _ in self._places.values())
 
-    def __getitem__(self, name: str) -> Tensor:
-        part, there = self._places[name]
-        return part[there]
-
     def spec(self, name: str) -> Spec:
         part, there = self._places[name]
         return part.spec(there)
@@ -132,10 +127,6 @@ class Joined(Lazy):
     def read(self, name: str, start: int, stop: int, out: Tensor) -> None:
         part, there = self._places[name]
         part.read(there, start, stop, out)
-
-    def block(self, name: str, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
-        part, there = self._places[name]
-        return part.block(there, start, stop, dtype)
 
 
 class Zeros(Lazy):
@@ -152,14 +143,17 @@ class Zeros(Lazy):
         out.zero_()
 
 
-def blocks(numel: int, size: int = BLOCK) -> Iterator[tuple[int, int]]:
+def blocks(numel: int) -> Iterator[tuple[int, int]]:
     """The (start, stop) pairs of one tensor's blocks, in order."""
-    for start in range(0, numel, size):
-        yield start, min(start + size, numel)
+    for start in range(0, numel, BLOCK):
+        yield start, min(start + BLOCK, numel)
 
 
 def memory_like(out: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`out` where it has this dtype and is on this device, else new memory of its shape."""
+    """`out` where it has this dtype and is on this device, else new memory of its shape.
+
+    `out.copy_` of the result costs nothing where it is `out`.
+    """
     if out.dtype == dtype and out.device == device:
         return out
     return torch.empty(out.shape, dtype=dtype, device=device)
@@ -188,14 +182,13 @@ def device_named(name: str | None) -> torch.device:
     Raises:
         DeltaflError: it is not here.
     """
+    found = torch.cuda.device_count()
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(name or ("cuda" if found else "cpu"))
     except RuntimeError:
         raise DeltaflError(
             f'--device "{name}" is not a device; write cpu, cuda or cuda:1'
         ) from None
-    found = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= found:
-        here = f"{found} of them" if found else "no GPU"
-        raise DeltaflError(f"--device {name}: torch finds {here} here; use --device cpu")
+        raise DeltaflError(f"--device {name}: torch finds {found} GPUs here; use --device cpu")
     return device

@@ -3,6 +3,7 @@
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,19 @@ import torch
 from torch import Tensor
 
 from deltafl.algebra.tensors import Lazy, Spec, Tensors, blocks, lazy, memory_like
-from deltafl.checkpoints import layout as layouts
 from deltafl.checkpoints.align import Alignment
-from deltafl.checkpoints.layout import Entry, Layout
+from deltafl.checkpoints.layout import CODES, DTYPES, Entry, Layout, read_layout
 from deltafl.errors import DeltaflError, shorten
 
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
-    "BOOL": torch.bool,
-}  # fmt: skip
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+def torch_dtype(code: str) -> torch.dtype:
+    """The dtype of safetensors' spelling."""
+    return vars(torch)[DTYPES[code]]
+
+
+def dtype_code(dtype: torch.dtype) -> str:
+    """A dtype in safetensors' spelling; torch's name of one that it does not know."""
+    return CODES.get(str(dtype).removeprefix("torch."), str(dtype))
 
 
 def bytes_of(block: Tensor) -> memoryview:
@@ -41,7 +42,7 @@ class Checkpoint(Lazy):
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.names = layout.entries
-        self._specs = {n: Spec(e.shape, DTYPES[e.dtype]) for n, e in layout.entries.items()}
+        self._specs = {n: Spec(e.shape, torch_dtype(e.dtype)) for n, e in layout.entries.items()}
         self._files: dict[Path, int] = {}
         for file in layout.files:
             self._files[file] = os.open(file, os.O_RDONLY)
@@ -62,22 +63,14 @@ class Checkpoint(Lazy):
                     "was it changed meanwhile?"
                 )
             into, at = into[count:], at + count
-        if values is not out:
-            out.copy_(values)
+        out.copy_(values)
 
     def close(self) -> None:
         """Close the files."""
         while self._files:
             os.close(self._files.popitem()[1])
 
-    def __enter__(self) -> "Checkpoint":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        self.close()
+    __del__ = close
 
 
 def open_tensors(ref: str | os.PathLike[str] | Layout) -> Tensors:
@@ -85,13 +78,13 @@ def open_tensors(ref: str | os.PathLike[str] | Layout) -> Tensors:
 
     Raises DeltaflError, also for a pickle that would run code.
     """
-    layout = ref if isinstance(ref, Layout) else layouts.read_layout(ref)
+    layout = ref if isinstance(ref, Layout) else read_layout(ref)
     if not layout.pickled:
         return Checkpoint(layout)
     tensors: dict[str, Tensor] = {}
     for file in layout.files:
         held = _state_dict(file)
-        if twice := sorted(tensors.keys() & held.keys()):
+        if twice := sorted(tensors.keys() & held):
             raise DeltaflError(
                 f'"{file}": holds {shorten(twice)}, as another file of the checkpoint does; '
                 "remove one"
@@ -102,7 +95,7 @@ def open_tensors(ref: str | os.PathLike[str] | Layout) -> Tensors:
 
 def _state_dict(file: Path) -> dict[str, Tensor]:
     try:
-        held: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
+        held: Any = torch.load(file, "cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # the unpickler raises whatever damaged bytes lead to
         if isinstance(error, pickle.UnpicklingError) and (found := _CODE.search(str(error))):
             raise DeltaflError(
@@ -118,7 +111,7 @@ def _state_dict(file: Path) -> dict[str, Tensor]:
     if not isinstance(held, Mapping) or not all(isinstance(v, Tensor) for v in held.values()):
         raise DeltaflError(f'"{file}": is not a state dict (a mapping from names to tensors)')
     for name, tensor in held.items():
-        if tensor.dtype not in NAMES:
+        if dtype_code(tensor.dtype) not in DTYPES:
             raise DeltaflError(
                 f'"{file}": tensor "{name}" has dtype {tensor.dtype}, which is not supported'
             )
@@ -128,36 +121,25 @@ def _state_dict(file: Path) -> dict[str, Tensor]:
 _CODE = re.compile(r"(?:GLOBAL|unrecognized function) (\S+)")
 
 
-def _is_zip(file: Path) -> bool:
-    with file.open("rb") as stream:
-        return stream.read(4) == b"PK\x03\x04"
-
-
 def entries_of(tensors: Tensors) -> Mapping[str, Entry]:
     """Name, dtype and shape of every tensor, as the naming layer compares them."""
     held = lazy(tensors)
     specs = {name: held.spec(name) for name in held}
-    return {n: Entry(NAMES.get(s.dtype, str(s.dtype)), s.shape) for n, s in specs.items()}
+    return {n: Entry(dtype_code(spec.dtype), spec.shape) for n, spec in specs.items()}
 
 
 def refuse_untied(alignment: Alignment, base: Tensors, tuned: Mapping[str, Tensors]) -> None:
     """Raise DeltaflError for tensors that were taken for twins and hold different values."""
     problems = []
-    for label, pairs in alignment.tied.items():
-        for name, twin in pairs:
+    for label, twins in alignment.tied.items():
+        for name, twin in twins.items():
             if _equal(tuned[label] if label else base, name, twin):
                 continue
-            here = (
-                f'model "{label}": "{name}" differs from "{twin}", but in the base the two are one'
-            )
-            there = f'the base: "{name}" differs from "{twin}", but in a model the two are one'
-            remedy = (
-                f'merge into a base that is not tied, or copy "{twin}" from the base with --exclude'
-            )
+            where, other = (f'model "{label}"', "the base") if label else ("the base", "a model")
+            remedy = "merge into a base that is not tied, or " * bool(label)
             problems.append(
-                f"{here}; {remedy}"
-                if label
-                else f'{there}; copy "{name}" from the base with --exclude'
+                f'{where}: "{name}" differs from "{twin}", but in {other} the two are one; '
+                f'{remedy}copy "{twin if label else name}" from the base with --exclude'
             )
     if problems:
         raise DeltaflError(*problems)

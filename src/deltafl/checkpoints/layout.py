@@ -5,37 +5,43 @@ finds the file of a torch state dict; a hub id is downloaded to the hub's cache 
 """
 
 import hashlib
-import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 
 from deltafl.errors import DeltaflError, shorten
 
-SIZES = {
-    "F64": 8,
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-    "C64": 8,
-    "I64": 8,
-    "I32": 4,
-    "I16": 2,
-    "I8": 1,
-    "U64": 8,
-    "U32": 4,
-    "U16": 2,
-    "U8": 1,
-    "BOOL": 1,
+DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "C64": "complex64",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
 }
-"""Bytes of one element of each dtype, in safetensors' spelling."""
+"""Dtype in safetensors' spelling -> in torch's."""
+
+CODES = {name: code for code, name in DTYPES.items()}
+
+SIZES = {code: int((re.findall(r"\d+", code) or [8])[0]) // 8 for code in DTYPES}
+"""Bytes of one element."""
 
 FLOATING = frozenset({"F64", "F32", "F16", "BF16"})
 
@@ -95,7 +101,8 @@ class Layout:
     def header_hash(self) -> str:
         """sha256 over name, dtype and shape of every tensor, in the order of names."""
         digest = hashlib.sha256()
-        for name, entry in sorted(self.entries.items(), key=lambda item: item[0]):
+        for name in sorted(self.entries):
+            entry = self.entries[name]
             digest.update(f"{name}\0{entry.dtype}\0{entry.shape}\n".encode())
         return digest.hexdigest()
 
@@ -109,15 +116,10 @@ def read_layout(ref: str | os.PathLike[str]) -> Layout:
     files, index = _weight_files(str(ref), path)
     if any(f.suffix != ".safetensors" for f in files):
         return Layout(str(ref), folder, files, {}, pickled=True, revision=revision)
-    entries: dict[str, Entry] = {}
-    for file in files:
-        for name, entry in read_header(file).items():
-            if name in entries:
-                both = f"{entries[name].file.name}, {file.name}"
-                raise DeltaflError(f'"{ref}": tensor "{name}" is in two shards: {both}')
-            entries[name] = entry
-    there = {name: entry.file.name for name, entry in entries.items()}
-    if index is not None and (odd := sorted({n for n, _ in there.items() ^ index.items()})):
+    headers = {file.name: read_header(file) for file in files}
+    entries = {name: entry for header in headers.values() for name, entry in header.items()}
+    places = {(name, file) for file, header in headers.items() for name in header}
+    if index is not None and (odd := sorted({name for name, _ in places ^ index.items()})):
         raise DeltaflError(
             f'"{ref}": index and shards disagree about {shorten(odd)}; download it again'
         )
@@ -134,7 +136,7 @@ def _weight_files(ref: str, path: Path) -> tuple[tuple[Path, ...], Mapping[str, 
         if (path / f"{single}.index.json").is_file():
             index = _read_index(path / f"{single}.index.json")
             return tuple(path / name for name in sorted(set(index.values()))), index
-    if any((path / f"adapter_model.{suffix}").is_file() for suffix in ("safetensors", "bin")):
+    if any(path.glob("adapter_model.*")):
         raise DeltaflError(
             f'"{ref}": holds an adapter and not a model; merge it into its base first '
             "(peft: merge_and_unload, then save_pretrained)"
@@ -158,31 +160,30 @@ def _download(ref: str) -> tuple[Path, str]:
     wanted = ["*.safetensors", *(f"*{suffix}" for suffix in COMPANIONS)]
     try:
         for patterns in (wanted, ["*.bin", *wanted]):
-            folder = Path(
-                huggingface_hub.snapshot_download(
-                    name, revision=revision or None, allow_patterns=patterns
-                )
+            found = huggingface_hub.snapshot_download(
+                name, revision=revision or None, allow_patterns=patterns
             )
-            if list(folder.glob("*.safetensors")):
+            if any(Path(found).glob("*.safetensors")):
                 break
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         why = str(error).strip().splitlines()[0]
         raise DeltaflError(
             f'"{ref}": no such file or folder, and not to be had from the hub ({why})'
         ) from None
-    return folder, folder.name
+    return Path(found), Path(found).name
+
+
+class _Index(BaseModel):
+    weight_map: dict[str, str]
 
 
 def _read_index(file: Path) -> dict[str, str]:
     """Tensor -> shard. Raises DeltaflError for an index that is broken or leaves its folder."""
     try:
-        index = json.loads(file.read_text())["weight_map"]
-        names = set(index.values())
-        if not all(isinstance(name, str) for name in names):
-            raise TypeError
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        index = _Index.model_validate_json(file.read_bytes()).weight_map
+    except ValueError:
         raise DeltaflError(f'"{file}": not an index of shards; download it again') from None
-    for name in sorted(names):
+    for name in sorted(set(index.values())):
         if Path(name).name != name or name in ("..", "."):
             raise DeltaflError(
                 f'"{file}": points outside its folder ("{name}"); do not trust this checkpoint'
@@ -198,31 +199,29 @@ def read_header(file: Path) -> dict[str, Entry]:
     Raises:
         DeltaflError: the file is not whole, or holds what we cannot read.
     """
+    entries = {}
+    with file.open("rb") as stream:
+        start = 8 + int.from_bytes(stream.read(8), "little")
     try:
-        with safe_open(
-            file, "np"
-        ) as opened:  # checks that the tensors' bytes are those of the file
-            parts = {name: opened.get_slice(name) for name in opened.offset_keys()}
-            kinds = {n: (p.get_dtype(), tuple(p.get_shape())) for n, p in parts.items()}
+        with safe_open(file, "np") as opened:  # checks that the tensors fill the file
+            for name in opened.offset_keys():
+                part = opened.get_slice(name)
+                entry = Entry(part.get_dtype(), tuple(part.get_shape()), file, start)
+                if entry.dtype not in SIZES:
+                    raise DeltaflError(
+                        f'"{file}": tensor "{name}" has dtype {entry.dtype}, which is not supported'
+                    )
+                entries[name] = entry
+                start += entry.num_bytes
     except SafetensorError as error:
         raise DeltaflError(
             f'"{file}": truncated, corrupt or not a safetensors file ({error}); download it again'
         ) from None
-    with file.open("rb") as stream:
-        start = 8 + int.from_bytes(stream.read(8), "little")
-    entries = {}
-    for name, (dtype, shape) in kinds.items():
-        if dtype not in SIZES:
-            raise DeltaflError(
-                f'"{file}": tensor "{name}" has dtype {dtype}, which is not supported'
-            )
-        entries[name] = Entry(dtype, shape, file, start)
-        start += entries[name].num_bytes
     return entries
 
 
-def fingerprint(layout: Layout, spots: int = 64, length: int = 4096) -> str:
-    """sha256 over the header hash and `spots` pieces of `length` bytes spread over the tensors.
+def fingerprint(layout: Layout) -> str:
+    """sha256 over the header hash and 64 pieces of 4 KiB spread over the tensors.
 
     Tells two checkpoints of one architecture apart without reading them whole; not a proof that
     they are equal.
@@ -231,11 +230,11 @@ def fingerprint(layout: Layout, spots: int = 64, length: int = 4096) -> str:
         return file_hash(layout.files)
     digest = hashlib.sha256(layout.header_hash.encode())
     names = sorted(layout.entries)
-    for name in names[:: max(1, len(names) // spots)]:
+    for name in names[:: max(1, len(names) // 64)]:
         entry = layout.entries[name]
         with entry.file.open("rb") as stream:
             stream.seek(entry.start)
-            digest.update(stream.read(min(length, entry.num_bytes)))
+            digest.update(stream.read(min(4096, entry.num_bytes)))
     return digest.hexdigest()
 
 
@@ -244,8 +243,7 @@ def file_hash(files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:
-            while piece := stream.read(1 << 22):
-                digest.update(piece)
+            hashlib.file_digest(stream, lambda: digest)
     return digest.hexdigest()
 
 

@@ -6,19 +6,16 @@ from collections.abc import Collection
 
 from deltafl.errors import DeltaflError
 
-_RENAMES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
-    (re.compile(pattern), new)
-    for pattern, new in (
-        (r"(^|\.)encoder\.layer\.(\d+)\.", r"\1layers.\2."),
-        (r"(^|\.)model\.layer\.(\d+)\.", r"\1layer.\2."),
-        (r"\.attention\.attention\.query\.", ".attention.q_proj."),
-        (r"\.attention\.attention\.key\.", ".attention.k_proj."),
-        (r"\.attention\.attention\.value\.", ".attention.v_proj."),
-        (r"\.attention\.output\.dense\.", ".attention.o_proj."),
-        (r"\.intermediate\.dense\.", ".mlp.fc1."),
-        (r"(layers\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
-    )
-)
+RENAMES = {
+    r"(^|\.)encoder\.layer\.(\d+)\.": r"\1layers.\2.",
+    r"(^|\.)model\.layer\.(\d+)\.": r"\1layer.\2.",
+    r"\.attention\.attention\.query\.": ".attention.q_proj.",
+    r"\.attention\.attention\.key\.": ".attention.k_proj.",
+    r"\.attention\.attention\.value\.": ".attention.v_proj.",
+    r"\.attention\.output\.dense\.": ".attention.o_proj.",
+    r"\.intermediate\.dense\.": ".mlp.fc1.",
+    r"(layers\.\d+)\.output\.dense\.": r"\1.mlp.fc2.",
+}
 
 
 def canonical(name: str) -> str:
@@ -27,8 +24,8 @@ def canonical(name: str) -> str:
     transformers 5 holds ViT-like models under `layers.N.attention.q_proj` and still writes, and
     reads, files with `encoder.layer.N.attention.attention.query`.
     """
-    for pattern, new in _RENAMES:
-        name = pattern.sub(new, name)
+    for pattern, new in RENAMES.items():
+        name = re.sub(pattern, new, name)
     return name
 
 
@@ -47,25 +44,18 @@ def match(
     for ours in _prefixes(targets):
         rest = {n[len(ours) :] for n in targets if n.startswith(ours)}
         for theirs in _prefixes(givens):
-            hits = sum(1 for n in givens if n.startswith(theirs) and n[len(theirs) :] in rest)
+            hits = sum(n.startswith(theirs) and n[len(theirs) :] in rest for n in givens)
             found.append((hits, -len(ours) - len(theirs), ours, theirs))
-    found.sort(reverse=True)
-    hits, _, ours, theirs = found[0]
-    rivals = {
-        o
-        for h, _, o, t in found
-        if h == hits and h and t == theirs and not (o.startswith(ours) or ours.startswith(o))
-    }
-    if rivals:
+    hits, _, ours, theirs = max(found)
+    equal = {o for h, _, o, t in found if h == hits > 0 and t == theirs}
+    if rivals := {o for o in equal if not o.startswith(ours) and not ours.startswith(o)}:
         known = ", ".join(f'"{p.rstrip(".")}"' for p in sorted(rivals | {ours}))
         raise DeltaflError(
             f"its tensors fit several parts of the base equally well ({known}); "
             "choose one with --scope"
         )
-    pairs = {}
-    for name, real in targets.items():
-        if name.startswith(ours) and theirs + name[len(ours) :] in givens:
-            pairs[real] = givens[theirs + name[len(ours) :]]
+    named = {n: theirs + n[len(ours) :] for n in targets if n.startswith(ours)}
+    pairs = {targets[n]: givens[other] for n, other in named.items() if other in givens}
     return pairs, ours, theirs
 
 

@@ -1,9 +1,10 @@
 """Ask the kernel for files before they are needed, while the heavy imports run."""
 
 import contextlib
+import itertools
 import os
+import re
 import signal
-from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def reading_ahead(files: Sequence[Path], share: float = 0.5) -> Iterator[None]:
     A process and not a thread, so that what follows can fork; made before torch is imported, it
     costs little. It ends when it is done, with the block, or with the process that made it.
     """
-    if not hasattr(os, "posix_fadvise") or not can_fork():
+    if not can_fork():
         yield
         return
     budget = int(share * _available())
@@ -52,16 +53,12 @@ def _advise(files: Sequence[Path], budget: int) -> None:
     """Ask for the files, a step at a time, few steps ahead of what has arrived."""
     with contextlib.suppress(OSError):  # only a hint: who reads meets the error
         sizes = {os.open(file, os.O_RDONLY): file.stat().st_size for file in files}
-        waiting: deque[tuple[int, int]] = deque()
-        for handle, at in _steps(sizes):
-            if budget <= 0:
-                return
+        steps = list(itertools.islice(_steps(sizes), budget // STEP))
+        for arrived, (handle, at) in enumerate(steps, -AHEAD):
             os.posix_fadvise(handle, at, STEP, os.POSIX_FADV_WILLNEED)
-            budget -= STEP
-            waiting.append((handle, min(at + STEP, sizes[handle]) - 1))
-            if len(waiting) > AHEAD:
-                os.pread(waiting[0][0], 1, waiting[0][1])
-                waiting.popleft()
+            if arrived >= 0:
+                handle, at = steps[arrived]
+                os.pread(handle, 1, min(at + STEP, sizes[handle]) - 1)
 
 
 def _steps(sizes: dict[int, int]) -> Iterator[tuple[int, int]]:
@@ -74,7 +71,5 @@ def _steps(sizes: dict[int, int]) -> Iterator[tuple[int, int]]:
 
 def _available() -> int:
     """Bytes of memory that programs can still have: free, or with nothing but cached files."""
-    for line in MEMINFO.read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return 1024 * int(line.split()[1])
-    return 0
+    found = re.search(r"MemAvailable:\s*(\d+)", MEMINFO.read_text())
+    return 1024 * int(found[1]) if found else 0

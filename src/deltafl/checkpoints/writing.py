@@ -14,8 +14,8 @@ import torch
 
 from deltafl.algebra.streaming import Unit, visit
 from deltafl.algebra.tensors import Tensors, lazy
-from deltafl.checkpoints.checkpoint import DTYPES, bytes_of
-from deltafl.checkpoints.layout import COMPANIONS, SIZES, Entry
+from deltafl.checkpoints.checkpoint import bytes_of, torch_dtype
+from deltafl.checkpoints.layout import COMPANIONS, DTYPES, SIZES, Entry
 from deltafl.errors import DeltaflError
 from deltafl.progress import OnProgress, ignore
 
@@ -27,16 +27,12 @@ NOT_COPIED = frozenset({INDEX, "pytorch_model.bin.index.json", "training.json", 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file to be: its header, and its entries, which name it and count from its start."""
+    """One file to be: its header, its size, and entries, which name it and count from its start."""
 
     file: Path
     header: bytes
+    num_bytes: int
     entries: Mapping[str, Entry]
-
-    @property
-    def num_bytes(self) -> int:
-        """Of the whole file."""
-        return len(self.header) + sum(entry.num_bytes for entry in self.entries.values())
 
 
 def plan_shards(
@@ -58,24 +54,28 @@ def plan_shards(
             size = 0
         groups[-1][name] = entry
         size += entry.num_bytes
-    if len(groups) == 1:
-        return [_shard(Path("model.safetensors"), groups[0])]
-    names = (f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1))
-    return [_shard(Path(name), group) for name, group in zip(names, groups, strict=True)]
+    count = f"{len(groups):05d}"
+    files = [f"model-{i:05d}-of-{count}.safetensors" for i in range(1, len(groups) + 1)]
+    files = files if len(groups) > 1 else ["model.safetensors"]
+    return [_shard(Path(file), group) for file, group in zip(files, groups, strict=True)]
 
 
 def _shard(file: Path, entries: Mapping[str, Entry]) -> Shard:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    starts, stop = {}, 0
+    starts, stop = [], 0
     for name, entry in entries.items():
-        starts[name], stop = stop, stop + entry.num_bytes
-        offsets = [starts[name], stop]
+        starts.append(stop)
+        stop += entry.num_bytes
+        offsets = [starts[-1], stop]
         header[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": offsets}
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
     raw = len(raw).to_bytes(8, "little") + raw
-    placed = {n: Entry(e.dtype, e.shape, file, len(raw) + starts[n]) for n, e in entries.items()}
-    return Shard(file, raw, placed)
+    placed = {
+        name: Entry(entry.dtype, entry.shape, file, len(raw) + start)
+        for (name, entry), start in zip(entries.items(), starts, strict=True)
+    }
+    return Shard(file, raw, len(raw) + stop, placed)
 
 
 def write_tensors(
@@ -99,7 +99,7 @@ def write_tensors(
         def write(unit: Unit) -> None:
             for name, start, stop in unit:
                 entry = entries[name]
-                block = torch.empty(stop - start, dtype=DTYPES[entry.dtype])
+                block = torch.empty(stop - start, dtype=torch_dtype(entry.dtype))
                 source.read(name, start, stop, block)
                 data, at = bytes_of(block), entry.start + start * SIZES[entry.dtype]
                 while len(data):
@@ -107,9 +107,13 @@ def write_tensors(
                     data, at = data[count:], at + count
 
         passed = visit(
-            {name: source.spec(name) for name in source}, write, threads, whole=source.whole,
-            name="writing", on_progress=on_progress,
-        )  # fmt: skip
+            {name: source.spec(name) for name in source},
+            write,
+            threads,
+            whole=source.whole,
+            name="writing",
+            on_progress=on_progress,
+        )
         with contextlib.closing(passed):  # nobody writes once it is left
             for _ in passed:
                 pass
@@ -141,10 +145,9 @@ def _reserved(shards: Sequence[Shard], folder: Path) -> Iterator[dict[Path, int]
     except OSError as error:
         if error.errno not in FULL:
             raise
-        too_large = error.errno == errno.EFBIG
-        remedy = (
-            "lower --max-shard-size" if too_large else "free some space, or choose another --out"
-        )
+        remedy = "free some space, or choose another --out"
+        if error.errno == errno.EFBIG:
+            remedy = "lower --max-shard-size"
         need = sum(shard.num_bytes for shard in shards)
         raise DeltaflError(
             f'"{folder.parent}": cannot hold the {need:,} bytes of the result ({error.strerror}); '
@@ -155,35 +158,28 @@ def _reserved(shards: Sequence[Shard], folder: Path) -> Iterator[dict[Path, int]
             os.close(handle)
 
 
-def companions(folder: Path) -> list[Path]:
-    """Configuration, tokenizer, processor and code of a model: copied beside new weights."""
-    found = (f for f in sorted(folder.iterdir()) if f.is_file() and f.suffix in COMPANIONS)
-    return [f for f in found if f.name not in NOT_COPIED]
-
-
 def copy_companions(source: Path, target: Path, dtype: str | None) -> None:
-    """Copy a model folder's companions; with a new dtype, config.json says so."""
-    for file in companions(source):
-        shutil.copyfile(file, target / file.name)
+    """Copy configuration, tokenizer, processor and code of a model beside new weights.
+
+    With a new dtype, config.json says so, and none of its parts says another.
+    """
+    for file in source.iterdir():
+        if file.is_file() and file.suffix in COMPANIONS and file.name not in NOT_COPIED:
+            shutil.copyfile(file, target / file.name)
     file = target / "config.json"
     if not dtype or not file.exists():
         return
     try:
-        config = json.loads(file.read_text())
+        config = json.loads(file.read_text(), object_hook=_without_dtype)
     except ValueError:
         config = None
     if not isinstance(config, dict):
         raise DeltaflError(
             f'"{source / file.name}": is not a JSON object; mend it, or leave out --dtype'
         )
-    new = {**_without_dtype(config), "dtype": str(DTYPES[dtype]).removeprefix("torch.")}
-    file.write_text(json.dumps(new, indent=2))
+    file.write_text(json.dumps({**config, "dtype": DTYPES[dtype]}, indent=2))
 
 
 def _without_dtype(config: Mapping[str, object]) -> dict[str, object]:
-    """A configuration without its dtype, by transformers 4's name or 5's, also of its towers."""
-    return {
-        key: _without_dtype(value) if isinstance(value, dict) else value
-        for key, value in config.items()
-        if key not in ("dtype", "torch_dtype")
-    }
+    """A part of a configuration without its dtype, by transformers 4's name or 5's."""
+    return {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}

@@ -16,39 +16,21 @@ from deltafl.errors import DeltaflError, did_you_mean
 from deltafl.version import __version__
 
 COMMANDS = {
-    "quickstart": (
-        "deltafl.cli.quickstart",
-        "The whole story offline in about a minute, with a report.",
-    ),
-    "finetune": ("deltafl.cli.finetune", "Fine-tune a model on a task."),
-    "centralized": (
-        "deltafl.cli.finetune",
-        "Train on all samples in one place, what federated runs compare with.",
-    ),
-    "evaluate": ("deltafl.cli.evaluate", "Accuracy of models on a task."),
-    "merge": ("deltafl.cli.merge", "Merge fine-tuned models of one base by one server step."),
-    "search": (
-        "deltafl.cli.search",
-        "Choose method and coefficients on validation data, then merge.",
-    ),
-    "inspect": (
-        "deltafl.cli.inspect",
-        "How much the fine-tunes differ: norms, cosines, signs, advice.",
-    ),
-    "shards": ("deltafl.cli.shards", "Which client would hold which training samples."),
-    "federate": (
-        "deltafl.cli.federate",
-        "Federated training: rounds of local steps, each ended by one server step.",
-    ),
-    "mask": ("deltafl.cli.mask", "Make or describe a mask: which coordinates would train."),
-    "suite": (
-        "deltafl.cli.suite",
-        "Federated runs compared: heterogeneity, local steps, masks, rules.",
-    ),
-    "recipe": ("deltafl.cli.recipe", "A file with every setting of a command, or its JSON schema."),
-    "rules": ("deltafl.cli.rules", "List every method with its parameters and traits."),
+    "quickstart": "The whole story offline in about a minute, with a report.",
+    "finetune": "Fine-tune a model on a task.",
+    "centralized": "Train on all samples in one place, what federated runs compare with.",
+    "evaluate": "Accuracy of models on a task.",
+    "merge": "Merge fine-tuned models of one base by one server step.",
+    "search": "Choose method and coefficients on validation data, then merge.",
+    "inspect": "How much the fine-tunes differ: norms, cosines, signs, advice.",
+    "shards": "Which client would hold which training samples.",
+    "federate": "Federated training: rounds of local steps, each ended by one server step.",
+    "mask": "Make or describe a mask: which coordinates would train.",
+    "suite": "Federated runs compared: heterogeneity, local steps, masks, rules.",
+    "recipe": "A file with every setting of a command, or its JSON schema.",
+    "rules": "List every method with its parameters and traits.",
 }
-
+"""Name -> what it does; it is in the module of its name, centralized beside finetune."""
 
 EXPERIMENTS = {
     "--heterogeneity-experiment": "heterogeneity",
@@ -79,12 +61,13 @@ class LazyGroup(click.Group):
         """The command, imported now."""
         if cmd_name not in COMMANDS:
             raise click.UsageError(f'no command "{cmd_name}"; {did_you_mean(cmd_name, COMMANDS)}')
-        return getattr(importlib.import_module(COMMANDS[cmd_name][0]), cmd_name)
+        module = "finetune" if cmd_name == "centralized" else cmd_name
+        return vars(importlib.import_module(f"deltafl.cli.{module}"))[f"{cmd_name}_command"]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The list in the help text, without importing anything."""
         with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+            formatter.write_dl([*COMMANDS.items()])
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -100,9 +83,8 @@ def app(verbose: bool) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. Exit code 0: done; 1: failed; 2: bad input; 130: interrupted."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    atexit.register(
-        gc.freeze
-    )  # a third of a second less: Python would search all of torch's modules for cycles
+    # a third of a second less: Python would search all of torch's modules for cycles
+    atexit.register(gc.freeze)
     code = 0
     try:
         outcome = app.main(
@@ -113,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         click.echo(f"error: {error}", err=True)
         code = 2
     except click.ClickException as error:
-        context = getattr(error, "ctx", None)
+        context = error.ctx if isinstance(error, click.UsageError) else None
         hint = f" (see {context.command_path} --help)" if context else ""
         click.echo(f"error: {error.format_message()}{hint}", err=True)
         code = 2

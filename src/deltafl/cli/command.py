@@ -4,17 +4,16 @@ decorator.
 
 import functools
 import re
-import shlex
 import types
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import click
 from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 
 from deltafl.recipes import Leaf, Recipe, leaves, read_recipe
-from deltafl.sizes import Size, as_bytes
 
 CONFIG = "A YAML file with the same names, num_clients for --num-clients; options go before it."
 
@@ -24,9 +23,6 @@ tensorboard = click.option(
     "--tensorboard", is_flag=True, help="Write OUT/metrics for TensorBoard too."
 )
 dry_run = click.option("--dry-run", is_flag=True, help="Check everything, say what would be done.")
-
-COMMAND_LINE = f"{__name__}.command_line"
-"""Key of click's context: the command as it was typed."""
 
 
 class RecipeCommand(click.Command):
@@ -40,7 +36,6 @@ class RecipeCommand(click.Command):
         """Write `--models A B` as `--models A --models B`, then parse as usual; an old option names
         the new one.
         """
-        ctx.meta[COMMAND_LINE] = shlex.join(["deltafl", ctx.info_name or "", *args])
         options = [p for p in self.params if isinstance(p, click.Option) and p.multiple]
         many = {name for option in options for name in option.opts}
         spread: list[str] = []
@@ -117,11 +112,6 @@ def recipe_command(
     return decorate
 
 
-def command_line() -> str:
-    """The command that runs, as it was typed."""
-    return click.get_current_context().meta[COMMAND_LINE]
-
-
 def option_names(leaf: Leaf) -> tuple[str, ...]:
     """The options of a setting; () if it can only be given in a file."""
     kinds = _kinds(leaf.field.annotation)
@@ -141,7 +131,8 @@ def _looks(field: FieldInfo) -> dict[str, Any]:
         return look | {"is_flag": True}
     if get_origin(kind) is Literal:
         return look | {"metavar": f"[{'|'.join(map(str, get_args(kind)))}]"}
-    return look | {"type": str if is_size(field) else kind}
+    read = any(isinstance(mark, BeforeValidator) for mark in field.metadata)
+    return look | {"type": str if read else kind}
 
 
 def _kinds(annotation: object) -> list[Any]:
@@ -160,18 +151,11 @@ def meaning(field: FieldInfo) -> str:
 
 def default_text(field: FieldInfo) -> str:
     """The default as one would type it; empty if there is none, or nothing is the default."""
-    default = None if field.is_required() else field.get_default(call_default_factory=True)
-    if is_size(field) and isinstance(default, int):
-        return as_bytes(default)
+    default = None if field.is_required() else field.default
     if isinstance(default, tuple):
         few = default if len(default) < 8 else (*default[:2], "..", default[-1])
         return " ".join(map(str, few))
     return "" if default is None or default is False or default == {} else str(default)
-
-
-def is_size(field: FieldInfo) -> bool:
-    """Whether a setting is a number of bytes."""
-    return get_args(Size)[1] in field.metadata
 
 
 def _range(field: FieldInfo) -> Iterator[str]:

@@ -7,19 +7,19 @@ from pathlib import Path
 import click
 
 from deltafl.cli.command import quiet, recipe_command
-from deltafl.cli.results import as_score, as_text
+from deltafl.cli.results import table_text
+from deltafl.cli.text import as_score
 from deltafl.errors import DeltaflError
 from deltafl.files import write_atomically
 from deltafl.models import HeadRecipe, load_net
 from deltafl.report import Column, Table
 from deltafl.tasks import load_task
-from deltafl.training import TRAINING_JSON, EvaluationRecipe
-from deltafl.training import evaluate as run_evaluation
+from deltafl.training import TRAINING_JSON, EvaluationRecipe, evaluate
 
 
 @recipe_command(EvaluationRecipe)
 @quiet
-def evaluate(recipe: EvaluationRecipe, quiet: bool) -> None:
+def evaluate_command(recipe: EvaluationRecipe, quiet: bool) -> None:
     """Scores of models on a task.
 
     \b
@@ -34,18 +34,18 @@ def evaluate(recipe: EvaluationRecipe, quiet: bool) -> None:
         if recipe.head is not None:
             net.prepare(task, HeadRecipe.of(head=recipe.head, templates=recipe.templates))
         how = recipe.model_dump(include={"batch_size", "device", "mixed_precision"})
-        found = run_evaluation(net, task, recipe.split, **how)
+        found = evaluate(net, task, recipe.split, **how)
         scores = found.scores.tolist()
         row = {"model": model, "score": found.score, "examples": len(scores), "scores": scores}
         rows.append(row)
-        shown = partial(as_score, ratio_scaled=task.ratio_scaled)
+        shown = partial(as_score, task.ratio_scaled)
         columns["score"] = Column(f"{recipe.split} {task.metric}", shown)
         about["metric"] = task.metric
     columns["examples"] = Column("examples", "d")
     if recipe.json_file:
         write_atomically(recipe.json_file, (json.dumps({**about, "results": rows}) + "\n").encode())
     if not quiet:
-        click.echo(as_text(Table(rows, columns)))
+        click.echo(table_text(Table(rows, columns)))
 
 
 def _trained_seed(model: str) -> int:

@@ -3,8 +3,7 @@
 from deltafl.cli.command import dry_run, quiet, recipe_command, resume, tensorboard
 from deltafl.cli.progress import drawn_progress
 from deltafl.cli.run import finish, prepared
-from deltafl.federated import FederatedRecipe
-from deltafl.federated import federate as train
+from deltafl.federated import FederatedRecipe, federate
 
 
 @recipe_command(FederatedRecipe)
@@ -12,7 +11,7 @@ from deltafl.federated import federate as train
 @resume
 @dry_run
 @quiet
-def federate(
+def federate_command(
     recipe: FederatedRecipe, tensorboard: bool, resume: bool, dry_run: bool, quiet: bool
 ) -> None:
     """Federated training of a pre-trained model, test once, write the best model and report.html.
@@ -25,5 +24,5 @@ def federate(
     """
     net, task = prepared(recipe, resume=resume, dry_run=dry_run, tensorboard=tensorboard)
     with drawn_progress(quiet=quiet) as show:
-        done = train(net, task, recipe, resume=resume, on_progress=show)
+        done = federate(net, task, recipe, resume=resume, on_progress=show)
     finish(done, quiet=quiet, tensorboard=tensorboard)

@@ -5,18 +5,17 @@ from accelerate import PartialState
 
 from deltafl.cli.command import dry_run, quiet, recipe_command, resume, tensorboard
 from deltafl.cli.progress import drawn_progress
-from deltafl.cli.results import as_score
 from deltafl.cli.run import finish, is_main, prepared
+from deltafl.cli.text import as_score
 from deltafl.progress import Progress
-from deltafl.training import CentralizedRecipe, TrainingRecipe, centralize
-from deltafl.training import finetune as train
+from deltafl.training import CentralizedRecipe, TrainingRecipe, centralize, finetune
 
 
 @recipe_command(TrainingRecipe)
 @resume
 @dry_run
 @quiet
-def finetune(recipe: TrainingRecipe, resume: bool, dry_run: bool, quiet: bool) -> None:
+def finetune_command(recipe: TrainingRecipe, resume: bool, dry_run: bool, quiet: bool) -> None:
     """Fine-tune a model on a task. On several devices: accelerate launch -m deltafl finetune ...
 
     \b
@@ -25,9 +24,9 @@ def finetune(recipe: TrainingRecipe, resume: bool, dry_run: bool, quiet: bool) -
     net, task = prepared(recipe, resume=resume, dry_run=dry_run)
     quiet = quiet or not is_main
     with drawn_progress(quiet=quiet) as show:
-        done = train(net, task, recipe, resume=resume, on_progress=show).training
+        done = finetune(net, task, recipe, resume=resume, on_progress=show).training
     if not quiet:
-        score = as_score(done["val_score"], task.ratio_scaled)
+        score = as_score(task.ratio_scaled, done["val_score"])
         click.echo(
             f"{recipe.out}: {done['num_steps']} steps, {done['metric']} {score} "
             f"of {done['val_examples']} validation examples"
@@ -40,7 +39,7 @@ def finetune(recipe: TrainingRecipe, resume: bool, dry_run: bool, quiet: bool) -
 @resume
 @dry_run
 @quiet
-def centralized(
+def centralized_command(
     recipe: CentralizedRecipe, tensorboard: bool, resume: bool, dry_run: bool, quiet: bool
 ) -> None:
     """Train on all samples in one place: SGDM, the best epoch on validation, tested once.
@@ -67,7 +66,7 @@ def _line(progress: Progress, ratio_scaled: bool) -> str:
     numbers = {name: float(value) for name, value in progress.numbers.items()}
     said = [f"loss {numbers['train_loss']:.4f}"] if "train_loss" in numbers else []
     if "val_score" in numbers:
-        said.append(f"validation {as_score(numbers['val_score'], ratio_scaled)}")
+        said.append(f"validation {as_score(ratio_scaled, numbers['val_score'])}")
     return f"epoch {progress.done}/{progress.total}: {', '.join(said)}"
 
 

@@ -1,14 +1,11 @@
 """`deltafl inspect`."""
 
 from collections.abc import Mapping
-from math import nan
 from typing import Any
-
-import click
 
 from deltafl.checkpoints.readahead import reading_ahead
 from deltafl.cli.command import quiet, recipe_command
-from deltafl.cli.merge import outside, read_merge
+from deltafl.cli.merge import read_merge
 from deltafl.cli.progress import drawn_progress
 from deltafl.files import check_output
 from deltafl.merge.plan import plan_merge
@@ -17,7 +14,7 @@ from deltafl.merge.recipe import DeltaRecipe, MergeRecipe
 
 @recipe_command(DeltaRecipe, argument="config", read=read_merge)
 @quiet
-def inspect(recipe: MergeRecipe, quiet: bool) -> None:
+def inspect_command(recipe: MergeRecipe, quiet: bool) -> None:
     """How much fine-tunes of one base differ, and which rule that suggests.
 
     \b
@@ -31,26 +28,23 @@ def inspect(recipe: MergeRecipe, quiet: bool) -> None:
         from deltafl.merge.inputs import open_updates  # torch, while the files are read
         from deltafl.merge.inspect import inspect_models
 
-        with drawn_progress(quiet=quiet) as show, open_updates(plan) as opened:
-            result = inspect_models(plan, opened, show)
-        from deltafl.cli.results import as_text, write_result
-        from deltafl.report import Column, Table, inspect_page
-        from deltafl.report.inspection import training_table
+        with drawn_progress(quiet=quiet) as show:
+            result = inspect_models(plan, open_updates(plan), show)
+        import pandas as pd
 
-    def pairs(title: str, matrix: Mapping[str, Any]) -> str:
-        columns = {name: Column(name, ".3f") for name in result["models"]}
-        rows = [
-            {
-                name: nan if value is None else value
-                for name, value in zip(columns, row, strict=True)
-            }
-            for row in matrix["matrix"]
-        ]
-        named = [{"": name, **row} for name, row in zip(columns, rows, strict=True)]
-        return as_text(Table(named, {"": Column(title), **columns}))
+        from deltafl.cli.results import show_result
+        from deltafl.report import Column, Page, Table, inspect_page
 
-    notes = [f"note: {note}" for note in result["notes"]] + [f"- {a}" for a in result["advice"]]
-    parts = [as_text(training_table(result["training"])), pairs("cosine", result["cosine"])]
-    parts += [pairs("same sign", result["sign_agreement"]), "\n".join([*notes, *outside(plan)])]
-    click.echo("\n\n".join(parts))
-    write_result(recipe.out, recipe.overwrite, inspect_page(result), "inspect.json", result)
+    def pairs(title: str, matrix: Mapping[str, Any]) -> Table:
+        columns = {"": Column(title)} | {name: Column(name, ".3f") for name in result["models"]}
+        frame = pd.DataFrame(matrix["matrix"], columns=result["models"], dtype=float)
+        frame.insert(0, "", result["models"])
+        return Table(frame.to_dict("records"), columns)
+
+    values = {
+        "cosines": pairs("cosine", result["cosine"]),
+        "same_sign": pairs("same sign", result["sign_agreement"]),
+        "plan": plan,
+    }
+    page = Page("inspect", {**inspect_page(result).values, **values})
+    show_result(page, recipe.out, recipe.overwrite, "inspect.json")

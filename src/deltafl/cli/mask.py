@@ -1,40 +1,33 @@
 """`deltafl mask`."""
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from textwrap import fill
 from typing import Annotated, Any
 
 import click
+import torch
 from pydantic import Field
 
 from deltafl.algebra.tensors import device_named
 from deltafl.cli.command import dry_run, recipe_command
-from deltafl.cli.results import as_text, write_result
+from deltafl.cli.results import show_result
 from deltafl.cli.run import prepared
 from deltafl.federated.recipe import ClientsRecipe
-from deltafl.federated.setup import MASK_FILE, fit_head, make_mask, make_shards
+from deltafl.federated.setup import MASK_FILE, make_shards, prepare
 from deltafl.files import check_output
 from deltafl.models import Net, load_net
 from deltafl.recipes import Flags, Incidental, Recipe, read_recipe
-from deltafl.report import kinds_table, mask_page
-from deltafl.sparse.eligible import Eligible, eligible
-from deltafl.sparse.masks import (
-    Mask,
-    describe_mask,
-    load_mask,
-    mask_meta,
-    model_hash,
-    save_mask,
-)
+from deltafl.report import mask_page
+from deltafl.sparse.eligible import eligible, excluded
+from deltafl.sparse.masks import Mask, describe_mask, load_mask, model_hash, save_mask
 
 
 class DescribeRecipe(Recipe):
     """A saved mask to describe."""
 
     describe: Annotated[str, Incidental] = Field(
-        description="a saved mask to describe, instead of making one; --base tells q, k and v apart"
+        description="a saved mask to describe, instead of making one; "
+        "--base leaves out what was not eligible"
     )
     model: Annotated[str | None, Flags(("--model", "--base"))] = None
     device: str | None = None
@@ -72,7 +65,7 @@ def read_mask(config: str | None, settings: Mapping[str, Any]) -> MaskRecipe | D
 
 @recipe_command(MaskRecipe, read=read_mask)
 @dry_run
-def mask(recipe: MaskRecipe | DescribeRecipe, dry_run: bool) -> None:
+def mask_command(recipe: MaskRecipe | DescribeRecipe, dry_run: bool) -> None:
     """Make the mask that a federated run with these settings would make, or describe one.
 
     \b
@@ -86,24 +79,23 @@ def mask(recipe: MaskRecipe | DescribeRecipe, dry_run: bool) -> None:
         mask, net, about = _made(recipe, dry_run)
     else:
         net = load_net(recipe.model).copy_to(device_named(recipe.device)) if recipe.model else None
-        mask, about = load_mask(recipe.describe, net), mask_meta(recipe.describe)
+        mask, about = load_mask(recipe.describe, net)
     result = _facts(mask, net, about)
-    click.echo(_text(result))
 
     def save(folder: Path) -> None:
         if isinstance(recipe, MaskRecipe):
             save_mask(mask, folder / MASK_FILE, result["model_hash"], about)
-            click.echo(f"mask: {Path(recipe.out or '') / MASK_FILE}")
 
-    write_result(recipe.out, recipe.overwrite, mask_page(result), "mask.json", result, save)
+    show_result(mask_page(result), recipe.out, recipe.overwrite, "mask.json", save)
+    if recipe.out is not None and isinstance(recipe, MaskRecipe):
+        click.echo(f"mask: {Path(recipe.out) / MASK_FILE}")
 
 
 def _made(recipe: MaskRecipe, dry_run: bool) -> tuple[Mask, Net, dict[str, Any]]:
     """The mask, by the very steps of a federated run, its model, and what decided it."""
     net, task = prepared(recipe, resume=False, dry_run=dry_run)
-    net, shards = net.copy_to(device_named(recipe.device)), make_shards(task, recipe)
-    fit_head(net, task, shards, recipe)
-    mask = make_mask(net, task, shards, recipe)
+    net = net.copy_to(device_named(recipe.device))
+    mask = prepare(net, task, recipe, make_shards(task, recipe))
     assert mask is not None
     shown = {"base": recipe.model, "task": task.name, "limit": recipe.data.limit}
     for section in (recipe.sparse, recipe.sharding, recipe.head):
@@ -115,33 +107,13 @@ def _made(recipe: MaskRecipe, dry_run: bool) -> tuple[Mask, Net, dict[str, Any]]
 
 def _facts(mask: Mask, net: Net | None, about: Mapping[str, Any]) -> dict[str, Any]:
     """What there is to tell of a mask; without its model all coordinates count as eligible."""
-    shapes = {name: tuple(kept.shape) for name, kept in mask.items()}
-    known = eligible(net) if net else Eligible(shapes)
-    rows = describe_mask(mask, known)
+    able = eligible(net) if net else {n: torch.ones_like(kept) for n, kept in mask.items()}
     return {
         "made": dict(about),
         "model_hash": model_hash(net) if net else None,
         "parameters": sum(kept.numel() for kept in mask.values()),
-        "eligible": sum(row.eligible for row in rows.values()),
-        "kept": sum(row.kept for row in rows.values()),
-        "excluded": known.excluded,
-        "tensors": [
-            {"name": n, "kept": r.kept, "eligible": r.eligible, "share": r.fraction}
-            for n, r in rows.items()
-        ],
+        "eligible": sum(int(part.sum()) for part in able.values()),
+        "kept": sum(int(mask[name].sum()) for name in able),
+        "excluded": excluded(able),
+        "tensors": describe_mask(mask, able),
     }
-
-
-def _text(result: Mapping[str, Any]) -> str:
-    """A line in all, how it was made, then every kind of tensor."""
-    kept, eligible = result["kept"], result["eligible"]
-    of = "coordinates (name --base to leave ineligible ones out)"
-    of = "eligible coordinates" if result["model_hash"] else of
-    frozen = f"{1 - kept / eligible:.2%} frozen"
-    lines = [f"{kept:,} of {eligible:,} {of} kept, {kept / eligible:.2%}; {frozen}"]
-    if made := ", ".join(f"{k} {v}" for k, v in result["made"].items() if v is not None):
-        lines.append(fill(made, 100, break_long_words=False))
-    if reasons := Counter(result["excluded"].values()):
-        excluded = "; ".join(f"{count} tensors, {why}" for why, count in reasons.items())
-        lines.append(f"excluded: {result['parameters'] - eligible:,} coordinates ({excluded})")
-    return "\n".join([*lines, "", as_text(kinds_table(result))])

@@ -8,14 +8,14 @@ import click
 from deltafl.checkpoints.readahead import reading_ahead
 from deltafl.cli.command import dry_run, quiet, recipe_command
 from deltafl.cli.progress import drawn_progress
+from deltafl.cli.text import render
 from deltafl.errors import DeltaflError
 from deltafl.files import check_output
 from deltafl.merge.mergekit import translate
-from deltafl.merge.plan import Plan, plan_merge
+from deltafl.merge.plan import plan_merge
 from deltafl.merge.recipe import MergeRecipe
 from deltafl.recipe_file import load_yaml
 from deltafl.recipes import read_recipe
-from deltafl.sizes import as_bytes
 
 
 def read_merge(config: str | None, settings: Mapping[str, Any]) -> MergeRecipe:
@@ -33,7 +33,7 @@ def read_merge(config: str | None, settings: Mapping[str, Any]) -> MergeRecipe:
 @recipe_command(MergeRecipe, argument="config", read=read_merge)
 @dry_run
 @quiet
-def merge(recipe: MergeRecipe, dry_run: bool, quiet: bool) -> None:
+def merge_command(recipe: MergeRecipe, dry_run: bool, quiet: bool) -> None:
     """Merge fine-tuned models of one base: theta = theta0 + server_lr * rule(deltas).
 
     \b
@@ -42,7 +42,7 @@ def merge(recipe: MergeRecipe, dry_run: bool, quiet: bool) -> None:
     """
     plan = plan_merge(recipe)
     if dry_run:
-        click.echo(describe_plan(plan))
+        click.echo(render("plan", plan=plan))
         return
     if recipe.out is None:
         raise DeltaflError("no output; name a folder with --out")
@@ -55,43 +55,4 @@ def merge(recipe: MergeRecipe, dry_run: bool, quiet: bool) -> None:
     for warning in record["warnings"]:
         click.echo(f"warning: {warning}", err=True)
     if not quiet:
-        click.echo(_summary(plan, record, recipe.out))
-
-
-def describe_plan(plan: Plan) -> str:
-    """What a merge would read, write and need."""
-    n, merged = len(plan.sources), plan.alignment.merged
-    passes = f"{plan.passes} pass{'es' * (plan.passes > 1)}"
-    lines = [
-        f"merge {n} models into {plan.base.ref} by {plan.recipe.method}",
-        f"  tensors: {len(merged)} merged ({plan.num_elements:,} elements)",
-        f"  read: {as_bytes(plan.bytes_read)} in {passes} over {n + 1} checkpoints",
-        f"  write: {as_bytes(plan.bytes_written)}",
-        f"  memory: about {as_bytes(plan.working_memory)} of blocks in {plan.threads} threads, "
-        "beside torch itself",
-    ]
-    return "\n".join([*lines, *outside(plan), *(f"  note: {note}" for note in plan.notes)])
-
-
-def outside(plan: Plan) -> list[str]:
-    """Lines that say what is not merged."""
-    lines = [
-        f"  copied from the base: {len(names)} tensors ({why})"
-        for why, names in plan.alignment.copied.items()
-    ]
-    for model, reasons in plan.alignment.ignored.items():
-        lines += [
-            f'  not used of "{model}": {len(names)} tensors ({why})'
-            for why, names in reasons.items()
-        ]
-    return lines
-
-
-def _summary(plan: Plan, record: dict[str, Any], out: str) -> str:
-    """What was done, in a few lines."""
-    scale = (
-        f"server_lr {record['server_lr']:g} = scaling_coef {record['scaling_coef']:g} on the sum"
-    )
-    lines = [f"merged {len(plan.sources)} models by {plan.recipe.method} at {scale}: {out}"]
-    lines += outside(plan)
-    return "\n".join([*lines, *(f"  note: {note}" for note in record["notes"])])
+        click.echo(render("merge", plan=plan, record=record))

@@ -6,7 +6,7 @@ import click
 
 from deltafl.cli.command import dry_run, quiet, recipe_command
 from deltafl.cli.progress import drawn_progress
-from deltafl.cli.results import as_text, write_search
+from deltafl.cli.results import table_text, write_search
 from deltafl.cli.run import show_settings
 from deltafl.experiments import run_quickstart
 from deltafl.experiments.recipe import QuickstartRecipe
@@ -17,7 +17,7 @@ from deltafl.report import results_table
 @recipe_command(QuickstartRecipe)
 @dry_run
 @quiet
-def quickstart(recipe: QuickstartRecipe, dry_run: bool, quiet: bool) -> None:
+def quickstart_command(recipe: QuickstartRecipe, dry_run: bool, quiet: bool) -> None:
     """Pre-train, fine-tune, merge, search and test on real digits, offline, in about a minute."""
     out = Path(recipe.out)
     check_output(out, overwrite=recipe.overwrite)
@@ -34,7 +34,7 @@ def quickstart(recipe: QuickstartRecipe, dry_run: bool, quiet: bool) -> None:
         for file in folder.rglob("*.json"):  # the records name the folder as it will be called
             file.write_text(file.read_text().replace(str(folder), str(out.absolute())))
     if not quiet:
-        click.echo(as_text(results_table(result)))
+        click.echo(table_text(results_table(result)))
         merged = out / "merged"
         one = f"one model for all tasks: {merged}"
         made = one if merged.exists() else "no merge beats the base on validation data"

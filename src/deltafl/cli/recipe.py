@@ -9,9 +9,9 @@ import yaml
 from pydantic_core import to_jsonable_python
 
 from deltafl.cli import COMMANDS, app
-from deltafl.cli.command import RecipeCommand, default_text, is_size, meaning, option_names
+from deltafl.cli.command import RecipeCommand, default_text, meaning, option_names
 from deltafl.errors import DeltaflError, did_you_mean
-from deltafl.recipes import Leaf, Recipe, leaves, recipes_in, section
+from deltafl.recipes import Recipe, all_leaves, leaves, recipes_in, section
 
 
 @click.command()
@@ -19,7 +19,7 @@ from deltafl.recipes import Leaf, Recipe, leaves, recipes_in, section
 @click.option("--schema", is_flag=True, help="A JSON schema, for completion in editors.")
 @click.option("--markdown", is_flag=True, help="Tables of all keys, of one or of all commands.")
 @click.pass_context
-def recipe(ctx: click.Context, command: str | None, schema: bool, markdown: bool) -> None:
+def recipe_command(ctx: click.Context, command: str | None, schema: bool, markdown: bool) -> None:
     """Print a file with every setting of COMMAND, its default and what it is.
 
     \b
@@ -56,8 +56,7 @@ def _template(kind: type[Recipe], indent: str = "") -> Iterator[str]:
         if field.is_required():
             yield f"{indent}{key}:"
             continue
-        value = to_jsonable_python(field.get_default(call_default_factory=True))
-        value = default_text(field) if is_size(field) else value
+        value = to_jsonable_python(field.default)
         shown = yaml.safe_dump([value], default_flow_style=True, width=10_000).strip()[1:-1]
         yield f"{start}{key}:" if value in (None, [], {}) else f"{indent}{key}: {shown}"
 
@@ -65,18 +64,16 @@ def _template(kind: type[Recipe], indent: str = "") -> Iterator[str]:
 def _table(kind: type[Recipe]) -> Iterator[str]:
     """The lines of a Markdown table with every key, also those of the mappings in lists."""
     yield from ("| key | default | meaning | option |", "|---|---|---|---|")
-    yield from _rows(kind, "", {leaf.path: leaf for leaf in leaves(kind).values()})
+    yield from _rows(kind, "")
 
 
-def _rows(kind: type[Recipe], above: str, known: dict[tuple[str, ...], Leaf]) -> Iterator[str]:
-    for name, field in kind.model_fields.items():
-        key = f"{above}{field.alias or name}"
-        if inner := section(field):
-            yield from _rows(inner, f"{key}.", known)
-            continue
-        leaf = known.get(tuple(key.split(".")))
-        options = " ".join(f"`{option}`" for option in option_names(leaf)) if leaf else ""
+def _rows(kind: type[Recipe], above: str) -> Iterator[str]:
+    known = leaves(kind)
+    for leaf in all_leaves(kind):
+        key, field = above + ".".join(leaf.path), leaf.field
+        named = () if above or known[leaf.name] != leaf else option_names(leaf)
         default = "required" if field.is_required() else default_text(field)
+        options = " ".join(f"`{option}`" for option in named)
         yield f"| `{key}` | {default} | {meaning(field)} | {options} |"
         for entry in recipes_in(field.annotation):
-            yield from _rows(entry, f"{key}[].", {})
+            yield from _rows(entry, f"{key}[].")

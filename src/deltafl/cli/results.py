@@ -1,52 +1,51 @@
 """What a command found, on the terminal and in a folder."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
+from deltafl.cli.text import as_score, grid, render
 from deltafl.files import atomic_folder, write_files
 from deltafl.report import Page, Table, page_files, search_page
 from deltafl.training.record import RunRecord, write_json
 
 
-def as_text(table: Table) -> str:
-    """A table of the report as plain text, numbers to the right."""
-    cells, numbers = table.cells(), [bool(column.show) for column in table.shown.values()]
-    rows = [list(cells), [""] * len(numbers), *cells.to_numpy().tolist()]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows[1] = ["-" * width for width in widths]
-    sides = [
-        f">{width}" if number else f"<{width}"
-        for width, number in zip(widths, numbers, strict=True)
-    ]
-    return "\n".join("  ".join(map(format, row, sides)).rstrip() for row in rows)
+def table_text(table: Table, most: int = 10_000) -> str:
+    """A table of the report as plain text; of more rows than `most` the first and last five."""
+    cells, columns = table.cells(), table.shown
+    rows = cells.to_numpy().tolist()
+    if len(rows) > most:
+        rows[5:-5] = [["...", *[""] * (len(columns) - 1)]]
+    return grid(list(cells), rows, "".join("<>"[bool(column.show)] for column in columns))
 
 
-def as_score(score: float, ratio_scaled: bool) -> str:
-    """0.8321 -> "83.21%" where scores may be divided, as accuracies may; else "0.8321"."""
-    return f"{score:.2%}" if ratio_scaled else f"{score:.4f}"
+def page_text(page: Page) -> str:
+    """What a page says, for the terminal."""
+    score = partial(as_score, page.values["result"].get("ratio_scaled", True))
+    return render(page.template, **page.values, table=table_text, score=score)
 
 
-def write_result(
+def show_result(
+    page: Page,
     out: str | None,
     overwrite: bool,
-    page: Page,
     name: str,
-    result: Mapping[str, Any],
     also: Callable[[Path], object] | None = None,
 ) -> None:
-    """OUT, if there is to be one, whole or not at all: a page, its tables and figures, the result
-    as JSON, and what `also` writes into the folder.
+    """Say what a page says, and write OUT, if there is to be one, whole or not at all: the page,
+    its tables and figures, the result as JSON, and what `also` writes into the folder.
     """
+    click.echo(page_text(page))
     if out is None:
         return
     with atomic_folder(out, overwrite=overwrite) as folder:
         if also:
             also(folder)
         write_files(folder, page_files(page))
-        write_json(folder / name, result)
+        write_json(folder / name, page.values["result"])
     click.echo(f"report: {Path(out) / 'report.html'}")
 
 

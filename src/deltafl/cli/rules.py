@@ -10,7 +10,7 @@ from deltafl.rules.rule import load_rules, parameters
 
 @click.command()
 @click.argument("name", required=False)
-def rules(name: str | None) -> None:
+def rules_command(name: str | None) -> None:
     """List every method with its formula, parameters and traits of its default form, or one."""
     registry = load_rules()
     for key in [name] if name else list(registry):

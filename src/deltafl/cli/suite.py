@@ -6,7 +6,7 @@ import click
 
 from deltafl.cli.command import dry_run, quiet, recipe_command, resume
 from deltafl.cli.progress import drawn_progress
-from deltafl.cli.results import as_text
+from deltafl.cli.results import table_text
 from deltafl.cli.run import show_settings
 from deltafl.errors import DeltaflError
 from deltafl.experiments import (
@@ -26,7 +26,7 @@ from deltafl.training import TrainingRecipe
 @resume
 @dry_run
 @quiet
-def suite(
+def suite_command(
     recipes: tuple[SuiteRecipe, TrainingRecipe],
     names: tuple[str, ...],
     resume: bool,
@@ -59,5 +59,5 @@ def suite(
         result = run_suites(wanted, *recipes, resume=resume, on_progress=show)
     if not quiet:
         for table in comparison_page(result).tables:
-            click.echo(f"{as_text(table)}\n")
+            click.echo(f"{table_text(table)}\n")
         click.echo(f"report: {Path(recipes[0].out or '') / 'report.html'}")

@@ -1,4 +1,4 @@
-"""The recipe of `deltafl suite`: the base run, the values that suites go through, and the studies."""
+"""The recipe of `deltafl suite`: the base run, the values that suites go through, the studies."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -15,43 +15,10 @@ from deltafl.sparse.recipe import SparseRecipe
 from deltafl.training import TrainingRecipe
 
 Limit = Annotated[int | None, Field(ge=1)]
+Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
 
-QUICK: Mapping[str, Any] = {
-    "num_clients": 20,
-    "participation_rate": 0.25,
-    "num_rounds": 6,
-    "batch_size": 32,
-    "lr": 0.002,
-    "eval_every": 2,
-    "j_values": (4, 8, 12),
-    "draws": 2,
-    "methods": ("task_arithmetic", "fednova", "fedgma", "median", "cclip", "ties"),
-    "scaling_coefs": (0.2, 0.4, 0.6, 0.8, 1.0),
-    "val_limit": 200,
-    "test_limit": 1000,
-}
-"""Of --quick, under what is given: minutes on two cores."""
-
-FULL: Mapping[str, Any] = {
-    "num_clients": 100,
-    "participation_rate": 0.1,
-    "num_rounds": 500,
-    "eval_every": 10,
-}
-"""Of --full, under what is given: the setting of the course work, hours on a GPU."""
-
-BUNDLED: Mapping[str, Any] = {
-    "data": "digits:mirrored",
-    "nc_values": (2, 5),
-    "calibration_values": (1, 2, 4),
-    "tasks": ("digits:textured", "digits:thick", "digits:mirrored", "digits:outlined"),
-    "lr_values": (3e-4, 1e-4),
-    "steps_values": (40, 120),
-    "control": "digits",
-    "domains": ("digits:mirrored", "digits:thick"),
-    "split": "digits:thick",
-}
-"""Without --model, --data and --tasks: digits, on which a small pre-trained ViT is poor at first."""
+PRESETS = load_yaml(Path(__file__).with_name("presets.yaml"))
+"""What lies under the given settings: of --quick, of --full, and of suites on bundled data."""
 
 
 class QuickstartRecipe(Recipe):
@@ -65,14 +32,11 @@ class QuickstartRecipe(Recipe):
 class ValuesRecipe(Recipe):
     """The values that suites of federated runs go through."""
 
-    nc_values: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+    nc_values: Counts = Field(
         (1, 5, 10, 50),
-        min_length=1,
         description="classes per client: heterogeneity; the others take the second value",
     )
-    j_values: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        (4, 8, 16), min_length=1, description="local steps: local-steps"
-    )
+    j_values: Counts = Field((4, 8, 16), description="local steps: local-steps")
     sparsity_ratios: Annotated[
         tuple[Annotated[float, Field(gt=0, lt=1)], ...],
         Flags(("--sparsity-ratios", "--sparsity-ratio")),
@@ -81,8 +45,8 @@ class ValuesRecipe(Recipe):
         min_length=1,
         description="shares of frozen coordinates: sparsity; the others take the middle one",
     )
-    calibration_values: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        (1, 3, 5), min_length=1, description="rounds of scoring: calibration-rounds"
+    calibration_values: Counts = Field(
+        (1, 3, 5), description="rounds of scoring: calibration-rounds"
     )
     steps_spread: Annotated[float, Flags()] = Field(
         4.0, ge=1, description="of unequal local steps: aggregators"
@@ -90,7 +54,7 @@ class ValuesRecipe(Recipe):
 
     @property
     def nc(self) -> int:
-        """The heterogeneity of suites that need one: the second of several values, or the only one."""
+        """The heterogeneity of suites that need one: the second of several, or the only one."""
         return self.nc_values[min(1, len(self.nc_values) - 1)]
 
     @property
@@ -108,9 +72,8 @@ class StudyRecipe(Recipe):
         min_length=1,
         description="learning rates; studies of one training use the second",
     )
-    steps_values: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+    steps_values: Counts = Field(
         (1000, 2000, 3000, 4000),
-        min_length=1,
         description="numbers of steps; studies of one training use the largest",
     )
     draws: int = Field(4, ge=1, description="merges of one kind and seed in training-heterogeneity")
@@ -149,20 +112,27 @@ class StudyRecipe(Recipe):
         """What a study needs that these settings do not say; None: nothing."""
         if len(self.tasks) < 2:
             return "at least two data sets with --tasks"
-        if name == "training-heterogeneity":
-            several = min(len(set(self.lr_values)), len(set(self.steps_values))) > 1
-            return None if several else "at least two of --lr-values and two of --steps-values"
-        if name == "analogy" and (len(self.domains) != 2 or len(set(self.domains)) != 2):
+        spread = min(len({*self.lr_values}), len({*self.steps_values}))
+        if name == "training-heterogeneity" and spread < 2:
+            return "at least two of --lr-values and two of --steps-values"
+        if name == "analogy" and not len(self.domains) == len({*self.domains}) == 2:
             return "--domains: two data sets with the same classes"
         return None
 
-    def grids(self) -> tuple[tuple[str, Mapping[str, Any]], ...]:
-        """(method, parameters) of the methods that are compared; task arithmetic, which gains refer
-        to, goes first.
-        """
-        rules = load_rules()
-        named = dict.fromkeys(("task_arithmetic", *(self.methods or rules)))
-        return tuple((name, rules[name].values) for name in named)
+    @property
+    def compared(self) -> tuple[str, ...]:
+        """The rules that are compared; task arithmetic, which gains refer to, goes first."""
+        return tuple(dict.fromkeys(("task_arithmetic", *(self.methods or load_rules()))))
+
+    @property
+    def kept(self) -> str:
+        """The control task."""
+        return self.control or self.tasks[-1]
+
+    @property
+    def dealt(self) -> str:
+        """The data set whose classes are dealt."""
+        return self.split or self.tasks[-1]
 
 
 class SuiteSparseRecipe(SparseRecipe):
@@ -196,31 +166,31 @@ class SuiteRecipe(FederatedRecipe):
             yield "--quick and --full are two sizes; give one of them"
 
     @property
-    def bundled(self) -> bool:
-        """Whether the model is the small ViT that the suite pre-trains itself."""
-        return not self.model
+    def seeds(self) -> range:
+        """One for each run."""
+        return range(self.seed, self.seed + self.num_runs)
 
 
 def read_suite(
     path: str | Path | None, settings: Mapping[str, Any]
 ) -> tuple[SuiteRecipe, TrainingRecipe]:
-    """The recipe of a suite, and how its fine-tunes are trained: by those of the given settings that
-    fine-tunes have too. Without model, data and tasks it is about the bundled ones.
+    """The recipe of a suite, and how its fine-tunes are trained: by those of the given settings
+    that fine-tunes have too. Without model, data and tasks it is about the bundled ones.
 
     Raises:
         DeltaflError: every mistake.
     """
     given = dict(_leaf_values(load_yaml(path) if path else {})) | dict(settings)
     bundled = not {"model", "data", "tasks"} & given.keys()
-    size = QUICK if given.get("quick") else FULL if given.get("full") else {}
-    defaults = {"data": "", "out": "deltafl-suite"} | dict(size)
-    defaults |= {"model": "", **BUNDLED} if bundled else {}
+    defaults: dict[str, object] = {"data": "", "out": "deltafl-suite"}
+    for name in ("quick", "full", *["bundled"] * bundled):
+        if given.get(name, name == "bundled"):
+            defaults |= PRESETS[name]
     recipe = read_recipe(SuiteRecipe, path, settings, defaults=defaults)
     other = {"model", "data", "out", "lr", "lr_schedule", "momentum", "eval_every", "patience"}
-    small = {"batch_size": 32, "steps": 0} if bundled else {"steps": 0}
     chosen = {name: given[name] for name in (given.keys() & leaves(TrainingRecipe).keys()) - other}
-    training = TrainingRecipe.of(model=recipe.model, data="", **small | chosen)
-    return recipe, training
+    small = {"batch_size": 32} if bundled else {}
+    return recipe, TrainingRecipe.of(model=recipe.model, data="", **{"steps": 0, **small, **chosen})
 
 
 def _leaf_values(data: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -237,11 +207,11 @@ def suite_names(asked: Iterable[str], known: Iterable[str]) -> list[str]:
     Raises:
         DeltaflError: no name, or an unknown one.
     """
-    asked, known = list(asked), list(known)
+    asked, known = [*asked], [*known]
+    every = (*known, "all")
+    problems = [f'no suite "{n}"; {did_you_mean(n, every)}' for n in asked if n not in every]
     if not asked:
-        raise DeltaflError(f"name a suite: {', '.join(known)}, or all")
-    if unknown := [name for name in asked if name not in (*known, "all")]:
-        raise DeltaflError(
-            *(f'no suite "{name}"; {did_you_mean(name, (*known, "all"))}' for name in unknown)
-        )
+        problems = [f"name a suite: {', '.join(known)}, or all"]
+    if problems:
+        raise DeltaflError(*problems)
     return known if "all" in asked else list(dict.fromkeys(asked))

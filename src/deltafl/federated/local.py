@@ -2,35 +2,23 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 from torch import Tensor, nn
 
-from deltafl.recipes import Recipe, one_of
+from deltafl.recipes import one_of
 from deltafl.registry import Registry
 from deltafl.rules.rule import Source
+from deltafl.training.recipe import StepRecipe
 
 
-class LocalRecipe(Recipe):
+class LocalRecipe(StepRecipe):
     """How a client trains in a round."""
 
     local_steps: int = Field(4, ge=1, description="J, the optimiser steps of a client in a round")
     local_steps_spread: float = Field(
         1.0, ge=1, description="S: a client's own number of steps is between J/S and J S"
-    )
-    batch_size: int = Field(64, ge=1, description="examples in a local step")
-    lr: float = Field(0.01, gt=0, description="learning rate of local steps")
-    lr_schedule: Literal["constant", "cosine", "linear", "step"] = Field(
-        "constant", description="of the local learning rate, over rounds"
-    )
-    momentum: float = Field(
-        0.9, ge=0, lt=1, description="of local SGD; it starts anew in each round"
-    )
-    weight_decay: float = Field(0.0, ge=0, description="of local SGD")
-    nesterov: bool = Field(False, description="Nesterov momentum in local SGD")
-    grad_clip: float | None = Field(
-        None, gt=0, description="largest gradient norm, over the kept coordinates"
     )
     local_algorithm: Annotated[str, one_of(lambda: LOCAL_ALGORITHMS)] = Field(
         "sgd", description="what a client does: sgd, fedprox or scaffold"
@@ -46,8 +34,7 @@ class LocalRecipe(Recipe):
         return LOCAL_ALGORITHMS[self.local_algorithm]
 
     def problems(self) -> Iterator[str]:
-        if self.nesterov and not self.momentum:
-            yield "nesterov needs a momentum above 0"
+        yield from super().problems()
         if self.algorithm.has_control and (self.momentum or self.weight_decay):
             yield (
                 f"{self.local_algorithm}'s control variates are those of plain SGD; "
@@ -76,6 +63,7 @@ class Round:
     control: Tensor | None = None
 
 
+@dataclass
 class Sgd:
     """Plain local SGD; the base of others. One is made for each client's part of a round.
 
@@ -83,11 +71,14 @@ class Sgd:
     proximal term of weight prox_mu. has_control: server and clients keep control variates.
     """
 
-    has_prox = False
-    has_control = False
+    flat: nn.Parameter
+    recipe: LocalRecipe
+    round: Round
+    has_prox: ClassVar = False
+    has_control: ClassVar = False
 
-    def __init__(self, flat: nn.Parameter, recipe: LocalRecipe, round: Round) -> None:
-        self.flat, self.recipe, self.round = flat, recipe, round
+    def __post_init__(self) -> None:
+        """Note what is needed of the start."""
 
     def adjust(self, gradient: Tensor) -> None:
         """Change the gradient (P,) of one step in place, before it is clipped."""
@@ -107,9 +98,8 @@ class FedProx(Sgd):
 
     has_prox = True
 
-    def __init__(self, flat: nn.Parameter, recipe: LocalRecipe, round: Round) -> None:
-        super().__init__(flat, recipe, round)
-        self.start = flat.detach().clone()
+    def __post_init__(self) -> None:
+        self.start = self.flat.detach().clone()
 
     def adjust(self, gradient: Tensor) -> None:
         gradient.add_(self.flat.detach() - self.start, alpha=self.recipe.prox_mu)
@@ -123,10 +113,9 @@ class Scaffold(Sgd):
 
     has_control = True
 
-    def __init__(self, flat: nn.Parameter, recipe: LocalRecipe, round: Round) -> None:
-        super().__init__(flat, recipe, round)
-        assert round.control is not None
-        self.start, self.correction = flat.detach().clone(), round.control
+    def __post_init__(self) -> None:
+        assert self.round.control is not None
+        self.start, self.correction = self.flat.detach().clone(), self.round.control
 
     def adjust(self, gradient: Tensor) -> None:
         gradient.add_(self.correction)

@@ -1,7 +1,7 @@
 """What decides a federated run."""
 
 from collections.abc import Iterator
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -9,37 +9,22 @@ from pydantic import Field
 from deltafl.federated.local import LocalRecipe
 from deltafl.federated.server import ServerRecipe
 from deltafl.federated.sharding import ShardingRecipe
-from deltafl.models.head_recipe import HeadRecipe
-from deltafl.recipes import Flags, Incidental, Recipe
+from deltafl.recipes import Incidental
 from deltafl.rules.rule import check_rule
 from deltafl.seeding import keyed_generator
 from deltafl.sparse.recipe import SparseRecipe
-from deltafl.tasks.recipe import TrainingDataRecipe
+from deltafl.training.recipe import RunRecipe
 from deltafl.training.step import lr_at
 
 
-class ClientsRecipe(Recipe):
+class ClientsRecipe(RunRecipe):
     """A model, a task, and clients that hold its examples: what decides heads and masks."""
 
-    model: Annotated[str, Flags(("--model", "--base"))] = Field(
-        description="the model to begin with: a folder, a hub id, a config.json or module:attr"
-    )
     participation_rate: float = Field(
         0.1, gt=0, le=1, description="C, the share of the clients that is asked in each round"
     )
-    mixed_precision: Literal["no", "bf16"] = Field(
-        "no", description="the arithmetic of the model's forward pass"
-    )
-    seed: int = Field(0, description="of everything that is random")
-    device: Annotated[str | None, Incidental] = Field(
-        None, description="cpu, cuda or cuda:1 (default: the GPU where there is one)"
-    )
-    out: Annotated[str | None, Incidental] = Field(None, description="the folder to write")
-    overwrite: Annotated[bool, Incidental] = Field(False, description="replace an existing output")
-    data: TrainingDataRecipe
     sharding: ShardingRecipe = ShardingRecipe.of()
     sparse: SparseRecipe = SparseRecipe.of()
-    head: HeadRecipe = HeadRecipe.of()
 
     def problems(self) -> Iterator[str]:
         """Shares of the clients that are none, or more than all."""
@@ -108,9 +93,8 @@ class FederatedRecipe(ClientsRecipe):
         """Who takes part in a round (from 1): round(C K) clients without replacement, ascending; a
         function of (seed, round).
         """
-        order = torch.randperm(
-            self.sharding.num_clients, generator=keyed_generator(self.seed, "clients", number)
-        )
+        drawn = keyed_generator(self.seed, "clients", number)
+        order = torch.randperm(self.sharding.num_clients, generator=drawn)
         return sorted(order[: self.clients_per_round].tolist())
 
     def steps_of(self, client: int) -> int:
@@ -120,10 +104,8 @@ class FederatedRecipe(ClientsRecipe):
         steps, spread = self.local.local_steps, self.local.local_steps_spread
         if spread == 1:
             return steps
-        u = (
-            2 * torch.rand((), generator=keyed_generator(self.seed, "local steps", client)).item()
-            - 1
-        )
+        drawn = keyed_generator(self.seed, "local steps", client)
+        u = 2 * torch.rand((), generator=drawn).item() - 1
         return max(1, round(steps * spread**u))
 
     def lr_in(self, number: int) -> float:

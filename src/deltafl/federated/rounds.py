@@ -3,69 +3,46 @@
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from deltafl.algebra.aggregate import Aggregate
 from deltafl.algebra.deltas import Update
-from deltafl.algebra.tensors import Tensors, blocks, lazy
+from deltafl.algebra.tensors import blocks, lazy
 from deltafl.errors import DeltaflError, shorten
-from deltafl.federated.client import Client, ClientUpdate, LocalTraining, names_of
+from deltafl.federated.client import ClientUpdate, LocalTraining
 from deltafl.federated.local import Round
 from deltafl.federated.recipe import FederatedRecipe
-from deltafl.federated.scaffold import Controls, correction, with_controls
 from deltafl.federated.server import ServerState, server_step
+from deltafl.federated.setup import Federation
 from deltafl.forking import can_fork
-from deltafl.models.net import Net
-from deltafl.pool import Pool, SharedMemory
-from deltafl.sparse.masks import Mask
-from deltafl.tasks.task import Task
+from deltafl.pool import Pool, shared_like
+from deltafl.training.record import Row
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Federation:
-    """What stays the same from round to round.
+Job: TypeAlias = tuple[int, int, int | None]
+"""Number of the round, client, and for scaffold the round that its c_i is from."""
 
-    net: the one working net, whose values are those of whoever used it last. shards: ids of each
-    client's training examples. mask None: all coordinates train.
-    """
-
-    recipe: FederatedRecipe
-    net: Net
-    task: Task
-    shards: Sequence[Tensor]
-    mask: Mask | None
-    client: Client
-    controls: Controls
+Trained: TypeAlias = tuple[ClientUpdate, bool, float]
+"""An update, whether it is finite, and the seconds that it took."""
 
 
 @dataclass(frozen=True)
 class RoundResult:
-    """What happened in a round: who took part, whose update was not finite, the mean loss, who
-    took how long.
+    """What happened in a round.
 
-    client_seconds are those of all clients together, also of clients that trained at the same time.
-    start: what they started from. updates: the finite ones by client, valid until the next round.
+    updates: the finite ones by client, valid until the next round. numbers: what the record keeps
+    of it; client_seconds are those of all clients together, also of clients that trained at the
+    same time.
     """
 
-    start: ServerState
     updates: Mapping[int, Update]
-    clients: tuple[int, ...]
-    failed: tuple[int, ...]
-    num_steps: int
-    loss: float | None
-    client_seconds: float
-    server_seconds: float
-
-    @property
-    def numbers(self) -> dict[str, object]:
-        """What the record keeps of it."""
-        return {n: v for n, v in vars(self).items() if n not in ("start", "updates")}
+    numbers: Row
 
 
 def run_round(
@@ -79,47 +56,42 @@ def run_round(
     """
     recipe, number = federation.recipe, state.round + 1
     chosen = recipe.clients_in(number)
-    updates: dict[int, Update] = {}
-    failed: list[int] = []
+    updates: dict[int, ClientUpdate] = {}
     client_seconds = 0.0
-    for k, (update, seconds) in zip(chosen, workers.train(state, chosen), strict=True):
-        client_seconds += seconds
-        _refuse_other_tensors(update, k, state.params)
-        if is_finite(update):
+    for k, (update, finite, took) in zip(chosen, workers.train(state, chosen), strict=True):
+        client_seconds += took
+        if recipe.local.client is not None:
+            _refuse_other_tensors(update, k, state.params)
+        if finite:
             updates[k] = update
         else:
             logger.warning(
                 "round %d: the update of client %d has NaN or Inf and is left out", number, k
             )
-            failed.append(k)
+    failed = [k for k in chosen if k not in updates]
     if not updates:
         raise DeltaflError(
             f"round {number}: no client's update is finite ({len(failed)} of them); "
             "use a smaller lr"
         )
     started = time.perf_counter()
-    names = names_of(federation.net)
-    trained = {names[n] for n in federation.net.slices}
-    total = aggregate(list(updates.values()), recipe, number)
-    stepped = replace(server_step(state, total, recipe.server, trained), round=number)
-    stepped = with_controls(stepped, updates, federation.controls, recipe.sharding.num_clients)
-    losses = [
-        u.loss for u in updates.values() if isinstance(u, ClientUpdate) and u.loss is not None
-    ]
-    result = RoundResult(
-        state,
-        updates,
-        tuple(chosen),
-        tuple(failed),
-        sum(u.source.num_steps or 0 for u in updates.values()),
-        sum(losses) / len(losses) if losses else None,
-        client_seconds,
-        time.perf_counter() - started,
-    )
-    return stepped, result
+    total = combined(list(updates.values()), recipe, number)
+    stepped = server_step(state, total, recipe.server, federation.trained)
+    stepped = replace(stepped, round=number)
+    stepped = federation.controls.step(stepped, updates, recipe.sharding.num_clients)
+    losses = [u.loss for u in updates.values() if u.loss is not None]
+    numbers = {
+        "clients": chosen,
+        "failed": failed,
+        "num_steps": sum(u.source.num_steps or 0 for u in updates.values()),
+        "loss": sum(losses) / len(losses) if losses else None,
+        "client_seconds": client_seconds,
+        "server_seconds": time.perf_counter() - started,
+    }
+    return stepped, RoundResult(updates, numbers)
 
 
-class Workers(AbstractContextManager["Workers"]):
+class Workers(Pool[Job, Trained]):
     """Processes that train the clients of a round, to the same bits as in this one, where `count`
     is 1.
 
@@ -128,57 +100,51 @@ class Workers(AbstractContextManager["Workers"]):
     """
 
     def __init__(self, federation: Federation, state: ServerState, count: int = 1) -> None:
-        self._federation, self._params, self._control = federation, state.params, state.control
-        known: list[object] = []
-        if count > 1:
-            self._params = SharedMemory.of(state.params)
-            if state.control is not None:
-                self._control = SharedMemory.of({"": state.control})[""]
-            known.append(self._params)
-            if isinstance(federation.client, LocalTraining) and federation.mask is not None:
-                known.append(federation.client.index(federation.mask))
-        given = [*state.params.values(), *([] if state.control is None else [state.control])]
-        self._shared = count > 1
-        self._pool = Pool(
-            self._work,
+        self._federation, self._state, self._shared = federation, state, count > 1
+        client, mask, known = federation.client, federation.mask, list[object]()
+        if self._shared:
+            copies = shared_like(_told(state))
+            self._state = replace(state, control=copies.pop(CONTROL, None), params=copies)
+            known.append(copies)
+            if isinstance(client, LocalTraining) and mask is not None:
+                known.append(client.index(mask))
+        super().__init__(
+            self._train,
             count,
             slots=federation.recipe.clients_per_round,
-            room=SharedMemory.room(given),
+            like=[*_told(state).values()],
             known=known,
         )
 
-    def train(self, state: ServerState, clients: Sequence[int]) -> Iterator[tuple[Update, float]]:
-        """The update of each client and the seconds that it took, in order; valid until the next
-        call.
-        """
+    def train(self, state: ServerState, clients: Sequence[int]) -> Iterator[Trained]:
+        """What each client has done, in order; valid until the next call."""
         if self._shared:
-            for name, tensor in state.params.items():
-                self._params[name].copy_(tensor)
-            if self._control is not None and state.control is not None:
-                self._control.copy_(state.control)
+            held = _told(self._state)
+            for name, tensor in _told(state).items():
+                held[name].copy_(tensor)
         else:
-            self._params, self._control = state.params, state.control
-        jobs = [(state.round + 1, k, state.control_rounds.get(k)) for k in clients]
-        return self._pool.map(jobs)
+            self._state = state
+        return self.map((state.round + 1, k, state.control_rounds.get(k)) for k in clients)
 
-    @property
-    def memory(self) -> int:
-        """Bytes that the processes have needed at most, beside what they share with this one."""
-        return sum(self._pool.memory.values())
-
-    def _work(self, job: tuple[int, int, int | None]) -> tuple[Update, float]:
+    def _train(self, job: Job) -> Trained:
         number, k, own = job
-        fed, recipe, control = self._federation, self._federation.recipe, self._control
-        started = time.perf_counter()
+        fed, recipe, state = self._federation, self._federation.recipe, self._state
+        started, control = time.perf_counter(), state.control
         if control is not None:
-            control = correction(fed.controls, control, k, own)
+            control = control - fed.controls.read(k, own, control)
         part = Round(number, k, fed.shards[k], recipe.steps_of(k), recipe.lr_in(number), control)
-        update = fed.client(self._params, fed.mask, part)
-        took = update.seconds if isinstance(update, ClientUpdate) else time.perf_counter() - started
-        return update, took
+        update = fed.client(state.params, fed.mask, part)
+        if not isinstance(update, ClientUpdate):
+            update = ClientUpdate(update.delta, update.source)
+        return update, is_finite(update), time.perf_counter() - started
 
-    def __exit__(self, *exception: object) -> None:
-        self._pool.close()
+
+CONTROL = "c of scaffold"
+
+
+def _told(state: ServerState) -> dict[str, Tensor]:
+    """What clients are told: the server's parameters, and c."""
+    return {**state.params, **({} if state.control is None else {CONTROL: state.control})}
 
 
 def count_workers(recipe: FederatedRecipe, device: torch.device) -> int:
@@ -204,7 +170,7 @@ def count_workers(recipe: FederatedRecipe, device: torch.device) -> int:
     return min(asked, recipe.clients_per_round)
 
 
-def aggregate(updates: Sequence[Update], recipe: FederatedRecipe, number: int) -> Aggregate:
+def combined(updates: Sequence[Update], recipe: FederatedRecipe, number: int) -> Aggregate:
     """R of the updates, weighed by examples where the recipe says so and the rule does not do it
     itself.
     """
@@ -218,22 +184,20 @@ def aggregate(updates: Sequence[Update], recipe: FederatedRecipe, number: int) -
 def is_finite(update: Update) -> bool:
     """Whether no element of the delta is NaN or Inf."""
     delta = lazy(update.delta)
-    for name in delta:
-        for start, stop in blocks(delta.spec(name).numel):
-            block = delta.block(name, start, stop)
-            if not torch.isfinite(block.sum()) and not torch.isfinite(block).all():
-                return False
-    return True
+    return all(
+        delta.block(name, *ends).sum(dtype=torch.float64).isfinite()
+        for name in delta
+        for ends in blocks(delta.spec(name).numel)
+    )
 
 
 def _refuse_other_tensors(update: Update, client: int, params: Mapping[str, Tensor]) -> None:
     """Raise DeltaflError unless the delta has the tensors of the parameters: a user's own client
     may err.
     """
-    delta: Tensors = update.delta
-    odd = sorted(delta.keys() ^ params.keys())
-    odd = odd or [n for n in params if lazy(delta).spec(n).shape != params[n].shape]
-    if odd:
+    delta = lazy(update.delta)
+    found, wanted = {n: delta.spec(n).shape for n in delta}, {n: t.shape for n, t in params.items()}
+    if odd := [n for n in sorted({**found, **wanted}) if found.get(n) != wanted.get(n)]:
         raise DeltaflError(
             f"the update of client {client} has not the tensors of the model, or other shapes: "
             f"{shorten(odd)}; a delta holds every name of the parameters that the client was given"

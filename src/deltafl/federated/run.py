@@ -2,41 +2,64 @@
 files.
 """
 
-import json
-import math
-import shutil
-from collections.abc import Mapping, Sequence
+import resource
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
+import torch
+from torch import Tensor
+
+from deltafl.algebra.deltas import Difference, Update
 from deltafl.algebra.tensors import device_named
-from deltafl.errors import DeltaflError
-from deltafl.federated.callbacks import (
-    Bytes,
-    Callback,
-    ClientModels,
-    Record,
-    Row,
-    Shards,
-    StateFile,
-    Validation,
-    score_of,
-    setup_bytes,
-)
+from deltafl.checkpoints.layout import fingerprint, read_layout
+from deltafl.federated.callbacks import Bytes, Callback
+from deltafl.federated.client import load_state, state_of
 from deltafl.federated.recipe import FederatedRecipe
-from deltafl.federated.rounds import Federation, Workers, count_workers, run_round
-from deltafl.federated.saving import save_net
+from deltafl.federated.rounds import Workers, count_workers, run_round
 from deltafl.federated.server import ServerState
-from deltafl.federated.setup import begin, initial_state, make_shards, new_record
-from deltafl.federated.state import Best, StateWriter, read_state
-from deltafl.files import check_output
+from deltafl.federated.setup import Federation, begin, make_shards, new_record
+from deltafl.federated.sharding import shard_counts
 from deltafl.models.net import Net
-from deltafl.progress import OnProgress, ignore
-from deltafl.tasks.task import Task
-from deltafl.training.record import FinishedRun, RunRecord, write_json
-from deltafl.training.state import require_same_config, run_config
+from deltafl.progress import OnProgress, Progress, ignore
+from deltafl.tasks.task import Split, Task
+from deltafl.training.finetune import require_examples, write_model
+from deltafl.training.loop import Best
+from deltafl.training.record import (
+    FinishedRun,
+    Row,
+    RunRecord,
+    read_rows,
+    read_state,
+    run_config,
+    write_json,
+    write_state,
+)
+from deltafl.training.step import scores
 
-STATE_FILE = "state/state.safetensors"
+PAUSE = 100
+
+
+class StateFile:
+    """What a killed run goes on from. A state is not due before `PAUSE` times as long as the last
+    one took, so that writing takes 1 % of the time; a resumed run repeats the rounds since then, to
+    the same bits.
+    """
+
+    def __init__(self, file: Path, config: Row) -> None:
+        self.file, self.config, self._next = file, config, 0.0
+
+    def is_due(self) -> bool:
+        """Whether it is time to write."""
+        return time.monotonic() >= self._next
+
+    def write(self, state: ServerState, best: Best) -> None:
+        """Replace the file. What it counts on must be on the disk earlier."""
+        started = time.monotonic()
+        write_state(self.file, self.config, {"server": vars(state), "best": vars(best)})
+        done = time.monotonic()
+        self._next = done + PAUSE * (done - started)
 
 
 def federate(
@@ -61,110 +84,96 @@ def federate(
     Raises:
         DeltaflError: an output in the way, a run of another configuration, no finite update.
     """
-    if recipe.out is None:
-        raise DeltaflError("no output; name a folder with --out")
-    out = Path(recipe.out)
-    if not task.size("val") or not task.size("test"):
-        raise DeltaflError(
-            f'task "{task.name}" has {task.size("val")} validation and {task.size("test")} test '
-            "examples"
-        )
+    record = RunRecord(recipe.output)
+    require_examples(task, "train", "val", "test")
     recipe.check_rule()
     device = device_named(recipe.device)
     count = count_workers(recipe, device)
-    config = json.loads(json.dumps(run_config(net, task, recipe)))
-    shards = make_shards(task, recipe)
-    begun = resume and (out / "record.jsonl").is_file()
-    record = RunRecord.resume(out) if begun else RunRecord(out)
-    if begun:
-        require_same_config(record.config(), config, out)
-        if (out / "result.json").is_file():
-            shutil.rmtree(out / "state", ignore_errors=True)
-            return _found(out, record)
-    else:
-        check_output(out, overwrite=recipe.overwrite)
+    shards, config = make_shards(task, recipe), run_config(net, task, recipe)
+    begun = record.begun(config, resume=resume, overwrite=recipe.overwrite)
+    if begun and record.is_finished:
+        return record.finished()
     federation = begin(net.copy_to(device), task.to(device), recipe, shards, begun)
     if not begun:
         new_record(federation, config)
-    state = initial_state(federation)
-    best = Best(state.params, 0, -math.inf)
-    if (out / STATE_FILE).is_file():
-        state, best = read_state(out / STATE_FILE, state)
+    state = federation.initial_state()
+    best, kept = Best(tensors=state.params), StateFile(record.folder / "state" / "state.pt", config)
+    if (held := read_state(kept.file, config, device)) is not None:
+        state, best = ServerState(**held["server"]), Best(**held["best"])
+    record.rewind("round", state.round)
     with Workers(federation, state, count) as workers:
-        done, best = _all_rounds(state, best, federation, workers, record, on_progress, callbacks)
-    _finish(done, best, federation, record, config)
-    return _found(out, record)
+        for now, row in _rounds(state, best, federation, workers, callbacks):
+            due = now.round > 0 and kept.is_due()
+            record.append(row, sync=due)
+            if due:
+                kept.write(now, best)
+                federation.controls.prune(now)
+            score = row["val_score"]
+            seen = {} if score is None else {"validation": score}
+            on_progress(Progress("rounds", now.round, recipe.num_rounds, seen))
+    return _finished(best, federation, record, config)
 
 
-def _found(out: Path, record: RunRecord) -> FinishedRun:
-    return FinishedRun(out, json.loads((out / "result.json").read_text()), tuple(record.rows()))
-
-
-def _all_rounds(
+def _rounds(
     state: ServerState,
     best: Best,
     federation: Federation,
     workers: Workers,
-    record: RunRecord,
-    on_progress: OnProgress,
-    own: Sequence[Callback],
-) -> tuple[ServerState, Best]:
-    """From `state` to the last round, or to where patience ends; rows after `state` are dropped
-    first.
-    """
-    recipe, validation = federation.recipe, Validation(federation, best)
-    writer = StateWriter(record.folder / STATE_FILE, record.sync, federation.controls.prune)
-    callbacks: list[Callback] = [
-        validation,
-        Shards(federation),
-        Bytes(federation),
-        *own,
-        Record(record, recipe.num_rounds, workers, on_progress),
-        StateFile(writer, validation),
-        ClientModels(federation, record.folder),
-    ]
-    record.rewind(lambda row: row["round"] <= state.round > 0)
+    callbacks: Sequence[Callback],
+) -> Iterator[tuple[ServerState, Row]]:
+    """From `state` to the last round, or to where patience ends: the state and the row of each."""
+    recipe, task = federation.recipe, federation.task
+    callbacks = [Bytes(federation, state.round), *callbacks]
+
+    def judge(state: ServerState) -> float:
+        score = score_of(federation, state.params, "val")
+        best.see(score, state.round, lambda: state.params)
+        return score
+
     if not state.round:
-        row: Row = {"event": "start", "round": 0}
+        groups = task.groups("train")
+        told = shard_counts(federation.shards, groups, int(groups.max()) + 1)
+        classes = told["classes"]
+        row: Row = {"event": "start", "round": 0, "val_score": judge(state)}
+        row |= {f"{which}_client": int(told[which]) for which in ("smallest", "largest")}
+        row["groups_per_client"] = [int(classes.min()), int(classes.max())]
         for callback in callbacks:
             callback.begin(state, row)
-    try:
-        while state.round < recipe.num_rounds and not validation.is_exhausted:
-            state, result = run_round(state, federation, workers)
-            row = {"event": "round", "round": state.round, **result.numbers}
-            for callback in callbacks:
-                callback.after(state, result, row)
-    finally:
+        yield state, row
+    while state.round < recipe.num_rounds and not best.exhausts(recipe.patience):
+        base, (state, result) = state.params, run_round(state, federation, workers)
+        due = state.round % recipe.eval_every == 0 or state.round == recipe.num_rounds
+        row = {"event": "round", "round": state.round, **result.numbers}
+        row["val_score"] = judge(state) if due else None
         for callback in callbacks:
-            callback.end()
-    return state, validation.best
+            callback.after(state, result, row)
+        row["peak_memory_bytes"] = peak_memory() + sum(workers.memory.values())
+        if {"all", str(state.round)} & set(map(str, recipe.save_client_updates)):
+            folder = recipe.output / "updates" / f"round-{state.round:04d}"
+            for client, update in result.updates.items():
+                save_update(folder, client, update, base, federation)
+        yield state, row
 
 
-def _finish(
-    state: ServerState,
-    best: Best,
-    federation: Federation,
-    record: RunRecord,
-    config: Mapping[str, Any],
-) -> None:
+def _finished(best: Best, federation: Federation, record: RunRecord, config: Row) -> FinishedRun:
     """Test the best model once, write it and the result, drop the state."""
     recipe, task, out = federation.recipe, federation.task, record.folder
-    rows = [row for row in record.rows() if row["event"] == "round"]
+    first, *rows = read_rows(record.path)
     totals = ("bytes_up_total", "bytes_down_total", "dense_bytes_up_total")
     result = {
         "title": f"{task.name}: {recipe.sharding.num_clients} clients, {recipe.server.aggregator}",
         "metric": task.metric,
         "ratio_scaled": task.ratio_scaled,
-        "test_score": score_of(federation, best.params, "test"),
+        "test_score": score_of(federation, best.tensors, "test"),
         "test_examples": task.size("test"),
         "val_score": best.score,
-        "best_round": best.round,
-        "rounds": state.round,
+        "best_round": best.after,
+        "rounds": len(rows),
         "failed_updates": sum(len(row["failed"]) for row in rows),
-        **{key: rows[-1][key] if rows else 0 for key in totals},
-        **setup_bytes(federation),
+        **{key: sum(row[key] for row in rows[-1:]) for key in totals},
+        **{key: first[key] for key in ("setup_bytes_up", "setup_bytes_down")},
         **{key: sum(row[key] for row in rows) for key in ("client_seconds", "server_seconds")},
-        "config": dict(config),
+        "config": config,
     }
     facts = {
         "base": {"id": federation.net.origin, "fingerprint": config["base_fingerprint"]},
@@ -176,6 +185,44 @@ def _finish(
         "seed": recipe.seed,
         "federated": recipe.content(),
     }
-    save_net(out / "model", federation.net, facts)
+    write_model(out / "model", federation.net, facts)
     write_json(out / "result.json", result)
-    shutil.rmtree(out / "state", ignore_errors=True)
+    return record.finished()
+
+
+def score_of(federation: Federation, params: Mapping[str, Tensor], split: Split) -> float:
+    """Mean score over examples of the model with these parameters, which the working net keeps."""
+    net = federation.net
+    load_state(state_of(net), params)
+    found = scores(net, federation.task, split, autocast=federation.recipe.autocast)
+    return found.double().mean().item()
+
+
+def peak_memory() -> int:
+    """The most memory that this process has held, in bytes; on a GPU the most of the GPU's."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def save_update(
+    folder: Path, client: int, update: Update, base: Mapping[str, Tensor], federation: Federation
+) -> None:
+    """A client's model after its local steps as `folder/client-K`, beside `folder/base`, what it
+    started from: folders that `merge`, `inspect`, `evaluate` and transformers read.
+
+    Merging these gives the round's new model. The working net is left with other values than
+    before. The client's own parameters are base + delta, which rounds, only where it did not say
+    what they are.
+    """
+    start, net, delta = folder / "base", federation.net, update.delta
+    state = state_of(net)
+    facts = {"task": federation.task.name, "seed": federation.recipe.seed}
+    if not start.is_dir():
+        load_state(state, base)
+        write_model(start, net, facts)
+    whole = isinstance(delta, Difference)
+    load_state(state, delta.tuned if whole else {n: base[n] + delta[n] for n in base})
+    known = {n: v for n, v in asdict(update.source).items() if n != "name" and v is not None}
+    origin = {"id": str(start), "fingerprint": fingerprint(read_layout(start))}
+    write_model(folder / f"client-{client}", net, {"base": origin, **facts, **known})

@@ -1,34 +1,87 @@
 """Step 0: shards, head and mask, all that is made before the first round."""
 
 from collections.abc import Sequence
-from functools import reduce
-from operator import add
+from dataclasses import dataclass
+from functools import cached_property, reduce
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from deltafl.algebra.tensors import Tensors
-from deltafl.federated.client import LocalTraining, state_of
+from deltafl.federated.client import Client, LocalTraining, names_of, state_of
+from deltafl.federated.controls import Controls
 from deltafl.federated.recipe import ClientsRecipe, FederatedRecipe
-from deltafl.federated.rounds import Federation
-from deltafl.federated.scaffold import Controls
 from deltafl.federated.server import ServerState
 from deltafl.federated.sharding import shard
 from deltafl.files import atomic_folder
-from deltafl.models import HEAD_FILE, HeadFit, HeadRecipe, Net
+from deltafl.models import HEAD_FILE, HeadFit, Net
 from deltafl.seeding import keyed_generator
 from deltafl.sparse.calibration import calibrate
 from deltafl.sparse.eligible import eligible
 from deltafl.sparse.fisher import FisherScorer
-from deltafl.sparse.masks import Mask, load_mask, model_hash, save_mask
+from deltafl.sparse.masks import Mask, completed, load_mask, model_hash, save_mask
 from deltafl.tasks.task import Task
-from deltafl.training.recipe import PRECISIONS
-from deltafl.training.record import RunRecord
+from deltafl.training.record import Row, RunRecord
 from deltafl.usercode import find_callable
 
 MASK_FILE = "mask.safetensors"
+
+
+@dataclass(frozen=True)
+class Federation:
+    """What stays the same from round to round.
+
+    net: the one working net, whose values are those of whoever used it last. shards: ids of each
+    client's training examples. mask None: all coordinates train.
+    """
+
+    recipe: FederatedRecipe
+    net: Net
+    task: Task
+    shards: Sequence[Tensor]
+    mask: Mask | None
+    client: Client
+    controls: Controls
+
+    @cached_property
+    def trained(self) -> set[str]:
+        """Names of the server's parameters that train; the others are float buffers."""
+        names = names_of(self.net)
+        return {names[n] for n in self.net.slices}
+
+    def initial_state(self) -> ServerState:
+        """The model as it is before the first round, which the working net holds."""
+        params = {n: t.clone() for n, t in state_of(self.net).items()}
+        if not self.recipe.local.algorithm.has_control:
+            return ServerState(0, params)
+        return ServerState(0, params, control=torch.zeros_like(self.net.flat.detach()))
+
+
+def begin(
+    net: Net, task: Task, recipe: FederatedRecipe, shards: Sequence[Tensor], begun: bool
+) -> Federation:
+    """Net, mask and client; of a run that has begun those that it keeps in its folder."""
+    out, own = recipe.output, recipe.local.client
+    mask = prepare(net, task, recipe, shards, out if begun else None)
+    client = (LocalTraining if own is None else find_callable(own, "client"))(net, task, recipe)
+    controls = Controls(out / "state" / "controls")
+    return Federation(recipe, net, task, tuple(shards), mask, client, controls)
+
+
+def new_record(federation: Federation, config: Row) -> None:
+    """A folder with an empty record, the mask and the head, in place of an older one, whole or not
+    at all.
+    """
+    recipe, net = federation.recipe, federation.net
+    with atomic_folder(recipe.output, overwrite=recipe.overwrite) as folder:
+        RunRecord.create(folder, config)
+        (folder / "state").mkdir()
+        net.save_head(folder / "state")
+        if federation.mask is not None:
+            file, strategy = recipe.sparse.mask_file, recipe.sparse.mask_strategy
+            about = {"strategy": strategy if file is None else None, "file": file}
+            save_mask(federation.mask, folder / MASK_FILE, model_hash(net), about)
 
 
 def make_shards(task: Task, recipe: ClientsRecipe) -> tuple[Tensor, ...]:
@@ -39,107 +92,48 @@ def make_shards(task: Task, recipe: ClientsRecipe) -> tuple[Tensor, ...]:
     return shard(task.groups("train"), recipe.sharding, generator)
 
 
-def fit_head(
+def prepare(
     net: Net,
     task: Task,
-    shards: Sequence[Tensor],
     recipe: ClientsRecipe,
-    head: HeadRecipe | None = None,
-) -> None:
-    """Make the net ready for the task: the head that the recipe names, or another, fitted on what
-    clients hold.
-    """
-    fit = HeadFit(recipe.seed, shards, PRECISIONS[recipe.mixed_precision])
-    net.prepare(task, head or recipe.head, fit)
-
-
-def begin(
-    net: Net, task: Task, recipe: FederatedRecipe, shards: Sequence[Tensor], begun: bool
-) -> Federation:
-    """Net, mask and client; of a run that has begun those that it keeps in its folder."""
-    out = Path(recipe.out or "")
-    head, file = recipe.head, out / "state" / HEAD_FILE
-    if begun and file.is_file():
-        head = head.replace(head=str(file), few_shot=None, templates=None)
-    fit_head(net, task, shards, recipe, head)
-    mask = make_mask(net, task, shards, recipe, out / MASK_FILE if begun else None)
-    own = recipe.local.client
-    client = (LocalTraining if own is None else find_callable(own, "client"))(net, task, recipe)
-    controls = Controls(out / "state" / "controls")
-    return Federation(recipe, net, task, tuple(shards), mask, client, controls)
-
-
-def new_record(federation: Federation, config: dict[str, Any]) -> None:
-    """A folder with an empty record, the mask and the head, in place of an older one, whole or not
-    at all.
-    """
-    recipe = federation.recipe
-    with atomic_folder(recipe.out or "", overwrite=recipe.overwrite) as folder:
-        RunRecord.create(folder, config)
-        (folder / "state").mkdir()
-        federation.net.format.save_head(federation.net.module, folder / "state")
-        if federation.mask is not None:
-            sparse = recipe.sparse
-            about = {
-                "strategy": sparse.mask_strategy if sparse.mask_file is None else None,
-                "file": sparse.mask_file,
-            }
-            hashed = model_hash(federation.net)
-            save_mask(federation.mask, folder / MASK_FILE, hashed, about)
-
-
-def initial_state(federation: Federation) -> ServerState:
-    """The model as it is before the first round."""
-    net = federation.net
-    has_control = federation.recipe.local.algorithm.has_control
-    params = {n: t.clone() for n, t in state_of(net).items()}
-    control = torch.zeros_like(net.flat.detach()) if has_control else None
-    return ServerState(0, params, control=control)
-
-
-def make_mask(
-    net: Net,
-    task: Task,
     shards: Sequence[Tensor],
-    recipe: ClientsRecipe,
-    file: Path | None = None,
+    begun: Path | None = None,
 ) -> Mask | None:
-    """The mask of a sparse run, from a file or calibrated: each round asks fresh clients for
-    Fisher sums.
+    """Make the net ready for the task, with a head fitted on what clients hold, and the mask of a
+    sparse run, from a file or calibrated: each round asks fresh clients for Fisher sums.
 
     In round r the server asks the r-th group of a permutation of all clients, as many as take part
     in a training round, each for up to `calibration_examples` of its examples, drawn anew; sums
-    are added, not averaged over clients. A trained head is never frozen. file: goes before the
-    recipe's.
+    are added, not averaged over clients. A trained head is never frozen. begun: the folder of a
+    run, whose head and mask these are.
 
     Raises:
-        DeltaflError: a file of another model.
+        DeltaflError: no such head, a file of another model.
     """
-    sparse = recipe.sparse
+    head, sparse, seed = recipe.head, recipe.sparse, recipe.seed
+    if begun is not None and (file := begun / "state" / HEAD_FILE).is_file():
+        head = head.replace(head=str(file), few_shot=None, templates=None)
+    net.prepare(task, head, HeadFit(seed, shards, recipe.autocast))
     if not sparse.is_sparse:
         return None
-    found = file or sparse.mask_file
+    found = sparse.mask_file if begun is None else begun / MASK_FILE
     if found is not None:
-        return load_mask(found, net)
+        return load_mask(found, net)[0]
     groups = calibration_clients(recipe)
     scorer = FisherScorer(net, task, sparse.fisher_labels, sparse.fisher_draws)
 
     def score(number: int) -> Tensors:
-        sums = []
+        sums, count = [], 0
         for k in groups[number]:
-            key = (recipe.seed, "calibration", number, k)
+            key = (seed, "calibration", number, k)
             order = torch.randperm(len(shards[k]), generator=keyed_generator(*key, "examples"))
             ids = shards[k][order[: sparse.calibration_examples]]
-            sums.append(scorer("train", ids, keyed_generator(*key, "labels")))
-        return reduce(add, sums).mean()
+            sums.append(scorer(ids, keyed_generator(*key, "labels")))
+            count += len(ids)
+        return {name: reduce(torch.add, (part[name] for part in sums)) / count for name in sums[0]}
 
-    return calibrate(
-        sparse,
-        score,
-        eligible=eligible(net),
-        weights=net.trained,
-        generator=keyed_generator(recipe.seed, "mask"),
-    )
+    generator = keyed_generator(seed, "mask")
+    return completed(calibrate(sparse, score, net.trained, eligible(net), generator), net)
 
 
 def calibration_clients(recipe: ClientsRecipe) -> list[list[int]]:
@@ -148,9 +142,7 @@ def calibration_clients(recipe: ClientsRecipe) -> list[list[int]]:
     """
     if not recipe.sparse.is_calibrated:
         return []
-    size = recipe.clients_per_round
-    order = torch.randperm(
-        recipe.sharding.num_clients, generator=keyed_generator(recipe.seed, "calibration clients")
-    ).tolist()
+    size, drawn = recipe.clients_per_round, keyed_generator(recipe.seed, "calibration clients")
+    order = torch.randperm(recipe.sharding.num_clients, generator=drawn).tolist()
     rounds = range(recipe.sparse.calibration_rounds)
     return [sorted(order[r * size : (r + 1) * size]) for r in rounds]

@@ -4,12 +4,12 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeAlias
 
-from deltafl.errors import DeltaflError
+from deltafl.errors import DeltaflError, attempt
 from deltafl.rules.rule import Source, build_rule, check_rule, load_rules
 
-Method = tuple[str, Mapping[str, Any]]
+Method: TypeAlias = tuple[str, Mapping[str, object]]
 """A rule by name and its parameters, of which a list is a grid."""
 
 
@@ -25,7 +25,7 @@ class Row:
     """
 
     method: str
-    params: Mapping[str, Any]
+    params: Mapping[str, object]
     scaling_coef: float
     server_lr: float
     val: Mapping[str, float] = field(default_factory=dict)
@@ -49,34 +49,29 @@ class Row:
 BASE = Row("base", {}, 0.0, 0.0)
 
 
-def grid_of(method: str, params: Mapping[str, Any], norms: Sequence[float]) -> list[dict[str, Any]]:
+def grid_of(
+    method: str, params: Mapping[str, object], norms: Sequence[float]
+) -> list[dict[str, object]]:
     """All combinations of a method's parameters: a list is a grid, and the rule has one of its own.
 
     Raises DeltaflError if a list is empty.
     """
-    given = dict(params)
-    for key, value in load_rules()[method].grid(params, norms).items():
-        given.setdefault(key, value)
-    if empty := [key for key, value in given.items() if value == []]:
-        raise DeltaflError(
-            f"methods: {method}: {empty[0]} is an empty list; name at least one value"
-        )
+    given = {**load_rules()[method].grid(params, norms), **params}
+    for key, value in given.items():
+        if value == []:
+            raise DeltaflError(
+                f"methods: {method}: {key} is an empty list; name at least one value"
+            )
     axes = [value if isinstance(value, list) else [value] for value in given.values()]
     return [dict(zip(given, point, strict=True)) for point in itertools.product(*axes)]
 
 
 def check_methods(methods: Sequence[Method], sources: Sequence[Source]) -> None:
     """Raise DeltaflError with every reason why these cannot be searched with these models."""
-    names = [method for method, _ in methods]
-    problems = [
-        f"methods: {name} is named twice; give one entry, whose parameters are lists"
-        for name in sorted({name for name in names if names.count(name) > 1})
-    ]
+    problems: list[str] = []
     for method, params in methods:
-        try:
-            for point in grid_of(method, params, (1.0, 1.0)):
-                check_rule(build_rule(method, point), sources)
-        except DeltaflError as error:
-            problems += [p for p in error.problems if p not in problems]
+        for point in attempt(problems, grid_of, method, params, (1.0, 1.0)) or ():
+            if rule := attempt(problems, build_rule, method, point):
+                attempt(problems, check_rule, rule, sources)
     if problems:
-        raise DeltaflError(*problems)
+        raise DeltaflError(*dict.fromkeys(problems))

@@ -1,8 +1,6 @@
 """How much fine-tunes of one base differ, and what follows from that for merging them."""
 
-import re
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,65 +9,61 @@ from deltafl.algebra.deltas import Deltas
 from deltafl.algebra.streaming import Unit, visit
 from deltafl.checkpoints.naming import canonical
 from deltafl.merge.inputs import Opened, large_deltas
-from deltafl.merge.plan import Plan, read_training
+from deltafl.merge.plan import LAYER, Facts, Plan
 from deltafl.progress import OnProgress, ignore
 from deltafl.rules.rule import Source
-
-_LAYER = re.compile(r"^(?:.*?\.)?(?:layers?|blocks?|h|resblocks)\.\d+(?=\.)")
 
 
 def layer_of(name: str) -> str:
     """The layer of a tensor: `vision_model.encoder.layers.3`, or the first part of its name."""
-    found = _LAYER.match(canonical(name))
-    return found.group() if found else canonical(name).split(".")[0]
+    found = LAYER.match(canonical(name))
+    return ".".join(found.groups()) if found else canonical(name).split(".")[0]
 
 
 def measure(
     deltas: Deltas, threads: int = 1, on_progress: OnProgress = ignore
 ) -> dict[str, Tensor]:
     """Layer -> float64 (3, n, n): of every two deltas the product, in how many coordinates both are
-    not zero, and in how many of these they have the same sign. One streaming pass.
+    not zero, and in how many more of these they have the same sign than in how many they have not.
+    One streaming pass.
 
     Raises:
         DeltaflError: NaN or Inf in a delta.
     """
 
-    def measured(unit: Unit) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
+    def measured(unit: Unit) -> list[tuple[str, Tensor]]:
+        found = []
         for name, start, stop in unit:
             block = deltas.stack(name, start, stop)
-            wide, signs = block.double(), block.sign()
-            gram, moved = wide @ wide.T, signs.abs() @ signs.abs().T
-            if not torch.isfinite(gram).all():
-                deltas.refuse_nonfinite(name, start, stop)
-            agreeing = (signs @ signs.T + moved) / 2
-            part = torch.stack([gram, moved.double(), agreeing.double()]).cpu()
-            layer = layer_of(name)
-            found[layer] = part + found.get(layer, 0)
+            signs = block.sign()
+            parts = [rows @ rows.T for rows in (block.double(), signs.abs(), signs)]
+            found.append((layer_of(name), torch.stack([part.double().cpu() for part in parts])))
+            deltas.check_finite(found[-1][1], name, start, stop)
         return found
 
-    total: dict[str, Tensor] = {}
+    layers: dict[str, Tensor] = {}
     width = 4 * len(deltas.updates)
-    for _, found in visit(
+    for found in visit(
         deltas.specs, measured, threads, name="reading", width=width, on_progress=on_progress
     ):
-        for layer, part in found.items():
-            total[layer] = part + total.get(layer, 0)
-    return total
+        for layer, part in found:
+            layers[layer] = part + layers.get(layer, 0)
+    return layers
 
 
 def cosines(gram: Tensor) -> Tensor:
     """G_ij / sqrt(G_ii G_jj), (n, n); NaN where a delta is zero."""
     lengths = gram.diagonal().sqrt()
-    return gram / lengths[:, None] / lengths[None, :]
+    return gram / lengths[:, None] / lengths
 
 
-def inspect_models(plan: Plan, opened: Opened, on_progress: OnProgress = ignore) -> dict[str, Any]:
+def inspect_models(plan: Plan, opened: Opened, on_progress: OnProgress = ignore) -> Facts:
     """Everything that `deltafl inspect` tells, as plain values."""
-    layers = measure(Deltas(opened.updates, opened.weights), plan.threads, on_progress)
+    deltas = Deltas(opened.updates, opened.weights)
+    layers = measure(deltas, plan.threads, on_progress)
     gram, moved, agreeing = torch.stack(list(layers.values())).sum(0)
     names, norms = [s.name for s in plan.sources], gram.diagonal().sqrt().tolist()
-    cosine, signs = cosines(gram), agreeing / moved
+    cosine, signs = cosines(gram), (1 + agreeing / moved) / 2
     return {
         "models": names,
         "base": plan.base.ref,
@@ -88,29 +82,39 @@ def inspect_models(plan: Plan, opened: Opened, on_progress: OnProgress = ignore)
     }
 
 
-def named_matrix(names: Sequence[str], matrix: Tensor) -> dict[str, Any]:
+def named_matrix(names: Sequence[str], matrix: Tensor) -> Facts:
     """A matrix between models as plain values; None for NaN."""
     rows = [[None if v != v else v for v in row] for row in matrix.tolist()]
     return {"names": list(names), "matrix": rows}
 
 
-def trainings(plan: Plan, norms: Sequence[float]) -> list[dict[str, Any]]:
+def trainings(plan: Plan, norms: Sequence[float]) -> list[Facts]:
     """What is known of each model's training, and the norm of its delta."""
-    found = []
-    for source, norm in zip(plan.sources, norms, strict=True):
-        known = read_training(plan.layouts[source.name])
-        facts = {k: known.get(k) for k in ("task", "lr", "epochs", "batch_size", "optimizer")}
-        counts = {"num_steps": source.num_steps, "num_examples": source.num_examples}
-        found.append({"model": source.name, **facts, **counts, "norm": norm})
-    return found
+    facts = {"task", "lr", "epochs", "batch_size", "optimizer"}
+    return [
+        {"model": source.name, **plan.training[source.name].model_dump(include=facts)}
+        | {"num_steps": source.num_steps, "num_examples": source.num_examples, "norm": norm}
+        for source, norm in zip(plan.sources, norms, strict=True)
+    ]
+
+
+DIRECTIONS = {
+    0.5: "point the same way (mean cosine {:.2f}): their mean is safe, server_lr near 1.",
+    0.2: "share a part of their direction (mean cosine {:.2f}): {}.",
+    -0.1: "are close to orthogonal (mean cosine {:.2f}), as usual for different tasks: the sum is "
+    "worth more than the mean; {}.",
+    -1.1: "oppose each other (mean cosine {:.2f}): expect losses from any merge.",
+}
+"""From which mean cosine on -> what is said of the deltas."""
 
 
 def advise(
     sources: Sequence[Source], norms: Sequence[float], cosine: Tensor, signs: Tensor
 ) -> Iterator[str]:
     """Plain sentences that follow from the numbers, the most pressing first."""
-    n = len(norms)
-    if zero := [s.name for s, norm in zip(sources, norms, strict=True) if norm == 0]:
+    n, names = len(norms), [source.name for source in sources]
+    if 0 in norms:
+        zero = [name for name, norm in zip(names, norms, strict=True) if norm == 0]
         yield f"{', '.join(zero)}: equal to the base; leave it out."
         return
     if n == 1:
@@ -128,38 +132,19 @@ def advise(
         )
     if spread >= 2:
         yield (
-            f"Norms differ {spread:.2g}-fold, so {sources[norms.index(max(norms))].name} would "
-            "dominate a plain mean: cclip bounds each delta "
-            f"(try rho from {min(norms):.3g} to {max(norms):.3g})."
+            f"Norms differ {spread:.2g}-fold, so {names[norms.index(max(norms))]} would dominate a "
+            f"plain mean: cclip bounds each delta (try rho from {min(norms):.3g} to "
+            f"{max(norms):.3g})."
         )
-    between = ~torch.eye(n, dtype=torch.bool)
-    yield _direction(float(cosine[between].mean()), n)
-    if (agreement := float(signs[between].mean())) < 0.55:
+    mean, agreement = (
+        float(m.fill_diagonal_(0).sum()) / (n * n - n) for m in (cosine.clone(), signs.clone())
+    )
+    said = next(text for least, text in DIRECTIONS.items() if mean >= least)
+    between = f"search scaling_coef between 1/n = {1 / n:.2g} and 1"
+    yield f"Deltas {said.format(mean, between)}"
+    if agreement < 0.55:
         yield (
             f"Two deltas agree in sign on {agreement:.0%} of coordinates, near chance: try fedgma, "
             "median or ties."
         )
-    to_others = [float(cosine[i][between[i]].mean()) for i in range(n)]
-    odd = to_others.index(min(to_others))
-    if n >= 4 and (sum(to_others) - to_others[odd]) / (n - 1) - to_others[odd] > 0.3:
-        # krum wants n >= 2f + 3
-        robust = "median or multi_krum tolerate" if n >= 5 else "median tolerates"
-        yield f"{sources[odd].name} points away from the others: {robust} an outlier."
     yield "These are guesses from geometry; validation data decides: deltafl search."
-
-
-def _direction(cosine: float, n: int) -> str:
-    mean, between = (
-        f"(mean cosine {cosine:.2f})",
-        f"search scaling_coef between 1/n = {1 / n:.2g} and 1",
-    )
-    if cosine >= 0.5:
-        return f"Deltas point the same way {mean}: their mean is safe, server_lr near 1."
-    if cosine <= -0.1:
-        return f"Deltas oppose each other {mean}: expect losses from any merge."
-    if cosine >= 0.2:
-        return f"Deltas share a part of their direction {mean}: {between}."
-    return (
-        f"Deltas are close to orthogonal {mean}, as usual for different tasks: "
-        f"the sum is worth more than the mean; {between}."
-    )

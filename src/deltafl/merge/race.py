@@ -139,8 +139,7 @@ def race(
             if leader in alive:
                 differences = [s - s[alive.index(leader)] for s in seen]
                 behind |= upper_bounds(differences, known, sizes, scale, z) < -ROUNDING
-        ranked = values.tolist()
-        first = ranked.index(max(ranked))
+        first = int(values.argmax())  # of equal ones the first
         behind &= (values != values[first]) | values.isinf()
         behind[first] = False
         leaders.append((alive[first], counts))

@@ -1,19 +1,22 @@
 """The recipe of `deltafl merge`, and what it shares with that of `deltafl search`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, TypeAlias
 
 from pydantic import Field
 
-from deltafl.errors import DeltaflError
+from deltafl.checkpoints.layout import CODES
+from deltafl.errors import attempt
 from deltafl.recipes import Incidental, Recipe
 from deltafl.rules.parameters import RuleParameters
 from deltafl.rules.weights import Weights, as_weights
 from deltafl.sizes import Size
 
-STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
-"""A dtype in safetensors' spelling."""
+Dtype: TypeAlias = Literal["float32", "float16", "bfloat16", "float64"]
+
+LISTS = {"weights": "weight", "num_steps": "num_steps", "num_examples": "num_examples"}
+"""What is said of all models in one list -> what says it of one."""
 
 
 class ModelEntry(Recipe):
@@ -74,51 +77,28 @@ class DeltaRecipe(Recipe):
         last = [Path(entry.path).name for entry in plain]
         found: dict[str, ModelEntry] = {}
         for i, entry in enumerate(plain):
-            is_short = last.count(last[i]) == 1 and last[i]
-            name = wish = entry.name or (last[i] if is_short else entry.path)
-            number = 2
+            short = last[i] if last.count(last[i]) == 1 else ""
+            name = wish = entry.name or short or entry.path
+            number = 1
             while name in found:
-                name, number = f"{wish}#{number}", number + 1
-            numbers: dict[str, Any] = {k: v[i] for k, v in self._numbers().items() if v is not None}
-            numbers["weight"] = numbers.pop("weights", entry.weight)
-            found[name] = entry.model_copy(update=numbers)
+                number += 1
+                name = f"{wish}#{number}"
+            listed = {LISTS[key]: numbers[i] for key, numbers in self._listed().items()}
+            found[name] = entry.model_copy(update=listed)
         return found
 
-    @property
-    def model_weights(self) -> Weights:
-        """The weights of the models for all tensors. Raises DeltaflError if they are not one for
-        each, or all 0.
-        """
-        numbers = [entry.weight for entry in self.entries.values()]
-        default = tuple(1.0 if number is None else number for number in numbers)
-        return as_weights(Weights(default, self._weights_by_name()), len(numbers))
-
-    def _weights_by_name(self) -> tuple[tuple[str, tuple[float, ...]], ...]:
-        return ()
-
-    def _numbers(self) -> dict[str, tuple[float, ...] | None]:
-        return {
-            "weights": self.weights,
-            "num_steps": self.num_steps,
-            "num_examples": self.num_examples,
-        }
+    def _listed(self) -> dict[str, tuple[float, ...]]:
+        return {key: value for key, value in self if key in LISTS and value is not None}
 
     def problems(self) -> Iterator[str]:
-        """Numbers that are not one for each model, or of which none counts."""
+        """Numbers that are not one for each model, or are given twice."""
         n = len(self.models)
-        found = [
-            f"{key}: {len(values)} numbers for {n} models"
-            for key, values in self._numbers().items()
-            if values is not None and len(values) != n
-        ]
+        for key, numbers in self._listed().items():
+            if len(numbers) != n:
+                yield f"{key}: {len(numbers)} numbers for {n} models"
         beside = any(isinstance(m, ModelEntry) and m.weight is not None for m in self.models)
         if self.weights is not None and beside:
-            found.append("weights: given both as a list and beside the models; give one of them")
-        try:
-            _ = found or self.model_weights
-        except DeltaflError as error:
-            found += error.problems
-        yield from found
+            yield "weights: given both as a list and beside the models; give one of them"
 
 
 class MergeRecipe(RuleParameters, DeltaRecipe):
@@ -141,12 +121,13 @@ class MergeRecipe(RuleParameters, DeltaRecipe):
         {},
         description="Glob on the base's tensor names: their scale, before the general one.",
     )
-    dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = Field(
-        None, description="Of the output. Default: the base's."
-    )
+    dtype: Dtype | None = Field(None, description="Of the output. Default: the base's.")
     exact: bool = Field(False, description="Compute in float64, round once.")
     max_shard_size: Size = Field(
-        5_000_000_000, gt=0, description="Split the weights into files of at most this size."
+        "5GB",
+        validate_default=True,
+        gt=0,
+        description="Split the weights into files of at most this size.",
     )
     hash: Annotated[bool, Incidental] = Field(
         False, description="Record the sha256 of every input file."
@@ -155,13 +136,27 @@ class MergeRecipe(RuleParameters, DeltaRecipe):
     @property
     def stored_dtype(self) -> str | None:
         """The output's dtype in safetensors' spelling; None: the base's."""
-        return STORED[self.dtype] if self.dtype else None
+        return CODES[self.dtype] if self.dtype else None
 
-    def _weights_by_name(self) -> tuple[tuple[str, tuple[float, ...]], ...]:
-        return tuple((pattern, tuple(row)) for pattern, row in self.weight_patterns.items())
+    @property
+    def scale(self) -> float:
+        """server_lr, by default 1, or where it is given scaling_coef."""
+        given = self.server_lr if self.scaling_coef is None else self.scaling_coef
+        return 1.0 if given is None else given
+
+    @property
+    def model_weights(self) -> Weights:
+        """The weights of the models. Raises DeltaflError if they are not one for each, or all 0."""
+        given = [entry.weight for entry in self.entries.values()]
+        rows: dict[str, Sequence[float]] = dict(self.weight_patterns)
+        rows.setdefault("*", [1.0 if weight is None else weight for weight in given])
+        return as_weights(rows, len(given))
 
     def problems(self) -> Iterator[str]:
         """What is given twice, or does not fit the models."""
         if self.server_lr is not None and self.scaling_coef is not None:
             yield "server_lr and scaling_coef are two ways to say one thing; give one of them"
-        yield from super().problems()
+        found = list(super().problems())
+        if not found:
+            attempt(found, lambda: self.model_weights)
+        yield from found

@@ -1,40 +1,30 @@
 """One-shot merging: one server step over checkpoints on disk, written and recorded."""
 
-import dataclasses
 import functools
 import json
 import platform
-from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from deltafl.algebra.aggregate import Aggregate, Stepped, Weights, sum_scale
-from deltafl.checkpoints import layout as layouts
-from deltafl.checkpoints.checkpoint import DTYPES, entries_of
+from deltafl.algebra.aggregate import Stepped
+from deltafl.checkpoints.checkpoint import torch_dtype
+from deltafl.checkpoints.layout import identity
 from deltafl.checkpoints.writing import copy_companions, plan_shards, write_tensors
 from deltafl.files import atomic_folder
-from deltafl.merge.inputs import Opened, large_deltas, open_updates
-from deltafl.merge.plan import Plan
-from deltafl.merge.recipe import MergeRecipe
+from deltafl.merge.inputs import large_deltas, open_updates
+from deltafl.merge.plan import Facts, Plan
 from deltafl.progress import OnProgress, ignore
-from deltafl.rules.weights import first_match
+from deltafl.rules.weights import first_match, total_weight
 from deltafl.version import __version__
 
-
-def step_scale(recipe: MergeRecipe, weights: Weights) -> Callable[[str], float]:
-    """What multiplies the mean-scale update of a tensor: server_lr, by default 1, or lambda's
-    equivalent.
-    """
-    given = recipe.server_lr if recipe.scaling_coef is None else recipe.scaling_coef
-
-    def scale(name: str) -> float:
-        number = first_match(name, recipe.scale_patterns.items(), 1.0 if given is None else given)
-        return number if recipe.scaling_coef is None else sum_scale(weights, number)(name)
-
-    return functools.cache(scale)
+VERSIONS = {
+    "deltafl": __version__,
+    "python": platform.python_version(),
+    "torch": torch.__version__,
+}
 
 
 def run_merge(
@@ -43,7 +33,7 @@ def run_merge(
     *,
     overwrite: bool = False,
     on_progress: OnProgress = ignore,
-) -> dict[str, Any]:
+) -> Facts:
     """Merge and write the directory `out`, whole or not at all; returns what deltafl.json records.
 
     on_progress: told of each pass over the models, by name.
@@ -52,81 +42,59 @@ def run_merge(
         DeltaflError: bad input that only reading shows (NaN, a file that changed); `out` exists.
         OSError: the disk is full, or fails.
     """
-    recipe = plan.recipe
+    recipe, threads, weights = plan.recipe, plan.threads, plan.recipe.model_weights
     plan.refuse_as_output(out)
-    with atomic_folder(out, overwrite=overwrite) as folder, open_updates(plan) as opened:
-        aggregate = Aggregate(
-            plan.rule,
-            opened.updates,
-            opened.weights,
-            dtype=opened.dtype,
-            threads=plan.threads,
-            on_progress=on_progress,
+
+    @functools.cache
+    def scale(name: str) -> float:
+        """What multiplies the mean-scale update of a tensor."""
+        number = first_match(name, recipe.scale_patterns, recipe.scale)
+        return number if recipe.scaling_coef is None else number * total_weight(weights, name)
+
+    with atomic_folder(out, overwrite=overwrite) as folder:
+        opened, dtype = open_updates(plan), recipe.stored_dtype
+        aggregate = opened.aggregate(plan.rule, on_progress)
+        stepped = Stepped(
+            opened.base, aggregate, scale, dtype=torch_dtype(dtype) if dtype else None
         )
-        dtype = DTYPES[recipe.stored_dtype] if recipe.stored_dtype else None
-        scale = step_scale(recipe, opened.weights)
-        stepped = Stepped(opened.base, aggregate, scale, dtype=dtype)
-        shards = plan_shards(entries_of(opened.base), recipe.stored_dtype, recipe.max_shard_size)
-        write_tensors(
-            stepped,
-            shards,
-            folder,
-            threads=plan.threads,
-            on_progress=on_progress,
-        )
-        if any(
-            (plan.base.folder / mark).exists() for mark in ("config.json", "deltafl_model.json")
-        ):
-            copy_companions(plan.base.folder, folder, recipe.stored_dtype)
-        warnings = large_deltas(
-            opened
-        )  # only now that all is in the page cache: its reads here and there would wait
-        record = describe(plan, opened, aggregate, warnings)
+        shards = plan_shards(plan.base.entries, dtype, recipe.max_shard_size)
+        write_tensors(stepped, shards, folder, threads=threads, on_progress=on_progress)
+        marks = ("config.json", "deltafl_model.json")
+        if any((plan.base.folder / mark).exists() for mark in marks):
+            copy_companions(plan.base.folder, folder, dtype)
+        # only now that all is in the page cache: its reads here and there would wait
+        warnings = large_deltas(opened)
+        record = {**describe(plan), "warnings": warnings, **aggregate.report}
         (folder / "deltafl.json").write_text(json.dumps(record, indent=2))
     return record
 
 
-def describe(
-    plan: Plan, opened: Opened, aggregate: Aggregate, warnings: Sequence[str]
-) -> dict[str, Any]:
-    """The record of a merge: inputs by identity, rule, parameters, both scales, what was left out,
+def describe(plan: Plan) -> Facts:
+    """The record of a merge: its recipe, inputs by identity, both scales, what was left out,
     versions.
     """
-    recipe, total = plan.recipe, sum(map(abs, opened.weights.default))
-    if recipe.scaling_coef is not None:
-        server_lr = total * recipe.scaling_coef
-    else:
-        server_lr = 1.0 if recipe.server_lr is None else recipe.server_lr
-    inputs = [plan.base, *(plan.layouts[s.name] for s in plan.sources)]
-    with ThreadPoolExecutor(
-        plan.threads
-    ) as pool:  # hashing leaves the interpreter's lock to others
-        base, *models = pool.map(functools.partial(layouts.identity, full_hash=recipe.hash), inputs)
+    recipe, weights = plan.recipe, plan.recipe.model_weights["*"]
+    total, by_sum = sum(map(abs, weights)), recipe.scaling_coef is not None
+    server_lr = recipe.scale * total if by_sum else recipe.scale
+    hashed = functools.partial(identity, full_hash=recipe.hash)
+    with ThreadPoolExecutor(plan.threads) as pool:  # hashing leaves the interpreter's lock
+        base, *models = pool.map(hashed, plan.inputs)
     return {
         "deltafl": __version__,
+        **recipe.content(),
         "base": base,
         "models": [
-            {**own, "source": dataclasses.asdict(s)}
-            for own, s in zip(models, plan.sources, strict=True)
+            {**own, "source": asdict(source)}
+            for own, source in zip(models, plan.sources, strict=True)
         ],
-        "method": recipe.method,
         "params": dict(recipe.params),
         "server_lr": server_lr,
         "scaling_coef": server_lr / total if total else recipe.scaling_coef,
-        "scale_patterns": [list(pair) for pair in recipe.scale_patterns.items()],
-        "weights": list(opened.weights.default),
-        "weight_patterns": [[pattern, list(row)] for pattern, row in opened.weights.patterns],
-        "scope": recipe.scope,
-        "include": list(recipe.include),
-        "exclude": list(recipe.exclude),
-        "dtype": recipe.stored_dtype,
-        "exact": recipe.exact,
+        "weights": weights,
         "merged_tensors": len(plan.alignment.merged),
         "merged_elements": plan.num_elements,
         "copied": plan.alignment.copied,
         "ignored": plan.alignment.ignored,
-        "notes": list(plan.notes),
-        "warnings": list(warnings),
-        **aggregate.report,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "notes": plan.notes,
+        "versions": VERSIONS,
     }

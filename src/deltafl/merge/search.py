@@ -8,21 +8,78 @@ whose models have the same bits are one, whatever methods and parameters they co
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from statistics import fmean
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from deltafl.algebra.aggregate import Stepped
 from deltafl.algebra.deltas import Deltas
 from deltafl.algebra.reductions import gram_matrix
+from deltafl.algebra.tensors import Tensors
 from deltafl.errors import DeltaflError
-from deltafl.merge.candidates import BASE, Method, Row, check_methods, grid_of
-from deltafl.merge.problem import Problem
+from deltafl.merge.candidates import BASE, Method, Row, grid_of
+from deltafl.merge.inputs import Opened
 from deltafl.merge.race import looks, orders, race
 from deltafl.merge.search_recipe import SearchRecipe
 from deltafl.merge.updates import UpdateCache
+from deltafl.models.net import Net
 from deltafl.progress import OnProgress, Progress, ignore
 from deltafl.rules.rule import build_rule
-from deltafl.rules.weights import as_weights
+from deltafl.rules.weights import total_weight
+from deltafl.tasks.task import Split, Task
+from deltafl.training.step import scores
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A task, the net that does it, and its own fine-tune.
+
+    The nets of all goals share the weights that candidates are loaded into; heads are their own.
+    """
+
+    task: Task
+    net: Net
+    tuned: Tensors
+    batch_size: int = 256
+
+    def scores(self, split: Split, ids: Tensor | None = None) -> Tensor:
+        """Of the net as it is, for each example of a split, (N,), or of those at `ids`."""
+        return scores(self.net, self.task, split, ids, self.batch_size)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Base and deltas, and the goals that merges of them are judged by."""
+
+    opened: Opened
+    goals: Sequence[Goal]
+
+    def load(self, update: Tensors | None, server_lr: float) -> None:
+        """Put a candidate into the nets, tensor by tensor; update None: the base."""
+        base = self.opened.base
+        self.goals[0].net.load(base if update is None else Stepped(base, update, server_lr))
+
+    def own_scores(self, split: Split) -> dict[str, float]:
+        """Task -> mean score of its own model."""
+        found = {}
+        for goal in self.goals:
+            goal.net.load(goal.tuned)
+            found[goal.task.name] = _mean(goal.scores(split))
+        return found
+
+    def test_scores(self, row: Row) -> dict[str, float]:
+        """Task -> test score of a chosen candidate. Call it once for each row that is reported."""
+        update = None
+        if row.method != BASE.method:
+            update = self.opened.aggregate(build_rule(row.method, row.params))
+        self.load(update, row.server_lr)
+        return {goal.task.name: _mean(goal.scores("test")) for goal in self.goals}
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.double().mean())
 
 
 @dataclass(frozen=True)
@@ -34,7 +91,7 @@ class SearchResult:
     of all tasks together.
     """
 
-    rows: tuple[Row, ...]
+    rows: Sequence[Row]
     single: Mapping[str, float]
     scores: Mapping[str, Mapping[str, Tensor]]
     gram: Tensor
@@ -57,11 +114,6 @@ class SearchResult:
         for row in self.rows[1:]:
             found[row.method] = max(found.get(row.method, row), row, key=lambda row: row.rank)
         return found
-
-    @property
-    def norms(self) -> list[float]:
-        """Of the deltas."""
-        return self.gram.diagonal().sqrt().tolist()
 
     @property
     def examples(self) -> dict[str, int]:
@@ -94,29 +146,22 @@ def search(
     memory: bytes of updates that a race holds; those above it are computed again at every look.
 
     Raises:
-        DeltaflError: a method or parameter does not fit, or a task's own model does not score
-            above 0 under "normalized".
+        DeltaflError: a task's own model does not score above 0 under "normalized".
     """
-    check_methods(recipe.grids, [u.source for u in problem.updates])
-    weights = as_weights(problem.weights, len(problem.updates))
-    gram = gram_matrix(Deltas(problem.updates, weights), problem.threads)
+    opened, apart = problem.opened, recipe.each_method or recipe.strategy == "exhaustive"
+    gram = gram_matrix(Deltas(opened.updates, opened.weights), opened.threads)
     norms = gram.diagonal().sqrt().tolist()
-    grids = [[(m, point) for point in grid_of(m, given, norms)] for m, given in recipe.grids]
-    points = list(chain.from_iterable(grids))
-    single = problem.own_scores()
-    units = [_unit(task, score, recipe.metric) for task, score in single.items()]
-    tried = _Tried(problem, recipe, units, 1 + len(points) * len(recipe.scaling_coefs), on_progress)
-    contests = grids if recipe.each_method else [points]
+    contests = [[(m, point) for point in grid_of(m, given, norms)] for m, given in recipe.grids]
+    points = list(chain.from_iterable(contests))
     if recipe.strategy == "exhaustive":
         contests = [[point] for point in points]
-    if apart := recipe.each_method or recipe.strategy == "exhaustive":
-        tried.race(0)
-    for contest in contests:
-        start = len(tried.rows) if apart else 0
-        tried.add(contest)
-        tried.race(start)
-    rows, scores = tried.results()
-    return SearchResult(tuple(rows), single, scores, gram, sum(tried.looks[-1]))
+    single = problem.own_scores("val")
+    units = [_unit(task, score, recipe.metric) for task, score in single.items()]
+    tried = _Tried(problem, recipe, units, 1 + len(points) * len(recipe.scaling_coefs), on_progress)
+    for contest in ([], *contests) if apart else (points,):  # the base with none, or with all
+        tried.race(contest)
+    rows, kept = tried.results()
+    return SearchResult(rows, single, kept, gram, sum(tried.looks[-1]))
 
 
 def _unit(task: str, score: float, metric: str) -> float:
@@ -131,7 +176,7 @@ def _unit(task: str, score: float, metric: str) -> float:
     )
 
 
-_Model = tuple[str, float]
+Model: TypeAlias = tuple[str, float]
 """What tells the bits of a candidate: the digest of its update, and the float32 factor of that."""
 
 
@@ -150,86 +195,80 @@ class _Tried:
         on_progress: OnProgress,
     ) -> None:
         self.problem, self.recipe, self.units = problem, recipe, units
-        self.total, self.on_progress = total, on_progress
-        self.updates = UpdateCache(recipe.memory, problem.threads)
-        self.rows, self.models = [BASE], list[_Model]([("", 0.0)])
-        self.seen: dict[_Model, list[Tensor]] = {}
-        sizes = [len(goal.val) for goal in problem.goals]
+        self.tell = lambda done: on_progress(Progress("search on validation", done, total))
+        self.updates = UpdateCache(recipe.memory, problem.opened.threads)
+        self.rows: list[tuple[Row, Model]] = [(BASE, ("", 0.0))]
+        self.seen: dict[Model, list[Tensor]] = {}
+        sizes = [goal.task.size("val") for goal in problem.goals]
         self.looks, self.orders = [sizes], [torch.arange(size) for size in sizes]
         if recipe.strategy == "racing":
             self.looks, self.orders = looks(sizes), orders(sizes, recipe.seed or 0)
 
-    def add(self, points: Sequence[Method]) -> None:
-        """Add a row for each coefficient of each method. Lambda 0 is the base for any update."""
-        total = self.problem.total_weight
-        for method, params in points:
-            rule = build_rule(method, params)
-            update = self.updates.add(self.problem.aggregate(rule))
-            averages = self.recipe.grid == "paper" and rule.traits.native_scale == "mean"
-            for value in self.recipe.scaling_coefs:
-                coef = value / total if averages else value
-                factor = float(torch.tensor(coef * total, dtype=torch.float32))
-                self.models.append((update, factor) if coef else self.models[0])
-                self.rows.append(Row(method, params, coef, coef * total))
+    def add(self, method: str, params: Mapping[str, object]) -> None:
+        """Add a row for each coefficient of a method. Lambda 0 is the base for any update."""
+        total, rule = total_weight(self.problem.opened.weights), build_rule(method, params)
+        update = self.updates.add(self.problem.opened.aggregate(rule))
+        averages = self.recipe.grid == "paper" and rule.traits.native_scale == "mean"
+        for value in self.recipe.scaling_coefs:
+            coef = value / total if averages else value
+            factor = float(torch.tensor(coef * total, dtype=torch.float32))
+            model = (update, factor) if coef else self.rows[0][1]
+            self.rows.append((Row(method, params, coef, coef * total), model))
 
-    def race(self, start: int) -> None:
-        """Race the models of the rows from `start` on; with one look that is to evaluate them."""
-        runners = list(dict.fromkeys(self.models[start:]))
+    def race(self, points: Sequence[Method]) -> None:
+        """Race the models of some points, the first time with the base; with one look that is to
+        evaluate them.
+        """
+        start = len(self.rows) if self.seen else 0
+        for point in points:
+            self.add(*point)
+        runners = list(dict.fromkeys(model for _, model in self.rows[start:]))
 
         def judge(alive: Sequence[int], look: int) -> list[Tensor]:
             models, counts = [runners[i] for i in alive], self.looks[look]
             self.updates.keep({update for update, _ in models})
+            dropped = start + len(runners) - len(models)
             for done, model in enumerate(sorted(models), 1):  # those of one update together
                 self.evaluate(model, counts)
-                self.tell(start + len(runners) - len(models) + done * (counts == self.looks[-1]))
+                self.tell(dropped + done * (counts == self.looks[-1]))
+            tables = zip(*(self.seen[model] for model in models), strict=True)
             return [
-                torch.stack([self.seen[m][t][:n] for m in models]) for t, n in enumerate(counts)
+                torch.stack([scores[:count] for scores in table])
+                for table, count in zip(tables, counts, strict=True)
             ]
 
         race(judge, len(runners), self.looks, [1 / u for u in self.units], self.recipe.confidence)
         self.tell(len(self.rows))
 
-    def tell(self, done: int) -> None:
-        """Report how many rows are done."""
-        self.on_progress(Progress("search on validation", done, self.total))
-
-    def evaluate(self, model: _Model, counts: Sequence[int]) -> None:
+    def evaluate(self, model: Model, counts: Sequence[int]) -> None:
         """Score a model on so many examples of each task, if another race has not done it."""
-        seen = self.seen.get(model, [torch.empty(0)] * len(counts))
+        seen = self.seen.setdefault(model, [torch.empty(0)] * len(counts))
         if sum(map(len, seen)) < sum(counts):
             update, factor = model
             self.problem.load(self.updates.get(update) if update else None, factor)
-            self.seen[model] = [
-                torch.cat([scores, goal.val(goal.net, order[len(scores) : count])])
-                for scores, goal, order, count in zip(
-                    seen, self.problem.goals, self.orders, counts, strict=True
-                )
-            ]
+            for t, goal in enumerate(self.problem.goals):
+                new = goal.scores("val", self.orders[t][len(seen[t]) : counts[t]])
+                seen[t] = torch.cat([seen[t], new])
 
     def results(self) -> tuple[list[Row], dict[str, dict[str, Tensor]]]:
         """The rows with what is known of their models; label -> task -> scores of all examples."""
-        rows, first, all_scores = [], dict[_Model, Row](), {}
-        counts = [sum(look) for look in self.looks]
-        for row, model in zip(self.rows, self.models, strict=True):
-            if same := first.get(model):
-                known = {"val": same.val, "value": same.value, "dropped_at": same.dropped_at}
-                rows.append(replace(row, same_as=same.label, **known))
-                continue
-            seen = self.seen[model]
-            look = 1 + counts.index(sum(map(len, seen)))
-            if is_exact := look == len(counts):
-                seen = [s[order.argsort()] for s, order in zip(seen, self.orders, strict=True)]
-            scores = {g.name: s for g, s in zip(self.problem.goals, seen, strict=True)}
-            val = {name: float(s.double().mean()) for name, s in scores.items()}
+        rows, labels, kept = [], dict[Model, str](), dict[str, dict[str, Tensor]]()
+        names = [goal.task.name for goal in self.problem.goals]
+        for row, model in self.rows:
+            seen = {
+                name: scores[order[: len(scores)].argsort()]
+                for name, scores, order in zip(names, self.seen[model], self.orders, strict=True)
+            }
+            val = {name: _mean(scores) for name, scores in seen.items()}
             values = [mean / unit for mean, unit in zip(val.values(), self.units, strict=True)]
-            first[model] = replace(
-                row,
-                val=val,
-                value=sum(values) / len(values),
-                evaluated=counts[look - 1],
-                dropped_at=None if is_exact else look,
-            )
-            rows.append(first[model])
-            if is_exact:
-                all_scores[row.label] = scores
-        return rows, all_scores
+            look = 1 + self.looks.index([*map(len, seen.values())])
+            dropped_at = look if look < len(self.looks) else None
+            row = replace(row, val=val, value=fmean(values), dropped_at=dropped_at)
+            if model in labels:
+                rows.append(replace(row, same_as=labels[model]))
+                continue
+            labels[model] = row.label
+            rows.append(replace(row, evaluated=sum(self.looks[look - 1])))
+            if dropped_at is None:
+                kept[row.label] = seen
+        return rows, kept

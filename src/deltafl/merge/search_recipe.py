@@ -1,10 +1,11 @@
 """The recipe of `deltafl search`."""
 
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator
+from typing import Annotated, Literal
 
 from pydantic import Field
 
+from deltafl.merge.candidates import Method
 from deltafl.merge.recipe import DeltaRecipe, MergeRecipe, ModelEntry
 from deltafl.recipes import Incidental
 from deltafl.rules.parameters import RuleGrids, RuleParameters
@@ -72,7 +73,8 @@ class SearchRecipe(DeltaRecipe):
         False, description="Race within each method, so that the best of each is exact."
     )
     memory: Annotated[Size, Incidental] = Field(
-        8_000_000_000,
+        "8GB",
+        validate_default=True,
         description="Hold the checkpoints in memory if they fit into this, else read them again.",
     )
     batch_size: Annotated[int, Incidental] = Field(
@@ -96,21 +98,22 @@ class SearchRecipe(DeltaRecipe):
     )
 
     def problems(self) -> Iterator[str]:
-        """What does not fit the models."""
+        """What does not fit the models, or is named twice."""
         yield from super().problems()
+        names = [method for method, _ in self.grids]
+        for name in sorted({name for name in names if names.count(name) > 1}):
+            yield f"methods: {name} is named twice; give one entry, whose parameters are lists"
         if self.templates is not None and not any(m.head == "zero-shot" for m in self.models):
             yield "templates: are about the zero-shot head; give models that have head: zero-shot"
 
     @property
-    def grids(self) -> list[tuple[str, Mapping[str, Any]]]:
+    def grids(self) -> list[Method]:
         """(method, parameters) of what is searched; a list among the parameters is a grid."""
-        return [
-            (entry.method, entry.params) if isinstance(entry, MethodEntry) else (entry, {})
-            for entry in self.methods
-        ]
+        plain = [MethodEntry.of(method=m) if isinstance(m, str) else m for m in self.methods]
+        return [(entry.method, entry.params) for entry in plain]
 
-    def merge(self, method: str = "task_arithmetic", **settings: Any) -> MergeRecipe:
-        """The merge of these models by one candidate."""
+    def merge(self, **settings: object) -> MergeRecipe:
+        """The merge of these models, by default by task arithmetic."""
         shared = {name: value for name, value in self if name in DeltaRecipe.model_fields}
-        models = tuple(m.model_dump(include={*ModelEntry.model_fields}) for m in self.models)
-        return MergeRecipe.of(**shared | {"models": models, "method": method} | settings)
+        models = [m.model_dump(include={*ModelEntry.model_fields}) for m in self.models]
+        return MergeRecipe.of(**shared | {"models": models} | settings)

@@ -1,32 +1,29 @@
 """One-shot federated learning: search over saved fine-tunes, test once, write the winner."""
 
 import json
-import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from statistics import fmean
 
 import torch
 from safetensors.torch import save_file
 
 from deltafl.algebra.tensors import device_named
-from deltafl.errors import DeltaflError
+from deltafl.errors import DeltaflError, attempt
 from deltafl.merge.candidates import Row, check_methods
 from deltafl.merge.inputs import open_updates
 from deltafl.merge.inspect import cosines, named_matrix, trainings
-from deltafl.merge.plan import Plan, plan_merge, read_training
-from deltafl.merge.problem import Goal, Problem
-from deltafl.merge.run import run_merge
-from deltafl.merge.search import SearchResult, search
+from deltafl.merge.plan import Facts, Plan, plan_merge
+from deltafl.merge.run import VERSIONS, run_merge
+from deltafl.merge.search import Goal, Problem, SearchResult, search
 from deltafl.merge.search_recipe import SearchRecipe
 from deltafl.models import HEAD_FILE, HeadRecipe, Net, load_net
 from deltafl.progress import OnProgress, ignore
+from deltafl.rules.weights import total_weight
 from deltafl.tasks import DataRecipe, Task, load_task
 from deltafl.tasks.recipe import DataSource
-from deltafl.training.step import TaskScorer
-from deltafl.version import __version__
 
 SINGLE, UNMERGED = "single-task models", "base (unmerged)"
 """Rows of the table that are no merges."""
@@ -38,9 +35,8 @@ def run_search(
     *,
     tasks: Sequence[Task] | None = None,
     scores: Path | None = None,
-    overwrite: bool = False,
     on_progress: OnProgress = ignore,
-) -> dict[str, Any]:
+) -> Facts:
     """Search, test once, merge the winner into OUT, if given; returns what report and tables show.
 
     Where no candidate is better than the base, OUT is not written, and `best` in the result has the
@@ -52,27 +48,22 @@ def run_search(
     """
     started = time.perf_counter()
     plan = plan_merge(recipe.merge())
-    check_methods(recipe.grids, plan.sources)
-    for entry in recipe.fixed.values():
-        check_methods([(entry.method, entry.params)], plan.sources)
+    fixed = [(entry.method, entry.params) for entry in recipe.fixed.values()]
+    check_methods([*recipe.grids, *fixed], plan.sources)
     net = load_net(recipe.base)
     net.module.eval().to(device_named(recipe.device))
-    tasks = _tasks(recipe, plan, net) if tasks is None else tasks
-    nets = _nets(recipe, plan, net, tasks)
-    with open_updates(plan, recipe.memory) as opened:
-        goals = [
-            Goal(task.name, net, *_scorers(task, recipe.batch_size), opened.tuned[name])
-            for name, task, net in zip(plan.layouts, tasks, nets, strict=True)
-        ]
-        problem = Problem(opened.base, opened.updates, goals, opened.weights.default, plan.threads)
-        found = search(problem, recipe, on_progress)
-        result = _describe(recipe, plan, problem, tasks, found)
+    goals = _goals(recipe, plan, net, tasks)
+    opened = open_updates(plan, recipe.memory)
+    judged = zip(goals, opened.tuned.values(), strict=True)
+    problem = Problem(opened, [Goal(*goal, own, recipe.batch_size) for goal, own in judged])
+    found = search(problem, recipe, on_progress)
+    result = _describe(recipe, plan, problem, found)
     if scores is not None:
         save_scores(found, scores)
     best = found.best
     if out is not None and best is not found.base:
-        winner = recipe.merge(best.method, scaling_coef=best.scaling_coef, **best.params)
-        run_merge(plan_merge(winner), out, overwrite=overwrite)
+        winner = recipe.merge(method=best.method, scaling_coef=best.scaling_coef, **best.params)
+        run_merge(plan_merge(winner), out)
     return {**result, "seconds": time.perf_counter() - started}
 
 
@@ -81,79 +72,76 @@ def save_scores(found: SearchResult, path: Path) -> None:
 
     Its metadata hold the labels of the C candidates, in order (JSON).
     """
-    tasks = {
-        name: torch.stack([scores[name] for scores in found.scores.values()])
-        for name in found.single
-    }
+    tasks = {name: torch.stack([s[name] for s in found.scores.values()]) for name in found.single}
     save_file(tasks, path, metadata={"candidates": json.dumps(list(found.scores))})
 
 
-def _tasks(recipe: SearchRecipe, plan: Plan, net: Net) -> list[Task]:
-    """The task of each model, with the validation split that its training held out, if not told."""
-    tasks = []
-    for layout, entry in zip(plan.layouts.values(), recipe.models, strict=True):
-        seed = recipe.seed
-        if seed is None:
-            seed = read_training(layout).get("seed") or 0
-        source = entry.model_dump(include={*DataSource.model_fields})
-        data = DataRecipe.of(**source, data_dir=recipe.data_dir)
-        tasks.append(load_task(data, net.inputs, seed))
-    return tasks
-
-
-def _nets(recipe: SearchRecipe, plan: Plan, net: Net, tasks: Sequence[Task]) -> list[Net]:
-    """For each model a net with the head of its task; all share the weights of `net`.
+def _goals(
+    recipe: SearchRecipe, plan: Plan, base: Net, given: Sequence[Task] | None
+) -> list[tuple[Task, Net]]:
+    """For each model its task, with the validation split that its training held out if not told,
+    and a net with the task's head; all share the weights of `base`.
 
     Raises:
         DeltaflError: heads or tasks do not fit the models, or the metric the tasks.
     """
-    if len({task.name for task in tasks}) < len(tasks):
-        raise DeltaflError("two models have one task; a search wants one model for each task")
-    nets, problems = [], []
-    for layout, entry, task in zip(plan.layouts.values(), recipe.models, tasks, strict=True):
+    goals, problems = [], list[str]()
+    for entry, (name, trained) in zip(recipe.models, plan.training.items(), strict=True):
+        if given is None:
+            seed = trained.seed or 0 if recipe.seed is None else recipe.seed
+            source = entry.model_dump(include={*DataSource.model_fields})
+            task = load_task(DataRecipe.of(**source, data_dir=recipe.data_dir), base.inputs, seed)
+        else:
+            task = given[len(goals)]
+        no_ratio = f'task "{task.name}": {task.metric} is no ratio, so that it cannot be'
         if recipe.metric == "normalized" and not task.ratio_scaled:
             problems.append(
-                f'task "{task.name}": {task.metric} is no ratio, so that it cannot be divided by '
-                "that of the task's own model; give --metric absolute"
+                f"{no_ratio} divided by that of the task's own model; give --metric absolute"
             )
+        if recipe.reference and not task.ratio_scaled:
+            problems.append(f"{no_ratio} compared in percent; leave reference out")
+        if task.name in (other.name for other, _ in goals):
+            problems.append("two models have one task; a search wants one model for each task")
+        own = (
+            str(plan.layouts[name].folder / HEAD_FILE) if base.takes_head else HeadRecipe.of().head
+        )
         head = HeadRecipe.of(
-            head=entry.head or str(layout.folder / HEAD_FILE),
+            head=entry.head or own,
             templates=recipe.templates if entry.head == "zero-shot" else None,
         )
-        nets.append(net.sharing())
-        try:
-            nets[-1].prepare(task, head)
-        except DeltaflError as error:
-            problems += error.problems
+        goals.append((task, base.sharing()))
+        attempt(problems, goals[-1][1].prepare, task, head)
     if problems:
         raise DeltaflError(*problems)
-    return nets
+    return goals
 
 
-def _scorers(task: Task, batch_size: int) -> tuple[TaskScorer, TaskScorer]:
-    """On validation and on test data."""
-    return TaskScorer(task, "val", batch_size), TaskScorer(task, "test", batch_size)
-
-
-def _describe(
-    recipe: SearchRecipe,
-    plan: Plan,
-    problem: Problem,
-    tasks: Sequence[Task],
-    found: SearchResult,
-) -> dict[str, Any]:
+def _describe(recipe: SearchRecipe, plan: Plan, problem: Problem, found: SearchResult) -> Facts:
     """The result as plain values; the test split is looked at here, once for each reported row."""
-    single = problem.own_scores(test=True)
-    units = single if all(t.ratio_scaled and single[t.name] > 0 for t in tasks) else None
-    base = _row(UNMERGED, problem.test_scores(found.base), units, found.base)
-    rows = [_row(SINGLE, single, units), base]
-    rows += [_row(m, problem.test_scores(row), units, row) for m, row in found.best_of.items()]
+    single, tasks = problem.own_scores("test"), [goal.task for goal in problem.goals]
+    ratios = all(task.ratio_scaled and single[task.name] > 0 for task in tasks)
+
+    def row_of(name: str, row: Row | None) -> Facts:
+        """A row of the table."""
+        test = problem.test_scores(row) if row else single
+        normalized = [score / single[task] for task, score in test.items()] if ratios else []
+        known = asdict(row) if row else {"params": {}}
+        return {
+            "rule": name,
+            **{key: known.get(key) for key in ("params", "scaling_coef", "server_lr")},
+            "val": row.value if row and row.val else None,
+            "test": test,
+            "mean": fmean(test.values()),
+            "normalized": fmean(normalized) if ratios else None,
+        }
+
+    named = [(SINGLE, None), (UNMERGED, found.base), *found.best_of.items()]
     for name, entry in recipe.fixed.items():
-        server_lr = problem.total_weight * entry.scaling_coef
-        row = Row(entry.method, entry.params, entry.scaling_coef, server_lr)
-        rows.append({**_row(name, problem.test_scores(row), units, row), "val": None})
-    known = zip(trainings(plan, found.norms), tasks, strict=True)
-    versions = {"torch": torch.__version__, "python": platform.python_version()}
+        coef, total = entry.scaling_coef, total_weight(problem.opened.weights)
+        named.append((name, Row(entry.method, entry.params, coef, coef * total)))
+    rows = [row_of(name, row) for name, row in named]
+    norms = found.gram.diagonal().sqrt().tolist()
+    known = zip(trainings(plan, norms), tasks, strict=True)
     return {
         "title": f"{len(tasks)} tasks, one model",
         "seed": recipe.seed,
@@ -163,7 +151,7 @@ def _describe(
         "strategy": recipe.strategy,
         "examples": found.examples,
         "single": single,
-        "single_val": dict(found.single),
+        "single_val": found.single,
         "rows": rows,
         "best": asdict(found.best),
         "curves": found.curves,
@@ -171,21 +159,5 @@ def _describe(
         "cosine": named_matrix(list(plan.layouts), cosines(found.gram)),
         "training": [{**training, "task": task.name} for training, task in known],
         "candidates": [asdict(row) for row in found.rows],
-        "versions": {"deltafl": __version__, **versions},
-    }
-
-
-def _row(
-    name: str, test: Mapping[str, float], units: Mapping[str, float] | None, row: Row | None = None
-) -> dict[str, Any]:
-    """One row of the table; units: what test scores are divided by to normalise them."""
-    known = asdict(row) if row else {"params": {}}
-    normalized = [score / units[task] for task, score in test.items()] if units else []
-    return {
-        "rule": name,
-        **{key: known.get(key) for key in ("params", "scaling_coef", "server_lr")},
-        "val": known.get("value"),
-        "test": dict(test),
-        "mean": sum(test.values()) / len(test),
-        "normalized": sum(normalized) / len(normalized) if units else None,
+        "versions": VERSIONS,
     }

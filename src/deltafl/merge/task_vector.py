@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Self, TypeAlias, TypeVar, overload
+from typing import Literal, Self, TypeAlias, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -18,13 +18,7 @@ from deltafl.algebra.tensors import Joined, Lazy, Tensors, lazy
 from deltafl.checkpoints.align import align
 from deltafl.checkpoints.checkpoint import Checkpoint, entries_of, open_tensors, refuse_untied
 from deltafl.errors import DeltaflError
-from deltafl.rules.cclip import CClip
-from deltafl.rules.fedavg import FedAvg
-from deltafl.rules.fedgma import FedGMA
-from deltafl.rules.fednova import FedNova
-from deltafl.rules.median import Median
-from deltafl.rules.rule import Rule, Source
-from deltafl.rules.task_arithmetic import TaskArithmetic
+from deltafl.rules.rule import Source, build_rule
 from deltafl.rules.weights import as_weights
 
 logger = logging.getLogger(__name__)
@@ -79,7 +73,7 @@ class TaskVector:
         return self if isinstance(other, int) and other == 0 else NotImplemented
 
     def __sub__(self, other: "TaskVector") -> "TaskVector":
-        return self + -other if isinstance(other, TaskVector) else NotImplemented
+        return self + other * -1
 
     def __neg__(self) -> "TaskVector":
         return self * -1
@@ -90,12 +84,8 @@ class TaskVector:
     __rmul__ = __mul__
 
     def __repr__(self) -> str:
-        return f"TaskVector({len(self.tensors)} tensors, {self.num_elements:,} elements)"
-
-    @property
-    def num_elements(self) -> int:
-        """Number of coordinates."""
-        return sum(self.tensors.spec(name).numel for name in self.tensors)
+        elements = sum(self.tensors.spec(name).numel for name in self.tensors)
+        return f"TaskVector({len(self.tensors)} tensors, {elements:,} elements)"
 
     def dot(self, other: "TaskVector") -> float:
         """<self, other> over all tensors: float64 in each block, the blocks added with one
@@ -107,15 +97,9 @@ class TaskVector:
         """The 2-norm over all tensors, in float64."""
         return float(gram_matrix(_deltas(self))) ** 0.5
 
-    @overload
-    def apply_to(self, base: M, scaling_coef: float = 1.0) -> M: ...
-
-    @overload
     def apply_to(
-        self, base: Tensors | PathLike, scaling_coef: float = 1.0
-    ) -> dict[str, Tensor]: ...
-
-    def apply_to(self, base: ModelLike, scaling_coef: float = 1.0) -> nn.Module | dict[str, Tensor]:
+        self, base: M | Tensors | PathLike, scaling_coef: float = 1.0
+    ) -> M | dict[str, Tensor]:
         """base + scaling_coef * delta: a new module for a module, else a new dict.
 
         Rounded once to each base tensor's dtype; tensors that the vector does not hold are the
@@ -153,59 +137,53 @@ def _tensors_of(model: ModelLike) -> Tensors:
 
 
 def _updates(task_vectors: Sequence[TaskVector], **known: Sequence[int]) -> list[Update]:
+    """known: field of `Source` -> a number for each."""
     for numbers in known.values():
         if len(numbers) != len(task_vectors):
             raise DeltaflError(f"{len(numbers)} numbers for {len(task_vectors)} task vectors")
     return [
-        Update(v.tensors, Source(f"task vector {i}", **{k: n[i] for k, n in known.items()}))
+        Update(v.tensors, Source(f"task vector {i}", **{key: n[i] for key, n in known.items()}))
         for i, v in enumerate(task_vectors)
     ]
 
 
 def _deltas(*task_vectors: TaskVector) -> Deltas:
     """The vectors, which must hold the same tensors, in float64."""
-    weights = as_weights(None, len(task_vectors))
-    return Deltas(_updates(task_vectors), weights, torch.float64)
+    return Deltas(_updates(task_vectors), as_weights(None, len(task_vectors)), torch.float64)
 
 
-def merge_vectors(
-    task_vectors: Sequence[TaskVector], rule: Rule, **known: Sequence[int]
-) -> TaskVector:
-    """Any rule on task vectors, at mean scale. known: field of `Source` -> a number for each.
-
-    Raises:
-        DeltaflError: none to merge, other tensors in one of them, or not a number for each.
-    """
-    return TaskVector(dict(Aggregate(rule, _updates(task_vectors, **known))))
+def _merged(updates: Sequence[Update], method: str, **params: float | str) -> TaskVector:
+    """Any rule, at mean scale. Raises DeltaflError: none to merge, or other tensors in one."""
+    return TaskVector(dict(Aggregate(build_rule(method, params), updates)))
 
 
 def task_arithmetic(task_vectors: Sequence[TaskVector]) -> TaskVector:
     """The mean of the task vectors; times n it is the sum of arXiv 2212.04089."""
-    return merge_vectors(task_vectors, TaskArithmetic())
+    return _merged(_updates(task_vectors), "task_arithmetic")
 
 
 def fedavg(task_vectors: Sequence[TaskVector], num_examples: Sequence[int]) -> TaskVector:
     """The mean weighted by the number of examples (arXiv 1602.05629)."""
-    return merge_vectors(task_vectors, FedAvg(), num_examples=num_examples)
+    return _merged(_updates(task_vectors, num_examples=num_examples), "fedavg")
 
 
 def fednova(task_vectors: Sequence[TaskVector], local_steps: Sequence[int]) -> TaskVector:
     """Each over its local steps: sum_i mean(tau) / (n tau_i) delta_i (arXiv 2007.07481)."""
-    return merge_vectors(task_vectors, FedNova(), num_steps=local_steps)
+    return _merged(_updates(task_vectors, num_steps=local_steps), "fednova")
 
 
 def fedgma(task_vectors: Sequence[TaskVector], rho: float) -> TaskVector:
     """The mean, softened where fewer than a share rho agree in sign (arXiv 2201.11986)."""
-    return merge_vectors(task_vectors, FedGMA(rho))
+    return _merged(_updates(task_vectors), "fedgma", rho=rho)
 
 
 def median(
     task_vectors: Sequence[TaskVector], middle: Literal["midpoint", "lower"] = "midpoint"
 ) -> TaskVector:
     """The coordinate-wise median (arXiv 1803.01498)."""
-    return merge_vectors(task_vectors, Median(middle))
+    return _merged(_updates(task_vectors), "median", middle=middle)
 
 
 def cclip(task_vectors: Sequence[TaskVector], rho: float) -> TaskVector:
     """The mean of the task vectors clipped to norm rho (arXiv 2012.10333)."""
-    return merge_vectors(task_vectors, CClip(rho))
+    return _merged(_updates(task_vectors), "cclip", rho=rho)

@@ -1,12 +1,13 @@
 """Causal language models of transformers, with their tokenizer."""
 
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from deltafl.models.families import FAMILIES, Family, attempt, quiet, read_weights
+from deltafl.models.families import FAMILIES, build_module, explained, quiet
 from deltafl.models.net import Net
 from deltafl.tasks.inputs import TextInput
 
@@ -18,45 +19,23 @@ MOST_TOKENS = 2048
 
 
 @FAMILIES.register("causal language models")
-class Causal(Family):
+def causal(ref: str, config: "PretrainedConfig", generator: torch.Generator | None) -> Net | None:
     """What `AutoModelForCausalLM` and `AutoTokenizer` read, in the files' own dtype."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        self.tokenizer = tokenizer
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return None
+    kind = transformers.AutoModelForCausalLM
+    module, _ = build_module(ref, kind, kind.from_config, config, generator)
+    tokenizer = explained(ref, transformers.AutoTokenizer.from_pretrained, ref)
+    limit = config.to_dict().get("max_position_embeddings") or MOST_TOKENS
+    inputs = TextInput(tokenizer, min(limit, tokenizer.model_max_length, MOST_TOKENS))
+    origin = "" if generator else ref
+    return Net(module.eval(), inputs, origin, partial(_write, tokenizer=tokenizer))
 
-    @classmethod
-    def claims(cls, config: "PretrainedConfig") -> bool:
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-        return config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    @classmethod
-    def load(cls, ref: str, config: "PretrainedConfig") -> Net:
-        import transformers
-
-        module, _ = read_weights(ref, transformers.AutoModelForCausalLM, config, dtype="auto")
-        return cls._net(module, ref, ref)
-
-    @classmethod
-    def new(cls, folder: str, config: "PretrainedConfig", generator: torch.Generator) -> Net:
-        import transformers
-
-        with torch.random.fork_rng(devices=[]), quiet():
-            torch.random.default_generator.manual_seed(generator.initial_seed())
-            module = attempt(folder, transformers.AutoModelForCausalLM.from_config, config)
-        return cls._net(module, folder, "")
-
-    @classmethod
-    def _net(cls, module: Any, folder: str, origin: str) -> Net:
-        import transformers
-
-        with quiet():
-            tokenizer = attempt(folder, transformers.AutoTokenizer.from_pretrained, folder)
-        limit = module.config.to_dict().get("max_position_embeddings") or MOST_TOKENS
-        inputs = TextInput(tokenizer, min(limit, tokenizer.model_max_length, MOST_TOKENS))
-        return Net(module.eval(), inputs, cls(tokenizer), origin)
-
-    def save(self, module: nn.Module, folder: Path) -> None:
-        with quiet():
-            module.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
-            self.tokenizer.save_pretrained(folder)
+def _write(module: nn.Module, folder: Path, tokenizer: "PreTrainedTokenizerBase") -> None:
+    with quiet():
+        module.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
+        tokenizer.save_pretrained(folder)

@@ -1,17 +1,16 @@
-"""The kinds of model that transformers has and we train: each is a class in a file of its own."""
+"""The kinds of model that transformers has and we train: each is a function in its own file."""
 
 import difflib
-from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from deltafl.errors import DeltaflError, shorten
-from deltafl.models.net import Format, Net
+from deltafl.models.net import Net
 from deltafl.registry import Registry
 
 if TYPE_CHECKING:
@@ -19,40 +18,23 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+Family: TypeAlias = Callable[[str, "PretrainedConfig", torch.Generator | None], Net | None]
+"""From a folder or hub id and the configuration there to the model, None if it is of another kind.
 
-class Family(Format):
-    """One kind of model: recognises its configuration, reads its files, and draws new ones."""
+With a generator the weights are random, a function of it alone, and the folder, "" for none, is
+that of what belongs to the model beside its weights (tokenizer, normalisation).
+"""
 
-    @classmethod
-    @abstractmethod
-    def claims(cls, config: "PretrainedConfig") -> bool:
-        """Whether the configuration is of this kind."""
-
-    @classmethod
-    @abstractmethod
-    def load(cls, ref: str, config: "PretrainedConfig") -> Net:
-        """The model in a folder or of a hub id.
-
-        Raises:
-            DeltaflError: unreadable, tensors missing or of another shape.
-        """
-
-    @classmethod
-    @abstractmethod
-    def new(cls, folder: str, config: "PretrainedConfig", generator: torch.Generator) -> Net:
-        """A model with random weights, a function of `generator` alone; what belongs to it beside
-        its weights (tokenizer, normalisation) is in `folder`, "" for none.
-        """
+FAMILIES: Registry[Family] = Registry("family of models")
 
 
-FAMILIES: Registry[type[Family]] = Registry("family of models")
-
-
-def family_of(ref: str, config: "PretrainedConfig") -> type[Family]:
-    """The family that claims a configuration. Raises DeltaflError if none does."""
+def build_net(
+    ref: str, config: "PretrainedConfig", generator: torch.Generator | None = None
+) -> Net:
+    """The model of the family that claims the configuration. Raises DeltaflError if none does."""
     for name in FAMILIES:
-        if FAMILIES[name].claims(config):
-            return FAMILIES[name]
+        if net := FAMILIES[name](ref, config, generator):
+            return net
     raise DeltaflError(
         f'model "{ref}" is a "{config.model_type}"; known are {", ".join(FAMILIES)}. '
         "Wrap it in a function of your own and give that as module:attr"
@@ -63,11 +45,10 @@ def read_config(ref: str) -> "PretrainedConfig":
     """The configuration in a folder or of a hub id. Raises DeltaflError."""
     import transformers
 
-    with quiet():
-        return attempt(ref, transformers.AutoConfig.from_pretrained, ref)
+    return explained(ref, transformers.AutoConfig.from_pretrained, ref)
 
 
-def new_config(ref: str, settings: Mapping[str, Any]) -> "PretrainedConfig":
+def new_config(ref: str, settings: Mapping[str, object]) -> "PretrainedConfig":
     """A configuration from the keys of a config.json; `ref` is what error messages call it.
 
     Raises:
@@ -75,30 +56,35 @@ def new_config(ref: str, settings: Mapping[str, Any]) -> "PretrainedConfig":
     """
     import transformers
 
-    rest, kind = dict(settings), settings.get("model_type")
-    rest.pop("model_type", None)
-    with quiet():
-        known = attempt(ref, transformers.AutoConfig.for_model, kind).to_dict()
-        for key in rest.keys() - known.keys():
-            if close := difflib.get_close_matches(key, known, 1, 0.8):
-                raise DeltaflError(
-                    f'model "{ref}": unknown key "{key}"; did you mean "{close[0]}"?'
-                )
-        return attempt(ref, transformers.AutoConfig.for_model, kind, **rest)
+    rest = dict(settings)
+    kind, make = rest.pop("model_type", None), transformers.AutoConfig.for_model
+    known = explained(ref, make, kind).to_dict()
+    for key in rest.keys() - known.keys():
+        if close := difflib.get_close_matches(key, known, 1, 0.8):
+            raise DeltaflError(f'model "{ref}": unknown key "{key}"; did you mean "{close[0]}"?')
+    return explained(ref, make, kind, **rest)
 
 
-def read_weights(
-    ref: str, kind: Any, config: "PretrainedConfig", **how: Any
+def build_module(
+    ref: str,
+    kind: Any,
+    draw: Callable[..., "PreTrainedModel"],
+    config: "PretrainedConfig",
+    generator: torch.Generator | None,
+    **how: object,
 ) -> "tuple[PreTrainedModel, list[str]]":
-    """A module of the class `kind` with all of its tensors from the files of `ref`, and the names
-    that are left over.
+    """A module of the class `kind` with all of its tensors from the files of `ref`, in their dtype,
+    and the names that are left over; with a generator what `draw` makes of the configuration.
 
     Raises:
         DeltaflError: unreadable, tensors missing or of another shape.
     """
+    if generator is not None:
+        with torch.random.fork_rng(devices=[]):
+            torch.random.default_generator.manual_seed(generator.initial_seed())
+            return explained(ref, draw, config, **how), []
     how |= {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    with quiet():
-        module, info = attempt(ref, kind.from_pretrained, ref, **how)
+    module, info = explained(ref, kind.from_pretrained, ref, dtype="auto", **how)
     broken = sorted(info["missing_keys"]) + sorted(str(k[0]) for k in info["mismatched_keys"])
     if broken:
         raise DeltaflError(
@@ -107,11 +93,12 @@ def read_weights(
     return module, sorted(info["unexpected_keys"])
 
 
-def attempt(ref: str, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-    """`call(...)`, its complaints as one line of ours."""
+def explained(ref: str, call: Callable[..., T], *args: object, **kwargs: object) -> T:
+    """`call(...)`, quietly, its complaints as one line of ours."""
     complaints = OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError
     try:
-        return call(*args, **kwargs)
+        with quiet():
+            return call(*args, **kwargs)
     except complaints as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise DeltaflError(f'model "{ref}" cannot be loaded: {reason}') from error

@@ -40,11 +40,6 @@ class Head(nn.Module):
         self.class_names = tuple(class_names)
         self.normalised = normalised
 
-    @property
-    def feature_dim(self) -> int:
-        """D, what the encoder must give."""
-        return self.weight.shape[1]
-
     def forward(self, features: Tensor) -> Tensor:
         """(B, D) -> (B, K)."""
         if self.normalised:
@@ -57,24 +52,22 @@ class Head(nn.Module):
         Raises:
             DeltaflError: other feature dimension, number of classes, or names of classes.
         """
-        problems = []
-        if self.feature_dim != feature_dim:
-            problems.append(
-                f'head "{where}" takes {self.feature_dim} features, the model gives {feature_dim}; '
+        own, problem = self.class_names, None
+        if self.weight.shape[1] != feature_dim:
+            problem = (
+                f"takes {self.weight.shape[1]} features, the model gives {feature_dim}; "
                 "was it made with another model?"
             )
-        if len(self.class_names) != len(class_names):
-            counts = f"{len(self.class_names)} classes, the task has {len(class_names)}"
-            problems.append(f'head "{where}" has {counts}; is it another task\'s?')
-        elif self.class_names != tuple(class_names):
-            pairs = zip(self.class_names, class_names, strict=True)
-            ours, theirs = next(pair for pair in pairs if pair[0] != pair[1])
-            problems.append(
-                f'head "{where}" has a class "{ours}" where the task has "{theirs}"; '
-                "is it another task's?"
+        elif len(own) != len(class_names):
+            problem = (
+                f"has {len(own)} classes, the task has {len(class_names)}; is it another task's?"
             )
-        if problems:
-            raise DeltaflError(*problems)
+        elif own != tuple(class_names):
+            pairs = zip(own, class_names, strict=True)
+            ours, theirs = next(pair for pair in pairs if pair[0] != pair[1])
+            problem = f'has a class "{ours}" where the task has "{theirs}"; is it another task\'s?'
+        if problem:
+            raise DeltaflError(f'head "{where}" {problem}')
 
 
 def save_head(head: Head, path: Path) -> None:
@@ -100,7 +93,7 @@ def load_head(path: Path) -> Head:
         with safe_open(path, framework="pt") as file:
             names = json.loads(file.metadata()["class_names"])
             weight, bias = (file.get_tensor(name).float() for name in ("weight", "bias"))
-            return Head(weight, bias, names, "normalised" in file.keys())  # noqa: SIM118
+            return Head(weight, bias, names, "normalised" in set(file.keys()))
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise DeltaflError(
             f'head "{path}" cannot be read: {error}; `deltafl finetune` writes such files'

@@ -11,10 +11,11 @@ import torch
 
 from deltafl.errors import DeltaflError
 from deltafl.files import WEIGHTS
-from deltafl.models import causal, vision  # noqa: F401  (they register)
-from deltafl.models.families import family_of, new_config, read_config
+from deltafl.models import causal as causal  # registers
+from deltafl.models import vision as vision
+from deltafl.models.families import build_net, new_config, read_config
 from deltafl.models.net import MODEL_JSON, Net
-from deltafl.models.user import Factory, load_user
+from deltafl.models.user import load_user, user_net
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ def load_net(ref: str | Path, kwargs: Mapping[str, Any] | None = None) -> Net:
             '{"model_type": "vit", "hidden_size": 64, "num_hidden_layers": 3, ..., "seed": 0}'
         )
     if _USERS.fullmatch(ref):
-        return Factory(ref, dict(kwargs or {})).net()
+        return user_net(ref, dict(kwargs or {}))
     if kwargs:
         raise DeltaflError(f'model "{ref}" takes no keyword arguments, only module:attr does')
     if (path / MODEL_JSON).is_file():
@@ -51,8 +52,7 @@ def load_net(ref: str | Path, kwargs: Mapping[str, Any] | None = None) -> Net:
         except (OSError, ValueError) as error:
             raise DeltaflError(f'model "{path}" cannot be loaded: {error}') from None
         return new_net(settings, folder=path.parent, ref=str(path))
-    config = read_config(ref)
-    return family_of(ref, config).load(ref, config)
+    return build_net(ref, read_config(ref))
 
 
 def new_net(
@@ -72,6 +72,5 @@ def new_net(
         DeltaflError: what is wrong with the settings, in one line.
     """
     rest = {key: value for key, value in settings.items() if key != "seed"}
-    config = new_config(ref, rest)
     generator = generator or torch.Generator().manual_seed(settings.get("seed", 0))
-    return family_of(ref, config).new(str(folder), config, generator)
+    return build_net(str(folder), new_config(ref, rest), generator)

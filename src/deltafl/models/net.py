@@ -2,10 +2,10 @@
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors.torch import save_file
@@ -15,6 +15,7 @@ from deltafl.algebra.tensors import Tensors, lazy
 from deltafl.checkpoints.layout import fingerprint, read_layout
 from deltafl.checkpoints.naming import match
 from deltafl.errors import DeltaflError, shorten
+from deltafl.models.head import HEAD_FILE, Head, save_head
 from deltafl.models.head_recipe import HeadFit, HeadRecipe
 from deltafl.tasks.inputs import ImageInput, TextInput
 from deltafl.tasks.task import Task, check_task
@@ -25,64 +26,27 @@ MODEL_JSON = "deltafl_model.json"
 
 @lru_cache(maxsize=16)
 def _matched(files: tuple[str, ...], given: tuple[str, ...]) -> Mapping[str, str]:
-    """Name in files -> name given; kept, for a search loads models of the same names by the hundred."""
+    """Name in files -> name given; kept, for a search loads models of the same names by the
+    hundred.
+    """
     return match(files, given)[0]
 
 
-class Format:
-    """How a model is written and made ready for a task; what `load_net` read is what `save` writes.
+def write_module(
+    module: nn.Module, folder: Path, about: Mapping[str, object] | None = None
+) -> None:
+    """Write the module's tensors by its own names, tied ones under each of their names, into the
+    existing `folder`.
 
-    This one writes the module's tensors by its own names, tied ones under each of their names.
-    `about`: how code of a user's own builds the model again, for `deltafl_model.json`.
+    about: how code of a user's own builds the model again, for `deltafl_model.json`.
     """
-
-    about: Mapping[str, Any] | None = None
-
-    def save(self, module: nn.Module, folder: Path) -> None:
-        """Write `module` into the existing `folder`."""
-        state = {
-            name: tensor.clone(memory_format=torch.contiguous_format)
-            for name, tensor in module.state_dict().items()
-        }
-        save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
-        if self.about:
-            (folder / MODEL_JSON).write_text(json.dumps(self.about, indent=2) + "\n")
-
-    def snapshot(self, module: nn.Module) -> dict[str, Any]:
-        """All values of `module`, and what else `restore` needs, as torch.save can hold them."""
-        return {"tensors": module.state_dict()}
-
-    def restore(self, module: nn.Module, snapshot: Mapping[str, Any]) -> None:
-        """Give `module` the values of a snapshot."""
-        module.load_state_dict(snapshot["tensors"])
-
-    apart: tuple[str, ...] = ()
-    """Prefixes of the module's tensors that are in no file of the model, but in their own."""
-
-    def file_name(self, name: str) -> str:
-        """The name that the model's files have for the module's tensor `name`."""
-        return name
-
-    def save_head(self, module: nn.Module, folder: Path) -> None:
-        """Write what `prepare` added into the existing `folder`: a classifier's head."""
-        del module, folder
-
-    def head_bytes(
-        self, module: nn.Module, recipe: HeadRecipe, shards: Sequence[Tensor]
-    ) -> tuple[int, int]:
-        """Bytes that clients with these shards send, all together, for `prepare`; and of what it
-        adds.
-        """
-        del module, recipe, shards
-        return 0, 0
-
-    def prepare(self, net: "Net", task: Task, recipe: HeadRecipe, fit: HeadFit) -> None:
-        """Make the model ready to train on a task, in place: a classifier gets its head."""
-        del net, task, recipe, fit
-
-    def check(self, net: "Net", task: Task) -> None:
-        """Raise DeltaflError where the model cannot do the task as it is."""
-        del net, task
+    state = {
+        name: tensor.clone(memory_format=torch.contiguous_format)
+        for name, tensor in module.state_dict().items()
+    }
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    if about:
+        (folder / MODEL_JSON).write_text(json.dumps(about, indent=2) + "\n")
 
 
 class Net:
@@ -90,18 +54,23 @@ class Net:
 
     What trains is what requires a gradient: freeze or release parameters before the first use of
     `flat`. `inputs`: what the module takes. `origin`: the folder, hub id or `module:attr` that it
-    came from, "" for a new one.
+    came from, "" for a new one. `write` writes the module into a folder as `load_net` reads it.
     """
+
+    apart: tuple[str, ...] = ()
+    """Prefixes of the module's tensors that are in no file of the model, but in their own."""
+
+    takes_head = False
+    head: Head | None = None
 
     def __init__(
         self,
         module: nn.Module,
         inputs: ImageInput | TextInput,
-        format: Format | None = None,
         origin: str = "",
+        write: Callable[[nn.Module, Path], None] = write_module,
     ) -> None:
-        self.module, self.inputs, self.origin = module, inputs, origin
-        self.format = format or Format()
+        self.module, self.inputs, self.origin, self.write = module, inputs, origin, write
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the module gives."""
@@ -182,8 +151,7 @@ class Net:
         needed = [n for n, p in self.module.named_parameters() if p.requires_grad]
         pairs = {n: n for n in state if n in tensors}
         if not pairs.keys() >= set(needed):
-            inside = (n for n in state if not n.startswith(self.format.apart))
-            files = {self.format.file_name(n): n for n in inside}
+            files = {self.file_name(n): n for n in state if not n.startswith(self.apart)}
             matched = _matched(tuple(files), tuple(tensors))
             pairs = {files[n]: given for n, given in matched.items()}
         if missing := [n for n in needed if n not in pairs]:
@@ -201,6 +169,10 @@ class Net:
         used = set(pairs.values())
         return tuple(n for n in tensors if n not in used)
 
+    def file_name(self, name: str) -> str:
+        """The name that the model's files have for the module's tensor `name`."""
+        return name
+
     def prepare(self, task: Task, recipe: HeadRecipe, fit: HeadFit | None = None) -> None:
         """Make the model ready for `task`, in place, before the first use of `flat`: a classifier
         gets the head that `recipe` names, and a causal language model needs none.
@@ -209,34 +181,52 @@ class Net:
             DeltaflError: a head of another model or task, one that this model cannot have, or a
                 task that does not keep what `Task` promises.
         """
-        self.format.prepare(self, task, recipe, fit or HeadFit())
+        if recipe != HeadRecipe.of():
+            raise DeltaflError(
+                f'model "{self.origin}" is no image classifier, and has no such head; leave out '
+                f'head "{recipe.head}" and what belongs to it'
+            )
         check_task(task, self, self.device)
 
     def check(self, task: Task) -> None:
         """Raise DeltaflError where the model cannot do `task` as it is: it has no head, or
         another's.
         """
-        self.format.check(self, task)
         check_task(task, self, self.device)
 
-    def snapshot(self) -> dict[str, Any]:
-        """All values of the module, as torch.save can hold them; views."""
-        return self.format.snapshot(self.module)
+    def head_bytes(self, recipe: HeadRecipe, shards: Sequence[Tensor]) -> tuple[int, int]:
+        """Bytes that clients with these shards send, all together, for `prepare`; and of what it
+        adds.
+        """
+        return 0, 0
 
-    def restore(self, snapshot: Mapping[str, Any]) -> None:
+    def snapshot(self) -> dict[str, object]:
+        """All values of the module, and what else `restore` needs, as torch.save can hold them;
+        views.
+        """
+        return {"tensors": self.module.state_dict()}
+
+    def restore(self, snapshot: Mapping) -> None:
         """Take over the values of a snapshot of the same model, prepared or not."""
-        self.format.restore(self.module, snapshot)
+        self.module.load_state_dict(snapshot["tensors"])
 
     def save(self, folder: Path) -> None:
         """Write the model into the existing `folder`, so that `load_net(folder)` gives it back."""
-        self.format.save(self.module, folder)
+        self.write(self.module, folder)
 
-    def sharing(self) -> "Net":
-        """A net on the same tensors, for another head: what is loaded into one of them is in both."""
+    def save_head(self, folder: Path) -> None:
+        """Write the head, if there is one, into the existing `folder`."""
+        if self.head is not None:
+            save_head(self.head, folder / HEAD_FILE)
+
+    def sharing(self) -> Self:
+        """A net on the same tensors, for another head: what is loaded into one is in both."""
         tensors = [*self.module.parameters(), *self.module.buffers()]
-        module = copy.deepcopy(self.module, {id(tensor): tensor for tensor in tensors})
-        return Net(module, self.inputs, self.format, self.origin)
+        return self._of(copy.deepcopy(self.module, {id(tensor): tensor for tensor in tensors}))
 
-    def copy_to(self, device: torch.device | str) -> "Net":
+    def copy_to(self, device: torch.device | str) -> Self:
         """A copy of the model on `device`."""
-        return Net(copy.deepcopy(self.module).to(device), self.inputs, self.format, self.origin)
+        return self._of(copy.deepcopy(self.module).to(device))
+
+    def _of(self, module: nn.Module) -> Self:
+        return type(self)(module, self.inputs, self.origin, self.write)

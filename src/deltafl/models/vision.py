@@ -3,16 +3,16 @@
 import json
 import logging
 import shutil
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from deltafl.errors import shorten
-from deltafl.models.classifier import Classifier, Embed
-from deltafl.models.families import FAMILIES, Family, attempt, quiet, read_weights
-from deltafl.models.fit import ClassifierFormat
+from deltafl.models.classifier import Classifier, ClassifierNet
+from deltafl.models.families import FAMILIES, build_module, quiet
 from deltafl.models.net import Net
 from deltafl.tasks.inputs import ImageInput
 
@@ -37,7 +37,7 @@ def _pooled(module: nn.Module, images: Tensor) -> Tensor:
 
 
 _NO_POOLER = {"add_pooling_layer": False}
-_KINDS: dict[str, tuple[str, Embed, dict[str, Any]]] = {
+_KINDS = {
     "vit": ("ViTModel", _cls, _NO_POOLER),
     "deit": ("DeiTModel", _cls, _NO_POOLER),
     "dinov2": ("Dinov2Model", _cls, {}),
@@ -48,83 +48,23 @@ _KINDS: dict[str, tuple[str, Embed, dict[str, Any]]] = {
 
 
 @FAMILIES.register("vision (vit, deit, dinov2, clip)")
-class Vision(ClassifierFormat, Family):
+def vision(ref: str, config: "PretrainedConfig", generator: torch.Generator | None) -> Net | None:
     """An encoder in float32 whatever the file's dtype, and the head that is beside it, if any.
 
     Features: ViT, DeiT, DINO, DINOv2: the class token of `last_hidden_state` (after the final layer
     norm, no pooler). CLIP: the projected image embedding; the pooled one where the file is a
     `CLIPVisionModel`, which has no projection. What the file holds beyond the encoder (pooler,
     classifier, text tower) is left out and logged.
+
+    Of a new ViT the linear and patch weights and the embeddings are normal(0, 0.02), truncated at 2
+    deviations, biases 0, layer norms (1, 0); others are drawn as transformers does. Size and
+    channels are the configuration's; mean and std those of the preprocessor file, 0.5 (ViT's own)
+    without one.
     """
-
-    def __init__(self, preprocessor: Path | None) -> None:
-        self.preprocessor = preprocessor
-
-    @classmethod
-    def claims(cls, config: "PretrainedConfig") -> bool:
-        return config.model_type in _KINDS
-
-    @classmethod
-    def load(cls, ref: str, config: "PretrainedConfig") -> Net:
-        config, kind, embed, how = _class_of(config)
-        module, rest = read_weights(ref, kind, config, dtype=torch.float32, **how)
-        if rest:
-            logger.info('model "%s": left out %s', ref, shorten(rest))
-        return cls._net(module, embed, config, ref, ref)
-
-    @classmethod
-    def new(cls, folder: str, config: "PretrainedConfig", generator: torch.Generator) -> Net:
-        """Of a ViT the linear and patch weights and the embeddings are normal(0, 0.02), truncated
-        at 2 deviations, biases 0, layer norms (1, 0); others are drawn as transformers does.
-        """
-        config, kind, embed, how = _class_of(config)
-        with torch.random.fork_rng(devices=[]), quiet():
-            torch.random.default_generator.manual_seed(generator.initial_seed())
-            module = attempt(folder, kind, config, **how)
-        with torch.no_grad():
-            for name, parameter in module.named_parameters():
-                if config.model_type != "vit":
-                    break
-                if name.endswith("bias"):
-                    parameter.zero_()
-                elif "layernorm" in name:
-                    parameter.fill_(1)
-                else:
-                    nn.init.trunc_normal_(parameter, std=0.02, a=-0.04, b=0.04, generator=generator)
-        return cls._net(module, embed, config, folder, "")
-
-    @classmethod
-    def _net(cls, module: nn.Module, embed: Embed, config: Any, ref: str, origin: str) -> Net:
-        """Size and channels from the configuration; mean and std from the preprocessor file, 0.5
-        (ViT's own) without one.
-        """
-        preprocessor = _preprocessor(ref) if ref else None
-        found = json.loads(preprocessor.read_text()) if preprocessor else {}
-        if not preprocessor:
-            logger.info('model "%s" has no %s: mean 0.5 and std 0.5 are assumed', ref, PREPROCESSOR)
-        size, half = config.image_size, [0.5] * config.num_channels
-        inputs = ImageInput(
-            size if isinstance(size, int) else size[0],
-            config.num_channels,
-            tuple(found.get("image_mean", half)),
-            tuple(found.get("image_std", half)),
-        )
-        return Net(Classifier(module, embed, inputs, origin), inputs, cls(preprocessor), origin)
-
-    def save_encoder(self, encoder: nn.Module, folder: Path) -> None:
-        """config.json, model.safetensors and, where the origin has one, its preprocessor file,
-        copied.
-        """
-        with quiet():
-            encoder.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
-        if self.preprocessor is not None:
-            shutil.copyfile(self.preprocessor, folder / PREPROCESSOR)
-
-
-def _class_of(config: Any) -> tuple[Any, Any, Embed, dict[str, Any]]:
-    """The encoder's own configuration, its class, how features come of it, the class's options."""
     import transformers
 
+    if config.model_type not in _KINDS:
+        return None
     name, embed, how = _KINDS[config.model_type]
     if config.model_type == "clip_vision_model" and "CLIPVisionModel" in (
         config.architectures or ()
@@ -133,7 +73,45 @@ def _class_of(config: Any) -> tuple[Any, Any, Embed, dict[str, Any]]:
     if config.model_type == "clip":
         config.vision_config.projection_dim = config.projection_dim
         config = config.vision_config
-    return config, getattr(transformers, name), embed, how
+    kind = getattr(transformers, name)
+    module, rest = build_module(ref, kind, kind, config, generator, **how)
+    if rest:
+        logger.info('model "%s": left out %s', ref, shorten(rest))
+    if generator and config.model_type == "vit":
+        _draw(module, generator)
+    preprocessor = _preprocessor(ref) if ref else None
+    found = json.loads(preprocessor.read_text()) if preprocessor else {}
+    if not preprocessor:
+        logger.info('model "%s" has no %s: mean 0.5 and std 0.5 are assumed', ref, PREPROCESSOR)
+    size, half = config.image_size, [0.5] * config.num_channels
+    inputs = ImageInput(
+        size if isinstance(size, int) else size[0],
+        config.num_channels,
+        tuple(found.get("image_mean", half)),
+        tuple(found.get("image_std", half)),
+    )
+    origin = "" if generator else ref
+    classifier = Classifier(module, embed, inputs, origin)
+    return ClassifierNet(classifier, inputs, origin, partial(_write, preprocessor=preprocessor))
+
+
+@torch.no_grad()
+def _draw(module: nn.Module, generator: torch.Generator) -> None:
+    for name, parameter in module.named_parameters():
+        if name.endswith("bias"):
+            parameter.zero_()
+        elif "layernorm" in name:
+            parameter.fill_(1)
+        else:
+            nn.init.trunc_normal_(parameter, std=0.02, a=-0.04, b=0.04, generator=generator)
+
+
+def _write(encoder: nn.Module, folder: Path, preprocessor: Path | None) -> None:
+    """config.json, model.safetensors and, where the origin has one, its preprocessor file."""
+    with quiet():
+        encoder.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
+    if preprocessor is not None:
+        shutil.copyfile(preprocessor, folder / PREPROCESSOR)
 
 
 def _preprocessor(ref: str) -> Path | None:

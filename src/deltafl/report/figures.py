@@ -2,7 +2,6 @@
 
 import os
 import re
-import tomllib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -16,7 +15,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure as Drawing
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import LogLocator
+
+from deltafl.report.tables import read_data
 
 WIDTH = 420
 """Pixels of every drawing: shown smaller by a quarter on a phone, larger where there is room."""
@@ -31,7 +32,7 @@ APART = 4
 """Series whose ends differ by this factor are drawn over a logarithmic axis."""
 
 STYLE = Path(__file__).with_name("charts.mplstyle")
-TONES = tomllib.loads(Path(__file__).with_name("theme.toml").read_text())
+TONES = read_data("theme")
 """Role -> {"light": colour, "dark": colour}."""
 
 PAPER, INK, MUTED = (TONES[role]["light"] for role in ("paper", "ink", "muted"))
@@ -77,7 +78,7 @@ def chart(
     counts and series end far apart.
     """
     tops = {name: max(y for _, y in line) for name, line in series.items() if line}
-    best = sorted(tops, key=lambda name: -tops[name])[: len(SERIES)]
+    best = sorted(tops, key=tops.__getitem__, reverse=True)[: len(SERIES)]
     names = [name for name in tops if name in best]
     if len(names) < len(tops):
         caption += f" The {len(names)} best of {len(tops)} are drawn."
@@ -99,13 +100,12 @@ def chart(
             axes.axhline(level[1], label=level[0], color=MUTED, lw=1.4, ls=(0, (2, 2)))
         axes.set(title=title, xlabel=x_label + " (logarithmic)" * log)
         axes.grid(axis="y")
-        steps = (1, 2, 2.5, 5, 10)
-        axes.yaxis.set_major_locator(MaxNLocator(6, steps=steps))
-        axes.xaxis.set_major_locator(MaxNLocator(6, steps=steps, integer=whole))
+        axes.locator_params(nbins=6)
+        axes.locator_params("x", integer=whole)
         if log:
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.xaxis.set_minor_locator(NullLocator())
+            axes.minorticks_off()
             axes.xaxis.set_major_formatter("{x:g}")
         if show.endswith("%"):
             axes.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.3g}%")

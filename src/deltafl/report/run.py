@@ -3,11 +3,10 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 import pandas as pd
-from jinja2.filters import do_filesizeformat
 
 from deltafl.report.figures import Figure, chart
 from deltafl.report.page import Page
-from deltafl.report.tables import Column, Record, Table, score_format
+from deltafl.report.tables import Record, Table, columns_of, score_format
 
 SHOWN = 40
 """Rows of the table of rounds; of longer runs an even choice is shown, and the last."""
@@ -38,8 +37,8 @@ def settings_table(config: Mapping[str, object]) -> Table:
     """Every setting that decides the result, nested ones by their path."""
     shown = {key: value for key, value in config.items() if key != "class_names"}
     settings = pd.json_normalize(shown).astype(str).T.reset_index(names="key")
-    columns = {"key": Column("setting"), 0: Column("value")}
-    return Table(settings.to_dict("records"), columns)
+    rows = settings.rename(columns={0: "value"}).to_dict("records")
+    return Table(rows, columns_of("settings"))
 
 
 def _curves(result: Record, rows: Sequence[Record], unit: str) -> Iterator[Figure]:
@@ -60,24 +59,10 @@ def _curves(result: Record, rows: Sequence[Record], unit: str) -> Iterator[Figur
 
 
 def _steps(result: Record, rows: Sequence[Record], unit: str) -> Table:
-    columns = {
-        unit: Column(unit, ".0f"),
-        "lr": Column("learning rate at its end", ".3g"),
-        "val_score": Column("validation", score_format(result["metric"]), best=True),
-        "loss": Column("loss", ".3f"),
-        "train_loss": Column("training loss", ".4f"),
-        "num_steps": Column("steps", ",.0f"),
-        "failed": Column("left out", lambda clients: str(len(clients))),
-        "bytes_up": Column("sent up", do_filesizeformat),
-        "bytes_down": Column("sent down", do_filesizeformat),
-        "client_seconds": Column("clients, s", ".2f"),
-        "server_seconds": Column("server, s", ".3f"),
-        "seconds": Column("seconds", ".1f"),
-    }
     setup = {f"bytes_{way}": rows[0].get(f"setup_bytes_{way}") for way in ("up", "down")}
     step = -(-len(rows) // SHOWN)
     few = [{**rows[0], **setup}, *rows[step:-1:step], *rows[1:][-1:]]
     caption = f"{unit.capitalize()} 0 is the model before training, with its head."
     if step > 1:
         caption += f" Every {step}th of {len(rows) - 1} {unit}s, and the last."
-    return Table(few, columns, caption)
+    return Table(few, columns_of("run", result["metric"]), caption)

@@ -1,13 +1,24 @@
 """Records as a table, and the ways to write it: HTML (by the page), Markdown, CSV, LaTeX."""
 
+import tomllib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
+from jinja2.filters import do_filesizeformat
 
 Record = Mapping[Any, Any]
 NOTHING = "–"
+
+
+def read_data(name: str) -> dict[str, Any]:
+    """A TOML file of this folder."""
+    return tomllib.loads(Path(__file__).with_name(f"{name}.toml").read_text(encoding="utf-8"))
+
+
+COLUMNS = read_data("columns")
 
 
 class Column(NamedTuple):
@@ -20,6 +31,26 @@ class Column(NamedTuple):
     title: str
     show: str | Callable[[Any], str] = ""
     best: bool = False
+
+    def text(self, value: Any) -> str:
+        """A value as it is shown."""
+        if value is None or value != value:  # NaN
+            return NOTHING
+        return self.show(value) if callable(self.show) else format(value, self.show)
+
+
+def columns_of(table: str, metric: str = "") -> dict[str, Column]:
+    """The columns that columns.toml gives a table: key of a record -> column."""
+    shows = {
+        "score": score_format(metric),
+        "bytes": do_filesizeformat,
+        "points": lambda share: f"{100 * share:+.2f}",
+        "count": lambda items: str(len(items)),
+    }
+    return {
+        key: Column(title.format(metric=metric), *(shows.get(how, how) for how in rest))
+        for key, (title, *rest) in COLUMNS[table].items()
+    }
 
 
 @dataclass(frozen=True)
@@ -37,10 +68,15 @@ class Table:
     file: str = ""
 
     @property
-    def shown(self) -> dict[Any, Column]:
+    def frame(self) -> pd.DataFrame:
         """The columns that are not empty."""
-        known = {key for row in self.rows for key, value in row.items() if value is not None}
-        return {key: column for key, column in self.columns.items() if key in known}
+        frame = pd.DataFrame(self.rows, columns=[*self.columns], dtype=object)
+        return frame.dropna(axis="columns", how="all")
+
+    @property
+    def shown(self) -> list[Column]:
+        """How each of these is shown."""
+        return [self.columns[key] for key in self.frame]
 
     @property
     def references(self) -> list[bool]:
@@ -52,29 +88,20 @@ class Table:
         self, mark: Callable[[str], str] = str, escape: Callable[[str], str] = str
     ) -> pd.DataFrame:
         """The texts of the cells, escaped; those that show their column's best value are marked."""
-        cells = []
-        for key, column in self.shown.items():
-            texts = [_show(column, row.get(key)) for row in self.rows]
-            rivals = [
-                row[key]
-                for row, reference in zip(self.rows, self.references, strict=True)
-                if column.best and not reference and row.get(key) is not None
-            ]
-            best = _show(column, max(rivals)) if rivals else None
-            cells.append(
-                [
-                    mark(escape(text)) if text == best and not reference else escape(text)
-                    for text, reference in zip(texts, self.references, strict=True)
-                ]
-            )
-        titles = [escape(column.title) for column in self.shown.values()]
+        cells, rivals = [], [not reference for reference in self.references]
+        for column, (_, values) in zip(self.shown, self.frame.items(), strict=True):
+            known = values.loc[rivals].dropna()
+            best = column.text(max(known)) if column.best and len(known) else None
+            texts = zip(map(column.text, values), rivals, strict=True)
+            cells.append([mark(escape(t)) if r and t == best else escape(t) for t, r in texts])
+        titles = [escape(column.title) for column in self.shown]
         return pd.DataFrame(cells, index=titles, dtype=object).T
 
 
 def to_markdown(table: Table) -> str:
     """A GitHub table with the caption above it, numbers to the right, the best in bold."""
     cells = table.cells("**{}**".format, lambda text: text.translate(_MARKDOWN))
-    sides = [" --: " if column.show else " :-- " for column in table.shown.values()]
+    sides = [" --: " if column.show else " :-- " for column in table.shown]
     head, *rows = [f"| {' | '.join(row)} |" for row in (cells, *cells.to_numpy())]
     lines = [*[table.caption, ""] * bool(table.caption), head, f"|{'|'.join(sides)}|", *rows, ""]
     return "\n".join(lines)
@@ -82,14 +109,13 @@ def to_markdown(table: Table) -> str:
 
 def to_csv(table: Table) -> str:
     """RFC 4180 with a header; numbers in full (shares, not percent), nothing is an empty field."""
-    frame = pd.DataFrame(table.rows, columns=list(table.shown), dtype=object)
-    titles = [column.title for column in table.shown.values()]
-    return frame.to_csv(index=False, header=titles, lineterminator="\n")
+    titles = [column.title for column in table.shown]
+    return table.frame.to_csv(index=False, header=titles, lineterminator="\n")
 
 
 def to_latex(table: Table) -> str:
     """A `table` environment for the booktabs package, the best in bold."""
-    sides = "".join("r" if column.show else "l" for column in table.shown.values())
+    sides = "".join("r" if column.show else "l" for column in table.shown)
     cells = table.cells(r"\textbf{{{}}}".format, lambda text: text.translate(_LATEX))
     caption = table.caption.translate(_LATEX)
     return cells.to_latex(index=False, caption=caption, column_format=sides)
@@ -98,12 +124,6 @@ def to_latex(table: Table) -> str:
 def score_format(metric: str) -> str:
     """How a score is written: accuracy in percent, what has no such scale with four digits."""
     return ".1%" if metric == "accuracy" else "#.4g"
-
-
-def _show(column: Column, value: Any) -> str:
-    if value is None or value != value:  # NaN
-        return NOTHING
-    return column.show(value) if callable(column.show) else format(value, column.show)
 
 
 _MARKDOWN = str.maketrans({letter: f"\\{letter}" for letter in "\\`*_[]<>|"} | {"\n": " "})

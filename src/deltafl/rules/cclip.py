@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from deltafl.rules.rule import RULES, LinearRule, Source, Stats, Tensor, Traits, Within
 
@@ -34,7 +34,7 @@ class CClip(LinearRule):
         return [f"cclip: rho is {self.rho:g}; as a quantile it is at most 1"] if wrong else []
 
     @classmethod
-    def grid(cls, given: Mapping[str, Any], norms: Sequence[float]) -> Mapping[str, Any]:
+    def grid(cls, given: Mapping[str, object], norms: Sequence[float]) -> Mapping[str, object]:
         if given.get("unit", "absolute") != "absolute":
             return {}
         low, high = min(norms), max(norms)

@@ -1,15 +1,17 @@
 """DARE (arXiv 2311.03099): drop coordinates at random, rescale the rest, merge by another rule."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar
 
 from deltafl.rules.rule import RULES, Rule, Source, Tensor, Traits, Transform, Within
 from deltafl.rules.task_arithmetic import TaskArithmetic
 from deltafl.rules.weights import PerModel, numbers_missing, numbers_of
 
 LEVELS = 1 << 16
+
+MEAN = TaskArithmetic()
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Dare(Rule):
     """R = inner rule of the dropped and rescaled deltas, which its reductions see too."""
 
     drop_rate: Annotated[PerModel, Within(0, 1 - 1 / LEVELS)]
-    inner: Rule = field(default_factory=TaskArithmetic)
+    inner: Rule = MEAN
     seed: int = 0
 
     values: ClassVar = {"drop_rate": 0.5}
@@ -63,7 +65,3 @@ class Dare(Rule):
     def problems(self, sources: Sequence[Source]) -> list[str]:
         wrong = numbers_missing("dare: drop_rate", self.drop_rate, len(sources))
         return wrong + self.inner.problems(sources)
-
-    @classmethod
-    def seeded(cls, params: Mapping[str, Any], seed: int) -> dict[str, Any]:
-        return {"seed": seed, **params}

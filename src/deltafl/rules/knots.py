@@ -1,11 +1,13 @@
 """KnOTS (arXiv 2410.19735): a rule of coordinates in the basis that all models share."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from deltafl.rules.matrices import MatrixRule, triples
 from deltafl.rules.rule import RULES, CoordinateRule, Source, Tensor, Traits
 from deltafl.rules.ties import Ties
+
+TIES = Ties()
 
 
 @RULES.register("knots")
@@ -17,7 +19,7 @@ class Knots(MatrixRule):
     matrix on its own, to one value at least. Directions whose singular value is 0 are left out.
     """
 
-    inner: CoordinateRule = field(default_factory=Ties)
+    inner: CoordinateRule = TIES
 
     @property
     def traits(self) -> Traits:
@@ -28,7 +30,7 @@ class Knots(MatrixRule):
         if isinstance(inner, CoordinateRule) and inner.traits.odd and inner.traits.order_free:
             return inner.problems(sources)
         return [
-            f"knots: inner is {inner}; it must treat each coordinate, either sign and all models "
+            f"knots: inner is {inner.name}; it must treat each coordinate, either sign and all models "
             "alike, as ties, median, trimmed_mean, fedgma and consensus do by default"
         ]
 

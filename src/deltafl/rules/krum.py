@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-from deltafl.errors import DeltaflError
-from deltafl.rules.rule import RULES, LinearRule, Source, Stats, Tensor, Within
+from deltafl.rules.rule import RULES, LinearRule, Source, Stats, Tensor, Within, check_rule
 
 
 @RULES.register("krum")
@@ -27,9 +26,7 @@ class Krum(LinearRule):
         return 1
 
     def problems(self, sources: Sequence[Source]) -> list[str]:
-        return self._too_few(len(sources))
-
-    def _too_few(self, n: int) -> list[str]:
+        n = len(sources)
         least, selected = 2 * self.num_byzantine + 3, self.selected(n)
         if n < least:
             return [
@@ -42,9 +39,8 @@ class Krum(LinearRule):
 
     def coefficients(self, stats: Stats, weights: Tensor) -> Tensor:
         active = [i for i, w in enumerate(weights.tolist()) if w > 0]
+        check_rule(self, [stats.sources[i] for i in active])
         n = len(active)
-        if problems := self._too_few(n):
-            raise DeltaflError(*problems)
         gram = stats.gram[active][:, active]
         norms = gram.diagonal()
         squares = (norms[:, None] + norms[None, :] - 2 * gram).clamp_min(0)

@@ -9,17 +9,10 @@ from deltafl.rules.rule import Tensor
 @functools.cache
 def network(n: int) -> tuple[tuple[int, int], ...]:
     """Comparators (i, j), i < j, that sort n values: Batcher's exchange (Knuth vol. 3, 5.2.2 M)."""
-    pairs = []
-    top = 1 << max(0, (n - 1).bit_length() - 1)
-    p = top
-    while p:
-        q, r, d = top, 0, p
-        while True:
+    powers, pairs = [1 << i for i in range((n - 1).bit_length())], []
+    for p in reversed(powers):
+        for d, r in [(p, 0), *((q - p, p) for q in reversed(powers) if q > p)]:
             pairs += [(i, i + d) for i in range(n - d) if i & p == r]
-            if q == p:
-                break
-            q, r, d = q // 2, p, q - p
-        p //= 2
     return tuple(pairs)
 
 

@@ -34,8 +34,8 @@ def _known() -> tuple[dict[str, Any], dict[str, list[str]]]:
     for name in rules:
         for key, (kind, default) in parameters(rules[name]).items():
             about = "required" if default is dataclasses.MISSING else f"default {default}"
-            kinds.setdefault(key, str if key == "inner" else kind)
-            takers[key].append(name if key == "inner" else f"{name} ({about})")
+            kinds.setdefault(key, kind)
+            takers[key].append(f"{name} ({about})")
     return kinds, takers
 
 

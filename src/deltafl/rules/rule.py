@@ -13,7 +13,7 @@ import typing
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from deltafl.errors import DeltaflError, did_you_mean
 from deltafl.registry import Registry
@@ -72,20 +72,18 @@ class Within(NamedTuple):
     high: float = float("inf")
 
 
-def _refuse(what: str, hint: object, value: PerModel | str) -> None:
+def _refuse(what: str, hint: object, value: PerModel) -> None:
     """Raise DeltaflError unless the value, or each of its numbers by model, fits the type."""
     kinds, choices = typing.get_args(hint), typing.get_origin(hint) is Literal
     if choices and value not in kinds:
         known = f"{', '.join(kinds[:-1])} or {kinds[-1]}"
         raise DeltaflError(f'{what} is "{value}"; it must be {known}')
-    by_name = isinstance(value, Mapping)
-    if by_name and list(value)[-1:] != ["*"]:
-        raise DeltaflError(f'{what} by tensor needs "*" as its last pattern, for all the others')
-    for low, high in (kind for kind in kinds if isinstance(kind, Within)):
-        for one in itertools.chain(*value.values()) if by_name else [value]:
-            if not isinstance(one, str) and not low <= one <= high:
-                limits = f"in [{low:g}, {high:g}]" if high < math.inf else f"{low:g} or more"
-                raise DeltaflError(f"{what} is {one:g}; it must be {limits}")
+    numbers = itertools.chain(*value.values()) if isinstance(value, Mapping) else [value]
+    ranges = [kind for kind in kinds if isinstance(kind, Within)]
+    for one, (low, high) in itertools.product(numbers, ranges):
+        if not low <= one <= high:
+            limits = f"in [{low:g}, {high:g}]" if high < math.inf else f"{low:g} or more"
+            raise DeltaflError(f"{what} is {one:g}; it must be {limits}")
 
 
 class Transform(ABC):
@@ -108,10 +106,11 @@ class Transform(ABC):
 class Rule:
     """n deltas -> one update, at mean scale. A frozen dataclass, whose fields are its parameters.
 
-    A rule is of one kind: a `LinearRule`, a `CoordinateRule` or a `TensorRule`. What it does not
-    say has a default. needs_gram: it wants the Gram matrix. weighs_examples: it weighs the deltas
-    by their numbers of examples itself. values: parameters to compare where none are named, a value
-    or a list. searched: what a search tries beside those that it is given.
+    A rule is of one kind: a `LinearRule`, a `CoordinateRule` or a `TensorRule`; the latter two do
+    not see models of weight 0. What it does not say has a default. needs_gram: it wants the Gram
+    matrix. weighs_examples: it weighs the deltas by their numbers of examples itself. values:
+    parameters to compare where none are named, a value or a list. searched: what a search tries
+    beside those that it is given.
 
     Raises:
         DeltaflError: a parameter is not one of its type's `Literal`, or outside its `Within`.
@@ -121,8 +120,8 @@ class Rule:
     transforms: ClassVar[tuple[Transform, ...]] = ()
     needs_gram: ClassVar[bool] = False
     weighs_examples: ClassVar[bool] = False
-    values: ClassVar[Mapping[str, Any]] = {}
-    searched: ClassVar[Mapping[str, Any]] = {}
+    values: ClassVar[Mapping[str, object]] = {}
+    searched: ClassVar[Mapping[str, object]] = {}
 
     def __post_init__(self) -> None:
         for key, hint in typing.get_type_hints(type(self), include_extras=True).items():
@@ -135,9 +134,6 @@ class Rule:
         named = (name for name in RULES if RULES[name] is type(self))
         return next(named, type(self).__name__)
 
-    def __str__(self) -> str:
-        return self.name
-
     @property
     def core(self) -> "Rule":
         """The rule that combines: the innermost of a wrapper such as `Dare(inner=Ties())`."""
@@ -148,21 +144,22 @@ class Rule:
         return []
 
     @classmethod
-    def grid(cls, given: Mapping[str, Any], norms: Sequence[float]) -> Mapping[str, Any]:
+    def grid(cls, given: Mapping[str, object], norms: Sequence[float]) -> Mapping[str, object]:
         """Parameters that a search tries beside the given ones; norms: of the deltas, (n,)."""
         return cls.searched
 
     @classmethod
-    def typical(cls) -> dict[str, Any]:
+    def typical(cls) -> dict[str, object]:
         """One value of each of `values`, that in the middle."""
         return {
             k: v[(len(v) - 1) // 2] if isinstance(v, list) else v for k, v in cls.values.items()
         }
 
     @classmethod
-    def seeded(cls, params: Mapping[str, Any], seed: int) -> dict[str, Any]:
-        """The parameters, with the seed of a run for a rule that draws and is given none."""
-        return dict(params)
+    def seeded(cls, params: Mapping[str, object], seed: int) -> dict[str, object]:
+        """The parameters, with the seed of a run for a rule that has one and is given none."""
+        own = {"seed": seed} if "seed" in parameters(cls) else {}
+        return own | dict(params)
 
 
 class LinearRule(Rule, ABC):
@@ -178,7 +175,7 @@ class CoordinateRule(Rule, ABC):
 
     @abstractmethod
     def combine(self, block: Tensor, weights: Sequence[float]) -> Tensor:
-        """(n, m), p >= 0 with sum 1 -> (m,), same dtype; the block may be overwritten."""
+        """(n, m), p > 0 with sum 1 -> (m,), same dtype; the block may be overwritten."""
 
 
 class TensorRule(Rule, ABC):
@@ -190,10 +187,7 @@ class TensorRule(Rule, ABC):
 
     @abstractmethod
     def combine(self, tensors: Tensor, weights: Sequence[float]) -> Tensor:
-        """(n, *shape), p > 0 with sum 1 -> (*shape), same dtype; may overwrite its argument.
-
-        n: of the models whose weight is not 0.
-        """
+        """(n, *shape), p > 0 with sum 1 -> (*shape), same dtype; may overwrite its argument."""
 
 
 def check_rule(rule: Rule, sources: Sequence[Source]) -> None:
@@ -214,36 +208,38 @@ def load_rules() -> Registry[type[Rule]]:
     return RULES
 
 
-def parameters(rule: type[Rule]) -> dict[str, tuple[Any, Any]]:
-    """Parameter name -> (type, default or dataclasses.MISSING) of a rule class."""
+def parameters(rule: type[Rule]) -> dict[str, tuple[object, object]]:
+    """Parameter name -> (type, default or dataclasses.MISSING); a rule in it goes by its name."""
     hints = typing.get_type_hints(rule)
-    found = {}
-    for f in dataclasses.fields(rule):
-        made = None if f.default_factory is dataclasses.MISSING else f.default_factory()
-        found[f.name] = hints[f.name], made or f.default
-    return found
+    return {
+        f.name: (str, f.default.name) if isinstance(f.default, Rule) else (hints[f.name], f.default)
+        for f in dataclasses.fields(rule)
+    }
 
 
-def build_rule(name: str, params: Mapping[str, Any]) -> Rule:
+def build_rule(name: str, params: Mapping[str, object]) -> Rule:
     """The rule called `name`; a rule that wraps another hands on the parameters it does not have.
 
     Raises DeltaflError for unknown and for missing parameters, all at once.
     """
-    rule = load_rules()[name]
-    known = parameters(rule)
-    own = {k: v for k, v in params.items() if k in known}
-    rest = {k: v for k, v in params.items() if k not in known}
-    problems: list[str] = []
-    if isinstance(own.get("inner"), str):
+    rule, own, problems = load_rules()[name], dict(params), list[str]()
+    known, inner = parameters(rule), params.get("inner")
+    if "inner" in known and isinstance(inner, str):
+        rest = {key: own.pop(key) for key in params if key not in known}
         try:
-            own["inner"] = build_rule(own["inner"], rest)
+            own["inner"] = build_rule(inner, rest)
         except DeltaflError as error:
             problems += error.problems
-        rest = {}
-    problems += [f'method {name} has no parameter "{k}"; {did_you_mean(k, known)}' for k in rest]
-    for key, (_, default) in known.items():
-        if default is dataclasses.MISSING and key not in own:
-            problems.append(f"method {name} needs --{key.replace('_', '-')}")
+    problems += [
+        f'method {name} has no parameter "{key}"; {did_you_mean(key, known)}'
+        for key in own
+        if key not in known
+    ]
+    problems += [
+        f"method {name} needs --{key.replace('_', '-')}"
+        for key, (_, default) in known.items()
+        if default is dataclasses.MISSING and key not in own
+    ]
     if problems:
         raise DeltaflError(*problems)
     return rule(**own)

@@ -1,6 +1,5 @@
 """TIES-Merging (arXiv 2306.01708): trim, elect a sign, merge what agrees with it."""
 
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
@@ -20,13 +19,8 @@ class Trim(Transform):
     def apply(self, block: Tensor, model: int, name: str, start: int, threshold: float) -> Tensor:
         if block.itemsize != 4:
             return block.masked_fill_(block.abs().float() < threshold, 0.0)
-        return block.hardshrink(below(threshold))
-
-
-def below(threshold: float) -> float:
-    """The largest float32 below a positive one: the fast hardshrink keeps what is greater."""
-    bits = int.from_bytes(struct.pack("<f", threshold), "little")
-    return struct.unpack("<f", max(0, bits - 1).to_bytes(4, "little"))[0]
+        below = block.new_tensor(threshold).nextafter(block.new_zeros(()))
+        return block.hardshrink(float(below))  # it is fast, and keeps what is greater
 
 
 @RULES.register("ties")
@@ -66,7 +60,7 @@ class Ties(CoordinateRule):
         return missing + wrong * (by_tensor and not self.per_tensor)
 
     def combine(self, block: Tensor, weights: Sequence[float]) -> Tensor:
-        least = min(w for w in weights if w > 0)
+        least = min(weights)
         elected = weighted_sum(block, [round(w / least, 9) for w in weights]).sign_()
         if self.zero_sum == "positive":
             elected.masked_fill_(elected == 0, 1.0)

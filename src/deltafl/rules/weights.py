@@ -1,7 +1,7 @@
 """Per-model numbers, above all weights, for all tensors or by patterns on their names."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TypeAlias, TypeVar
 
@@ -16,63 +16,58 @@ The first glob that matches counts, "*" is the last.
 """
 
 
-def first_match(name: str, patterns: Iterable[tuple[str, T]], default: T) -> T:
+def first_match(name: str, patterns: Mapping[str, T], default: T) -> T:
     """The value of the first glob that matches `name`."""
-    return next((value for pattern, value in patterns if fnmatchcase(name, pattern)), default)
+    return next((v for pattern, v in patterns.items() if fnmatchcase(name, pattern)), default)
 
 
-def numbers_of(value: PerModel, name: str, n: int) -> tuple[float, ...]:
+def numbers_of(value: PerModel, name: str, n: int = 1) -> tuple[float, ...]:
     """The numbers (n,) of one tensor."""
-    if isinstance(value, Mapping):
-        return tuple(first_match(name, value.items(), ()))
-    return (value,) * n
+    return tuple(first_match(name, value, ())) if isinstance(value, Mapping) else (value,) * n
 
 
 def numbers_missing(what: str, value: PerModel, n: int) -> list[str]:
-    """A line for each pattern that has not a number for each of n models."""
-    rows = value.items() if isinstance(value, Mapping) else ()
-    return [
-        f'{what} of "{k}": {len(row)} numbers for {n} models' for k, row in rows if len(row) != n
+    """A line for each pattern without a number for each of n models, and for a missing "*"."""
+    if not isinstance(value, Mapping):
+        return []
+    problems = [
+        f'{what} of "{pattern}": {len(row)} numbers for {n} models'
+        for pattern, row in value.items()
+        if len(row) != n
     ]
+    if list(value)[-1:] != ["*"]:
+        problems.append(f'{what} by tensor needs "*" as its last pattern, for all the others')
+    return problems
 
 
-@dataclass(frozen=True)
-class Weights:
-    """Per-model weights: `default`, or the first of `patterns` (glob, weights) that matches a name.
+Weights: TypeAlias = Mapping[str, tuple[float, ...]]
+"""As `PerModel`. A negative weight negates its delta; a rule sees p_i = |w_i| / sum_j |w_j|."""
 
-    A negative weight negates its delta. The rule sees p_i = |w_i| / sum_j |w_j|.
-    """
-
-    default: tuple[float, ...]
-    patterns: tuple[tuple[str, tuple[float, ...]], ...] = ()
-
-    def of(self, name: str) -> tuple[float, ...]:
-        """The weights (n,) of one tensor."""
-        return first_match(name, self.patterns, self.default)
-
-    def total(self, name: str) -> float:
-        """sum_i |w_i|: the factor between the sum (scaling_coef) and the mean (server_lr)."""
-        return sum(map(abs, self.of(name)))
-
-
-WeightsLike: TypeAlias = Weights | Sequence[float] | None
+WeightsLike: TypeAlias = Mapping[str, Sequence[float]] | Sequence[float] | None
 
 
 def as_weights(weights: WeightsLike, n: int) -> Weights:
     """Equal weights if None. Raises DeltaflError unless there are n numbers, not all of them 0."""
-    if not isinstance(weights, Weights):
-        weights = Weights((1.0,) * n if weights is None else tuple(float(w) for w in weights))
-    for where, row in (("weights", weights.default), *weights.patterns):
-        if len(row) != n:
-            raise DeltaflError(f"{where}: {len(row)} weights for {n} models")
-        if not all(abs(w) < float("inf") for w in row):
-            raise DeltaflError(f"{where}: {list(row)} holds a number that is not finite")
-    if not any(any(row) for row in (weights.default, *(w for _, w in weights.patterns))):
-        raise DeltaflError("weights: all are 0; at least one model must count")
-    return weights
+    if not isinstance(weights, Mapping):
+        weights = {"*": (1.0,) * n if weights is None else weights}
+    rows = {pattern: tuple(map(float, row)) for pattern, row in weights.items()}
+    problems = numbers_missing("weights", rows, n)
+    for pattern, row in rows.items():
+        if not all(map(math.isfinite, row)):
+            problems.append(f'weights of "{pattern}": {list(row)} holds one that is not finite')
+    if not any(map(any, rows.values())):
+        problems.append("weights: all are 0; at least one model must count")
+    if problems:
+        raise DeltaflError(*problems)
+    return rows
+
+
+def total_weight(weights: Weights, name: str = "") -> float:
+    """sum_i |w_i|: the factor between the sum (scaling_coef) and the mean (server_lr)."""
+    return sum(map(abs, numbers_of(weights, name)))
 
 
 def shares(weights: Sequence[float]) -> list[float]:
     """p_i = |w_i| / sum_j |w_j|."""
     total = sum(map(abs, weights))
-    return [abs(w) / total for w in weights] if total else [0.0 for _ in weights]
+    return [abs(w) / total for w in weights]

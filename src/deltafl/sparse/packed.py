@@ -1,12 +1,12 @@
 """Kept coordinates of one flat vector, and deltas that hold the kept values only."""
 
 from collections.abc import Mapping
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from deltafl.algebra.tensors import Lazy, Spec
-from deltafl.errors import DeltaflError
 from deltafl.sparse.masks import Mask
 
 
@@ -15,29 +15,9 @@ def kept_index(
 ) -> Tensor:
     """Where in `Net.flat`, whose `slices` these are, the kept coordinates are: int32 (k,),
     ascending.
-
-    Raises:
-        DeltaflError: the mask holds other tensors, other sizes or another dtype than the model, or
-            keeps nothing.
     """
-    if odd := sorted(mask.keys() ^ slices.keys()):
-        raise DeltaflError(
-            f'mask and model differ in {len(odd)} tensors, such as "{odd[0]}"; '
-            "make a mask for this model"
-        )
-    parts = []
-    for name, part in slices.items():
-        kept = mask[name]
-        if kept.dtype != torch.bool or kept.numel() != part.stop - part.start:
-            raise DeltaflError(
-                f'mask of "{name}" is {tuple(kept.shape)} {kept.dtype}, the model has '
-                f"{part.stop - part.start} elements; make a mask for this model"
-            )
-        parts.append(kept.reshape(-1).nonzero()[:, 0].add_(part.start).to(device, torch.int32))
-    index = torch.cat(parts)
-    if not len(index):
-        raise DeltaflError("the mask keeps no coordinate; choose a lower sparsity")
-    return index
+    places = [mask[name].reshape(-1).nonzero()[:, 0] + part.start for name, part in slices.items()]
+    return torch.cat(places).to(device, torch.int32)
 
 
 class PackedDelta(Lazy):
@@ -45,26 +25,13 @@ class PackedDelta(Lazy):
 
     kept: values (k,), on the device of `index`, int32 (k,), which many deltas may share. shapes: of
     all tensors, in the order of the flat vector. Every block equals the dense delta's bit for bit.
-
-    Raises:
-        DeltaflError: there are not as many values as places.
     """
 
     def __init__(self, kept: Tensor, index: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        if kept.shape != index.shape:
-            raise DeltaflError(
-                f"{tuple(kept.shape)} values for {tuple(index.shape)} kept coordinates; "
-                "was the delta made with another mask?"
-            )
         self.kept, self.index = kept, index
-        self.names = self._specs = {
-            name: Spec(tuple(shape), kept.dtype, kept.device) for name, shape in shapes.items()
-        }
-        self._starts: dict[str, int] = {}
-        start = 0
-        for name, spec in self._specs.items():
-            self._starts[name] = start
-            start += spec.numel
+        self.names = self._specs = {n: Spec(s, kept.dtype, kept.device) for n, s in shapes.items()}
+        ends = accumulate((spec.numel for spec in self._specs.values()), initial=0)
+        self._starts = dict(zip(shapes, ends, strict=False))
 
     def spec(self, name: str) -> Spec:
         return self._specs[name]

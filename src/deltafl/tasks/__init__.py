@@ -1,6 +1,5 @@
 """Tasks: what a user names as data, in the one form in which everything trains and judges."""
 
-from deltafl.tasks import digits as digits  # registers its family
 from deltafl.tasks.images import Images, ImageTask
 from deltafl.tasks.inputs import ImageInput, TextInput
 from deltafl.tasks.lines import LineTask

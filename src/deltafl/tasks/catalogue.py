@@ -4,60 +4,78 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
-from typing import Any
 
 import yaml
 
 from deltafl.errors import DeltaflError
 from deltafl.recipes import Recipe
+from deltafl.tasks.decoding import RawSplit
+
+TEMPLATES = (
+    "a photograph of a {}.",
+    "an image showing a {}.",
+    "this picture has a {} in it.",
+    "one {}.",
+)
+"""Prompts for tasks that are not in the catalogue."""
 
 
 class NamedTask(Recipe):
     """One task of catalogue.yaml, where the names are.
 
     num_classes: K. templates: prompts with {} where the class goes. hub: the id on the Hugging Face
-    hub; None: only a local folder will do. config: the hub set's configuration. image, label:
-    columns, the first that the data have. class_names: K names for prompts; None: the data's own.
-    labels: what the data call the K classes where that is something else, to recognise them by.
-    test_is_validation: the split to test on is published as "validation".
+    hub; None: only a local folder will do. config: the hub set's configuration. class_names: K
+    names for prompts; None: the data's own. labels: what the data call the K classes where that is
+    something else, to recognise them by. test_is_validation: the split to test on is published as
+    "validation".
     """
 
     num_classes: int
     templates: tuple[str, ...]
     hub: str | None = None
     config: str | None = None
-    image: tuple[str, ...] = ("image", "img")
-    label: tuple[str, ...] = ("label",)
     class_names: tuple[str, ...] | None = None
-    labels: tuple[str, ...] | None = None
+    labels: tuple[str, ...] = ()
     test_is_validation: bool = False
 
+    def of(
+        self, name: str, splits: Mapping[str, RawSplit], names: Sequence[str]
+    ) -> tuple[Mapping[str, RawSplit], Sequence[str]]:
+        """Splits and class names of data as those of this task; where the data's names are numbers,
+        the catalogue's.
 
-@cache
-def _file() -> dict[str, Any]:
-    return yaml.safe_load((files("deltafl.tasks") / "catalogue.yaml").read_text(encoding="utf-8"))
+        Raises:
+            DeltaflError: another number of classes.
+        """
+        if self.test_is_validation and "test" not in splits and "val" in splits:
+            splits = {"train": splits["train"], "test": splits["val"]}
+        numbers = tuple(map(str, range(self.num_classes)))
+        if tuple(names) == numbers[: len(names)]:
+            names = self.class_names or numbers
+        if len(names) != self.num_classes:
+            raise DeltaflError(
+                f'task "{name}" has {self.num_classes} classes, the labels of the data name '
+                f"{len(names)}. Is it another data set? Name that one by its folder, folder:PATH."
+            )
+        return splits, names
 
 
 @cache
 def catalogue() -> Mapping[str, NamedTask]:
     """Name -> task."""
-    return {name: NamedTask.model_validate(task) for name, task in _file()["tasks"].items()}
-
-
-def are_numbers(names: Sequence[str]) -> bool:
-    """Whether class names say no more than the labels: "0", "1", .."""
-    return list(names) == [str(label) for label in range(len(names))]
+    text = (files("deltafl.tasks") / "catalogue.yaml").read_text(encoding="utf-8")
+    return {name: NamedTask.model_validate(task) for name, task in yaml.safe_load(text).items()}
 
 
 def prompt_names(task: str, class_names: Sequence[str]) -> tuple[str, ...]:
     """One name for prompts for each class of the task called `task`, in the order of `class_names`.
 
-    A class that the catalogue's task knows gets its name there, whatever the order; otherwise the
+    Classes that the catalogue's task knows get their names there, whatever the order; otherwise the
     data's own words are used, cleaned, so that no word is ever given to another class.
 
     Raises:
-        DeltaflError: another number of classes than the catalogue's task, or numbers where words are
-            needed.
+        DeltaflError: another number of classes than the catalogue's task, or numbers where words
+            are needed.
     """
     named, words = catalogue().get(task), tuple(map(cleaned, class_names))
     if named is None:
@@ -67,25 +85,17 @@ def prompt_names(task: str, class_names: Sequence[str]) -> tuple[str, ...]:
             f'task "{task}" has {len(words)} classes, the one of that name in the catalogue '
             f"{named.num_classes}. Rename the folder, or give a head from a file."
         )
-    known = named.class_names
-    if are_numbers(class_names):
-        if known is None:
-            raise DeltaflError(
-                f'task "{task}" has numbers for class names, and a zero-shot head needs words. '
-                f"Put them in {task}_classes.json beside the Parquet files, a JSON list."
-            )
-        return known
-    for names in (known, named.labels) if known else ():
-        places = {_letters(name): place for place, name in enumerate(names or ())}
-        if known and places.keys() == set(map(_letters, class_names)):
-            return tuple(known[places[_letters(name)]] for name in class_names)
+    numbers, names = tuple(map(str, range(len(words)))), named.class_names or ()
+    if not names and words == numbers:
+        raise DeltaflError(
+            f'task "{task}" has numbers for class names, and a zero-shot head needs words. '
+            f"Put them in {task}_classes.json beside the Parquet files, a JSON list."
+        )
+    for labels in (names, named.labels, numbers):
+        known = dict(zip(map(_letters, labels), names, strict=False))
+        if known.keys() == {*map(_letters, class_names)}:
+            return tuple(known[_letters(name)] for name in class_names)
     return words
-
-
-def prompt_templates(task: str) -> tuple[str, ...]:
-    """The catalogue's templates for a task, or those for any task."""
-    named = catalogue().get(task)
-    return named.templates if named else tuple(_file()["templates"])
 
 
 def cleaned(name: str) -> str:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from deltafl.errors import DeltaflError
 from deltafl.tasks.recipe import Augmentation
-from deltafl.tasks.task import SPLITS, Batch, Device, Model, Split, Task, drawn, hash_of
+from deltafl.tasks.task import SPLITS, Batch, Device, HeldTask, Model, Split, drawn, hash_of
 from deltafl.tasks.transforms import random_crop, random_flip
 
 
@@ -22,11 +22,6 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def is_sound(self) -> bool:
-        """Whether dtypes and shapes are those."""
-        dtypes = (self.images.dtype, self.labels.dtype) == (torch.uint8, torch.int64)
-        return dtypes and self.images.ndim == 4 and self.labels.shape == self.images.shape[:1]
-
     def at(self, rows: Tensor) -> "Images":
         """Those at `rows`, int64; whole images are copied, not pixels."""
         rows = rows.to(self.images.device)
@@ -38,7 +33,7 @@ class Images:
 
 
 @dataclass(frozen=True, eq=False)
-class ImageTask(Task):
+class ImageTask(HeldTask):
     """Classification by cross-entropy; `model(images)` gives logits (B, K).
 
     A batch is {"images": uint8 (B, C, H, W), "labels": int64 (B,)}; of training, `augment`-ed
@@ -46,11 +41,10 @@ class ImageTask(Task):
     (1 - s) one-hot + s / K. Score: 1 where the largest logit is the label's, else 0.
 
     Raises:
-        DeltaflError: a split is missing or empty, its tensors are of another kind, or a label is not
-            below the number of class names.
+        DeltaflError: a split is missing or empty, its tensors are of another kind, or a label is
+            not below the number of class names.
     """
 
-    name: str
     splits: Mapping[str, Images]
     class_names: tuple[str, ...]
     augment: Augmentation = "none"
@@ -62,12 +56,14 @@ class ImageTask(Task):
     def __post_init__(self) -> None:
         for split in SPLITS:
             where, part = f'split {split} of task "{self.name}"', self.splits.get(split)
-            if part is None or not part.is_sound():
+            if (
+                part is None
+                or (part.images.dtype, part.labels.dtype) != (torch.uint8, torch.int64)
+                or part.images.ndim != 4
+                or part.images.shape[:1] != part.labels.shape
+            ):
                 raise DeltaflError(f"{where} must be Images of uint8 (N, C, H, W) and int64 (N,)")
             check_labels(part.labels, len(self.class_names), where)
-
-    def size(self, split: Split) -> int:
-        return len(self.splits[split])
 
     def groups(self, split: Split) -> Tensor:
         return self.splits[split].labels.cpu()
@@ -113,18 +109,7 @@ class ImageTask(Task):
         some = [p.images[:: max(1, len(p) // 64)] for p in parts]
         return hash_of(*(p.labels for p in parts), *some, *self.class_names)
 
-    def only(self, rows: Mapping[str, Tensor], name: str) -> "ImageTask":
-        """Labels and class names stay, so that one head fits all parts."""
-        if empty := [split for split in SPLITS if not len(rows[split])]:
-            raise DeltaflError(
-                f'task "{name}" has no example in {", ".join(empty)}; take fewer parts or more data'
-            )
-        splits = {split: self.splits[split].at(rows[split]) for split in SPLITS}
-        return replace(self, name=name, splits=splits)
-
     def to(self, device: Device) -> "ImageTask":
-        if torch.device(device).type == "cpu":
-            return self
         return replace(self, splits={s: part.to(device) for s, part in self.splits.items()})
 
 

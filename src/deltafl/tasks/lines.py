@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from deltafl.errors import DeltaflError
 from deltafl.tasks.inputs import TextInput
 from deltafl.tasks.selection import select
-from deltafl.tasks.task import SPLITS, Batch, Device, Model, Split, Task, drawn, hash_of
+from deltafl.tasks.task import SPLITS, Batch, Device, HeldTask, Model, Split, drawn, hash_of
 
 log = logging.getLogger(__name__)
 
@@ -37,42 +37,37 @@ class Lines:
         return Lines([self.ids[row] for row in rows.tolist()], self.sources[rows])
 
 
-def tokenised(texts: Sequence[str], inputs: TextInput, source: int = 0) -> Lines:
-    """Lines of text, with the tokenizer's BOS token before and its EOS after each where it has them.
+def tokenised(texts: Sequence[str], inputs: TextInput) -> list[Tensor]:
+    """The token ids of each line of text, int64, with the tokenizer's BOS token before and its EOS
+    after where it has them.
 
     Blank ones are left out, and those longer than the model takes are cut; both are counted in the
-    log. source: where all of them are from.
+    log.
     """
     tokenizer, most = inputs.tokenizer, inputs.max_length
-    first, last = tokenizer.bos_token_id, tokenizer.eos_token_id
-    given = [text for text in texts if text.strip()]
-    encoded = (
-        tokenizer(given, add_special_tokens=False, verbose=False)["input_ids"] if given else []
-    )
-    lines = [[token for token in (first, *ids, last) if token is not None] for ids in encoded]
-    lines = [line for line in lines if len(line) > 1]
+    ends = tokenizer.bos_token_id, tokenizer.eos_token_id
+    first, last = ([token] if isinstance(token, int) else [] for token in ends)
+    given = [*filter(str.strip, texts)]
+    encoded = tokenizer(given, add_special_tokens=False, verbose=False).input_ids if given else ()
+    lines = [line for ids in encoded if len(line := [*first, *ids, *last]) > 1]
     cut = sum(len(line) > most for line in lines)
     log.info("%d lines, %d left out, %d cut", len(lines), len(texts) - len(lines), cut)
-    return Lines([torch.tensor(x[:most]) for x in lines], torch.full((len(lines),), source))
+    return [torch.tensor(line[:most]) for line in lines]
 
 
 @dataclass(frozen=True, eq=False)
-class LineTask(Task):
+class LineTask(HeldTask):
     """Next-token cross-entropy; `model(input_ids=, attention_mask=).logits` is (B, T, V).
 
     A batch is {"input_ids", "attention_mask", "labels"}, int64 (B, T), padded on the right; labels
-    are the ids, `IGNORED` at padding. Loss of a line: the sum over its tokens but the first; weight:
-    their number. Score: the mean log-likelihood of these tokens, in nats, below 0.
+    are the ids, `IGNORED` at padding. Loss of a line: the sum over its tokens but the first;
+    weight: their number. Score: the mean log-likelihood of these tokens, in nats, below 0.
     """
 
-    name: str
     splits: Mapping[str, Lines]
 
     metric = "log-likelihood"
     ratio_scaled = False
-
-    def size(self, split: Split) -> int:
-        return len(self.splits[split])
 
     def groups(self, split: Split) -> Tensor:
         """The file that each line is from."""
@@ -113,11 +108,6 @@ class LineTask(Task):
         sizes = [*map(self.size, SPLITS), *map(len, lines)]
         return hash_of(torch.cat(lines), torch.tensor(sizes))
 
-    def only(self, rows: Mapping[str, Tensor], name: str) -> "LineTask":
-        if empty := [split for split in SPLITS if not len(rows[split])]:
-            raise DeltaflError(f'task "{name}" has no line in {", ".join(empty)}; take fewer parts')
-        return replace(self, name=name, splits={s: self.splits[s].at(rows[s]) for s in SPLITS})
-
 
 def _logits(model: Model, batch: Batch) -> Tensor:
     """Of the tokens after the first, float32 (B, T - 1, V)."""
@@ -140,24 +130,21 @@ def load_lines(data: str, inputs: TextInput, val_fraction: float, seed: int) -> 
     names = sorted({p.stem.removeprefix(s) for s, paths in files.items() for p in paths})
     read: dict[str, Lines] = {}
     for split in (split for split in SPLITS if files[split] or split != "val"):
-        parts = [
-            tokenised(_texts(path), inputs, names.index(path.stem.removeprefix(split)))
-            for path in files[split]
-        ]
-        if not any(map(len, parts)):
+        lines, sources = [], []
+        for path in files[split]:
+            try:
+                texts = path.read_text(encoding="utf-8").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise DeltaflError(f'"{path}" cannot be read as UTF-8 text: {error}') from error
+            lines += tokenised(texts, inputs)
+            source = names.index(path.stem.removeprefix(split))
+            sources += [source] * (len(lines) - len(sources))
+        if not lines:
             raise DeltaflError(
                 f'data "{data}" has no line of text in {folder / split}*.txt, and the model takes '
                 "text; name a folder with train*.txt and test*.txt"
             )
-        lines = [line for part in parts for line in part.ids]
-        read[split] = Lines(lines, torch.cat([part.sources for part in parts]))
+        read[split] = Lines(lines, torch.tensor(sources))
     chosen = select({s: lines.sources.numpy() for s, lines in read.items()}, seed, val_fraction)
     splits = {s: read[origin].at(torch.from_numpy(rows)) for s, (origin, rows) in chosen.items()}
     return LineTask(folder.resolve().name, splits)
-
-
-def _texts(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DeltaflError(f'"{path}" cannot be read as UTF-8 text: {error}') from error

@@ -1,4 +1,4 @@
-"""The settings of data: where they are, which part of them is used, and how a model trains on them."""
+"""The settings of data: where they are, which part is used, and how a model trains on them."""
 
 from typing import Literal
 
@@ -17,12 +17,19 @@ class DataSource(Recipe):
         "lines:FOLDER for text, or your own function MODULE:ATTR"
     )
     image_column: str | None = Field(
-        None, description="the column of images, of Parquet files and hub sets (default: image)"
+        None,
+        description="the column of images, of Parquet files and hub sets "
+        "(default: image, else img)",
     )
     label_column: str | None = Field(
-        None, description="the column of class numbers (default: label)"
+        None, description="the column of class numbers (default: label, else fine_label)"
     )
     revision: str | None = Field(None, description="the version of a hub data set")
+
+    def columns(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Names for the columns of images and of labels; the first that a table has counts."""
+        images = (self.image_column,) if self.image_column else ("image", "img")
+        return images, (self.label_column,) if self.label_column else ("label", "fine_label")
 
 
 class DataRecipe(DataSource):
@@ -31,13 +38,14 @@ class DataRecipe(DataSource):
     `data` is, in this order of precedence:
 
     - `hub:owner/name[:config]`, a data set of the Hugging Face hub;
-    - `parquet:PATH` or `folder:PATH`, the same as PATH, for names that look like something else, and
+    - `parquet:PATH` or `folder:PATH`, the same as PATH, for names that look like something else,
+      and
       `lines:PATH`, a folder with lines of plain text, `train*.txt` and `test*.txt`;
-    - a registered family, `digits` or `digits:VARIANT`;
+    - `digits` or `digits:VARIANT`;
     - PATH, a folder with `train*.parquet` and `test*.parquet`, with `train/CLASS/*.png` and
       `test/CLASS/*.png`, or with lines of text; `PATH/NAME` takes `NAME_train.parquet`,
       `NAME_test.parquet` and `NAME_classes.json` out of a folder of many;
-    - the name of a task in catalogue.yaml, such as `cifar100`: its hub set and columns;
+    - the name of a task in catalogue.yaml, such as `cifar100`: its hub set;
     - `module:attr`, a function `(inputs, seed) -> Task` importable from the working directory.
 
     With `data_dir` a task by name is `data_dir/NAME`, a folder of Parquet files or images, or

@@ -11,8 +11,8 @@ MOST_HELD_OUT = 5000
 def select(
     labels: Mapping[str, np.ndarray], seed: int, val_fraction: float = 0.1, limit: int | None = None
 ) -> dict[str, tuple[str, np.ndarray]]:
-    """For each of "train", "val" and "test": the split of the data that it comes from, and its rows,
-    ascending.
+    """For each of "train", "val" and "test": the split of the data that it comes from, and its
+    rows, ascending.
 
     labels: int64 (N,) for "train", "test" and, where the data have it, "val"; else
     min(val_fraction N, `MOST_HELD_OUT`) rows, at least one, are held out of train; no
@@ -38,11 +38,11 @@ def stratified(
 ) -> np.ndarray:
     """Rows of a random subset in which every class has its share, int64 (count,), ascending.
 
-    Class c gets floor or ceil of n_c * count / N (largest remainders first), and at least `leave` of
-    its rows stay outside. The result is shorter than `count` only where `leave` forces it.
+    Class c gets floor or ceil of n_c * count / N (largest remainders first), and at least `leave`
+    of its rows stay outside. The result is shorter than `count` only where `leave` forces it.
     """
     classes, inverse, sizes = np.unique(labels, return_inverse=True, return_counts=True)
-    room = np.maximum(sizes - leave, 0)
+    room = sizes - leave
     shares = sizes * (min(count, len(labels)) / max(len(labels), 1))
     quotas = np.minimum(np.floor(shares + 1e-9).astype(np.int64), room)
     while (missing := min(count, room.sum()) - quotas.sum()) > 0:

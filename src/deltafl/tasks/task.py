@@ -3,7 +3,8 @@
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -94,6 +95,26 @@ class Task(ABC):
         return self
 
 
+@dataclass(frozen=True, eq=False)
+class HeldTask(Task):
+    """A task that holds its examples, by split: what has a length and, `at` rows int64, a part."""
+
+    name: str
+    splits: Mapping[str, Any]
+
+    def size(self, split: Split) -> int:
+        return len(self.splits[split])
+
+    def only(self, rows: Mapping[str, Tensor], name: str) -> Self:
+        """What there is to tell apart stays, so that one head fits all parts."""
+        if empty := [split for split in SPLITS if not len(rows[split])]:
+            raise DeltaflError(
+                f'task "{name}" has no example in {", ".join(empty)}; take fewer parts or more data'
+            )
+        splits = {split: self.splits[split].at(rows[split]) for split in SPLITS}
+        return replace(self, name=name, splits=splits)
+
+
 def hash_of(*parts: Tensor | str) -> str:
     """sha256 of the bytes of tensors and texts, in order."""
     digest = hashlib.sha256()
@@ -103,8 +124,8 @@ def hash_of(*parts: Tensor | str) -> str:
 
 
 def check_task(task: Task, model: Model, device: Device = "cpu") -> None:
-    """Let `model`, in eval mode, do two training examples, so that a task of a user's own that breaks a
-    promise is found before anything trains.
+    """Let `model`, in eval mode, do two training examples, so that a task of a user's own that
+    breaks a promise is found before anything trains.
 
     Raises:
         DeltaflError: which field of the task is of another shape or dtype, or not finite.
@@ -140,10 +161,11 @@ def check_values(
 
 
 def drawn(chances: Tensor, generator: torch.Generator) -> Tensor:
-    """An index for each row of `chances`, (..., K) that sum to about 1 -> int64 (...), on their device.
+    """An index for each row of `chances`, (..., K) that sum to about 1 -> int64 (...), on their
+    device.
 
-    One number of `generator` each, in order, so that what is drawn does not depend on how rows are cut
-    into batches.
+    One number of `generator` each, in order, so that what is drawn does not depend on how rows are
+    cut into batches.
     """
     below = chances.detach().double().cumsum(-1)
     shape = (*below.shape[:-1], 1)

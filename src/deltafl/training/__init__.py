@@ -1,9 +1,9 @@
 """Train a model on a task, validated after each epoch or once, and evaluate what came out."""
 
-from deltafl.training.centralized import centralize
 from deltafl.training.evaluation import Evaluation, EvaluationRecipe, evaluate
-from deltafl.training.finetune import TRAINING_JSON, Finetuned, finetune
+from deltafl.training.finetune import TRAINING_JSON, Finetuned, centralize, finetune
 from deltafl.training.recipe import CentralizedRecipe, TrainingRecipe
+from deltafl.training.record import FinishedRun
 
 __all__ = [
     "TRAINING_JSON",
@@ -11,6 +11,7 @@ __all__ = [
     "Evaluation",
     "EvaluationRecipe",
     "Finetuned",
+    "FinishedRun",
     "TrainingRecipe",
     "centralize",
     "evaluate",

@@ -2,9 +2,9 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import cast
 
 import torch
 from accelerate import PartialState
@@ -18,29 +18,30 @@ from deltafl.progress import OnProgress, Progress
 from deltafl.seeding import keyed_generator
 from deltafl.tasks import Task
 from deltafl.training.recipe import TrainingRecipe
-from deltafl.training.state import State
-from deltafl.training.step import batch_ids, keyed_dropout, lr_at, scores, train_step
-
-Row = dict[str, Any]
+from deltafl.training.record import Row
+from deltafl.training.step import batches, keyed_dropout, lr_at, scores, train_step
 
 
 @dataclass
 class Best:
-    """The model that was best on validation: its score, the epoch after which it was, its values,
+    """What was best on validation: its score, the epoch or round after which it was, its values,
     and how many validations there were since. Of equal scores the first is the best.
     """
 
     score: float = -math.inf
-    epoch: int = 0
+    after: int = 0
     waited: int = 0
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def see(self, net: Net, epoch: int, score: float) -> None:
-        """Take note of the model as it is after an epoch."""
+    def see(self, score: float, after: int, tensors: Callable[[], Mapping[str, Tensor]]) -> None:
+        """Take note of a model."""
         self.waited += 1
         if score > self.score:
-            tensors = {n: t.clone() for n, t in net.module.state_dict().items()}
-            self.score, self.epoch, self.waited, self.tensors = score, epoch, 0, tensors
+            self.score, self.after, self.waited, self.tensors = score, after, 0, tensors()
+
+    def exhausts(self, patience: int | None) -> bool:
+        """Whether there was no better one for as many validations as that."""
+        return patience is not None and self.waited >= patience
 
 
 class Run:
@@ -56,33 +57,35 @@ class Run:
             cannot be had.
     """
 
-    def __init__(self, net: Net, task: Task, recipe: TrainingRecipe, state: State | None) -> None:
-        self.recipe = recipe
-        self.processes, device = _join(recipe.device)
+    def __init__(self, net: Net, task: Task, recipe: TrainingRecipe, state: Row | None) -> None:
+        self.recipe, self.examples = recipe, task.size("train")
+        device: torch.device | str = device_named(recipe.device)
+        self.processes = PartialState(cpu=recipe.device == "cpu")
+        self.processes.wait_for_everyone()
+        if self.processes.num_processes > 1:
+            device = str(self.processes.device)
         self.net, self.task = net.copy_to(device), task.to(device)
         self.net.module.float()
         if state is not None:
             self.net.restore(state["net"])
         else:
-            fit = HeadFit(recipe.seed, autocast=recipe.autocast)
-            self.net.prepare(task, recipe.head, fit)
+            self.net.prepare(task, recipe.head, HeadFit(recipe.seed, autocast=recipe.autocast))
         if self.processes.num_processes > 1:  # prepared apart, they may differ in their last bits
             for tensor in self.net.module.state_dict().values():
                 broadcast(tensor)
         self.optimiser = _optimiser(self.net, recipe)
-        self.examples = task.size("train")
-        self.total, self.per_epoch = (
-            recipe.num_steps(self.examples),
-            recipe.steps_in_epoch(self.examples),
-        )
+        self.total = recipe.num_steps(self.examples)
+        self.per_epoch = recipe.steps_in_epoch(self.examples)
         self.step, self.best = 0, Best()
         self.losses = torch.zeros((), device=self.net.device)
         if state is not None:
             self.step, self.best = state["step"], Best(**state["best"])
             self.losses = state["losses"].to(self.net.device)
             self.optimiser.load_state_dict(state["optimiser"])
+        ids = torch.arange(self.examples)
+        self._batches = batches(ids, recipe.batch_size, recipe.seed, self.total, first=self.step)
 
-    def state(self) -> State:
+    def state(self) -> Row:
         """All that a resumed run needs."""
         return {
             "step": self.step,
@@ -107,10 +110,9 @@ class Run:
     def advance(self) -> Tensor:
         """One step; the loss of its batch."""
         recipe, rank = self.recipe, self.processes.process_index
-        ids = batch_ids(self.examples, recipe.batch_size, recipe.seed, self.step)
+        ids, world = next(self._batches), self.processes.num_processes
         generator = keyed_generator(recipe.seed, "augment", self.step)
         batch = self.task.batch("train", ids, self.net.device, generator)
-        world = self.processes.num_processes
         with keyed_dropout(self.net.device, recipe.seed, self.step, rank):
             loss = train_step(
                 self.net,
@@ -120,7 +122,7 @@ class Run:
                 lr=self.lr,
                 grad_clip=recipe.grad_clip,
                 autocast=recipe.autocast,
-                reduce=_sum_over_processes if world > 1 else None,
+                reduce=_summed if world > 1 else None,
             )
         self.step += 1
         self.losses = self.losses + loss * len(ids)
@@ -153,74 +155,56 @@ class Run:
 def train(
     run: Run,
     on_progress: OnProgress,
-    save: Callable[[State], None],
-    record: Callable[[Row], None] = lambda row: None,
+    save: Callable[[Row], None],
+    record: Callable[[Row], None] | None,
 ) -> None:
     """Train to the end of the recipe or of its patience; leaves in the net the best model, or the
     last one where there is but one validation, at the end.
 
-    After each epoch `record` is given a row; after each validation and every `save_every` steps
-    `save` is given the state, in the main process.
+    After each epoch `record` is given a row; after each validation but the last and every
+    `save_every` steps `save` is given the state, in the main process.
 
     Raises:
         DeltaflError: weights that are not finite.
     """
-    recipe, main = run.recipe, run.processes.is_main_process
+    recipe, main, module = run.recipe, run.processes.is_main_process, run.net.module
     every, started = recipe.eval_every, time.perf_counter()
 
     def tell(row: Row, validated: bool) -> None:
-        row["val_score"] = None
-        if validated:
-            row["val_score"] = score = run.validate()
-            run.best.see(run.net, run.epoch, score)
-        if main:
+        row["val_score"] = score = run.validate() if validated else None
+        if score is not None:
+            values = module.state_dict()
+            run.best.see(score, run.epoch, lambda: {n: t.clone() for n, t in values.items()})
+        if main and record is not None:
             record(row)
-        numbers = {
-            k: v for k, v in row.items() if k in ("train_loss", "val_score") and v is not None
-        }
-        on_progress(Progress("epochs", run.epoch, math.ceil(run.total / run.per_epoch), numbers))
+        shown = {k: row[k] for k in ("train_loss", "val_score") if row.get(k) is not None}
+        on_progress(Progress("epochs", run.epoch, math.ceil(run.total / run.per_epoch), shown))
 
     if every and not run.step:
         tell({"event": "start", "epoch": 0, "parameters": run.net.flat.numel()}, True)
-    while run.step < run.total and not (recipe.patience and run.best.waited >= recipe.patience):
+    while run.step < run.total and not run.best.exhausts(recipe.patience):
         rate, loss = run.lr, run.advance()
-        last = run.step == run.total
-        ended = last or run.step % run.per_epoch == 0
-        validated = ended and bool(every) and (last or run.epoch % every == 0)
-        if ended:
+        last, validated = run.step == run.total, False
+        if last or run.step % run.per_epoch == 0:
+            validated = bool(every) and (last or run.epoch % (every or 1) == 0)
             row = {"event": "epoch", "epoch": run.epoch, "step": run.step, "lr": rate}
             row |= {"train_loss": run.mean_loss(), "seconds": time.perf_counter() - started}
             tell(row, validated)
             started = time.perf_counter()
-        if validated or (recipe.save_every and run.step % recipe.save_every == 0 and not last):
+        if not last and (validated or (recipe.save_every and run.step % recipe.save_every == 0)):
             run.check_finite()
             if main:
                 save(run.state())
         on_progress(Progress("steps", run.step, run.total, {"loss": loss}))
     if every:
-        run.net.module.load_state_dict(run.best.tensors)
+        module.load_state_dict(run.best.tensors)
     else:
         run.best = Best(run.validate(), run.epoch)
 
 
-def _join(device: str | None) -> tuple[PartialState, str]:
-    """accelerate's PartialState, once all processes are here, and the device of this one.
-
-    Raises:
-        DeltaflError: no such device.
-    """
-    if device is not None:
-        device_named(device)
-    processes = PartialState(cpu=device == "cpu")
-    processes.wait_for_everyone()
-    if device is not None and processes.num_processes == 1:
-        return processes, device
-    return processes, str(processes.device)
-
-
-def _sum_over_processes(tensor: Tensor) -> Tensor:
-    total: Any = reduce(tensor, "sum")
-    return total
+def _summed(tensor: Tensor) -> Tensor:
+    """Over all processes."""
+    return cast(Tensor, reduce(tensor, "sum"))
 
 
 def _optimiser(net: Net, recipe: TrainingRecipe) -> torch.optim.Optimizer:

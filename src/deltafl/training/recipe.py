@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 
+from deltafl.errors import DeltaflError
 from deltafl.models.head_recipe import HeadRecipe
 from deltafl.recipes import Flags, Incidental, Recipe
 from deltafl.tasks.recipe import TrainingDataRecipe
@@ -14,54 +16,16 @@ from deltafl.tasks.recipe import TrainingDataRecipe
 PRECISIONS: Mapping[str, torch.dtype | None] = {"no": None, "bf16": torch.bfloat16}
 
 
-class TrainingRecipe(Recipe):
-    """How to train a model on a task; the defaults are those of the task-arithmetic papers for CLIP
-    and ViT.
-    """
-
-    renamed: ClassVar = {"base": "model", "schedule": "lr_schedule"}
-    alternatives: ClassVar = (("steps", "epochs"),)
+class RunRecipe(Recipe):
+    """What every training has: a model, a task, a seed, and a folder to write."""
 
     model: Annotated[str, Flags(("--model", "--base"))] = Field(
         description="the model to begin with: a folder, a hub id, a config.json or module:attr"
-    )
-    steps: int | None = Field(
-        None, ge=0, description="optimiser steps; 0 writes the model with its head"
-    )
-    epochs: float | None = Field(
-        None, gt=0, description="passes over the training data, instead of steps"
-    )
-    batch_size: int = Field(
-        128, ge=1, description="examples in a step, over all processes together"
-    )
-    lr: float = Field(1e-5, gt=0, description="peak learning rate")
-    lr_schedule: Literal["cosine", "constant", "linear", "step"] = Field(
-        "cosine", description="of the learning rate, over all steps, after the warm-up"
-    )
-    warmup: int | None = Field(
-        None, ge=0, description="steps of warm-up (default: 10 % of the steps, at most 500)"
-    )
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="what steps")
-    momentum: float = Field(0.0, ge=0, lt=1, description="of sgd")
-    nesterov: bool = Field(False, description="Nesterov momentum in sgd")
-    weight_decay: float = Field(0.1, ge=0, description="of the optimiser")
-    grad_clip: float | None = Field(1.0, gt=0, description="largest gradient norm")
-    eval_every: int | None = Field(
-        None,
-        ge=1,
-        description="epochs between validations, of which the best model is kept (default: one "
-        "validation, of the last model)",
-    )
-    patience: int | None = Field(
-        None, ge=1, description="validations without a gain after which to stop"
     )
     mixed_precision: Literal["no", "bf16"] = Field(
         "no", description="the arithmetic of the model's forward pass"
     )
     seed: int = Field(0, description="of everything that is random")
-    save_every: Annotated[int, Incidental] = Field(
-        500, ge=0, description="steps between saved states, beside those of validations; 0: none"
-    )
     device: Annotated[str | None, Incidental] = Field(
         None, description="cpu, cuda or cuda:1 (default: the GPU where there is one)"
     )
@@ -72,17 +36,87 @@ class TrainingRecipe(Recipe):
     data: TrainingDataRecipe
     head: HeadRecipe = HeadRecipe.of()
 
-    def problems(self) -> Iterator[str]:
-        both, neither = (self.steps, self.epochs), self.steps is None and self.epochs is None
-        if neither or (None not in both and self.epochs != self.defaults.get("epochs")):
-            yield "give either steps or epochs"
-        if self.nesterov and not self.momentum:
-            yield "nesterov needs a momentum above 0"
-
     @property
     def autocast(self) -> torch.dtype | None:
         """The dtype of the forward pass, None for the model's own."""
         return PRECISIONS[self.mixed_precision]
+
+    @property
+    def output(self) -> Path:
+        """The folder to write. Raises DeltaflError if there is none."""
+        if self.out is None:
+            raise DeltaflError("no output; name a folder with --out")
+        return Path(self.out)
+
+
+class StepRecipe(Recipe):
+    """How a model steps."""
+
+    batch_size: int = Field(
+        64, ge=1, description="examples in a step, over all processes of a run together"
+    )
+    lr: float = Field(0.01, gt=0, description="learning rate; its peak, where a schedule is given")
+    lr_schedule: Literal["constant", "cosine", "linear", "step"] = Field(
+        "constant", description="of the learning rate, over all steps after the warm-up, or rounds"
+    )
+    momentum: float = Field(
+        0.9, ge=0, lt=1, description="of sgd; a client's starts anew in each round"
+    )
+    nesterov: bool = Field(False, description="Nesterov momentum in sgd")
+    weight_decay: float = Field(0.0, ge=0, description="of the optimiser")
+    grad_clip: float | None = Field(
+        None, gt=0, description="largest gradient norm, over what trains"
+    )
+
+    def problems(self) -> Iterator[str]:
+        if self.nesterov and not self.momentum:
+            yield "nesterov needs a momentum above 0"
+
+
+class TrainingRecipe(StepRecipe, RunRecipe):
+    """How to train a model on a task; the defaults are those of the task-arithmetic papers for CLIP
+    and ViT.
+    """
+
+    renamed: ClassVar = {"base": "model", "schedule": "lr_schedule"}
+    alternatives: ClassVar = (("steps", "epochs"),)
+    defaults: ClassVar = {
+        "batch_size": 128,
+        "lr": 1e-5,
+        "lr_schedule": "cosine",
+        "momentum": 0.0,
+        "weight_decay": 0.1,
+        "grad_clip": 1.0,
+    }
+
+    steps: int | None = Field(
+        None, ge=0, description="optimiser steps; 0 writes the model with its head"
+    )
+    epochs: float | None = Field(
+        None, gt=0, description="passes over the training data, instead of steps"
+    )
+    warmup: int | None = Field(
+        None, ge=0, description="steps of warm-up (default: 10 % of the steps, at most 500)"
+    )
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="what steps")
+    eval_every: int | None = Field(
+        None,
+        ge=1,
+        description="epochs between validations, of which the best model is kept (default: one "
+        "validation, of the last model)",
+    )
+    patience: int | None = Field(
+        None, ge=1, description="validations without a gain after which to stop"
+    )
+    save_every: Annotated[int, Incidental] = Field(
+        500, ge=0, description="steps between saved states, beside those of validations; 0: none"
+    )
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        both, neither = (self.steps, self.epochs), self.steps is None and self.epochs is None
+        if neither or (None not in both and self.epochs != self.defaults.get("epochs")):
+            yield "give either steps or epochs"
 
     def num_steps(self, num_examples: int) -> int:
         """Optimiser steps in all; an epoch is ceil(num_examples / batch_size) of them."""

@@ -1,26 +1,33 @@
-"""What a run leaves behind: its resolved settings, one row per event, and its state files.
+"""What a run leaves behind: its resolved settings, one row per event, and what it goes on from.
 
     RUN/config.yaml     the settings, resolved
     RUN/record.jsonl    one JSON object per line, appended as things happen
     RUN/state/          what a resumed run needs
+    RUN/result.json     what came out, when all is done
 
 Rows hold no clock times, so that two runs with one seed leave equal records; how long something
-took is an ordinary field of a row that says so in its name (`seconds`), and `without_timings`
-drops it.
+took is an ordinary field of a row that says so in its name (`seconds`).
 """
 
 import json
-import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
+
+import torch
+import yaml
 
 from deltafl.errors import DeltaflError
-from deltafl.files import clear_unfinished, write_atomically
+from deltafl.files import atomic_file, check_output, clear_unfinished, write_atomically
+from deltafl.models import Net
+from deltafl.recipes import Recipe, load_yaml
+from deltafl.tasks import Task
 
-Row = dict[str, Any]
+Row: TypeAlias = dict[str, Any]
+"""What JSON, or torch.save, can hold."""
 
 
 @dataclass(frozen=True)
@@ -28,192 +35,163 @@ class FinishedRun:
     """What came out: the folder, the result (as in result.json) and every row of the record."""
 
     out: Path
-    result: Mapping[str, Any]
-    rows: tuple[Mapping[str, Any], ...]
+    result: Row
+    rows: list[Row]
 
 
 class RunRecord:
-    """The open record of one run directory.
-
-    `RunRecord.create(folder, config)` starts a record and refuses a folder that has one;
-    `RunRecord.resume(folder)` continues one, dropping the last line if a kill tore it.
-    """
+    """The record in the folder of a run."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.rows_path = self.folder / "record.jsonl"
-        self.config_path = self.folder / "config.yaml"
+        self.path = self.folder / "record.jsonl"
 
     @classmethod
-    def create(cls, folder: str | Path, config: Mapping[str, Any]) -> "RunRecord":
-        """Start a record in `folder`, which may hold other files but no record.
-
-        Raises:
-            DeltaflError: the folder already holds a record.
-        """
+    def create(cls, folder: str | Path, config: Mapping[str, object]) -> "RunRecord":
+        """Start a record in `folder`, which may hold other files but no record."""
         record = cls(folder)
-        if record.rows_path.exists() or record.config_path.exists():
-            raise DeltaflError(
-                f'"{record.folder}" already holds a run. Continue it with --resume, or choose '
-                "another --out."
-            )
-        write_atomically(record.config_path, _yaml_bytes(config))
-        write_atomically(record.rows_path, b"")
+        text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+        write_atomically(record.folder / "config.yaml", text.encode())
+        write_atomically(record.path, b"")
         return record
 
-    @classmethod
-    def resume(cls, folder: str | Path) -> "RunRecord":
-        """Continue the record in `folder`; a torn last line is cut off, so the next row starts a
-        line of its own, and pieces of files that a kill left are deleted.
+    def begun(self, config: Mapping[str, object], *, resume: bool, overwrite: bool) -> bool:
+        """Whether a run of this configuration is to go on here; else a new one may begin.
 
         Raises:
-            DeltaflError: there is no record, or a line other than a torn last one is not a JSON
-            object.
+            DeltaflError: an output is in the way, or the run is of another configuration.
         """
-        record = cls(folder)
-        record.rows()
-        os.truncate(record.rows_path, len(_whole_lines(record.rows_path)))
-        clear_unfinished(record.folder)
-        return record
+        if not (resume and self.path.is_file()):
+            check_output(self.folder, overwrite=overwrite)
+            return False
+        require_same_config(load_yaml(self.folder / "config.yaml"), config, self.folder)
+        return True
 
-    def append(self, row: Mapping[str, Any], *, sync: bool = True) -> None:
-        """Add one row and hand it to the operating system before returning; with `sync` also to the
-        disk.
+    def append(self, row: Mapping[str, object], *, sync: bool = True) -> None:
+        """Add one row and hand it to the operating system before returning; with `sync` all rows
+        also to the disk.
 
         Raises:
             TypeError: a value is not JSON.
         """
-        line = json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n"
-        with self.rows_path.open("ab") as file:
-            file.write(line.encode())
+        line = f"{_json(row)}\n".encode()
+        with self.path.open("ab") as file:
+            file.write(line)
             file.flush()
             if sync:
                 os.fsync(file.fileno())
 
-    def sync(self) -> None:
-        """Hand to the disk what was appended without `sync`."""
-        with self.rows_path.open("rb") as file:
-            os.fsync(file.fileno())
-
-    def rewind(self, keep: Callable[[Row], bool]) -> None:
-        """Drop the rows that `keep` refuses: what came after the state that a resumed run starts
-        from.
+    def rewind(self, key: str, last: int) -> None:
+        """Keep the rows whose `key` is at most `last`, none where that is 0: those from before the
+        state that a resumed run starts from. Pieces of files that a kill left are deleted.
         """
-        rows = self.rows()
-        kept = [row for row in rows if keep(row)]
-        if len(kept) < len(rows):
-            lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in kept]
-            write_atomically(self.rows_path, "".join(lines).encode())
+        kept = [f"{_json(row)}\n" for row in read_rows(self.path) if row.get(key, 0) <= last > 0]
+        write_atomically(self.path, "".join(kept).encode())
+        clear_unfinished(self.folder)
 
-    def rows(self) -> list[Row]:
-        """Every whole row, in the order in which they were appended."""
-        return read_rows(self.rows_path)
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run is at its end."""
+        return (self.folder / "result.json").is_file()
 
-    def config(self) -> dict[str, Any]:
-        """The resolved settings.
-
-        Raises:
-            DeltaflError: the file is missing or is not a YAML mapping.
-        """
-        import yaml
-
-        try:
-            config = yaml.safe_load(self.config_path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise DeltaflError(
-                f'"{self.config_path}" does not exist. Is "{self.folder}" a run directory?'
-            ) from None
-        except yaml.YAMLError as error:
-            raise DeltaflError(
-                f'"{self.config_path}" is not YAML: {" ".join(str(error).split())}'
-            ) from None
-        if not isinstance(config, dict):
-            raise DeltaflError(
-                f'"{self.config_path}" holds a {type(config).__name__}, not a mapping of settings.'
-            )
-        return config
-
-    def write_state(self, name: str, data: bytes) -> Path:
-        """Write the state file `name` whole or not at all; a path inside the run's `state/` folder
-        is returned.
-        """
-        return write_atomically(self.folder / "state" / name, data)
+    def finished(self) -> FinishedRun:
+        """What a run that is at its end came to; its state goes."""
+        shutil.rmtree(self.folder / "state", ignore_errors=True)
+        result = json.loads((self.folder / "result.json").read_text())
+        return FinishedRun(self.folder, result, read_rows(self.path))
 
 
 def read_rows(path: str | Path) -> list[Row]:
     """The rows of a JSONL file. A last line without its newline was torn by a kill and is left out.
 
     Raises:
-        DeltaflError: the file is missing, or a line is not a JSON object (names file and line).
+        DeltaflError: a line is not JSON (names file and line).
     """
-    path = Path(path)
     rows: list[Row] = []
-    for number, line in enumerate(_whole_lines(path).split(b"\n")[:-1], 1):
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], 1):
         try:
-            row = json.loads(line)
+            rows.append(json.loads(line))
         except ValueError as error:
             raise DeltaflError(f'"{path}" line {number} is not JSON: {error}') from None
-        if not isinstance(row, dict):
-            raise DeltaflError(
-                f'"{path}" line {number} holds a {type(row).__name__}, not an object.'
-            )
-        rows.append(row)
     return rows
 
 
-def killed_at_start(folder: Path) -> bool:
-    """Whether `folder` holds no more than what `RunRecord.create` leaves where it is killed before
-    its last file.
-    """
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {"no folder"}
-    return all(
-        n == "config.yaml"
-        or (n.startswith((".config.yaml.", ".record.jsonl.")) and n.endswith(".tmp"))
-        for n in names
-    )
-
-
-def write_json(path: str | Path, value: Any) -> Path:
+def write_json(path: str | Path, value: object) -> Path:
     """Write `value` as indented JSON, whole or not at all; NaN and infinities become null."""
-    text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
-    return write_atomically(path, f"{text}\n".encode())
+    return write_atomically(path, f"{_json(value, indent=2)}\n".encode())
 
 
-def without_timings(rows: Iterable[Mapping[str, Any]]) -> list[Row]:
-    """The rows without their `seconds`, `*_seconds` and `peak_memory_bytes`: what two runs with one
-    seed share.
+def _json(value: object, indent: int | None = None) -> str:
+    """`value` with NaN and infinities as null: JSON has no word for them."""
+    finite = json.loads(json.dumps(value), parse_constant=lambda name: None)
+    return json.dumps(finite, indent=indent, ensure_ascii=False)
+
+
+def run_config(net: Net, task: Task, recipe: Recipe) -> Row:
+    """All that decides the result, as JSON values: the recipe, and base and data by hash."""
+    return {
+        **recipe.content(),
+        "base_fingerprint": net.fingerprint,
+        "task": task.name,
+        "task_fingerprint": task.fingerprint(),
+        "num_examples": task.size("train"),
+    }
+
+
+def require_same_config(
+    found: Mapping[str, object], wanted: Mapping[str, object], where: Path
+) -> None:
+    """Refuse to continue another run. Where data and base lie makes no difference, what they hold
+    does.
+
+    Raises:
+        DeltaflError: one line for each key that differs.
     """
-    return [
-        {
-            k: v
-            for k, v in row.items()
-            if k not in ("seconds", "peak_memory_bytes") and not k.endswith("_seconds")
-        }
-        for row in rows
+    old, new = dict(_leaves(found)), dict(_leaves(wanted))
+    paths = {"data.data", "data.data_dir"} | ({"model"} if new.get("base_fingerprint") else set())
+    different = [
+        f'"{where}" was made with {key} = {old.get(key)!r}, now it is {new.get(key)!r}'
+        for key in sorted((old.keys() | new.keys()) - paths)
+        if old.get(key) != new.get(key)
     ]
-
-
-def _whole_lines(path: Path) -> bytes:
-    """What `path` holds up to and with its last newline."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
+    if different:
         raise DeltaflError(
-            f'"{path}" does not exist. Is "{path.parent}" a run directory?'
-        ) from None
-    return data[: data.rfind(b"\n") + 1]
+            *different, "resume with the same configuration, or start again with --overwrite"
+        )
 
 
-def _yaml_bytes(config: Mapping[str, Any]) -> bytes:
-    import yaml
+def _leaves(config: Mapping[str, object], path: str = "") -> Iterator[tuple[str, object]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{path}{key}.")
+        else:
+            yield path + key, value
 
-    return yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True).encode()
+
+def write_state(file: Path, config: Mapping[str, object], state: Mapping[str, object]) -> None:
+    """Replace `file` in one step, so that a kill leaves the old state or the new one."""
+    with atomic_file(file) as temporary:
+        whole = {"config": dict(config), **state}
+        # without checksums of its own, for half the time
+        torch.save(whole, temporary, _use_new_zipfile_serialization=False)
 
 
-def _finite(value: Any) -> Any:
-    """`value` with NaN and infinities as None: JSON has no word for them."""
-    if isinstance(value, Mapping):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def read_state(
+    file: Path, config: Mapping[str, object], device: torch.device | str = "cpu"
+) -> Row | None:
+    """The state in `file`, its tensors on `device`; None where there is none.
+
+    Raises:
+        DeltaflError: of another configuration, or not a state file.
+    """
+    if not file.exists():
+        return None
+    try:
+        state = torch.load(file, map_location=device, weights_only=True)
+        found = state["config"]
+    except Exception as error:  # torch.load has no common error for what is not its file
+        raise DeltaflError(
+            f'"{file}" is not the state of a run; delete it to start again'
+        ) from error
+    require_same_config(found, config, file)
+    return state

@@ -2,45 +2,29 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from deltafl.errors import DeltaflError, did_you_mean
 from deltafl.models.net import Net
 from deltafl.seeding import keyed_generator
+from deltafl.sparse.sgdm import SparseSGDM
 from deltafl.tasks.task import Batch, Split, Task, check_values
-
-SCHEDULES = ("cosine", "constant", "linear", "step")
-
-
-def batch_ids(
-    num_examples: int, batch_size: int, seed: int, step: int, purpose: str = "train"
-) -> Tensor:
-    """int64 positions of the batch at `step` (from 0): epoch e = step // ceil(N / B) is a
-    permutation keyed by (seed, purpose, e), cut into batches, the last one shorter. A function of
-    the step alone, so resuming needs no generator state.
-    """
-    per_epoch = math.ceil(num_examples / batch_size)
-    epoch, position = divmod(step, per_epoch)
-    order = torch.randperm(num_examples, generator=keyed_generator(seed, purpose, epoch))
-    return order[position * batch_size : (position + 1) * batch_size]
 
 
 def batches(
-    ids: Tensor, batch_size: int, seed: int, steps: int, purpose: str = "train"
+    ids: Tensor, batch_size: int, seed: int, steps: int, purpose: str = "train", first: int = 0
 ) -> Iterator[Tensor]:
-    """`ids[batch_ids(len(ids), batch_size, seed, step, purpose)]` of steps 0 .. steps - 1; one draw
-    for each epoch.
+    """The batches, int64 (B,), of steps `first` .. steps - 1: epoch e is a permutation of `ids`,
+    (N,), keyed by (seed, purpose, e) and cut into ceil(N / B) batches, the last one shorter. A
+    batch is a function of its step alone, so resuming needs no generator state.
     """
     per_epoch = math.ceil(len(ids) / batch_size)
-    for epoch in range(math.ceil(steps / per_epoch)):
-        order = torch.randperm(len(ids), generator=keyed_generator(seed, purpose, epoch)).to(
-            ids.device
-        )
-        yield from ids[order].split(batch_size)[: steps - epoch * per_epoch]
+    for epoch in range(first // per_epoch, math.ceil(steps / per_epoch)):
+        order = torch.randperm(len(ids), generator=keyed_generator(seed, purpose, epoch))
+        begin, past = first - epoch * per_epoch, steps - epoch * per_epoch
+        yield from ids[order.to(ids.device)].split(batch_size)[max(0, begin) : past]
 
 
 def lr_at(step: int, total: int, warmup: int, base_lr: float, schedule: str = "cosine") -> float:
@@ -51,12 +35,7 @@ def lr_at(step: int, total: int, warmup: int, base_lr: float, schedule: str = "c
         constant    1
         linear      1 - t
         step        1 for t < 1/2, 0.1 for t < 3/4, then 0.01   (arXiv 1512.03385, section 4.2)
-
-    Raises:
-        DeltaflError: unknown schedule.
     """
-    if schedule not in SCHEDULES:
-        raise DeltaflError(f'unknown schedule "{schedule}"; {did_you_mean(schedule, SCHEDULES)}')
     if step < warmup:
         return base_lr * (step + 1) / warmup
     done, span = step - warmup, max(1, total - warmup)
@@ -69,11 +48,16 @@ def lr_at(step: int, total: int, warmup: int, base_lr: float, schedule: str = "c
     return base_lr * 0.5 * (1 + math.cos(math.pi * done / span))
 
 
+def precision(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:
+    """The arithmetic of a forward pass; None: the model's own."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
 def train_step(
     net: Net,
     task: Task,
     batch: Batch,
-    optimiser: torch.optim.Optimizer,
+    optimiser: torch.optim.Optimizer | SparseSGDM,
     *,
     lr: float,
     grad_clip: float | None = None,
@@ -94,11 +78,12 @@ def train_step(
     flat.grad.zero_()
     if not net.module.training:
         net.module.train()
-    total, count = flat.new_zeros(()), flat.new_zeros(())
     if len(next(iter(batch.values()))):
-        with torch.autocast(flat.device.type, autocast, enabled=autocast is not None):
+        with precision(flat.device, autocast):
             sums, weights = task.loss(net, batch)
         total, count = sums.sum(), weights.sum()
+    else:
+        total = count = flat.new_zeros(())
     if reduce is not None:
         count = reduce(count)
     loss = total / count
@@ -112,8 +97,7 @@ def train_step(
         on_gradients()
     if grad_clip is not None:
         nn.utils.clip_grad_norm_([flat], grad_clip)
-    for group in optimiser.param_groups:
-        group["lr"] = lr
+    optimiser.param_groups[0]["lr"] = lr
     optimiser.step()
     return loss
 
@@ -142,41 +126,20 @@ def scores(
     batch_size: int = 256,
     autocast: torch.dtype | None = None,
 ) -> Tensor:
-    """`task.score` of the examples at `ids`, int64 (n,), or of all; float32 (n,) on the CPU, in
-    eval mode.
+    """`task.score` of the examples at `ids`, int64 (n,), or of all; float32 (n,) on the CPU. The
+    module is left in eval mode.
 
     Raises:
         DeltaflError: the task does not give one score, a float number, for each example.
     """
     ids = torch.arange(task.size(split)) if ids is None else ids.cpu()
-    was_training = net.module.training
-    if was_training:  # it takes as long as a small batch
+    if net.module.training:  # it takes as long as a small batch
         net.module.eval()
     parts = []
-    try:
-        for part in ids.split(batch_size) if len(ids) else ():
-            batch = task.batch(split, part, net.device)
-            with torch.autocast(net.device.type, autocast, enabled=autocast is not None):
-                parts.append(task.score(net, batch).float().cpu())
-    finally:
-        if was_training:
-            net.module.train()
+    for part in ids.split(batch_size) if len(ids) else ():
+        batch = task.batch(split, part, net.device)
+        with precision(net.device, autocast):
+            parts.append(task.score(net, batch).float().cpu())
     found = torch.cat(parts) if parts else torch.empty(0)
     check_values(task, "score", found, len(ids), finite=False)
     return found
-
-
-@dataclass(frozen=True)
-class TaskScorer:
-    """One split of a task as search and racing see it: `scorer(net, ids)` gives (n,) scores."""
-
-    task: Task
-    split: Split
-    batch_size: int = 256
-    autocast: torch.dtype | None = None
-
-    def __len__(self) -> int:
-        return self.task.size(self.split)
-
-    def __call__(self, net: Net, ids: Tensor) -> Tensor:
-        return scores(net, self.task, self.split, ids, self.batch_size, self.autocast)
