@@ -1,20 +1,15 @@
 """A kind of lazy tensors of one's own: a low-rank delta, which nothing else needs to know."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from deltafl.algebra.aggregate import Aggregate, Stepped, step
+from deltafl.algebra.aggregate import Aggregate
 from deltafl.algebra.deltas import Update
 from deltafl.algebra.tensors import BLOCK, Lazy, Spec
-from deltafl.checkpoints.checkpoint import entries_of
-from deltafl.checkpoints.writing import plan_shards, write_tensors
 from deltafl.rules.rule import Source
-from deltafl.rules.task_arithmetic import TaskArithmetic
 from laws.worlds import assert_same, rules
 
 
@@ -51,12 +46,3 @@ def test_every_rule_merges_it_as_the_dense_delta(rule) -> None:
     low = [Update(adapter(i), s) for i, s in enumerate(sources)]
     dense = [Update(dict(u.delta), u.source) for u in low]
     assert_same(dict(Aggregate(rule, low)), dict(Aggregate(rule, dense)))
-
-
-def test_it_is_merged_into_a_file(tmp_path: Path) -> None:
-    base = {n: torch.ones(s, dtype=torch.bfloat16) for n, s in SHAPES.items()}
-    updates = [Update(adapter(i), Source(str(i))) for i in range(2)]
-    stepped = Stepped(base, Aggregate(TaskArithmetic(), updates), 1.0)
-    write_tensors(stepped, plan_shards(entries_of(base), None, 10**9), tmp_path, threads=2)
-    merged = load_file(tmp_path / "model.safetensors")
-    assert_same({n: merged[n] for n in base}, dict(step(base, updates, TaskArithmetic())))

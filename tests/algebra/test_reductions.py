@@ -38,40 +38,28 @@ def adversarial() -> dict[str, Tensor]:
         "mostly zero": torch.where(normal.abs() > 2, normal, 0.0),
         "duplicates": torch.randint(-3, 4, (5000,), generator=draw).float(),
         "bfloat16": normal.bfloat16(),
-        "every binade": 2.0 ** torch.arange(-149, 128).double().to(torch.float64).float(),
+        "every binade": 2.0 ** torch.arange(-149, 128).double().float(),
         "subnormal": torch.arange(1.0, 300.0) * 2.0**-149,
         "largest": torch.tensor([3.4028235e38, -3.4028235e38, 1.0, 0.0]),
         "neighbours": torch.arange(5000, dtype=torch.int32).add(0x3F800000).view(torch.float32),
         "two far apart": torch.tensor([1e-38] * 500 + [1e38] * 500),
         "one": torch.tensor([-3.0]),
         "unlike what a sample sees": torch.randn(700_000, generator=draw).sort().values.exp(),
+        "units": torch.randn(CHUNK + 12345, generator=draw).bfloat16(),
     }
 
 
+ADVERSARIAL = adversarial()
+
+
 @pytest.mark.parametrize("density", [0.0, 1e-3, 0.2, 0.5, 0.999, 1.0])
-@pytest.mark.parametrize("kind", adversarial())
+@pytest.mark.parametrize("kind", ADVERSARIAL)
 def test_the_threshold_is_the_sorted_one(kind, density):
-    values = adversarial()[kind]
-    for per_tensor in (False, True):
-        thresholds, kept = magnitude_thresholds(rows_of({"w": values}), density, per_tensor)
+    values = ADVERSARIAL[kind]
+    for per_tensor, threads in ((False, 2 if kind == "units" else 1), (True, 1)):
+        deltas = rows_of({"w": values})
+        thresholds, kept = magnitude_thresholds(deltas, density, per_tensor, threads)
         assert (thresholds["w"][0], kept[0]) == kth(values, density)
-
-
-def test_each_delta_and_with_per_tensor_each_tensor_has_its_own():
-    deltas = [
-        {"a": d["layer.weight"], "b": d["layer.bias"] * 100, "none": d["nothing"]}
-        for d in make(3, 0).deltas
-    ]
-    densities = (0.4, 0.0, 0.7)
-    density = {"*": densities}
-    whole, kept = magnitude_thresholds(rows_of(*deltas), density, per_tensor=False)
-    single, _ = magnitude_thresholds(rows_of(*deltas), density, per_tensor=True)
-    for i, (delta, share) in enumerate(zip(deltas, densities, strict=True)):
-        assert (whole["a"][i], kept[i]) == kth(flatten(delta), share)
-        assert whole["a"][i] == whole["b"][i]
-        for name in ("a", "b"):
-            assert single[name][i] == kth(delta[name].flatten(), share)[0]
-        assert single["none"][i] == np.inf
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -83,16 +71,11 @@ def test_nan_and_inf_count_as_largest_and_end_the_search(value):
     assert magnitude_thresholds(deltas, 0.5, per_tensor=False)[0]["w"][0] == np.inf
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1e30])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_more_than_one_unit_of_work_gives_the_same_by_any_number_of_threads(threads):
-    values = torch.randn(CHUNK + 12345, generator=torch.Generator().manual_seed(1)).bfloat16()
-    thresholds, kept = magnitude_thresholds(rows_of({"w": values}), 0.2, False, threads)
-    assert (thresholds["w"][0], kept[0]) == kth(values, 0.2)
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-def test_gram_matrix_is_the_one_of_numpy(threads):
-    world = make(5, seed=2, scale=1e-3)
+def test_gram_matrix_is_the_one_of_numpy(threads, scale):
+    """Squares of 1e30 overflow float32."""
+    world = make(5, seed=2, scale=scale)
     flat = np.stack([flatten(d).double().numpy() for d in world.deltas])
     gram, wanted = gram_matrix(rows_of(*world.deltas), threads), flat @ flat.T
     assert gram.dtype == torch.float64
@@ -110,10 +93,3 @@ def test_gram_matrix_does_not_depend_on_the_order_of_the_tensors(threads):
     back = gram_matrix(rows_of(*[dict(reversed(d.items())) for d in deltas]), threads)
     assert torch.equal(there, back)
     assert there[0, 1] == 2.0**54 + 8
-
-
-@pytest.mark.parametrize("value", [torch.tensor(6e4).half(), torch.tensor(1e30)])
-def test_gram_matrix_does_not_overflow(value):
-    """Squares of 6e4 overflow float16, those of 1e30 float32."""
-    gram = gram_matrix(rows_of({"w": value.expand(1000)}))
-    assert gram[0, 0] == pytest.approx(1000 * float(value) ** 2)

@@ -4,7 +4,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 import torch
@@ -56,9 +55,7 @@ def test_a_tensor_is_combined_once_however_it_is_read(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("rule", ["iso_c", "knots", "wudi"])
-def test_a_merge_from_files_is_the_same_by_any_number_of_processes(
-    tmp_path: Path, rule: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_merge_from_files_is_the_same_by_any_number_of_processes(tmp_path, rule, monkeypatch):
     monkeypatch.setattr(streaming, "can_fork", lambda: True)
     world = make_world(tmp_path, 3, torch.bfloat16)
     succeed(*world.args, "--method", rule, "--threads", 1)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from checkpoint_files import make_world, refusal, save, succeed, toy, tuned
-from deltafl.checkpoints.layout import fingerprint, identity, read_layout
+from deltafl.checkpoints.layout import fingerprint, read_layout
 from deltafl.errors import DeltaflError
 
 
@@ -43,36 +43,32 @@ def test_a_folder_that_is_no_model_is_an_error(tmp_path: Path, files: list[str],
 # The hub
 
 
-def cached(home: Path, name: str, folder: Path, revision: str = "a" * 40) -> Path:
-    """Put a model folder into a hub cache as huggingface_hub lays it out; its snapshot."""
+def cached(home: Path, name: str, folder: Path, revision: str = "a" * 40) -> None:
+    """Put a model folder into a hub cache as huggingface_hub lays it out."""
     repository = home / "hub" / f"models--{name.replace('/', '--')}"
     snapshot = repository / "snapshots" / revision
-    snapshot.parent.mkdir(parents=True)
-    (repository / "blobs").mkdir()
-    snapshot.mkdir()
-    for file in folder.iterdir():
-        blob = repository / "blobs" / file.name
-        file.rename(blob)
-        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    snapshot.mkdir(parents=True)
     (repository / "refs").mkdir()
     (repository / "refs/main").write_text(revision)
-    return snapshot
+    folder.rename(repository / "blobs")
+    for file in (repository / "blobs").iterdir():
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
 
 
 def deltafl(home: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own: huggingface_hub reads HF_HOME once."""
-    return subprocess.run(
-        [sys.executable, "-m", "deltafl", *map(str, arguments)],
-        env={**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", **environment},
-        cwd=home,
-        capture_output=True,
-        text=True,
-    )
+    environment = os.environ | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"} | environment
+    command = [sys.executable, "-m", "deltafl", *map(str, arguments)]
+    return subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True)
 
 
-def test_hub_ids_are_found_in_the_hubs_cache_and_recorded_with_their_revision(
-    tmp_path: Path,
-) -> None:
+def assert_absent(done: subprocess.CompletedProcess[str], ref: str) -> None:
+    said = f'error: "{ref}": no such file or folder, and not to be had from the'
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith(said)
+
+
+def test_hub_ids_are_found_in_the_hubs_cache_and_recorded_with_their_revision(tmp_path):
     world = make_world(tmp_path)
     succeed(*world.args)
     home = tmp_path / "home"
@@ -90,40 +86,21 @@ def test_hub_ids_are_found_in_the_hubs_cache_and_recorded_with_their_revision(
     assert [m["revision"] for m in record["models"]] == ["b" * 40, None]
     pinned = deltafl(home, *args[:4], f"owner/tuned@{'b' * 40}", "--dry-run")
     assert (pinned.returncode, pinned.stderr) == (0, "")
-    absent = deltafl(home, *args[:4], f"owner/tuned@{'c' * 40}", "--out", tmp_path / "absent")
-    assert absent.returncode == 2
-    assert absent.stderr.startswith(
-        f'error: "owner/tuned@{"c" * 40}": no such file or folder, and not to be had'
-    )
-    assert absent.stderr.count("\n") == 1
+    absent = f"owner/tuned@{'c' * 40}"
+    assert_absent(deltafl(home, *args[:4], absent, "--out", tmp_path / "absent"), absent)
 
 
 def test_a_hub_that_does_not_answer_is_one_clear_line(tmp_path: Path) -> None:
     world = make_world(tmp_path)
-    done = deltafl(
-        tmp_path,
-        *world.args,
-        "--base",
-        "nobody/nothing-here",
-        HF_HUB_OFFLINE="0",
-        HF_ENDPOINT="http://127.0.0.1:9",
-    )
-    assert done.returncode == 2
-    assert done.stderr.startswith(
-        'error: "nobody/nothing-here": no such file or folder, and not to be had from the'
-    )
-    assert done.stderr.count("\n") == 1
+    hub = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    absent = "nobody/nothing-here"
+    assert_absent(deltafl(tmp_path, *world.args, "--base", absent, **hub), absent)
     assert not world.out.exists()
 
 
 @pytest.mark.parametrize("ref", ["no-such-folder", "./a/b", "/none/at/all", "~/models/x", "a/b/c"])
-def test_a_path_is_never_asked_of_the_hub(
-    tmp_path: Path, ref: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import huggingface_hub
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
-    monkeypatch.chdir(tmp_path)
+def test_a_path_is_never_asked_of_the_hub(ref: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", None)
     with pytest.raises(DeltaflError) as error:
         read_layout(ref)
     assert str(error.value) == f'"{ref}": no such file or folder (a hub id has the form owner/name)'
@@ -140,11 +117,3 @@ def test_the_fingerprint_sees_values_and_not_files(tmp_path: Path) -> None:
     renamed = read_layout(save(tmp_path / "renamed", {f"x.{n}": t for n, t in base.items()}))
     assert one.header_hash == many.header_hash == other.header_hash != renamed.header_hash
     assert fingerprint(one) == fingerprint(many) != fingerprint(other)
-
-
-def test_an_identity_counts_the_bytes_of_all_files(tmp_path: Path) -> None:
-    folder = save(tmp_path / "x", toy(), shards=2)
-    told = identity(read_layout(folder), full_hash=True)
-    assert told["bytes"] == sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-    assert told["files"] == [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
-    assert told["sha256"].keys() == set(told["files"])

@@ -31,9 +31,9 @@ def advised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], lis
     return lambda: [(name, int(at)) for name, at in map(str.split, log.read_text().splitlines())]
 
 
-def run(files: list[Path], share: float = 0.5) -> None:
+def run(files: list[Path]) -> None:
     """Read ahead to the end."""
-    with reading_ahead(files, share):
+    with reading_ahead(files, 0.5):
         os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
 
 
@@ -43,30 +43,22 @@ def sparse(path: Path, size: int) -> Path:
     return path
 
 
-def test_files_are_read_in_turns(
-    tmp_path: Path, advised: Callable[[], list[tuple[str, int]]]
-) -> None:
+def test_files_are_read_in_turns(tmp_path, advised):
     run([sparse(tmp_path / "a", 2 * TURN + 1), sparse(tmp_path / "b", STEP)])
-    first, second = (
-        [("a", at) for at in range(0, TURN, STEP)],
-        [("a", at) for at in range(TURN, 2 * TURN, STEP)],
-    )
-    assert advised() == [*first, ("b", 0), *second, ("a", 2 * TURN)]
+    a = [("a", at) for at in range(0, 2 * TURN + 1, STEP)]
+    turn = TURN // STEP
+    assert advised() == [*a[:turn], ("b", 0), *a[turn:]]
 
 
-def test_no_more_than_the_share_of_free_memory_is_asked_for(
-    tmp_path: Path, advised: Callable[[], list[tuple[str, int]]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_more_than_the_share_of_free_memory_is_asked_for(tmp_path, advised, monkeypatch):
     told = tmp_path / "meminfo"
     told.write_text(f"MemTotal: 24 kB\nMemFree:  9 kB\nMemAvailable:    {4 * STEP // 1024} kB\n")
     monkeypatch.setattr(readahead, "MEMINFO", told)
-    run([sparse(tmp_path / "a", 9 * STEP)], share=0.5)
+    run([sparse(tmp_path / "a", 9 * STEP)])
     assert advised() == [("a", 0), ("a", STEP)]
 
 
-def test_a_file_that_is_gone_is_left_to_whoever_reads_it(
-    tmp_path: Path, advised: Callable[[], list[tuple[str, int]]]
-) -> None:
+def test_a_file_that_is_gone_is_left_to_whoever_reads_it(tmp_path, advised):
     before = len(os.listdir("/proc/self/fd"))
     run([sparse(tmp_path / "a", 5), tmp_path / "gone"])
     assert len(os.listdir("/proc/self/fd")) == before
@@ -94,10 +86,8 @@ with reading_ahead([Path(sys.argv[1])], 1e6):
 
 
 def test_it_ends_with_a_parent_that_is_killed(tmp_path: Path) -> None:
-    file = sparse(tmp_path / "a", 10**6 * STEP)
-    with subprocess.Popen(
-        [sys.executable, "-c", PARENT, str(file)], stdout=subprocess.PIPE
-    ) as parent:
+    command = [sys.executable, "-c", PARENT, str(sparse(tmp_path / "a", 10**6 * STEP))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as parent:
         assert parent.stdout
         parent.stdout.readline()
         parent.kill()

@@ -86,9 +86,7 @@ def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("method", list(load_rules()))
-def test_processes_write_what_the_library_computes_in_memory(
-    world: World, tmp_path: Path, method: str, forks: list[int]
-) -> None:
+def test_processes_write_what_the_library_computes_in_memory(world, tmp_path, method, forks):
     scale = ("--server-lr", 0.7, "--weights", 1, 2, -0.5)
     succeed(*world.args, *options(method), *scale, "--out", tmp_path / "out", "--threads", 3)
     assert len(forks) >= (2 if method in ("ties", "dare", "cclip", "krum") else 1)
@@ -96,9 +94,7 @@ def test_processes_write_what_the_library_computes_in_memory(
 
 
 @pytest.mark.parametrize("method", ["task_arithmetic", "median", "cclip", "ties", "dare"])
-def test_threads_shards_and_order_in_the_files_change_no_bit(
-    world: World, tmp_path: Path, method: str
-) -> None:
+def test_threads_shards_and_order_in_the_files_change_no_bit(world, tmp_path, method):
     succeed(*world.args, *options(method), "--out", tmp_path / "one", "--threads", 1)
     save(tmp_path / "base", world.base, shards=3)
     backwards = [
@@ -182,9 +178,7 @@ def test_memory_is_bounded_by_the_block_and_not_by_the_model(tmp_path: Path) -> 
         assert int(large) - int(small) < 32 * 2**20  # a copy of one model would be 128 MB more
 
 
-def test_tied_tensors_are_compared_by_blocks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tied_tensors_are_compared_by_blocks(tmp_path, monkeypatch):
     name = "model.embed_tokens.weight"
     base = {name: toy()["layer.0.weight"]}
     model = tuned(base, 1)

@@ -26,7 +26,6 @@ from deltafl.progress import OnProgress, Progress, ignore
 from deltafl.rules.rule import build_rule
 from deltafl.rules.weights import as_weights
 from deltafl.tasks import ImageInput, Task
-from laws.worlds import ByBlocks
 
 ALL = (("task_arithmetic", {}), ("fednova", {}), ("fedgma", {}), ("median", {}), ("cclip", {}))
 GRID = (0.1, 0.3, 0.5, 1.0)
@@ -245,18 +244,6 @@ def test_test_data_are_looked_at_once_for_each_reported_row() -> None:
         assert swapped.test_scores(row) == row.val
 
 
-def test_deltas_are_not_read_again_for_every_coefficient() -> None:
-    reads = []
-    for lambdas in (GRID, LAMBDAS):
-        problem = make_problem()
-        deltas = [ByBlocks(u.delta) for u in problem.opened.updates]
-        updates = [Update(d, u.source) for d, u in zip(deltas, problem.opened.updates, strict=True)]
-        run(changed(problem, updates=updates), ALL, lambdas)
-        reads.append([d.reads for d in deltas])
-    assert reads[0] == reads[1]
-    assert min(reads[0]) > 0
-
-
 def test_each_distinct_candidate_is_evaluated_once() -> None:
     problem = make_problem()
     found = run(problem)
@@ -288,9 +275,7 @@ NOVA = (("task_arithmetic", {}), ("fednova", {}))
         ([("median", {})], {"scaling_coefs": [0.0, 0.3]}, {1: 0}),
     ],
 )  # fmt: skip
-def test_candidates_with_the_same_bits_are_one(
-    methods: Any, settings: dict[str, Any], same: dict[int, int]
-) -> None:
+def test_candidates_with_the_same_bits_are_one(methods, settings, same):
     problem = make_problem(3, steps=[7] * 3)
     found = search(problem, recipe_of(methods, [0.3]).replace(**settings))
     labels = [row.label for row in found.rows]
@@ -328,13 +313,10 @@ def test_a_value_that_is_not_a_number_never_wins() -> None:
 
 
 def test_a_given_parameter_takes_the_place_of_its_grid_and_lists_are_crossed() -> None:
-    norms = (1.0, 2.0)
-    assert [p["rho"] for p in grid_of("fedgma", {}, norms)] == [i / 10 for i in range(1, 10)]
-    assert grid_of("fedgma", {"rho": 0.3}, norms) == [{"rho": 0.3}]
+    assert [p["rho"] for p in grid_of("fedgma", {}, (1.0, 2.0))] == [i / 10 for i in range(1, 10)]
+    assert grid_of("fedgma", {"rho": 0.3}, (1.0, 2.0)) == [{"rho": 0.3}]
     given = {"inner": "ties", "drop_rate": [0.5, 0.9], "density": [0.1, 0.2]}
-    assert len(grid_of("dare", given, norms)) == 4
-    points = grid_of("cclip", {"unit": "quantile", "rho": [0.5, 1.0]}, norms)
-    assert points == [{"unit": "quantile", "rho": rho} for rho in (0.5, 1.0)]
+    assert len(grid_of("dare", given, (1.0, 2.0))) == 4
     assert pytest.approx([0.05 * i for i in range(1, 41)]) == LAMBDAS  # arXiv 2411.18607
 
 
@@ -429,9 +411,7 @@ def test_dropped_rows_are_kept_marked_and_not_chosen() -> None:
     assert sorted([late, row, early], key=lambda r: r.rank) == [early, late, row]
 
 
-def test_updates_that_do_not_fit_are_computed_again_to_the_same_rows(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_updates_that_do_not_fit_are_computed_again_to_the_same_rows(monkeypatch):
     held, again = (both(2, memory=memory)[1] for memory in (8_000_000_000, 0))
     assert (held.rows, held.examples) == (again.rows, again.examples)
     problem, made, make = make_problem(), list[Aggregate](), UpdateCache.make

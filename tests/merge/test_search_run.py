@@ -65,9 +65,7 @@ def run(recipe: SearchRecipe, out: Path | None = None) -> dict[str, Any]:
     return {k: v for k, v in result.items() if k != "seconds"}
 
 
-def test_the_rows_are_singles_base_and_each_method_with_their_own_test_scores(
-    trained: Path,
-) -> None:
+def test_the_rows_are_singles_base_and_each_method_with_their_own_test_scores(trained):
     result = run(search_recipe(trained))
     assert [r["rule"] for r in result["rows"]] == [SINGLE, UNMERGED, *(m for m, _ in METHODS)]
     for i, variant in enumerate(VARIANTS):
@@ -84,9 +82,7 @@ def test_the_rows_are_singles_base_and_each_method_with_their_own_test_scores(
 # What is read
 
 
-def test_nothing_is_read_or_decoded_again_for_every_candidate(
-    trained: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_read_or_decoded_again_for_every_candidate(trained, monkeypatch):
     decoded, reads = Counter[str](), Counter[tuple[str, str]]()
     digits, read = loading.digits, Checkpoint.read
 
@@ -116,9 +112,7 @@ def test_nothing_is_read_or_decoded_again_for_every_candidate(
 # What is refused, before any work
 
 
-def test_each_model_names_the_columns_of_its_own_data(
-    trained: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_model_names_the_columns_of_its_own_data(trained, monkeypatch):
     def load_task(data: DataRecipe, *_: object) -> None:
         raise DeltaflError(f"{data.data} {data.image_column}")
 
@@ -156,9 +150,7 @@ def language_recipe(root: Path, **changes: Any) -> SearchRecipe:
     ).replace(**changes)
 
 
-def test_language_models_are_searched_by_the_likelihood_of_lines(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_language_models_are_searched_by_the_likelihood_of_lines(tmp_path, monkeypatch):
     spoken = tune_on_lines(tmp_path)
     result = run(language_recipe(spoken), tmp_path / "merged")
     best, base = result["best"], result["candidates"][0]

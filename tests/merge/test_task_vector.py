@@ -69,29 +69,6 @@ class Net(nn.Module):
 # From checkpoints
 
 
-def write(tensors: Mapping[str, Tensor], folder: Path, form: str) -> Any:
-    if form == "mapping":
-        return tensors
-    if form == "pt":
-        torch.save(dict(tensors), folder / "weights.pt")
-        return str(folder / "weights.pt")
-    save(folder / "model", tensors, shards=2 if form == "sharded" else 1)
-    return folder / "model/model.safetensors" if form == "file" else folder / "model"
-
-
-@pytest.mark.parametrize("form", ["mapping", "folder", "sharded", "file", "pt"])
-@pytest.mark.parametrize("which", ["base", "finetuned"])
-def test_it_is_the_difference_of_the_float_tensors_in_any_form(
-    tmp_path: Path, form: str, which: str
-) -> None:
-    held: dict[str, Any] = {"base": toy(), "finetuned": tuned(toy(), 1)}
-    held[which] = write(held[which], tmp_path, form)
-    delta = TaskVector.from_checkpoints(**held)
-    assert_close(delta, combine(lambda a, b: b - a, toy(), tuned(toy(), 1)))
-    elements = sum(toy()[name].numel() for name in FLOATS)
-    assert repr(delta) == f"TaskVector(5 tensors, {elements:,} elements)"
-
-
 @pytest.mark.parametrize("wide", [0, 1])
 def test_a_float64_model_loses_nothing_and_bfloat16_is_widened(wide: int) -> None:
     held = [toy(), tuned(toy(), 1)]
@@ -117,9 +94,7 @@ def test_files_are_read_only_when_asked(tmp_path: Path, monkeypatch: pytest.Monk
     assert reads == ["layer.0.bias"] * 2
 
 
-def test_what_does_not_fit_is_named_and_a_head_of_the_model_alone_is_left_out(
-    tmp_path: Path,
-) -> None:
+def test_what_does_not_fit_is_named_and_a_head_of_the_model_alone_is_left_out(tmp_path):
     model = tuned(toy(), 1) | {"embed.weight": torch.ones(11, 8)}
     del model["norm.weight"]
     with pytest.raises(DeltaflError) as error:
@@ -262,3 +237,13 @@ def test_every_rule_is_that_of_its_name() -> None:
         fednova(vectors, [*numbers, 3])
     with pytest.raises(DeltaflError, match="no models"):
         median([])
+
+
+@pytest.mark.parametrize("files", [(), ("base",), ("finetuned",), ("base", "finetuned")])
+def test_it_is_the_difference_of_the_float_tensors_in_memory_or_files(tmp_path, files):
+    held: dict[str, Any] = {"base": toy(), "finetuned": tuned(toy(), 1)}
+    held |= {name: save(tmp_path / name, held[name]) for name in files}
+    delta = TaskVector.from_checkpoints(**held)
+    assert_close(delta, combine(lambda a, b: b - a, toy(), tuned(toy(), 1)))
+    elements = sum(toy()[name].numel() for name in FLOATS)
+    assert repr(delta) == f"TaskVector(5 tensors, {elements:,} elements)"

@@ -1,15 +1,10 @@
 import numpy as np
 import pytest
 
-from deltafl.errors import DeltaflError
-from deltafl.rules.dare import Dare
 from deltafl.rules.knots import Knots
 from deltafl.rules.median import Median
-from deltafl.rules.rule import check_rule
-from deltafl.rules.task_arithmetic import TaskArithmetic
 from deltafl.rules.ties import Ties
 from rules.oracle import KINDS, assert_is, models, svd
-from rules.reference import sources
 from rules.test_formulas import keep
 
 
@@ -58,13 +53,3 @@ def test_another_rule_in_the_shared_basis():
 @pytest.mark.parametrize("n", [1, 3])
 def test_equal_deltas_come_back(n):
     assert_is(Knots(Ties(1.0)), models(n, "equal"), lambda m, p: m[0])
-
-
-@pytest.mark.parametrize(
-    "inner",
-    [TaskArithmetic(), Dare(0.5, Ties()), Median("lower"), Ties({"*": [0.5, 1.0]})],
-    ids=repr,
-)
-def test_a_rule_that_does_not_fit_inside_is_refused(inner):
-    with pytest.raises(DeltaflError, match=f"knots: inner is {inner.name}; it must treat each"):
-        check_rule(Knots(inner), sources(2))

@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 
-from deltafl.errors import DeltaflError
 from deltafl.rules.wudi import Wudi
 from rules.oracle import KINDS, MATRICES, assert_is, merge, models
 
@@ -59,8 +58,3 @@ def test_a_large_ridge_is_task_arithmetic_and_the_scale_of_the_deltas_does_not_m
                 mean /= 3
             np.testing.assert_allclose(found[name], mean, atol=1e-9)
             np.testing.assert_allclose(small[name] * 2**40, value, rtol=1e-9)
-
-
-def test_a_negative_ridge_is_refused():
-    with pytest.raises(DeltaflError, match="wudi: ridge is -1; it must be 0 or more"):
-        Wudi(-1.0)

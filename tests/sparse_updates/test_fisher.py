@@ -70,9 +70,7 @@ class Depthwise(nn.Module):
         self.point = nn.Conv2d(8, 6, 1)
         self.group = nn.GroupNorm(2, 6)
         self.same = nn.Conv2d(6, 16, 2, padding="same", padding_mode="circular", groups=2)
-        for buffer in (self.norm.running_mean, self.norm.running_var):
-            assert buffer is not None
-            buffer.uniform_(0.5, 1.5)
+        self.norm.running_mean, self.norm.running_var = torch.rand(2, 4) + 0.5
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu6(self.norm(self.stem(F.pad(x, (0, 1, 0, 1)))), inplace=True)
@@ -101,9 +99,8 @@ class Grid(nn.Module):
         self.places, self.out = nn.Embedding(8, 6), nn.Linear(6, 16)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out((x[:, 0, :, :, None] + self.places(torch.arange(8)[None])).tanh()).mean(
-            (1, 2)
-        )
+        rows = x[:, 0, :, :, None] + self.places(torch.arange(8)[None])
+        return self.out(rows.tanh()).mean((1, 2))
 
 
 class Shared(nn.Module):
@@ -140,19 +137,10 @@ class Untraceable(Mlp):
 
     def __init__(self) -> None:
         super().__init__()
-        self.gate = Gate()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(self.gate(x))
-
-
-class Gate(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
         self.gain = nn.Parameter(torch.ones(1, dtype=torch.float64))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.gain if float(x.detach().sum()) > 1e9 else x * self.gain * 0.5
+        return super().forward(x * self.gain * (1 if float(x.detach().sum()) > 1e9 else 0.5))
 
 
 class Classes(nn.Module):
@@ -186,15 +174,13 @@ def vision(kind: str) -> nn.Module:
     if kind == "clip":
         config = t.CLIPVisionConfig(intermediate_size=24, projection_dim=16, **size)
         return Vision(t.CLIPVisionModelWithProjection(config), lambda out: out.image_embeds)
-    kinds = {"vit": (t.ViTModel, t.ViTConfig), "dinov2": (t.Dinov2Model, t.Dinov2Config)}
-    model, config = kinds[kind]
-    module = model(config(**size))
+    module = t.Dinov2Model(t.Dinov2Config(**size))
     return Vision(module, lambda out: out.last_hidden_state[:, 0])
 
 
 KINDS = (Mlp, Depthwise, Words, Grid, Shared, Transposed, Untraceable)
 MODELS = {
-    **{kind: (lambda kind=kind: vision(kind)) for kind in ("vit", "clip", "dinov2")},
+    **{kind: (lambda kind=kind: vision(kind)) for kind in ("clip", "dinov2")},
     **{kind.__name__: kind for kind in KINDS},
 }
 ONE_BY_ONE = {
@@ -202,7 +188,7 @@ ONE_BY_ONE = {
                "tied.weight"},
     "Grid": {"places.weight", "out.weight", "out.bias"},
     "Transposed": {"mix.weight", "mix.bias"},
-    "Untraceable": {"gate.gain"},
+    "Untraceable": {"gain"},
 }  # fmt: skip
 
 
@@ -285,7 +271,7 @@ def test_many_draws_approach_the_sum_over_all_labels():
     assert any((few[n] - t).norm() > 0.05 * t.norm() for n, t in exact.items())
 
 
-@pytest.mark.parametrize("name", ["vit", "Depthwise"])
+@pytest.mark.parametrize("name", ["dinov2", "Depthwise"])
 def test_sums_of_shards_are_the_sum_of_the_union(name):
     net = net_of(name)
     one, two = scores(net, IDS[:3]), scores(net, IDS[3:])
@@ -297,9 +283,8 @@ def test_targets_depend_on_the_generator_alone():
     small, large = (scores(net, labels="sampled", draws=2, batch_size=b) for b in (2, 64))
     agree(small, large, 1e-12)
     torch.manual_seed(99)
-    again = scores(net, labels="sampled", draws=2)
+    again, other = (scores(net, labels="sampled", draws=2, seed=s) for s in (7, 8))
     assert all(torch.equal(again[n], t) for n, t in large.items())
-    other = scores(net, labels="sampled", draws=2, seed=8)
     assert not all(torch.equal(other[n], t) for n, t in large.items())
 
 
@@ -327,27 +312,15 @@ def test_the_model_is_left_as_it_was():
     net.flat.grad.fill_(3)
     net.module.train()
     before = {n: t.clone() for n, t in net.module.state_dict().items()}
-
-    def fail(*args):
-        raise RuntimeError("broken")
-
     scores(net)
-    handle = net.module.register_forward_hook(fail)
-    with pytest.raises(RuntimeError, match="broken"):
+    handle = net.module.register_forward_hook(lambda *_: pytest.fail("broken"))
+    with pytest.raises(pytest.fail.Exception, match="broken"):
         scores(net)
     handle.remove()
-    assert all(m.training for m in net.module.modules())
+    assert all(m.training and not m._forward_hooks for m in net.module.modules())
     assert all(torch.equal(t, before[n]) for n, t in net.module.state_dict().items())
     assert bool((net.flat.grad == 3).all())
     assert all(p.requires_grad for p in net.module.parameters())
-    assert not any(m._forward_hooks for m in net.module.modules())
-
-
-def test_frozen_parameters_are_left_out():
-    net, full = net_of("Mlp"), scores(net_of("Mlp"))
-    net.module.get_parameter("encoder.first.weight").requires_grad_(False)
-    full.pop("encoder.first.weight")
-    agree(scores(net), full, 1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -87,21 +87,16 @@ def test_kept_coordinates_are_torchs_sgd_bit_for_bit_and_frozen_ones_stay(option
     assert len(optimiser.buffer) == (int(kept.sum()) if options["momentum"] else 0)
 
 
-@pytest.mark.parametrize("make", [small, large])
 @pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
-def test_mask_gradients(make, density):
-    model = make()
+def test_mask_gradients(density):
+    model = small()
     mask = random_mask(model, density)
     next(iter(mask.values())).view(-1)[0] = True
     optimiser = sgdm(model, mask, 0.1)
     gradient = set_gradient(model, 0)
     gradient[3] = model.flat.grad[3] = torch.inf
     optimiser.mask_gradients_()
-    expected = torch.where(flat_mask(mask), gradient, 0)
-    assert torch.equal(model.flat.grad, expected)
-    assert torch.equal(
-        nn.utils.get_total_norm([model.flat.grad]), nn.utils.get_total_norm([expected])
-    )
+    assert torch.equal(model.flat.grad, torch.where(flat_mask(mask), gradient, 0))
 
 
 def test_tensors_without_a_kept_coordinate_are_skipped_with_the_same_bits():
@@ -122,9 +117,8 @@ def test_tensors_without_a_kept_coordinate_are_skipped_with_the_same_bits():
                 train_step(net, task, batch, optimiser, lr=0.1)
                 assert any(net.flat.grad[net.slices[n]].any() for n in gone) is not skip
                 assert net.flat.grad.any()
-        assert {n: p.requires_grad for n, p in net.module.named_parameters()} == before
         results.append(net.flat.detach().clone())
+        with pytest.raises(ValueError, match="inside"), frozen_tensors(net.module, mask):
+            raise ValueError("inside")
+        assert {n: p.requires_grad for n, p in net.module.named_parameters()} == before
     assert torch.equal(*results)
-    with pytest.raises(ValueError, match="inside"), frozen_tensors(net.module, mask):
-        raise ValueError("inside")
-    assert {n: p.requires_grad for n, p in net.module.named_parameters()} == before

@@ -30,8 +30,8 @@ class Knots(MatrixRule):
         if isinstance(inner, CoordinateRule) and inner.traits.odd and inner.traits.order_free:
             return inner.problems(sources)
         return [
-            f"knots: inner is {inner.name}; it must treat each coordinate, either sign and all models "
-            "alike, as ties, median, trimmed_mean, fedgma and consensus do by default"
+            f"knots: inner is {inner.name}; it must treat each coordinate, either sign and all "
+            "models alike, as ties, median, trimmed_mean, fedgma and consensus do by default"
         ]
 
     def merged(self, matrices: Tensor, weights: Sequence[float]) -> Tensor:

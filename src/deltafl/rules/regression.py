@@ -4,7 +4,7 @@ from deltafl.rules.rule import Tensor
 
 
 def regressed(cross: Tensor, gram: Tensor, prior: Tensor, ridge: float) -> tuple[Tensor, bool]:
-    """R = (sum_t D_t C_t + lambda P) (sum_t C_t + lambda I)^-1, and whether it is P for want of one.
+    """R = (sum_t D_t C_t + lambda P) (sum_t C_t + lambda I)^-1, and whether it is P instead.
 
     R minimises sum_t tr((R - D_t) C_t (R - D_t)^T) + lambda ||R - P||^2. lambda = `ridge` times the
     mean diagonal of the gram, at least 1e-30, so that an all-zero gram gives the prior. Where the
