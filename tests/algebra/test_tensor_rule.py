@@ -76,6 +76,16 @@ def test_a_result_of_another_shape_is_refused() -> None:
         dict(Aggregate(Flat(), [Update({"w": torch.ones(2, 3)}, Source("m"))]))
 
 
+def test_torch_threads_do_not_change_a_bit() -> None:
+    world = make(3, seed=0, shapes={"w": (192, 192)})
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append(dict(Aggregate(IsoC(), world.updates)))
+    torch.set_num_threads(before)
+    assert_same(*found)
+
+
 def test_singular_values_that_cannot_be_computed_are_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

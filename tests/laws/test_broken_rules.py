@@ -10,7 +10,7 @@ from torch import Tensor
 from deltafl.algebra.deltas import Deltas
 from deltafl.algebra.tensors import lazy
 from deltafl.errors import DeltaflError
-from deltafl.rules.rule import CoordinateRule, Transform
+from deltafl.rules.rule import CoordinateRule, LinearRule, Stats, Transform
 from laws import laws
 from laws.worlds import make, registered, rules
 
@@ -38,6 +38,14 @@ class Hiding(Coordinate):
     transforms = (Forgiving(),)
 
 
+@dataclass(frozen=True)
+class Unweighted(LinearRule):
+    """Linear, and forgets the weights; the other kinds do not see a model of weight 0."""
+
+    def coefficients(self, stats: Stats, weights: Tensor) -> Tensor:
+        return torch.full_like(weights, 1 / len(weights))
+
+
 def mean(block: Tensor, weights: Sequence[float]) -> Tensor:
     return (block * block.new_tensor(weights)[:, None]).sum(0)
 
@@ -53,7 +61,7 @@ BROKEN = {
             mean(b.bfloat16().float(), w).double() if b.dtype == torch.float64 else mean(b, w)
         )
     ),
-    laws.weight_0_leaves_out: Coordinate(lambda b, w: b.mean(0)),
+    laws.weight_0_leaves_out: Unweighted(),
     laws.zero_deltas: Coordinate(lambda b, w: mean(b, w) / mean(b, w).abs()),
     laws.one_model: Coordinate(lambda b, w: mean(b, w) / (len(w) - 1)),
     laws.half_precision_is_widened_first: Coordinate(

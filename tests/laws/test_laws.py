@@ -29,17 +29,9 @@ def named(value: object) -> str:
 @WITHOUT_SHRINKING
 @given(data=st.data())
 def test_every_rule_keeps_the_law(law, rule, data):
-    chooses = rule.core.needs_gram or isinstance(rule.core, TensorRule)
-    law(
-        rule,
-        data.draw(
-            worlds(
-                kinds=("normal",)
-                if chooses and law in EXACT_TIES_BY_ORDER
-                else ("normal", "grid", "bfloat16")
-            )
-        ),
-    )
+    by_distance = rule.core.needs_gram or isinstance(rule.core, TensorRule)
+    exact = by_distance and law in EXACT_TIES_BY_ORDER
+    law(rule, data.draw(worlds(kinds=("normal",) if exact else ("normal", "grid", "bfloat16"))))
 
 
 @pytest.mark.parametrize("rule", ALL, ids=named)

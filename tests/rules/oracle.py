@@ -16,12 +16,13 @@ SHAPES = {
     "row": (1, 7),
     "column": (5, 1),
     "conv": (4, 3, 2, 2),
+    "patches": (5, 1, 2, 2),
     "depthwise": (5, 1, 3, 3),
     "bias": (5,),
     "scale": (),
     "table": (1, 3, 4),
 }
-MATRICES = {"tall", "wide", "square", "row", "conv"}
+MATRICES = {"tall", "wide", "square", "row", "column", "conv", "patches"}
 
 Model = dict[str, np.ndarray]
 
@@ -62,9 +63,8 @@ def assert_is(
     deltas: Sequence[Model],
     formula: Callable[[list[np.ndarray], np.ndarray], np.ndarray],
     weights: Sequence[float] | None = None,
-    other: Callable[[list[np.ndarray], np.ndarray], np.ndarray] | None = None,
 ) -> None:
-    """R is `formula(matrices, p)` of matrices to 1e-6 of their size, and `other`, by default the mean, of the rest."""
+    """R is `formula(matrices, p)` of matrices to 1e-6, and the mean, at the paper's scale, of the rest."""
     p = np.array(weights or [1.0] * len(deltas))
     p = p / p.sum()
     for name, found in merge(rule, deltas, weights).items():
@@ -73,8 +73,9 @@ def assert_is(
             expected = formula(parts, p).reshape(SHAPES[name])
         else:
             parts = [d[name] for d in deltas]
-            mean = sum(w * x for w, x in zip(p, parts, strict=True))
-            expected = other(parts, p) if other else mean
+            expected = sum(w * x for w, x in zip(p, parts, strict=True))
+            if rule.traits.native_scale == "sum":
+                expected = expected / np.count_nonzero(p)
         size = max(np.abs(x).max() for x in parts) or 1
         np.testing.assert_allclose(found, expected, atol=1e-6 * size, rtol=1e-6, err_msg=name)
 

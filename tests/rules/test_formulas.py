@@ -9,6 +9,7 @@ from scipy.optimize import minimize
 from scipy.stats import trim_mean
 
 from deltafl.rules.cclip import CClip
+from deltafl.rules.consensus import Consensus
 from deltafl.rules.fedavg import FedAvg
 from deltafl.rules.fedgma import FedGMA
 from deltafl.rules.fednova import FedNova
@@ -63,6 +64,19 @@ def softened(rho: Fraction) -> Reference:
     def update(deltas: np.ndarray, weights: np.ndarray) -> np.ndarray:
         votes = [abs(Fraction(int(v), int(weights.sum()))) for v in weights @ np.sign(deltas)]
         return mean(deltas, weights) * [1 if v >= rho else float(v) for v in votes]
+
+    return update
+
+
+def needed(threshold: Fraction, least: int) -> Reference:
+    """TALL masks; the comparison in fractions."""
+
+    def update(deltas: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        pairs = zip(weights.tolist(), deltas, strict=True)
+        parts = np.array([[w * Fraction(x) for x in row] for w, row in pairs if w])
+        total = parts.sum(0)
+        votes = (abs(parts) >= threshold * abs(total - parts)).sum(0)
+        return np.where(votes >= min(least, len(parts)), mean(deltas, weights), 0)
 
     return update
 
@@ -149,6 +163,7 @@ CASES: list[tuple[Rule, Reference]] = [
     (FedAvg(), by_examples),
     *((FedNova(kind), by_work(kind)) for kind in ("sgd", "momentum", "prox")),
     *((FedGMA(float(r)), softened(r)) for r in map(Fraction, ("0", "1/3", "1/2", "0.6", "5/6", "1"))),
+    *((Consensus(t, k), needed(Fraction(str(t)), k)) for t in (0.2, 0.4, 1.0, 5.0) for k in (0, 1, 2, 3)),
     (Median(), middle),
     (Median("lower"), lower_middle),
     *((TrimmedMean(trim), trimmed(trim)) for trim in (0, 1)),

@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 
-from deltafl.errors import DeltaflError
 from deltafl.rules.iso import IsoC, IsoCTS
 from rules.oracle import KINDS, assert_is, merge, models, polar, svd
 
@@ -55,15 +54,3 @@ def test_iso_cts_keeps_common_and_own_directions(kind, share):
     for n in (1, 2, 3):
         assert_is(IsoCTS(share), models(n, kind), lambda m, p: cts(m, p, share))
     assert_is(IsoCTS(share), models(3, kind), lambda m, p: cts(m, p, share), [1.0, 2.0, 0.5])
-
-
-@pytest.mark.parametrize(
-    ("make", "line"),
-    [
-        (lambda: IsoC(1.5), r"iso_c: power is 1.5; it must be in \[0, 1\]"),
-        (lambda: IsoCTS(-0.1), r"iso_cts: common_fraction is -0.1; it must be in \[0, 1\]"),
-    ],
-)
-def test_shares_outside_0_to_1_are_refused(make, line):
-    with pytest.raises(DeltaflError, match=line):
-        make()

@@ -14,6 +14,7 @@ from deltafl.algebra.deltas import Deltas, Update
 from deltafl.algebra.reductions import gram_matrix, magnitude_thresholds
 from deltafl.algebra.tensors import Lazy, Spec, Tensors, lazy, memory_like, round_once
 from deltafl.errors import DeltaflError, shorten
+from deltafl.pool import one_thread
 from deltafl.progress import OnProgress, ignore
 from deltafl.rules.rule import (
     CoordinateRule,
@@ -99,7 +100,14 @@ class Aggregate(Lazy):
         spec = self.spec(name)
         if not self._last or self._last[0] != name:
             self._last = None
-            tensor = self._combined(name, 0, spec.numel, spec.shape).reshape(-1)
+            try:
+                with one_thread():
+                    tensor = self._combined(name, 0, spec.numel, spec.shape).reshape(-1)
+            except torch.linalg.LinAlgError:
+                raise DeltaflError(
+                    f'tensor "{name}": {self._core.name}: its singular values cannot be computed; '
+                    "leave it out with --exclude, or choose another method"
+                ) from None
         else:
             tensor = self._last[1]
         self._last = (name, tensor) if stop < spec.numel else None
@@ -110,17 +118,11 @@ class Aggregate(Lazy):
         core = self._core
         assert isinstance(core, CoordinateRule | TensorRule)
         weights = self._deltas.weights_of[name]
-        counted = [i for i, weight in enumerate(weights) if weight or not self.whole]
+        counted = [i for i, weight in enumerate(weights) if weight]
         stack = self._deltas.stack(name, start, stop, counted)
         self._deltas.check_finite(stack, name, start, stop)
         p = shares([weights[i] for i in counted])
-        try:
-            result = core.combine(stack.view(len(stack), *shape), p)
-        except torch.linalg.LinAlgError:
-            raise DeltaflError(
-                f'tensor "{name}": {core.name}: its singular values cannot be computed; leave it '
-                "out with --exclude, or choose another method"
-            ) from None
+        result = core.combine(stack.view(len(stack), *shape), p)
         if result.shape != shape or result.dtype != stack.dtype:
             raise DeltaflError(
                 f"{type(core).__name__}: combine gives {tuple(result.shape)} {result.dtype} "

@@ -105,10 +105,9 @@ class Plan:
     @property
     def working_memory(self) -> int:
         """Bytes of the blocks, or of a `TensorRule` the tensors, that are in work at a time."""
-        elements = 1 << 18
-        if isinstance(self.rule.core, TensorRule):
-            elements = max(self.base.entries[name].numel for name in self.alignment.merged)
-        width = 8 if self.recipe.exact else 4
+        elements, width = 1 << 18, 8 if self.recipe.exact else 4
+        if isinstance(self.rule.core, TensorRule):  # which compute in float64
+            elements, width = max(self.base.entries[n].numel for n in self.alignment.merged), 16
         return self.threads * elements * width * (2 * len(self.layouts) + 6)
 
     def refuse_as_output(self, out: str | Path) -> None:

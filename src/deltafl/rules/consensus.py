@@ -18,7 +18,7 @@ class Consensus(CoordinateRule):
     of weight above 0 than `min_models` all must agree.
     """
 
-    mask_threshold: Annotated[float, Within(1e-6)] = 0.4
+    mask_threshold: Annotated[float, Within(0)] = 0.4
     min_models: Annotated[int, Within(0)] = 2
 
     traits = Traits(fixed_point=False, native_scale="sum")
@@ -29,5 +29,4 @@ class Consensus(CoordinateRule):
         merged = weighted_sum(block, weights)
         parts = block * block.new_tensor(weights)[:, None]
         needed = parts.abs() >= (merged - parts).abs_() * (self.mask_threshold * (1 - 1e-6))
-        counted = sum(w > 0 for w in weights)
-        return merged.mul_(needed.sum(0) >= min(self.min_models, counted))
+        return merged.mul_(needed.sum(0) >= min(self.min_models, len(weights)))

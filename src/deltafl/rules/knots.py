@@ -16,8 +16,7 @@ class Knots(MatrixRule):
     """R = U r(S V_1^T .. S V_n^T), with U S [V_1^T .. V_n^T] = [delta_1 .. delta_n].
 
     r is the rule `inner`, which combines coordinate by coordinate (ties by default) and trims each
-    matrix on its own, to one value at least; it also combines what is no matrix. Directions whose
-    singular value is 0 are left out.
+    matrix on its own, to one value at least. Directions whose singular value is 0 are left out.
     """
 
     inner: CoordinateRule = TIES
@@ -31,22 +30,20 @@ class Knots(MatrixRule):
         if isinstance(inner, CoordinateRule) and inner.traits.odd and inner.traits.order_free:
             return inner.problems(sources)
         return [
-            f"knots: inner is {inner}; it must treat each coordinate, either sign and all models "
-            "alike, as ties, median, trimmed_mean, fedgma and consensus do by default"
+            f"knots: inner is {inner.name}; it must treat each coordinate, either sign and all "
+            "models alike, as ties, median, trimmed_mean, fedgma and consensus do by default"
         ]
 
     def merged(self, matrices: Tensor, weights: Sequence[float]) -> Tensor:
         u, s, v = triples(matrices.mT.flatten(0, 1).mT)
-        return u @ self.others((v * s).reshape(*matrices.mT.shape[:2], -1), weights).mT
-
-    def others(self, tensors: Tensor, weights: Sequence[float]) -> Tensor:
-        if not (size := tensors[0].numel()):
-            return tensors[0]
-        rows = tensors.reshape(-1, size)
+        if not len(s):
+            return matrices[0]
+        rows = (v * s).reshape(len(matrices), -1)
+        size = rows.shape[1]
         for transform in self.inner.transforms:
             for i, row in enumerate(rows):
                 assert isinstance(transform.density, float | int)
                 kept = max(1, int(transform.density * size))
                 threshold = row.abs().float().kthvalue(size - kept + 1).values
                 rows[i] = transform.apply(row, i, "", 0, float(threshold))
-        return self.inner.combine(rows, weights).reshape(tensors.shape[1:])
+        return u @ self.inner.combine(rows, weights).reshape(-1, len(s)).mT

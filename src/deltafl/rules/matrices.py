@@ -14,7 +14,9 @@ class MatrixRule(TensorRule):
     """R of each matrix is computed in float64; what is no matrix is averaged.
 
     Matrices (out, in) are the tensors of two dimensions and, as (out, in k k), the kernels of
-    convolutions; those of depthwise ones, (out, 1, k, k), and columns, (out, 1), are not.
+    convolutions. Kernels (out, 1, k, k) are taken for depthwise ones, which are no matrices, if k
+    is odd, and for an embedding of grey patches if it is even. A rule whose paper sums the matrices
+    and scales sum and average alike has the average / n here.
     """
 
     traits = Traits(fixed_point=False, coordinate_symmetric=False, native_scale="sum")
@@ -23,16 +25,14 @@ class MatrixRule(TensorRule):
     def merged(self, matrices: Tensor, weights: Sequence[float]) -> Tensor:
         """(n, out, in) float64, p > 0 with sum 1 -> (out, in)."""
 
-    def others(self, tensors: Tensor, weights: Sequence[float]) -> Tensor:
-        """The same for tensors that are no matrices: (n, *shape) -> (*shape), same dtype."""
-        return weighted_sum(tensors, weights)
-
     def combine(self, tensors: Tensor, weights: Sequence[float]) -> Tensor:
         shape = tensors.shape[1:]
-        if tensors.numel() and len(shape) in (2, 4) and shape[1] > 1:
+        mixes = len(shape) == 2 or (len(shape) == 4 and (shape[1] > 1 or shape[3] % 2 == 0))
+        if mixes and tensors.numel():
             merged = self.merged(tensors.double().flatten(2), weights)
             return merged.to(tensors.dtype).reshape(shape)
-        return self.others(tensors, weights)
+        mean = weighted_sum(tensors, weights)
+        return mean / len(tensors) if self.traits.native_scale == "sum" else mean
 
 
 Triples = tuple[Tensor, Tensor, Tensor]

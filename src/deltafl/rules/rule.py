@@ -106,10 +106,11 @@ class Transform(ABC):
 class Rule:
     """n deltas -> one update, at mean scale. A frozen dataclass, whose fields are its parameters.
 
-    A rule is of one kind: a `LinearRule`, a `CoordinateRule` or a `TensorRule`. What it does not
-    say has a default. needs_gram: it wants the Gram matrix. weighs_examples: it weighs the deltas
-    by their numbers of examples itself. values: parameters to compare where none are named, a value
-    or a list. needs: what it works with. searched: what a search tries beside those that it is given.
+    A rule is of one kind: a `LinearRule`, a `CoordinateRule` or a `TensorRule`; the latter two do
+    not see models of weight 0. What it does not say has a default. needs_gram: it wants the Gram
+    matrix. weighs_examples: it weighs the deltas by their numbers of examples itself. values:
+    parameters to compare where none are named, a value or a list. needs: what it works with. searched: what a search tries
+    beside those that it is given.
 
     Raises:
         DeltaflError: a parameter is not one of its type's `Literal`, or outside its `Within`.
@@ -133,9 +134,6 @@ class Rule:
         """What it is registered as."""
         named = (name for name in RULES if RULES[name] is type(self))
         return next(named, type(self).__name__)
-
-    def __str__(self) -> str:
-        return self.name
 
     @property
     def core(self) -> "Rule":
@@ -178,7 +176,7 @@ class CoordinateRule(Rule, ABC):
 
     @abstractmethod
     def combine(self, block: Tensor, weights: Sequence[float]) -> Tensor:
-        """(n, m), p >= 0 with sum 1 -> (m,), same dtype; the block may be overwritten."""
+        """(n, m), p > 0 with sum 1 -> (m,), same dtype; the block may be overwritten."""
 
 
 class TensorRule(Rule, ABC):
@@ -190,10 +188,7 @@ class TensorRule(Rule, ABC):
 
     @abstractmethod
     def combine(self, tensors: Tensor, weights: Sequence[float]) -> Tensor:
-        """(n, *shape), p > 0 with sum 1 -> (*shape), same dtype; may overwrite its argument.
-
-        n: of the models whose weight is not 0.
-        """
+        """(n, *shape), p > 0 with sum 1 -> (*shape), same dtype; may overwrite its argument."""
 
 
 @dataclass(frozen=True)

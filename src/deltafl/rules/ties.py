@@ -60,7 +60,7 @@ class Ties(CoordinateRule):
         return missing + wrong * (by_tensor and not self.per_tensor)
 
     def combine(self, block: Tensor, weights: Sequence[float]) -> Tensor:
-        least = min(w for w in weights if w > 0)
+        least = min(weights)
         elected = weighted_sum(block, [round(w / least, 9) for w in weights]).sign_()
         if self.zero_sum == "positive":
             elected.masked_fill_(elected == 0, 1.0)

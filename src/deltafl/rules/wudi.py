@@ -19,9 +19,9 @@ class Wudi(MatrixRule):
     with K_i = delta_i^T delta_i / ||delta_i||^2: the rows of a delta are combinations of the inputs
     that it was trained on, for which K_i stands. lambda = `ridge` times the mean diagonal of
     sum_i p_i K_i. `prior`: P is the "mean" sum_i p_i delta_i, which needs no coefficient
-    (server_lr 1), or n times that, the "sum", as the whole R then is (R / n is returned). Deviation:
-    the paper starts at the sum and ends early, after 300 steps of Adam; its exact minimum (ridge 0)
-    is useless.
+    (server_lr 1), or n times that, the "sum"; the whole R then is a sum, and R / n is returned.
+    Deviation: the paper starts at the sum and ends early, after 300 steps of Adam; its exact
+    minimum (ridge 0) is useless.
     """
 
     ridge: Annotated[float, Within(0)] = 1.0
