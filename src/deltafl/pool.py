@@ -6,6 +6,7 @@ the items. Since every process computes with one thread, results are the same bi
 them.
 """
 
+import ctypes
 import io
 import math
 import mmap
@@ -13,6 +14,7 @@ import os
 import pickle
 import signal
 import socket
+import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -151,6 +153,7 @@ class Pool(Generic[T, R]):
         """The life of a process: one item after the other, until it is killed."""
         with suppress(BaseException):  # nobody listens any more
             torch.set_num_threads(1)
+            _keep_freed_memory()
             before = _most_memory()
             while True:
                 number, item = pickle.loads(self._sockets[1].recv(MOST))
@@ -239,6 +242,17 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> object:
         return self._known_objects[pid] if isinstance(pid, int) else _view(self._memory, *pid)
+
+
+def _keep_freed_memory() -> None:
+    """Tell glibc not to give freed blocks back, for the kernel clears them each time they return.
+
+    Without it a merge of five files of 1 GB, all in the page cache, takes 1.3 times as long.
+    """
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+        libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, at most 32 MB
 
 
 def _most_memory() -> int:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -85,32 +86,54 @@ def parts(held: Mapping[str, Tensor], *prefixes: str) -> dict[str, Tensor]:
     return {n: t for n, t in held.items() if n.startswith(prefixes)}
 
 
-CLASSIFIER = "ViTForImageClassification"
+CLASSIFIER, CAUSAL = "ViTForImageClassification", "LlamaForCausalLM"
+TOWER, PROJECTED = "CLIPVisionModel", "CLIPVisionModelWithProjection"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+TIED = {"tie_word_embeddings": True}
+PAIRS = [
+    ("ViTModel", CLASSIFIER, "pooler: not in every model", "classifier: not in the base"),
+    (CLASSIFIER, "ViTModel", "classifier: not in every model", "pooler: not in the base"),
+    (CLASSIFIER, CLASSIFIER, "classifier: a head of another shape in a model", None),
+    ("LlamaModel", CAUSAL, None, "lm_head: not in the base"),
+    (CAUSAL, "LlamaModel", "lm_head: not in every model", None),
+    *(("CLIPModel", kind, "logit_scale: not in every model", None) for kind in (TOWER, PROJECTED)),
+    *((kind, "CLIPModel", None, "logit_scale: not in the base") for kind in (TOWER, PROJECTED)),
+]
+"""The kinds of a base and of a fine-tune, and one of the reasons why a tensor is copied, and is ignored."""
 
 
-def test_a_classifier_is_merged_into_its_bare_vit(tmp_path: Path) -> None:
-    base = make(tmp_path, "ViTModel", "base")
-    tuned = make(tmp_path, CLASSIFIER, "tuned", num_labels=5)
+def body(held: Mapping[str, Tensor]) -> dict[str, str]:
+    """Name in the body of the model -> name."""
+    return {re.sub(r"^(vit|model|vision_model)\.", "", name): name for name in held}
+
+
+@pytest.mark.parametrize(("base_kind", "tuned_kind", "copied", "ignored"), PAIRS)
+def test_models_of_two_kinds_are_merged_where_they_are_alike(
+    tmp_path, base_kind, tuned_kind, copied, ignored
+):
+    """The rest is the base's, and told; the result loads as what the base is."""
+    base = make(tmp_path, base_kind, "base", num_labels=5)
+    tuned = make(tmp_path, tuned_kind, "tuned", num_labels=3)
     merged, record = merge_one(tmp_path)
-    assert_from(merged, {n.removeprefix("vit."): t for n, t in parts(tuned, "vit.").items()})
-    assert_from(merged, parts(base, "pooler."))
-    lost = {"classifier: not in the base": ["classifier.bias", "classifier.weight"]}
-    assert record["ignored"] == {"tuned": lost}
-    assert sorted(record["copied"]) == ["pooler: not in every model"]
-    reload(tmp_path / "out")
+    pairs = [(name, body(tuned).get(own)) for own, name in body(base).items()]
+    alike = {ours: tuned[n] for ours, n in pairs if n and tuned[n].shape == base[ours].shape}
+    assert any(".1." in name for name in alike)
+    assert_from(merged, alike)
+    rest = base.keys() - alike.keys()
+    assert all(torch.equal(merged[name], base[name]) for name in rest)
+    assert {n for names in record["copied"].values() for n in names} == rest
+    assert copied is None or copied in record["copied"]
+    assert ignored is None or ignored in record["ignored"]["tuned"]
+    reload(tmp_path / "out", base_kind)
 
 
-@pytest.mark.parametrize("kind", ["ViTModel", CLASSIFIER])
-def test_a_classifier_keeps_its_head_if_the_fine_tune_has_none_or_another(tmp_path, kind):
-    base = make(tmp_path, CLASSIFIER, "base", num_labels=5)
-    tuned = make(tmp_path, kind, "tuned", num_labels=3)
-    merged, record = merge_one(tmp_path)
-    body = {f"vit.{n.removeprefix('vit.')}": t for n, t in tuned.items() if "layer" in n}
-    assert_from(merged, body | parts(base, "classifier"))
-    why = "not in every model" if kind == "ViTModel" else "a head of another shape in a model"
-    heads = {f"classifier: {why}": ["classifier.bias", "classifier.weight"]}
-    assert record["copied"].items() >= heads.items()
-    reload(tmp_path / "out", "AutoModelForImageClassification")
+@pytest.mark.parametrize("kind", [TOWER, PROJECTED])
+def test_a_vision_tower_of_transformers_4_is_merged_into_the_whole_clip(tmp_path, kind):
+    make(tmp_path, "CLIPModel", "base")
+    tuned, whole = make(tmp_path, kind, "tuned"), ("vision_model.", "visual_projection.")
+    inner = {n if n.startswith(whole) else f"vision_model.{n}": t for n, t in tuned.items()}
+    save_file(inner, tmp_path / "tuned/model.safetensors", metadata={"format": "pt"})
+    assert_from(merge_one(tmp_path)[0], inner)
 
 
 @pytest.mark.parametrize("module_side", [["base"], ["tuned"], ["base", "tuned"]])
@@ -129,42 +152,13 @@ def test_names_of_modules_and_names_of_files_are_the_same_tensors(tmp_path, modu
     assert_from(merged, {n.removeprefix("vit."): t for n, t in parts(tuned, "vit.").items()})
 
 
-VISION = ("CLIPVisionModel", "CLIPVisionModelWithProjection")
-
-
-@pytest.mark.parametrize("old_names", [False, True], ids=["transformers 5", "transformers 4"])
-@pytest.mark.parametrize("kind", VISION)
-def test_a_vision_tower_is_merged_into_the_whole_clip(tmp_path, kind, old_names):
-    base, tuned = make(tmp_path, "CLIPModel", "base"), make(tmp_path, kind, "tuned")
-    whole = ("vision_model.", "visual_projection.")
-    inner = {n if n.startswith(whole) else f"vision_model.{n}": t for n, t in tuned.items()}
-    if old_names:
-        save_file(inner, tmp_path / "tuned/model.safetensors", metadata={"format": "pt"})
-    merged, record = merge_one(tmp_path)
-    assert_from(merged, inner)
-    untouched = {n: t for n, t in base.items() if n not in inner}
-    assert all(torch.equal(merged[n], t) for n, t in untouched.items())
-    assert {n for names in record["copied"].values() for n in names} == set(untouched)
-    assert ("visual_projection.weight" in untouched) == (kind == "CLIPVisionModel")
-    assert_from(reload(tmp_path / "out").state_dict(), inner)
-
-
-@pytest.mark.parametrize("kind", VISION)
-def test_the_whole_clip_can_be_merged_into_its_vision_tower(tmp_path: Path, kind: str) -> None:
-    make(tmp_path, kind, "base")
-    whole = make(tmp_path, "CLIPModel", "tuned")
-    merged, _ = merge_one(tmp_path)
-    assert_from(whole, {n if n in whole else f"vision_model.{n}": t for n, t in merged.items()})
-    reload(tmp_path / "out", kind)
-
-
 @pytest.mark.parametrize(
     ("kind", "more", "chosen"),
     [
         ("CLIPModel", ["--scope", "vision_model"], lambda n: n.startswith("vision_model.")),
-        ("LlamaForCausalLM", ["--scope", "model.layers.1"], lambda n: ".layers.1." in n),
+        (CAUSAL, ["--scope", "model.layers.1"], lambda n: ".layers.1." in n),
         (
-            "LlamaForCausalLM",
+            CAUSAL,
             ["--include", "*.mlp.*", "*.self_attn.*", "--exclude", "*.layers.0.*"],
             lambda n: "layers.1." in n and ("mlp" in n or "self_attn" in n),
         ),
@@ -179,15 +173,14 @@ def test_a_part_is_chosen_and_the_rest_is_the_bases(tmp_path: Path, kind, more, 
         assert list(record["ignored"]["tuned"]) == ["outside --scope"]
 
 
-TIED = {"tie_word_embeddings": True}
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 @pytest.mark.parametrize("written_out", [False, True])
 def test_a_tied_model_is_merged_and_stays_tied(tmp_path: Path, written_out: bool) -> None:
     """A state dict holds both twins, the file of transformers one."""
-    make(tmp_path, "LlamaForCausalLM", "base", **TIED)
-    tuned = make(tmp_path, "LlamaForCausalLM", "tuned", **TIED)
+    make(tmp_path, CAUSAL, "base", **TIED)
+    tuned = make(tmp_path, CAUSAL, "tuned", **TIED)
     if written_out:
         state = reload(tmp_path / "base", "AutoModelForCausalLM").state_dict()
         (tmp_path / "base/model.safetensors").unlink()
@@ -201,8 +194,8 @@ def test_a_tied_model_is_merged_and_stays_tied(tmp_path: Path, written_out: bool
 
 @pytest.mark.parametrize("change", [0.0, 1e-3])
 def test_a_written_out_head_must_equal_its_twin(tmp_path: Path, change: float) -> None:
-    make(tmp_path, "LlamaForCausalLM", "base", **TIED)
-    tuned = make(tmp_path, "LlamaForCausalLM", "tuned", **TIED)
+    make(tmp_path, CAUSAL, "base", **TIED)
+    tuned = make(tmp_path, CAUSAL, "tuned", **TIED)
     head = tuned[EMBEDDING].clone()
     head[-1, -1] += change
     save_file(tuned | {HEAD: head}, tmp_path / "tuned/model.safetensors", metadata={"format": "pt"})
@@ -216,32 +209,17 @@ def test_a_written_out_head_must_equal_its_twin(tmp_path: Path, change: float) -
 
 
 def test_an_untied_base_does_not_take_embeddings_for_its_head(tmp_path: Path) -> None:
-    base = make(tmp_path, "LlamaForCausalLM", "base")
-    make(tmp_path, "LlamaForCausalLM", "tuned", **TIED)
+    base = make(tmp_path, CAUSAL, "base")
+    make(tmp_path, CAUSAL, "tuned", **TIED)
     problem = refusal(tmp_path, *arguments(tmp_path))
     assert problem.startswith(f'the base: "{HEAD}" differs from "{EMBEDDING}"')
     assert torch.equal(merge_one(tmp_path, "--exclude", HEAD)[0][HEAD], base[HEAD])
 
 
-@pytest.mark.parametrize(
-    "kinds", [("LlamaModel", "LlamaForCausalLM"), ("LlamaForCausalLM", "LlamaModel")]
-)
-def test_a_language_model_merges_with_and_without_its_head(tmp_path, kinds):
-    base, tuned = (make(tmp_path, k, n) for k, n in zip(kinds, ("base", "tuned"), strict=True))
-    merged, record = merge_one(tmp_path)
-    held = {n.removeprefix("model."): t for n, t in tuned.items() if n != HEAD}
-    assert_from({n.removeprefix("model."): t for n, t in merged.items()}, held)
-    if HEAD in base:
-        assert torch.equal(merged[HEAD], base[HEAD])
-        assert record["copied"] == {"lm_head: not in every model": [HEAD]}
-    else:
-        assert record["ignored"] == {"tuned": {"lm_head: not in the base": [HEAD]}}
-
-
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_language_model_of_another_vocabulary_is_refused(tmp_path: Path, tied: bool) -> None:
-    make(tmp_path, "LlamaForCausalLM", "base", tie_word_embeddings=tied)
-    make(tmp_path, "LlamaForCausalLM", "tuned", tie_word_embeddings=tied, vocab_size=22)
+    make(tmp_path, CAUSAL, "base", tie_word_embeddings=tied)
+    make(tmp_path, CAUSAL, "tuned", tie_word_embeddings=tied, vocab_size=22)
     names = [EMBEDDING] if tied else [HEAD, EMBEDDING]
     assert sorted(refused(tmp_path, *arguments(tmp_path))) == [
         f'model "tuned": tensor "{n}" is (22, 8), the base has (20, 8); another vocabulary?'

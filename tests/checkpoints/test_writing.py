@@ -15,15 +15,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from checkpoint_files import (
-    load,
-    make_world,
-    mean_step,
-    refusal,
-    save,
-    succeed,
-    toy,
-)
+from checkpoint_files import load, make_world, mean_step, refusal, save, succeed, toy
 from deltafl.checkpoints.checkpoint import entries_of
 from deltafl.checkpoints.layout import SIZES
 from deltafl.checkpoints.writing import plan_shards

@@ -36,7 +36,7 @@ from deltafl.checkpoints.checkpoint import Checkpoint
 from deltafl.merge.plan import plan_merge
 from deltafl.merge.recipe import MergeRecipe
 from deltafl.merge.run import run_merge
-from deltafl.pool import Pool, R, T
+from deltafl.pool import Pool
 from deltafl.progress import Progress
 from deltafl.rules.rule import Source, build_rule, load_rules
 
@@ -194,29 +194,25 @@ def test_tied_tensors_are_compared_by_blocks(tmp_path, monkeypatch):
 @pytest.fixture
 def forks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Every block is a unit of work; how many workers each pass forked."""
-    asked: list[int] = []
+    asked = []
 
-    class Counted(Pool[T, R]):
-        def __init__(self, work, workers, **options) -> None:
-            if workers > 1:
-                asked.append(workers)
-            super().__init__(work, workers, **options)
+    def counted(work, workers, **options):
+        asked.extend([workers] * (workers > 1))
+        return Pool(work, workers, **options)
 
     monkeypatch.setattr(streaming, "CHUNK", 1)
     monkeypatch.setattr(streaming, "can_fork", lambda: True)
-    monkeypatch.setattr(streaming, "Pool", Counted)
+    monkeypatch.setattr(streaming, "Pool", counted)
     return asked
 
 
 @pytest.fixture
-def sabotage(
-    monkeypatch: pytest.MonkeyPatch, forks: list[int]
-) -> Callable[[Callable[[], None]], None]:
+def sabotage(monkeypatch: pytest.MonkeyPatch, forks: list[int]) -> Callable[..., None]:
     """Let every worker do something before it writes."""
     parent, pwrite = os.getpid(), os.pwrite
 
-    def patch(deed: Callable[[], None]) -> None:
-        def spoilt(*arguments) -> int:
+    def patch(deed):
+        def spoilt(*arguments):
             if os.getpid() != parent:
                 deed()
             return pwrite(*arguments)

@@ -10,13 +10,7 @@ from safetensors.numpy import save_file
 from deltafl.errors import DeltaflError
 from deltafl.models import HeadRecipe
 from deltafl.sparse.eligible import eligible
-from deltafl.sparse.masks import (
-    choose_mask,
-    completed,
-    load_mask,
-    model_hash,
-    save_mask,
-)
+from deltafl.sparse.masks import choose_mask, completed, load_mask, model_hash, save_mask
 from deltafl.sparse.strategies import MASK_STRATEGIES
 from tiny_models import tiny_images, tiny_net
 
