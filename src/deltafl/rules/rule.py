@@ -109,8 +109,8 @@ class Rule:
     A rule is of one kind: a `LinearRule`, a `CoordinateRule` or a `TensorRule`; the latter two do
     not see models of weight 0. What it does not say has a default. needs_gram: it wants the Gram
     matrix. weighs_examples: it weighs the deltas by their numbers of examples itself. values:
-    parameters to compare where none are named, a value or a list. needs: what it works with. searched: what a search tries
-    beside those that it is given.
+    parameters to compare where none are named, a value or a list. needs: what it works with.
+    searched: what a search tries beside those that it is given.
 
     Raises:
         DeltaflError: a parameter is not one of its type's `Literal`, or outside its `Within`.
