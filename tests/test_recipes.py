@@ -224,3 +224,9 @@ def test_a_file_that_is_no_mapping_is_one_line(tmp_path: Path, text: str, told: 
 def test_a_missing_file_is_one_line(tmp_path: Path):
     with pytest.raises(DeltaflError, match="No such file"):
         load_yaml(tmp_path / "r.yaml")
+
+
+def test_an_alias_that_holds_itself_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("base: &x [*x]")
+    with pytest.raises(DeltaflError, match="Circular reference"):
+        load_yaml(tmp_path / "x.yaml")

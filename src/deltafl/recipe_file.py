@@ -1,5 +1,6 @@
 """The YAML files of recipes."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML file that holds a mapping. Raises DeltaflError."""
     try:
         data = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # a SafeLoader
+        json.dumps(data, default=str)  # an alias may hold itself
     except OSError as error:
         raise DeltaflError(f'"{path}": {error.strerror}') from None
     except (yaml.YAMLError, ValueError, TypeError) as error:

@@ -86,10 +86,12 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(("options", "told"), MISTAKES.items(), ids=str)
-def test_bad_input_is_one_clear_line_and_leaves_nothing(tmp_path: Path, options: str, told: str):
-    assert told in refusal(
-        tmp_path, "federate", *SMALL, *options.split(), "--out", tmp_path / "run"
-    )
+@pytest.mark.parametrize("dry", ["", "--dry-run"])
+def test_bad_input_is_one_clear_line_and_leaves_nothing(
+    tmp_path: Path, options: str, told: str, dry: str
+):
+    more = (*options.split(), *dry.split(), "--out", tmp_path / "run")
+    assert told in refusal(tmp_path, "federate", *SMALL, *more)
 
 
 def test_a_run_is_resumed_only_as_it_was(run: Path):

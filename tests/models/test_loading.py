@@ -246,6 +246,11 @@ def test_a_wrong_reference_is_one_clear_line(ref: str, kwargs, message: str):
         ({"hiden_size": 8}, 'unknown key "hiden_size"; did you mean "hidden_size"'),
         ({"hidden_size": "8"}, "hidden_size"),
         ({"model_type": "llama", "vocab_size": 9}, "cannot be loaded"),
+        ({"model_type": ["vit"]}, "cannot be loaded"),
+        ({"seed": "x"}, "its seed a whole number"),
+        ({"patch_size": 0}, "cannot be loaded"),
+        ({"num_attention_heads": 0}, "cannot be loaded"),
+        ({"image_size": [8]}, "cannot be loaded"),
     ],
 )
 def test_a_wrong_configuration_of_a_new_model(change, message: str, tmp_path: Path):

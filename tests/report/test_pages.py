@@ -2,13 +2,16 @@ import html.parser
 import re
 import subprocess
 import sys
+import tomllib
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import report_samples as samples
 from deltafl import report
+from deltafl.experiments import STUDIES, SUITES
 from deltafl.report.page import Page, to_html
 
 LAYERS = {f"layers.{i}.{part}.weight": (i, 8) for i in range(3) for part in "qkv"}
@@ -250,3 +253,8 @@ def test_a_suite_says_what_failed_and_explains_a_best_round_of_zero():
     assert "krum: needs 3 models" in told
     assert "before training" in told
     assert "before training" not in html_of("comparison")
+
+
+def test_every_suite_and_study_has_its_question() -> None:
+    texts = tomllib.loads((Path(report.__file__).parent / "questions.toml").read_text())
+    assert {*SUITES, *STUDIES} <= texts.keys()

@@ -4,6 +4,7 @@ from deltafl.cli.command import dry_run, quiet, recipe_command, resume, tensorbo
 from deltafl.cli.progress import drawn_progress
 from deltafl.cli.run import finish, prepared
 from deltafl.federated import FederatedRecipe, federate
+from deltafl.federated.run import check_run
 
 
 @recipe_command(FederatedRecipe)
@@ -22,7 +23,13 @@ def federate_command(
     \b
     deltafl federate --model M --data cifar100 --sharding non_iid --nc 5 --out DIR
     """
-    net, task = prepared(recipe, resume=resume, dry_run=dry_run, tensorboard=tensorboard)
+    net, task = prepared(
+        recipe,
+        resume=resume,
+        dry_run=dry_run,
+        tensorboard=tensorboard,
+        check=lambda task: check_run(task, recipe),
+    )
     with drawn_progress(quiet=quiet) as show:
         done = federate(net, task, recipe, resume=resume, on_progress=show)
     finish(done, quiet=quiet, tensorboard=tensorboard)

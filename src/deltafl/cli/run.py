@@ -1,6 +1,7 @@
 """What the commands that train share: what comes before a run, and what after it."""
 
 import os
+from collections.abc import Callable
 
 import click
 import yaml
@@ -25,6 +26,7 @@ def prepared(
     resume: bool,
     dry_run: bool,
     tensorboard: bool = False,
+    check: Callable[[Task], object] = lambda task: None,
 ) -> tuple[Net, Task]:
     """The model and the task of a recipe whose output may be written.
 
@@ -39,6 +41,7 @@ def prepared(
     net = load_net(recipe.model)
     task = load_task(recipe.data, net.inputs, recipe.seed)
     if dry_run:
+        check(task)
         show_settings(recipe)
     return net, task
 

@@ -23,6 +23,7 @@ from deltafl.federated.setup import Federation, begin, make_shards, new_record
 from deltafl.federated.sharding import shard_counts
 from deltafl.models.net import Net
 from deltafl.progress import OnProgress, Progress, ignore
+from deltafl.sparse.masks import load_mask
 from deltafl.tasks.task import Split, Task
 from deltafl.training.finetune import require_examples, write_model
 from deltafl.training.loop import Best
@@ -37,6 +38,7 @@ from deltafl.training.record import (
     write_state,
 )
 from deltafl.training.step import scores
+from deltafl.usercode import find_callable
 
 PAUSE = 100
 
@@ -85,11 +87,8 @@ def federate(
         DeltaflError: an output in the way, a run of another configuration, no finite update.
     """
     record = RunRecord(recipe.output)
-    require_examples(task, "train", "val", "test")
-    recipe.check_rule()
-    device = device_named(recipe.device)
-    count = count_workers(recipe, device)
-    shards, config = make_shards(task, recipe), run_config(net, task, recipe)
+    device, count, shards = check_run(task, recipe)
+    config = run_config(net, task, recipe)
     begun = record.begun(config, resume=resume, overwrite=recipe.overwrite)
     if begun and record.is_finished:
         return record.finished()
@@ -112,6 +111,22 @@ def federate(
             seen = {} if score is None else {"validation": score}
             on_progress(Progress("rounds", now.round, recipe.num_rounds, seen))
     return _finished(best, federation, record, config)
+
+
+def check_run(task: Task, recipe: FederatedRecipe) -> tuple[torch.device, int, Sequence[Tensor]]:
+    """Device, number of workers and shards of a run.
+
+    Raises:
+        DeltaflError: what can be known to go wrong before the model is touched.
+    """
+    require_examples(task, "train", "val", "test")
+    recipe.check_rule()
+    if recipe.local.client is not None:
+        find_callable(recipe.local.client, "client")
+    if recipe.sparse.mask_file is not None:
+        load_mask(recipe.sparse.mask_file, None)
+    device = device_named(recipe.device)
+    return device, count_workers(recipe, device), make_shards(task, recipe)
 
 
 def _rounds(

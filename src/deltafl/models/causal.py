@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from deltafl.errors import DeltaflError
 from deltafl.models.families import FAMILIES, build_module, explained, quiet
 from deltafl.models.net import Net
 from deltafl.tasks.inputs import TextInput
@@ -29,6 +30,8 @@ def causal(ref: str, config: "PretrainedConfig", generator: torch.Generator | No
     kind = transformers.AutoModelForCausalLM
     module, _ = build_module(ref, kind, kind.from_config, config, generator)
     tokenizer = explained(ref, transformers.AutoTokenizer.from_pretrained, ref)
+    if not tokenizer("a b", add_special_tokens=False).input_ids:
+        raise DeltaflError(f'model "{ref}" has no tokenizer; copy it from the model\'s origin')
     limit = config.to_dict().get("max_position_embeddings") or MOST_TOKENS
     inputs = TextInput(tokenizer, min(limit, tokenizer.model_max_length, MOST_TOKENS))
     origin = "" if generator else ref

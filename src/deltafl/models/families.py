@@ -95,7 +95,8 @@ def build_module(
 
 def explained(ref: str, call: Callable[..., T], *args: object, **kwargs: object) -> T:
     """`call(...)`, quietly, its complaints as one line of ours."""
-    complaints = OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError
+    known = OSError, ValueError, LookupError, RuntimeError, SafetensorError, StrictDataclassError
+    complaints = *known, TypeError, ArithmeticError, AttributeError
     try:
         with quiet():
             return call(*args, **kwargs)

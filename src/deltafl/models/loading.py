@@ -13,7 +13,7 @@ from deltafl.errors import DeltaflError
 from deltafl.files import WEIGHTS
 from deltafl.models import causal as causal  # registers
 from deltafl.models import vision as vision
-from deltafl.models.families import build_net, new_config, read_config
+from deltafl.models.families import build_net, explained, new_config, read_config
 from deltafl.models.net import MODEL_JSON, Net
 from deltafl.models.user import load_user, user_net
 
@@ -51,6 +51,9 @@ def load_net(ref: str | Path, kwargs: Mapping[str, Any] | None = None) -> Net:
             settings = json.loads(path.read_text())
         except (OSError, ValueError) as error:
             raise DeltaflError(f'model "{path}" cannot be loaded: {error}') from None
+        seed = settings.get("seed", 0) if isinstance(settings, dict) else None
+        if not isinstance(seed, int):
+            raise DeltaflError(f'model "{path}": must be a JSON object, its seed a whole number')
         return new_net(settings, folder=path.parent, ref=str(path))
     return build_net(ref, read_config(ref))
 
@@ -73,4 +76,4 @@ def new_net(
     """
     rest = {key: value for key, value in settings.items() if key != "seed"}
     generator = generator or torch.Generator().manual_seed(settings.get("seed", 0))
-    return build_net(str(folder), new_config(ref, rest), generator)
+    return explained(ref, build_net, str(folder), new_config(ref, rest), generator)
