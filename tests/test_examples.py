@@ -20,7 +20,7 @@ from deltafl.merge.plan import Training, source_of
 from deltafl.merge.recipe import MergeRecipe
 from deltafl.merge.search_recipe import SearchRecipe
 from deltafl.recipes import read_recipe
-from deltafl.rules.rule import RULES, load_rules, parameters
+from deltafl.rules.rule import RULES, ExampleRule, delta_rules, load_rules, parameters
 from deltafl.tasks.catalogue import catalogue
 from laws import laws
 from laws.worlds import make
@@ -100,7 +100,7 @@ def test_the_bundled_recipes_are_read():
 
 def test_the_recipe_of_published_checkpoints_holds_every_rule_and_task():
     recipe = read_recipe(SearchRecipe, ROOT / "configs" / "clip-vit-b-32-ta8.yaml")
-    assert sorted(name for name, _ in recipe.grids) == list(load_rules())
+    assert sorted(name for name, _ in recipe.grids) == sorted(delta_rules())
     assert all(model.head == "zero-shot" and model.data in catalogue() for model in recipe.models)
     names = [m.path.removeprefix("tanganke/clip-vit-base-patch32_") for m in recipe.models]
     assert [name.replace("-", "_") for name in names] == [model.data for model in recipe.models]
@@ -180,15 +180,18 @@ def test_the_table_of_rules_is_that_of_the_registry():
     table = {row[0].strip("`"): row for row in rows("docs/rules.md") if row[0].startswith("`")}
     registry = load_rules()
     assert sorted(table) == list(registry)
-    for name, (_, _, params, traits, paper, file) in table.items():
+    for name, (_, _, params, traits, source, file) in table.items():
         rule = registry[name]
         told = dict(re.findall(r"`(\w+)`(?: \(([^)]*)\))?", params))
         assert told.keys() == parameters(rule).keys(), name
         for key, (_, default) in parameters(rule).items():
             assert told[key] == ("" if default is MISSING else str(default)), (name, key)
         assert file.strip("`") == rule.__module__.rsplit(".", 1)[1] + ".py"
-        assert paper in (inspect.getdoc(inspect.getmodule(rule)) or "")
-        if name != "dare":
+        paper = inspect.getdoc(inspect.getmodule(rule)) or ""
+        assert source in paper or (source, name) == ("ours", "sequential_regression")
+        if issubclass(rule, ExampleRule):
+            assert traits == rule.needs
+        elif name != "dare":
             promised = rule(**rule.typical()).traits
             letters = traits.split(";")[0].split()
             assert letters[-1] == promised.native_scale, name

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from checkpoint_files import load, make_world, succeed
-from deltafl.rules.rule import load_rules
+from deltafl.rules.rule import delta_rules, load_rules
 
 pytestmark = pytest.mark.gpu
 
@@ -53,7 +53,7 @@ def close(a: Path, b: Path, **how: float) -> None:
         torch.testing.assert_close(tensor, theirs[name], **how, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("method", list(load_rules()))
+@pytest.mark.parametrize("method", list(delta_rules()))
 def test_merges(method: str, tmp_path: Path) -> None:
     world = make_world(tmp_path, 5)
     for device in ("cpu", "cuda"):

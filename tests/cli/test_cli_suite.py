@@ -8,7 +8,7 @@ import pytest
 
 from checkpoint_files import cli, problems_of, refused, succeed
 from deltafl.experiments import SUITES, SuiteRecipe
-from deltafl.rules.rule import load_rules
+from deltafl.rules.rule import delta_rules
 from deltafl.sparse.strategies import MASK_STRATEGIES
 from tiny_models import vit_file
 
@@ -149,5 +149,5 @@ def test_every_number_of_local_steps_does_equal_work(asked):
 def test_every_strategy_and_rule_is_compared():
     strategies = [row["mask_strategy"] for row in rows("mask-strategies")[1:]]
     assert sorted(strategies) == sorted(MASK_STRATEGIES)
-    assert {row["aggregator"] for row in rows("aggregators")} == set(load_rules())
+    assert {row["aggregator"] for row in rows("aggregators")} == set(delta_rules())
     assert all(map(rows, SUITES))

@@ -16,7 +16,7 @@ from checkpoint_files import refusal, succeed
 from deltafl.models.head import save_head
 from deltafl.models.zero_shot import zero_shot_head
 from deltafl.recipe_file import load_yaml
-from deltafl.rules.rule import load_rules
+from deltafl.rules.rule import delta_rules
 from deltafl.tasks.catalogue import catalogue
 from tiny_models import tiny_clip
 
@@ -74,7 +74,7 @@ def refused(recipe: dict[str, Any], folder: Path) -> str:
 def test_the_recipe_runs_and_prints_theirs_beside_ours(recipe: dict[str, Any], tmp_path: Path):
     out = tmp_path / "out"
     said, result = searched(recipe, out)
-    assert {row["rule"] for row in result["rows"][2:]} == {*load_rules(), *recipe["fixed"]}
+    assert {row["rule"] for row in result["rows"][2:]} == {*delta_rules(), *recipe["fixed"]}
     rows = {row["rule"]: row for row in result["rows"]}
     third = rows["task arithmetic, lambda 0.3"]  # the search has 0.3 only, so it is its own
     assert third["test"] == rows["task_arithmetic"]["test"]

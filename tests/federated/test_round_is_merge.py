@@ -16,7 +16,7 @@ from deltafl.merge.plan import plan_merge
 from deltafl.merge.recipe import MergeRecipe
 from deltafl.merge.run import run_merge
 from deltafl.models import Net, load_net
-from deltafl.rules.rule import load_rules
+from deltafl.rules.rule import delta_rules, load_rules
 from federated import worlds
 from federated.worlds import assert_same, federate, halves, normed, plain
 from laws.worlds import EXAMPLES
@@ -30,7 +30,7 @@ RECIPE = worlds.RECIPE.replace(
 
 CASES = [
     (name, params)
-    for name in load_rules()
+    for name in delta_rules()
     for params in EXAMPLES.get(name, [load_rules()[name].typical()])
 ]
 

@@ -38,7 +38,7 @@ from deltafl.merge.recipe import MergeRecipe
 from deltafl.merge.run import run_merge
 from deltafl.pool import Pool
 from deltafl.progress import Progress
-from deltafl.rules.rule import Source, build_rule, load_rules
+from deltafl.rules.rule import Source, build_rule, delta_rules
 
 STEPS = (10, 20, 40)
 EXAMPLES = (5, 5, 7)
@@ -85,7 +85,7 @@ def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     assert [n for n in a if not torch.equal(a[n], b[n])] == []
 
 
-@pytest.mark.parametrize("method", list(load_rules()))
+@pytest.mark.parametrize("method", list(delta_rules()))
 def test_processes_write_what_the_library_computes_in_memory(world, tmp_path, method, forks):
     scale = ("--server-lr", 0.7, "--weights", 1, 2, -0.5)
     succeed(*world.args, *options(method), *scale, "--out", tmp_path / "out", "--threads", 3)

@@ -64,9 +64,10 @@ def test_a_mistake_is_one_line_that_begins_with_its_key(change: Any, wanted: str
 
 def test_a_search_says_what_is_merged_for_each_candidate() -> None:
     shared: dict[str, Any] = {"base": "b", "scope": "encoder", "weights": [2.0], "out": "o"}
-    recipe = SearchRecipe.of(**shared, models=[{"path": "m", "data": "digits"}])
+    shared["models"] = [{"path": "m", "data": "digits"}]
+    recipe = SearchRecipe.of(**shared)
     chosen: dict[str, Any] = {"method": "fedgma", "scaling_coef": 0.3, "rho": 0.6}
-    assert recipe.merge(**chosen) == MergeRecipe.of(**shared, models=[{"path": "m"}], **chosen)
+    assert recipe.merge(**chosen) == MergeRecipe.of(**shared, **chosen)
 
 
 def test_methods_of_a_search_are_names_or_grids() -> None:

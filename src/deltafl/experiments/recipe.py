@@ -10,7 +10,7 @@ from deltafl.errors import DeltaflError, did_you_mean
 from deltafl.federated import FederatedRecipe
 from deltafl.recipe_file import load_yaml
 from deltafl.recipes import Flags, Incidental, Recipe, leaves, one_of, read_recipe
-from deltafl.rules.rule import load_rules
+from deltafl.rules.rule import delta_rules, load_rules
 from deltafl.sparse.recipe import SparseRecipe
 from deltafl.training import TrainingRecipe
 
@@ -122,7 +122,7 @@ class StudyRecipe(Recipe):
     @property
     def compared(self) -> tuple[str, ...]:
         """The rules that are compared; task arithmetic, which gains refer to, goes first."""
-        return tuple(dict.fromkeys(("task_arithmetic", *(self.methods or load_rules()))))
+        return tuple(dict.fromkeys(("task_arithmetic", *(self.methods or delta_rules()))))
 
     @property
     def kept(self) -> str:

@@ -23,7 +23,7 @@ from deltafl.experiments.sweep import (
 )
 from deltafl.federated import FederatedRecipe, federate
 from deltafl.federated.setup import make_shards
-from deltafl.rules.rule import load_rules
+from deltafl.rules.rule import delta_rules
 from deltafl.sparse.strategies import MASK_STRATEGIES
 from deltafl.tasks import Task, load_task
 from deltafl.usercode import find_callable
@@ -70,7 +70,7 @@ def mask_strategies(recipe: SuiteRecipe) -> Rows:
 
 def aggregators(recipe: SuiteRecipe) -> Rows:
     """Every rule as the server, IID and not, with equal and unequal local steps."""
-    rules, unset = load_rules(), dict.fromkeys(recipe.server.params)
+    rules, unset = delta_rules(), dict.fromkeys(recipe.server.params)
     spreads = ("equal", 1.0), ("unequal", recipe.values.steps_spread)
     for sharding, (steps, spread), name in product(
         (_iid(), _classes(recipe.values.nc)), spreads, rules

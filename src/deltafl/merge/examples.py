@@ -1,4 +1,4 @@
-"""Merges of checkpoints by examples of their tasks: the models that run, and the update they give."""
+"""Merges of checkpoints by examples of their tasks: the models that run, the update they give."""
 
 import shutil
 from collections.abc import Sequence

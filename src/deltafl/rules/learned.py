@@ -1,4 +1,4 @@
-"""Coefficients learnt on validation labels: the supervised form of AdaMerging (arXiv 2310.02575)."""
+"""Coefficients learnt on validation labels: AdaMerging (arXiv 2310.02575) with supervision."""
 
 from dataclasses import dataclass
 from typing import Annotated, ClassVar

@@ -254,6 +254,12 @@ def load_rules() -> Registry[type[Rule]]:
     return RULES
 
 
+def delta_rules() -> dict[str, type[Rule]]:
+    """Those that need nothing but deltas: for merges and for a server alike."""
+    rules = load_rules()
+    return {name: rules[name] for name in rules if not issubclass(rules[name], ExampleRule)}
+
+
 def parameters(rule: type[Rule]) -> dict[str, tuple[object, object]]:
     """Parameter name -> (type, default or dataclasses.MISSING); a rule in it goes by its name."""
     hints = typing.get_type_hints(rule)
