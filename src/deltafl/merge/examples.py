@@ -109,8 +109,8 @@ def merge_by_examples(
 ) -> Facts:
     """`run_merge` by a rule that needs examples of the models' tasks.
 
-    The maps that a `LayerRule` has solved are kept in OUT.layers until the merge is written: killed,
-    the same merge goes on from there, to the same bits.
+    The maps that a `LayerRule` has solved are kept in OUT.layers until the merge is written; after
+    a kill the same merge goes on from there, to the same bits.
 
     Raises:
         DeltaflError: as `run_merge`, and as `example_update`.

@@ -197,7 +197,7 @@ def merge_layerwise(
             else:
                 sent = [client.moments(m, one) for client, one in zip(clients, given, strict=True)]
                 cross, gram, prior = (
-                    sum(p * part for p, part in zip(shares, parts, strict=True))
+                    sum((p * part for p, part in zip(shares, parts, strict=True)), torch.zeros(()))
                     for parts in zip(*sent, strict=True)
                 )
                 matrix, fell_back = regressed(cross, gram, prior, ridge)

@@ -14,7 +14,7 @@ from deltafl.algebra.tensors import Tensors
 PIECE = 1 << 24
 """Elements of the rows that are multiplied at once."""
 
-LINEAR, CONV = torch._C._nn.linear, torch.conv2d
+LINEAR, CONV = nn.functional.linear, torch.conv2d
 ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 """Of torch.conv2d; a linear map has the first three."""
 
@@ -37,7 +37,7 @@ class Map:
         if self.window is None:
             rows = given.reshape(1, -1, given.shape[-1])
         else:
-            patches = nn.functional.unfold(given, list(shape[2:]), *self.window)
+            patches = nn.functional.unfold(given, (shape[2], shape[3]), *self.window)
             rows = patches.unflatten(1, (self.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
         return nn.functional.pad(rows, (0, 1), value=1.0) if self.bias else rows
 

@@ -103,7 +103,7 @@ def _heads(recipe: SearchRecipe, plan: Plan, net: Net, tasks: Sequence[Task]) ->
         raise DeltaflError(*problems)
     heads = []
     for layout, entry in zip(plan.layouts.values(), recipe.models, strict=True):
-        own = str(layout.folder / HEAD_FILE) if net.takes_head else HeadRecipe().head
+        own = str(layout.folder / HEAD_FILE) if net.takes_head else HeadRecipe.of().head
         templates = recipe.templates if entry.head == "zero-shot" else None
         heads.append(HeadRecipe.of(head=entry.head or own, templates=templates))
     return heads
