@@ -121,7 +121,7 @@ def merge_by_examples(
     net.module.eval().float().to(device_named(recipe.device))
     tasks = load_tasks(plan, [*recipe.entries.values()], net, recipe.data_dir)
     files = [layout.folder / HEAD_FILE for layout in plan.layouts.values()]
-    heads = [HeadRecipe.of(head=str(f)) if f.is_file() else HeadRecipe() for f in files]
+    heads = [HeadRecipe.of(head=str(f)) if f.is_file() else HeadRecipe.of() for f in files]
     nets = nets_for(net, tasks, heads)
     prints = [fingerprint(layout) for layout in plan.inputs]
     key = hash_of(repr(recipe.content()), *prints, *(task.fingerprint() for task in tasks))
