@@ -85,7 +85,7 @@ def chart(
     labels = [_end(name, 40) for name in names]
     columns = max(1, int(WIDTH // (LETTER * max(map(len, labels), default=1) + 40)))
     points = {name: np.array(sorted(map(tuple, series[name])), dtype=float) for name in names}
-    ends = [line[-1, 0] for line in points.values()]
+    ends = [line[-1, 0] for line in points.values() if len(line) > 1] or [0]
     whole = all((line[:, 0] % 1 == 0).all() for line in points.values())
     log = bool(not whole and 0 < APART * min(ends) <= max(ends))
 
