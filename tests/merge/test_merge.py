@@ -276,7 +276,9 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path, sabotage: Callable[..., Non
     sabotage(interrupt)
     before = files_in(world.root)
     once.touch()
+    kept = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored under `nohup .. &`
     outcome = cli(*world.args, "--threads", 2)
+    signal.signal(signal.SIGINT, kept)
     assert (outcome.code, outcome.err.strip()) == (130, "interrupted; nothing half-written is left")
     assert files_in(world.root) == before
     with pytest.raises(ChildProcessError):
