@@ -22,7 +22,12 @@ from deltafl.tasks import ImageInput, ImageTask, LineTask, TextInput
 from deltafl.tasks.lines import Lines, tokenised
 from tiny_models import tiny_images, tiny_llama
 
-RULES = (SequentialRegression, RegMean, RegMeanPlus)
+RULES = {
+    SequentialRegression: ("tuned", "merged"),
+    RegMean: ("tuned", "tuned"),
+    RegMeanPlus: ("merged", "merged"),
+}
+"""Rule -> the models whose inputs its paper multiplies."""
 
 
 class Mixed(nn.Module):
@@ -125,7 +130,7 @@ def reference(
         for model, task, own, w in zip(tuned, tasks(len(tuned)), ids, weights, strict=True):
             images = task.batch("train", own)["images"]
             sides = {"tuned": model, "merged": merged}
-            left, right = (inputs_of(sides[side], at, images) for side in rule.inputs)
+            left, right = (inputs_of(sides[side], at, images) for side in RULES[type(rule)])
             layer = model.get_submodule(at)
             matrix = layer.weight.detach().flatten(1).numpy()
             if layer.bias is not None:

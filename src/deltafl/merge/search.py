@@ -22,6 +22,7 @@ from deltafl.errors import DeltaflError
 from deltafl.merge.candidates import BASE, Method, Row, grid_of
 from deltafl.merge.examples import example_update
 from deltafl.merge.inputs import Opened
+from deltafl.merge.plan import Facts
 from deltafl.merge.race import looks, orders, race
 from deltafl.merge.search_recipe import SearchRecipe
 from deltafl.merge.updates import UpdateCache
@@ -52,21 +53,24 @@ class Goal:
 
 @dataclass(frozen=True)
 class Problem:
-    """Base and deltas, and the goals that merges of them are judged by."""
+    """Base and deltas, and the goals that merges of them are judged by.
+
+    found: what rules that need examples made, and what they report.
+    """
 
     opened: Opened
     goals: Sequence[Goal]
-    _found: dict[Rule, Lazy] = field(default_factory=dict)
+    found: dict[Rule, tuple[Lazy, Facts]] = field(default_factory=dict)
 
     def update(self, rule: Rule) -> Lazy:
         """What a rule makes of the deltas; one that needs examples runs once."""
         core = rule.core
         if not isinstance(core, ExampleRule):
             return self.opened.aggregate(rule)
-        if core not in self._found:
+        if core not in self.found:
             nets, tasks = [goal.net for goal in self.goals], [goal.task for goal in self.goals]
-            self._found[core] = example_update(core, self.opened, nets, tasks)[0]
-        return self._found[core]
+            self.found[core] = example_update(core, self.opened, nets, tasks)
+        return self.found[core][0]
 
     def load(self, update: Tensors | None, server_lr: float) -> None:
         """Put a candidate into the nets, tensor by tensor; update None: the base."""

@@ -68,7 +68,7 @@ def run_search(
         winner = recipe.merge(method=best.method, scaling_coef=best.scaling_coef, **best.params)
         rule = build_rule(best.method, best.params)
         by_examples = isinstance(rule.core, ExampleRule)
-        make = (lambda opened: (problem.update(rule), {})) if by_examples else None
+        make = (lambda opened: problem.found[rule.core]) if by_examples else None
         run_merge(plan_merge(winner), out, make=make)
     return {**result, "seconds": time.perf_counter() - started}
 
