@@ -14,7 +14,7 @@ from deltafl.algebra import streaming
 from deltafl.algebra.aggregate import Aggregate, Stepped
 from deltafl.algebra.deltas import Update
 from deltafl.algebra.streaming import Unit, visit
-from deltafl.algebra.tensors import BLOCK, Zeros
+from deltafl.algebra.tensors import BLOCK
 from deltafl.errors import DeltaflError
 from deltafl.rules.iso import IsoC
 from deltafl.rules.rule import Source, TensorRule
@@ -39,7 +39,8 @@ def test_a_tensor_is_combined_once_however_it_is_read(monkeypatch: pytest.Monkey
     updates = [Update(ByBlocks(d), s) for d, s in zip(world.deltas, world.sources, strict=True)]
     rule = Counted()
     aggregate = Aggregate(rule, updates)
-    stepped = Stepped(Zeros(world.deltas[0]), aggregate, 1.0)
+    base = {name: torch.zeros_like(tensor) for name, tensor in world.deltas[0].items()}
+    stepped = Stepped(base, aggregate, 1.0)
     out = {name: torch.empty(shape).reshape(-1) for name, shape in SHAPES.items()}
     monkeypatch.setattr(streaming, "CHUNK", 1)  # every block is a unit
 

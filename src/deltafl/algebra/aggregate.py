@@ -52,7 +52,7 @@ class Aggregate(Lazy):
         self.report: dict[str, object] = {}
         self._core = core = rule.core
         self.whole = isinstance(core, TensorRule)
-        self._last: tuple[str, Tensor] | None = None
+        self._last: dict[str, Tensor] = {}
         self._deltas = Deltas(updates, self.weights, dtype)
         self.names = self._deltas.specs
         for transform in rule.transforms:
@@ -97,21 +97,18 @@ class Aggregate(Lazy):
 
     def _held(self, name: str, stop: int) -> Tensor:
         """R of a whole tensor, flat; held until its end is read."""
-        spec = self.spec(name)
-        if not self._last or self._last[0] != name:
-            self._last = None
+        spec, last = self.spec(name), self._last
+        if name not in last:
+            last.clear()
             try:
                 with one_thread():
-                    tensor = self._combined(name, 0, spec.numel, spec.shape).reshape(-1)
+                    last[name] = self._combined(name, 0, spec.numel, spec.shape).reshape(-1)
             except torch.linalg.LinAlgError:
                 raise DeltaflError(
                     f'tensor "{name}": {self._core.name}: its singular values cannot be computed; '
                     "leave it out with --exclude, or choose another method"
                 ) from None
-        else:
-            tensor = self._last[1]
-        self._last = (name, tensor) if stop < spec.numel else None
-        return tensor
+        return last[name] if stop < spec.numel else last.pop(name)
 
     def _combined(self, name: str, start: int, stop: int, shape: tuple[int, ...]) -> Tensor:
         """What the rule makes of elements [start, stop) of the deltas, in this shape."""

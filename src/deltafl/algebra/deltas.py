@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ class CachedBlocks(Lazy):
     ) -> None:
         self._tensors, self.dtype, self.device = lazy(tensors), dtype, torch.device(device)
         self.names = self._tensors.names
-        self._key, self._block = ("", 0, 0), torch.empty(0)
+        self._last = lru_cache(1)(super().block)
 
     def spec(self, name: str) -> Spec:
         return self._tensors.spec(name)._replace(device=self.device)
@@ -45,15 +46,8 @@ class CachedBlocks(Lazy):
         self._tensors.read(name, start, stop, out)
 
     def block(self, name: str, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
-        if dtype != self.dtype:
-            return super().block(name, start, stop, dtype)
-        if self._key != (name, start, stop):
-            self._key = "", 0, 0  # while it is being filled
-            if len(self._block) != stop - start:
-                self._block = torch.empty(stop - start, dtype=dtype, device=self.device)
-            self.read(name, start, stop, self._block)
-            self._key = name, start, stop
-        return self._block
+        block = self._last if dtype == self.dtype else super().block
+        return block(name, start, stop, dtype)
 
 
 class Difference(Lazy):
@@ -61,7 +55,7 @@ class Difference(Lazy):
 
     def __init__(self, base: Tensors, tuned: Tensors, dtype: torch.dtype = torch.float32) -> None:
         self._base, self.tuned, self._dtype = lazy(base), lazy(tuned), dtype
-        self.names, self.whole = self.tuned.names, self.tuned.whole
+        self.names = self.tuned.names
 
     def spec(self, name: str) -> Spec:
         return self._base.spec(name)._replace(dtype=self._dtype)
@@ -94,19 +88,16 @@ class Deltas:
         self.specs = {name: first.spec(name)._replace(dtype=dtype) for name in first}
         self.weights_of = {name: numbers_of(weights, name) for name in first}
         self.transforms: list[tuple[Transform, Mapping[str, Sequence[float]] | None]] = []
-        self._refuse_others()
-
-    def _refuse_others(self) -> None:
-        first, problems = self.updates[0].source.name, []
-        for update, delta in zip(self.updates[1:], self._deltas[1:], strict=True):
-            other = update.source.name
-            if odd := sorted(set(delta) ^ set(self.specs)):
-                problems.append(f'"{other}" and "{first}" differ in tensors: {shorten(odd)}')
-                continue
-            for name in self.specs:
-                here, there = self.specs[name].shape, delta.spec(name).shape
-                if here != there:
-                    problems.append(f'tensor "{name}" is {there} in "{other}", {here} in "{first}"')
+        names, problems = [update.source.name for update in updates], []
+        for other, delta in zip(names, self._deltas, strict=True):
+            if odd := sorted(delta.keys() ^ self.specs.keys()):
+                problems.append(f'"{other}" and "{names[0]}" differ in tensors: {shorten(odd)}')
+            problems += [
+                f'tensor "{name}" is {there} in "{other}", {here} in "{names[0]}"'
+                for name in self.specs
+                if name in delta
+                and (there := delta.spec(name).shape) != (here := self.specs[name].shape)
+            ]
         if problems:
             raise DeltaflError(*problems)
 

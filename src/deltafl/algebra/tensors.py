@@ -118,7 +118,6 @@ class Joined(Lazy):
     def __init__(self, places: Mapping[str, tuple[Tensors, str]]) -> None:
         self._places = {name: (lazy(part), there) for name, (part, there) in places.items()}
         self.names = self._places
-        self.whole = any(part.whole for part, _ in self._places.values())
 
     def spec(self, name: str) -> Spec:
         part, there = self._places[name]
@@ -127,20 +126,6 @@ class Joined(Lazy):
     def read(self, name: str, start: int, stop: int, out: Tensor) -> None:
         part, there = self._places[name]
         part.read(there, start, stop, out)
-
-
-class Zeros(Lazy):
-    """Zeros in the shapes and dtypes of other tensors: the base of rules of whole weights."""
-
-    def __init__(self, like: Tensors) -> None:
-        self._like = lazy(like)
-        self.names = self._like.names
-
-    def spec(self, name: str) -> Spec:
-        return self._like.spec(name)
-
-    def read(self, name: str, start: int, stop: int, out: Tensor) -> None:
-        out.zero_()
 
 
 def blocks(numel: int) -> Iterator[tuple[int, int]]:
