@@ -17,7 +17,9 @@ from deltafl.models.head import save_head
 from deltafl.models.zero_shot import zero_shot_head
 from deltafl.recipe_file import load_yaml
 from deltafl.rules.rule import delta_rules
+from deltafl.tasks import Images, ImageTask
 from deltafl.tasks.catalogue import catalogue
+from deltafl.tasks.task import SPLITS
 from tiny_models import tiny_clip
 
 RECIPE = Path(__file__).parents[2] / "configs" / "clip-vit-b-32-ta8.yaml"
@@ -108,8 +110,10 @@ def test_templates_and_saved_heads_take_the_place_of_the_built_in_prompts(
     prompts.write_text("seen: {}\n")
     heads = []
     for entry in entries:
-        names = sorted(catalogue()[entry["data"]].class_names or ())
-        head = zero_shot_head(recipe["base"], entry["data"], names, templates=["seen: {}"])
+        names = tuple(sorted(catalogue()[entry["data"]].class_names or ()))
+        part = Images(torch.zeros(1, 3, 8, 8).byte(), torch.zeros(1).long())
+        task = ImageTask(entry["data"], dict.fromkeys(SPLITS, part), names)
+        head = zero_shot_head(recipe["base"], task, str(prompts))
         save_head(head, tmp_path / f"{entry['data']}.safetensors")
         heads.append(entry | {"head": str(tmp_path / f"{entry['data']}.safetensors")})
     ours, saved = {"templates": str(prompts)}, {"models": heads}

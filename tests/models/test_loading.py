@@ -229,7 +229,6 @@ def test_a_damaged_directory_is_one_clear_line(damage, message: str, tmp_path: P
         ("tiny_models:Convolution", {"widht": 3}, "widht"),
         ("tiny_models:tiny_images", None, "not a torch.nn.Module"),
         ("torch.nn:Identity", None, r"gives \(1, 3, 224, 224\), features must be \(1, D\)"),
-        ("vit:hidden=8,layers=1", None, 'give the path of a config.json instead, {"model_type"'),
         ("some/dir", {"a": 1}, "only module:attr"),
     ],
 )

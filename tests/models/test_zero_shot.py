@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from deltafl.errors import DeltaflError
 from deltafl.models import HeadRecipe, load_net, zero_shot
 from deltafl.models.head import Head, load_head, save_head
-from deltafl.models.zero_shot import read_templates, zero_shot_head
+from deltafl.models.zero_shot import zero_shot_head
 from deltafl.sparse.fisher import FisherScorer
 from deltafl.tasks import Images, ImageTask
 from deltafl.tasks.catalogue import catalogue
@@ -34,21 +34,28 @@ def clip(made, tmp_path, monkeypatch) -> Path:
     return tmp_path / "clip"
 
 
+def head_of(model: Path, name="insects", names=NAMES, templates=None) -> Head:
+    """The head of a task called `name`, with prompts from a file of theirs."""
+    file = model.parent / "prompts.txt"
+    file.write_text("\n".join(templates or ()))
+    return zero_shot_head(str(model), task(name, names), str(file) if templates else None)
+
+
 def images(count: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(
         0, 256, (count, 3, 8, 8), generator=torch.Generator().manual_seed(seed)
     ).to(torch.uint8)
 
 
-def task(name: str = "insects") -> ImageTask:
+def task(name: str = "insects", names=NAMES) -> ImageTask:
     labels = torch.arange(12) % len(NAMES)
     splits = {split: Images(images(12, i), labels) for i, split in enumerate(SPLITS)}
-    return ImageTask(name, splits, NAMES)
+    return ImageTask(name, splits, tuple(names))
 
 
 def test_logits_are_those_of_transformers(made, clip):
     _, model, tokenizer = made
-    head = zero_shot_head(str(clip), "insects", NAMES, templates=TEMPLATES[:1])
+    head = head_of(clip, templates=TEMPLATES[:1])
     net = load_net(clip)
     pixels = net.inputs.normalise(images(5))
     tokens = tokenizer(
@@ -64,7 +71,7 @@ def test_logits_are_those_of_transformers(made, clip):
 
 def test_several_templates_are_one_mean_direction(made, clip):
     _, model, tokenizer = made
-    head = zero_shot_head(str(clip), "insects", NAMES, templates=TEMPLATES)
+    head = head_of(clip, templates=TEMPLATES)
     with torch.no_grad():
         for row, name in zip(head.weight, NAMES, strict=True):
             units = []
@@ -83,8 +90,8 @@ def test_several_templates_are_one_mean_direction(made, clip):
 def test_the_catalogues_words_and_templates_are_the_default(clip):
     eurosat = catalogue()["eurosat"]
     words = eurosat.class_names or ()
-    head = zero_shot_head(str(clip), "eurosat", eurosat.labels)
-    same = zero_shot_head(str(clip), "other", words, templates=eurosat.templates)
+    head = head_of(clip, "eurosat", eurosat.labels)
+    same = head_of(clip, "other", words, eurosat.templates)
     assert torch.equal(head.weight, same.weight)
     assert (head.class_names, same.class_names) == (eurosat.labels, words)
 
@@ -95,7 +102,7 @@ def test_a_head_is_computed_once_for_each_model_task_and_templates(clip, monkeyp
     monkeypatch.setattr(zero_shot, "_embedded", lambda *a: made_for.append(a) or compute(*a))
 
     def head(name="insects", names=NAMES, templates=TEMPLATES):
-        return zero_shot_head(str(clip), name, names, templates=templates)
+        return head_of(clip, name, names, templates)
 
     first, again = head(), head()
     assert torch.equal(first.weight, again.weight)
@@ -107,14 +114,14 @@ def test_a_head_is_computed_once_for_each_model_task_and_templates(clip, monkeyp
     tiny_clip(clip, seed=1)
     assert not torch.equal(head().weight, first.weight)
     assert len(made_for) == 4
-    for file in (tmp_path / "cache").glob("*.safetensors"):
+    for file in (tmp_path / "cache").glob("*.json"):
         file.write_bytes(b"broken")
     head()
     assert len(made_for) == 5
 
 
 def test_a_normalised_head_is_saved_as_one(clip, tmp_path):
-    head = zero_shot_head(str(clip), "insects", NAMES)
+    head = head_of(clip)
     save_head(head, tmp_path / "head.safetensors")
     loaded = load_head(tmp_path / "head.safetensors")
     features = 7 * torch.randn(4, 12, generator=torch.Generator().manual_seed(0))
@@ -132,7 +139,7 @@ def test_fine_tuning_evaluating_and_resuming_with_it(clip, tmp_path):
     data, out = task(), tmp_path / "tuned"
     finetune(load_net(clip), data, recipe.replace(out=str(out)))
     head = load_head(out / "head.safetensors")
-    assert torch.equal(head.weight, zero_shot_head(str(clip), "insects", NAMES).weight)
+    assert torch.equal(head.weight, head_of(clip).weight)
     assert head.normalised
 
     class KilledError(Exception):
@@ -156,7 +163,7 @@ def test_fine_tuning_evaluating_and_resuming_with_it(clip, tmp_path):
 
 def test_sensitivity_is_that_of_the_normalised_logits(clip):
     net, data, ids = load_net(str(clip)), task(), torch.arange(4)
-    net.module.head = zero_shot_head(str(clip), "insects", NAMES)
+    net.module.head = head_of(clip)
     name = "encoder.visual_projection.weight"
     weight = net.module.get_parameter(name)
     found = FisherScorer(net, data, "empirical")(ids, torch.Generator())[name]
@@ -176,7 +183,7 @@ def test_a_model_must_have_a_text_tower(make, kind, clip, tmp_path):
     make(clip).save(tmp_path / "other")
     message = f'is a "{kind}" and no CLIP model with a text tower'
     with pytest.raises(DeltaflError, match=message):
-        zero_shot_head(str(tmp_path / "other"), "insects", NAMES)
+        head_of(tmp_path / "other")
 
 
 def test_a_text_tower_must_be_whole_and_have_a_tokenizer(clip):
@@ -184,21 +191,20 @@ def test_a_text_tower_must_be_whole_and_have_a_tokenizer(clip):
     kept = {n: t for n, t in tensors.items() if not n.startswith("text_model.")}
     save_file(kept, clip / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(DeltaflError, match=r"text_model.* missing or misshapen in the file"):
-        zero_shot_head(str(clip), "insects", NAMES)
+        head_of(clip)
     for file in ("tokenizer.json", "vocab.json", "merges.txt"):
         (clip / file).unlink(missing_ok=True)
     with pytest.raises(DeltaflError, match="has no tokenizer"):
-        zero_shot_head(str(clip), "insects", NAMES)
+        head_of(clip)
 
 
 def test_templates_and_classes_that_will_not_do(clip, tmp_path):
     message = 'task "mnist" has 3 classes, the one of that name in the catalogue 10'
     with pytest.raises(DeltaflError, match=message):
-        zero_shot_head(str(clip), "mnist", NAMES)
-    with pytest.raises(DeltaflError, match=r'template "a photo" has no \{\}'):
-        zero_shot_head(str(clip), "insects", NAMES, templates=["a {}", "a photo"])
-    (tmp_path / "blank.txt").write_text("\n \n")
-    with pytest.raises(DeltaflError, match="no templates"):
-        zero_shot_head(str(clip), "i", NAMES, templates=read_templates(tmp_path / "blank.txt"))
+        head_of(clip, "mnist")
+    with pytest.raises(DeltaflError, match=r'prompts.txt": "a photo" has no \{\}'):
+        head_of(clip, templates=["a {}", "a photo"])
+    with pytest.raises(DeltaflError, match=r'prompts.txt": there is none'):
+        head_of(clip, templates=["", " "])
     with pytest.raises(DeltaflError, match="cannot be read"):
-        read_templates(tmp_path / "none.txt")
+        zero_shot_head(str(clip), task(), str(tmp_path / "none.txt"))

@@ -24,9 +24,9 @@ def write_task(folder, classes, prefix="", splits=("train", "test"), **options):
 def test_the_entries_are_whole():
     assert len(CATALOGUE) == 20
     # Only FER2013 has no hub id that could be given.
-    assert [name for name, task in CATALOGUE.items() if task.hub is None] == ["fer2013"]
+    assert [name for name, task in CATALOGUE.items() if not task.hub] == ["fer2013"]
     for name, task in CATALOGUE.items():
-        assert task.hub is None or re.fullmatch(r"[\w-]+/[\w-]+", task.hub), name
+        assert re.fullmatch(r"([\w-]+/[\w-]+(:\w+)?)?", task.hub), name
         assert len(set(task.templates)) == len(task.templates) >= 3, name
         assert all(template.count("{}") == 1 for template in task.templates), name
         for names in filter(None, (task.class_names, task.labels)):

@@ -6,7 +6,7 @@ from PIL import Image
 
 from deltafl.errors import DeltaflError
 from deltafl.tasks import ImageInput
-from deltafl.tasks.decoding import BATCH, RawSplit, decode, decoded
+from deltafl.tasks.tables import BATCH, RawSplit, decoded
 
 
 def cell(content):
@@ -21,7 +21,7 @@ def split(contents):
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 def test_grey_and_colour_become_the_channels_asked_for(channels, mode):
-    pixels = decode(cell(png(picture(77, mode=mode))), ImageInput(8, channels))
+    pixels = ImageInput(8, channels).decode(cell(png(picture(77, mode=mode))))
     assert pixels.shape == (channels, 8, 8)
     assert pixels.dtype == np.uint8
     assert (pixels == 77).all()
@@ -35,7 +35,7 @@ def test_crop_agrees_with_the_clip_processor():
         size={"shortest_edge": 16}, crop_size=16, do_rescale=False, do_normalize=False
     )
     expected = np.asarray(processor(image)["pixel_values"][0])
-    assert np.array_equal(decode(np.asarray(image), ImageInput(16)), expected)
+    assert np.array_equal(ImageInput(16).decode(np.asarray(image)), expected)
 
 
 def test_orientation_is_applied(tmp_path):
@@ -45,7 +45,7 @@ def test_orientation_is_applied(tmp_path):
     pixels[0] = 255
     Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
     turned = {"bytes": None, "path": str(tmp_path / "turned.png")}
-    assert (decode(turned, ImageInput(8, 1))[0, -1] == 255).all()
+    assert (ImageInput(8, 1).decode(turned)[0, -1] == 255).all()
 
 
 def test_batches_keep_the_order_of_rows():

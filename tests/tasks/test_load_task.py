@@ -78,7 +78,7 @@ def test_one_set_of_a_folder_with_its_sidecar(tmp_path, kind):
     assert load(f"{kind}{tmp_path}/boats").class_names == ("0", "1")
     for name, message in (
         ("", r'holds several data sets; name one of them: ".*birds", ".*boats"'),
-        ("/bird", 'bird" and no Parquet file of that name; did you mean "birds"'),
+        ("/bird", 'bird" .* and no Parquet file of that name; did you mean "birds"'),
     ):
         with pytest.raises(DeltaflError, match=message):
             load(f"{kind}{tmp_path}{name}")
@@ -94,22 +94,24 @@ def test_image_folder(image_folder):
 
 BAD = {
     r'"set" has no test split \(it has: train\)': lambda set: (set / "test.parquet").unlink(),
-    r"test\.parquet.* cannot be read.*the download complete": lambda set: (
-        set / "test.parquet"
-    ).write_bytes((set / "test.parquet").read_bytes()[:500]),
-    r'train\.parquet": the label of row 4 is -1, but there are 3': lambda set: write_classes(
+    r'set" cannot be read: .*the download complete': lambda set: (set / "test.parquet").write_bytes(
+        (set / "test.parquet").read_bytes()[:500]
+    ),
+    r'split "train" of ".*": the label of row 4 is -1, but there are 3': lambda set: write_classes(
         write_set(set, labels=[0, 1, 2, 0, -1, 1, 2, 0]), ["ant", "bee", "cat"]
     ),
-    r'train\.parquet": the label of row 1 is 3, but there are 3': lambda set: write_classes(
+    r'split "train" of ".*": the label of row 1 is 3, but there are 3': lambda set: write_classes(
         write_set(set, labels=[0, 3, 2, 0, 1, 1, 2, 0]), ["ant", "bee", "cat"]
     ),
-    "declares 4 classes, but there are 3 class names": lambda set: write_classes(set, ["a"] * 3),
+    "the label of row 3 is 3, but there are 3 class names": lambda set: write_classes(
+        set, ["a"] * 3
+    ),
     "must hold a JSON list": lambda set: (set / "classes.json").write_text("{"),
     "must hold a JSON list of class names": lambda set: write_classes(set, {"classes": 3}),
     'column "label" holds .*, not one integer a row': lambda set: write_set(set, labels=["a"] * 8),
     'column "label" holds float32, not one': lambda set: write_set(set, labels=[0.5] * 8),
     'column "label" holds float': lambda set: write_set(set, labels=[None, *[0] * 7]),
-    r"row 1 of .*test\.parquet. is not an 8-bit image": lambda set: write_parquet(
+    r'row 1 of split "test" of ".*" is not an 8-bit image': lambda set: write_parquet(
         write_set(set) / "test.parquet", [png(picture(0)), None], [0, 1]
     ),
 }
@@ -126,15 +128,16 @@ def test_bad_data_are_one_line(message, parquet_folder):
 def test_bad_images_in_a_folder_are_one_line(image_folder):
     (image_folder / "test" / "right" / "1.png").write_bytes(b"no image")
     with pytest.raises(
-        DeltaflError, match=r"row 3 of image folder .*test.*right/1\.png\) is not an 8-bit image"
+        DeltaflError,
+        match=r'row 3 of split "test" of ".*" \(.*right/1\.png\) is not an 8-bit image',
     ):
         load(image_folder)
     for file in (image_folder / "test").glob("*/*"):
         file.unlink()
-    with pytest.raises(DeltaflError, match=r'image folder ".*test" is empty'):
+    with pytest.raises(DeltaflError, match=r'split "test" of ".*" is empty'):
         load(image_folder)
     shutil.rmtree(image_folder / "train")
-    with pytest.raises(DeltaflError, match=r"holds neither Parquet files .* nor images"):
+    with pytest.raises(DeltaflError, match=r"no folder .* with Parquet files .* or images"):
         load(image_folder)
 
 
@@ -153,7 +156,6 @@ def test_a_class_without_training_examples_is_reported(tmp_path, caplog):
         ("hub:nobody/nothing", {}, "hub:nobody/nothing. cannot be read: .*--data-dir"),
         ("json:loadz", {}, 'has no callable "loadz"; did you mean "load'),
         ("os:sep", {}, 'has no callable "sep"'),
-        ("x?image=img", {}, "^.*keys of its own now: image_column .for image., label_column.*$"),
         ("digits", {"label_column": "x"}, "only Parquet files and hub data sets have columns"),
         ("digits", {"revision": "main"}, "only a hub data set has a revision"),
         ("digits", {"channels": 2}, "1 or 3 channels, not 2"),

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from deltafl.tasks.transforms import random_crop, random_flip
+from deltafl.tasks.images import random_crop, random_flip
 
 
 @pytest.fixture

@@ -1,10 +1,7 @@
 """Models: load one by name, give it a head, say what of it trains, save it to load again."""
 
-from deltafl.models import fit as fit  # registers
-from deltafl.models import zero_shot as zero_shot
 from deltafl.models.classifier import ClassifierNet
-from deltafl.models.head import HEAD_FILE, Head
-from deltafl.models.head_recipe import HeadFit, HeadRecipe
+from deltafl.models.head import HEAD_FILE, Head, HeadFit, HeadRecipe
 from deltafl.models.loading import load_net, new_net
 from deltafl.models.net import Net
 

@@ -1,49 +1,49 @@
 """An image classifier: an encoder and the linear head on its features, one module."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from deltafl.errors import DeltaflError
-from deltafl.models.head import HEAD_FILE, Head, load_head
-from deltafl.models.head_recipe import HeadFit, HeadRecipe
+from deltafl.models.fit import fitted_head, random_head
+from deltafl.models.head import HEAD_FILE, Head, HeadFit, HeadRecipe, load_head
 from deltafl.models.net import Net
-from deltafl.registry import Registry
+from deltafl.models.zero_shot import zero_shot_head
+from deltafl.seeding import keyed_generator
 from deltafl.tasks.images import ImageTask
 from deltafl.tasks.inputs import ImageInput
 from deltafl.tasks.task import Task, check_task
-
-Embed = Callable[[nn.Module, Tensor], Tensor]
-"""(encoder, normalised float images (B, C, H, W)) -> features (B, D)."""
 
 
 class Classifier(nn.Module):
     """uint8 images (B, C, H, W) -> logits (B, K).
 
-    `encoder` is changed in place: float32, eval mode, and what the features do not depend on (a
+    Features (B, D) of normalised images are `encoder.embed(x)` where there is one, else
+    `encoder(x)`; of what transformers gives the projected or pooled embedding, else the class
+    token. `encoder` is changed in place: float32, eval mode, and what the features do not depend on (a
     mask token, an unused classifier) is frozen: weight decay would otherwise move it, and a delta
     would hold training that never happened. `origin`: the folder whose head is taken, if it has
     one.
 
     Raises:
-        DeltaflError: the features of one grey image are not (1, D).
+        DeltaflError: the features of one image are not (1, D).
     """
 
-    def __init__(self, encoder: nn.Module, embed: Embed, inputs: ImageInput, origin: str) -> None:
+    def __init__(self, encoder: nn.Module, inputs: ImageInput, origin: str) -> None:
         super().__init__()
         self.encoder = encoder.float().eval()
-        self.embed, self.inputs = embed, inputs
+        self.inputs = inputs
         parameters = [p for p in encoder.parameters() if p.requires_grad]
         with torch.enable_grad():
-            grey = torch.zeros(1, inputs.channels, inputs.image_size, inputs.image_size)
-            features = embed(encoder, grey)
-            if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != 1:
-                found = tuple(features.shape) if isinstance(features, Tensor) else type(features)
+            shape = 1, inputs.channels, inputs.image_size, inputs.image_size
+            features = self.features(torch.zeros(shape, dtype=torch.uint8))
+            found = tuple(features.shape) if isinstance(features, Tensor) else ()
+            if len(found) != 2 or found[0] != 1:
                 raise DeltaflError(
-                    f'model "{origin}": one image gives {found}, features must be (1, D); '
-                    "add `.embed(x)`"
+                    f'model "{origin}": one image gives {found or type(features)}, features must '
+                    "be (1, D); add `.embed(x)`"
                 )
             grads = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
         for parameter, grad in zip(parameters, grads, strict=True):
@@ -55,7 +55,13 @@ class Classifier(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """uint8 images (B, C, H, W) -> features (B, D)."""
-        return self.embed(self.encoder, self.inputs.normalise(images))
+        match getattr(self.encoder, "embed", self.encoder)(self.inputs.normalise(images)):
+            case {"image_embeds": features} | {"pooler_output": features}:
+                return features
+            case {"last_hidden_state": hidden}:
+                return hidden[:, 0]
+            case features:
+                return features
 
     def forward(self, images: Tensor) -> Tensor:
         if self.head is None:
@@ -67,19 +73,12 @@ class ClassifierNet(Net):
     """A net of a `Classifier`: files hold the encoder's names, and the head has its own."""
 
     module: Classifier
-    apart = ("head.",)
+    inner = "encoder."
     takes_head = True
 
     @property
     def head(self) -> Head | None:
         return self.module.head
-
-    def file_name(self, name: str) -> str:
-        return name.removeprefix("encoder.")
-
-    def save(self, folder: Path) -> None:
-        self.write(self.module.encoder, folder)
-        self.save_head(folder)
 
     def head_bytes(self, recipe: HeadRecipe, shards: Sequence[Tensor]) -> tuple[int, int]:
         """Up: for ridge every client's A and b, ((D+1)^2 + (D+1) C) float64 for D features and C
@@ -99,20 +98,26 @@ class ClassifierNet(Net):
         return super().snapshot() | {"head": told}
 
     def restore(self, snapshot: Mapping) -> None:
-        if snapshot["head"] is not None and self.head is None:
-            (names, normalised, trained), tensors = snapshot["head"], snapshot["tensors"]
+        if told := snapshot["head"]:
+            (names, normalised, trained), tensors = told, snapshot["tensors"]
             head = Head(tensors["head.weight"], tensors["head.bias"], names, normalised)
             self.module.head = head.requires_grad_(trained).to(self.device)
         super().restore(snapshot)
 
     def prepare(self, task: Task, recipe: HeadRecipe, fit: HeadFit | None = None) -> None:
-        """The head that `recipe` names, one of `HEADS` or a file; it trains if that says so."""
-        images = self._images(task)
-        if recipe.head in HEADS:
-            head = HEADS[recipe.head](self, images, recipe, fit or HeadFit())
-        else:
-            head = load_head(Path(recipe.head))
-        head.check(self.module.feature_dim, images.class_names, recipe.head)
+        """The head that `recipe` names; it trains if that says so."""
+        images, fit, features = self._images(task), fit or HeadFit(), self.module.feature_dim
+        match recipe.head:
+            case "ridge" | "probe":
+                head = fitted_head(self.module.eval().features, images, recipe, fit, self.device)
+            case "linear":
+                generator = keyed_generator(fit.seed, "head")
+                head = random_head(features, images.class_names, generator)
+            case "zero-shot":
+                head = zero_shot_head(self.origin, images, recipe.templates, self.device)
+            case file:
+                head = load_head(Path(file))
+        head.check(features, images.class_names, recipe.head)
         self.module.head = head.requires_grad_(recipe.train_head).to(self.device)
         check_task(task, self, self.device)
 
@@ -127,7 +132,3 @@ class ClassifierNet(Net):
         if not isinstance(task, ImageTask):
             raise DeltaflError(f'model "{self.origin}" takes images; task "{task.name}" has none')
         return task
-
-
-HEADS: Registry[Callable[[ClassifierNet, ImageTask, HeadRecipe, HeadFit], Head]] = Registry("head")
-"""How a classifier gets its head, under the name of a recipe."""

@@ -1,17 +1,56 @@
-"""The linear head of a classifier and its file."""
+"""The linear head of a classifier, its file and its settings."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from deltafl.errors import DeltaflError
+from deltafl.recipes import Recipe
 
 HEAD_FILE = "head.safetensors"
+
+
+class HeadRecipe(Recipe):
+    """The head of a classifier: what is on top of its features, and whether it trains."""
+
+    head: str = Field(
+        "ridge",
+        description="ridge (closed form, from sums of statistics), probe (logistic regression), "
+        "linear (random weights), zero-shot (CLIP's text tower) or a head.safetensors file",
+    )
+    few_shot: int | None = Field(
+        None, ge=1, description="fit the ridge head on so many examples of each class, not on all"
+    )
+    templates: str | None = Field(
+        None,
+        description="prompts for the zero-shot head: a file, one on each line, {} for the class",
+    )
+    train_head: bool = Field(False, description="train the head together with the encoder")
+
+    def problems(self) -> Iterator[str]:
+        if self.few_shot is not None and self.head != "ridge":
+            yield "few_shot is about the ridge head"
+        if self.templates is not None and self.head != "zero-shot":
+            yield "templates are about the zero-shot head; give --head zero-shot too"
+
+
+@dataclass(frozen=True)
+class HeadFit:
+    """What a head is fitted with. shards: the rows of the training split that each client holds,
+    whose statistics are summed; None: all in one place. autocast: dtype of the encoder's
+    arithmetic.
+    """
+
+    seed: int = 0
+    shards: Sequence[Tensor] | None = None
+    autocast: torch.dtype | None = None
 
 
 class Head(nn.Module):
@@ -52,22 +91,15 @@ class Head(nn.Module):
         Raises:
             DeltaflError: other feature dimension, number of classes, or names of classes.
         """
-        own, problem = self.class_names, None
-        if self.weight.shape[1] != feature_dim:
-            problem = (
-                f"takes {self.weight.shape[1]} features, the model gives {feature_dim}; "
-                "was it made with another model?"
+        own, names, features = self.class_names, tuple(class_names), self.weight.shape[1]
+        if features != feature_dim or own != names:
+            other = next(
+                (f', "{a}" for "{b}"' for a, b in zip(own, names, strict=False) if a != b), ""
             )
-        elif len(own) != len(class_names):
-            problem = (
-                f"has {len(own)} classes, the task has {len(class_names)}; is it another task's?"
+            raise DeltaflError(
+                f'head "{where}" takes {features} features for {len(own)} classes, the model gives '
+                f"{feature_dim} and the task has {len(names)}{other}; was it made for others?"
             )
-        elif own != tuple(class_names):
-            pairs = zip(own, class_names, strict=True)
-            ours, theirs = next(pair for pair in pairs if pair[0] != pair[1])
-            problem = f'has a class "{ours}" where the task has "{theirs}"; is it another task\'s?'
-        if problem:
-            raise DeltaflError(f'head "{where}" {problem}')
 
 
 def save_head(head: Head, path: Path) -> None:

@@ -3,23 +3,36 @@
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from deltafl.errors import DeltaflError
 from deltafl.files import WEIGHTS
-from deltafl.models import causal as causal  # registers
-from deltafl.models import vision as vision
-from deltafl.models.families import build_net, explained, new_config, read_config
+from deltafl.models.causal import causal
 from deltafl.models.net import MODEL_JSON, Net
+from deltafl.models.pretrained import explained, new_config, read_config
 from deltafl.models.user import load_user, user_net
+from deltafl.models.vision import vision
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 logger = logging.getLogger(__name__)
 
 _USERS = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+_FAMILIES: Mapping[str, Callable[[str, "PretrainedConfig", torch.Generator | None], Net | None]] = {
+    "causal language models": causal,
+    "vision (vit, deit, dinov2, clip)": vision,
+}
+"""From a folder or hub id and the configuration there to the model, None if it is of another kind.
+
+With a generator the weights are random, a function of it alone, and the folder, "" for none, is
+that of what belongs to the model beside its weights (tokenizer, normalisation).
+"""
 
 
 def load_net(ref: str | Path, kwargs: Mapping[str, Any] | None = None) -> Net:
@@ -32,13 +45,8 @@ def load_net(ref: str | Path, kwargs: Mapping[str, Any] | None = None) -> Net:
         DeltaflError: what is wrong with the model, in one line.
     """
     ref, path = str(ref), Path(ref)
-    if ref.startswith("vit:"):
-        raise DeltaflError(
-            f'model "{ref}": give the path of a config.json instead, '
-            '{"model_type": "vit", "hidden_size": 64, "num_hidden_layers": 3, ..., "seed": 0}'
-        )
     if _USERS.fullmatch(ref):
-        return user_net(ref, dict(kwargs or {}))
+        return user_net(ref, kwargs or {})
     if kwargs:
         raise DeltaflError(f'model "{ref}" takes no keyword arguments, only module:attr does')
     if (path / MODEL_JSON).is_file():
@@ -46,16 +54,13 @@ def load_net(ref: str | Path, kwargs: Mapping[str, Any] | None = None) -> Net:
     if path.is_dir() and not any(next(path.glob(pattern), None) for pattern in WEIGHTS):
         logger.warning('model "%s" has no weights: they are drawn at random', ref)
         path = path / "config.json"
-    if path.suffix == ".json":
-        try:
-            settings = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise DeltaflError(f'model "{path}" cannot be loaded: {error}') from None
-        seed = settings.get("seed", 0) if isinstance(settings, dict) else None
-        if not isinstance(seed, int):
-            raise DeltaflError(f'model "{path}": must be a JSON object, its seed a whole number')
-        return new_net(settings, folder=path.parent, ref=str(path))
-    return build_net(ref, read_config(ref))
+    if path.suffix != ".json":
+        return _build(ref, read_config(ref), None)
+    settings = explained(str(path), lambda: json.loads(path.read_text()))
+    seed = settings.get("seed", 0) if isinstance(settings, dict) else None
+    if not isinstance(seed, int):
+        raise DeltaflError(f'model "{path}": must be a JSON object, its seed a whole number')
+    return new_net(settings, folder=path.parent, ref=str(path))
 
 
 def new_net(
@@ -76,4 +81,15 @@ def new_net(
     """
     rest = {key: value for key, value in settings.items() if key != "seed"}
     generator = generator or torch.Generator().manual_seed(settings.get("seed", 0))
-    return explained(ref, build_net, str(folder), new_config(ref, rest), generator)
+    return explained(ref, _build, str(folder), new_config(ref, rest), generator)
+
+
+def _build(ref: str, config: "PretrainedConfig", generator: torch.Generator | None) -> Net:
+    """The model of the family that claims the configuration. Raises DeltaflError if none does."""
+    for family in _FAMILIES.values():
+        if net := family(ref, config, generator):
+            return net
+    raise DeltaflError(
+        f'model "{ref}" is a "{config.model_type}"; known are {", ".join(_FAMILIES)}. '
+        "Wrap it in a function of your own and give that as module:attr"
+    )

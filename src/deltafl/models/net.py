@@ -15,8 +15,7 @@ from deltafl.algebra.tensors import Tensors, lazy
 from deltafl.checkpoints.layout import fingerprint, read_layout
 from deltafl.checkpoints.naming import match
 from deltafl.errors import DeltaflError, shorten
-from deltafl.models.head import HEAD_FILE, Head, save_head
-from deltafl.models.head_recipe import HeadFit, HeadRecipe
+from deltafl.models.head import HEAD_FILE, Head, HeadFit, HeadRecipe, save_head
 from deltafl.tasks.inputs import ImageInput, TextInput
 from deltafl.tasks.task import Task, check_task
 
@@ -57,8 +56,8 @@ class Net:
     came from, "" for a new one. `write` writes the module into a folder as `load_net` reads it.
     """
 
-    apart: tuple[str, ...] = ()
-    """Prefixes of the module's tensors that are in no file of the model, but in their own."""
+    inner = ""
+    """Prefix of the module's tensors that the model's files hold, without it in their names."""
 
     takes_head = False
     head: Head | None = None
@@ -75,6 +74,11 @@ class Net:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the module gives."""
         return self.module(*args, **kwargs)
+
+    @property
+    def core(self) -> nn.Module:
+        """The part of the module whose tensors the model's files hold."""
+        return self.module.get_submodule(self.inner[:-1])
 
     @property
     def fingerprint(self) -> str | None:
@@ -96,37 +100,37 @@ class Net:
         Raises:
             DeltaflError: nothing trains, or parameters on several devices or of several dtypes.
         """
-        trained = [p for p in self.module.parameters() if p.requires_grad]
-        kinds = {(p.device, p.dtype) for p in trained}
+        trained = self._training()
+        kinds = {(p.device, p.dtype) for p in trained.values()}
         if len(kinds) != 1:
             found = ", ".join(sorted(f"{dtype} on {device}" for device, dtype in kinds))
             raise DeltaflError(
                 f'model "{self.origin}": what trains must be of one dtype on one device, '
                 f"not {found or 'nothing'}"
             )
-        flat = nn.Parameter(torch.cat([p.detach().reshape(-1) for p in trained]))
+        flat = nn.Parameter(torch.cat([p.detach().reshape(-1) for p in trained.values()]))
         flat.grad = torch.zeros_like(flat)
-        parts = [p.numel() for p in trained]
-        for p, values, grad in zip(
-            trained, flat.data.split(parts), flat.grad.split(parts), strict=True
-        ):
-            p.data, p.grad = values.view(p.shape), grad.view(p.shape)
+        for name, part in self.slices.items():
+            p = trained[name]
+            p.data, p.grad = flat.data[part].view_as(p), flat.grad[part].view_as(p)
         return flat
 
     @cached_property
     def slices(self) -> dict[str, slice]:
         """Where in `flat` each trained parameter is, by its name in the module."""
         found, start = {}, 0
-        for name, parameter in self.module.named_parameters():
-            if parameter.requires_grad:
-                found[name] = slice(start, start := start + parameter.numel())
+        for name, parameter in self._training().items():
+            found[name] = slice(start, start := start + parameter.numel())
         return found
+
+    def _training(self) -> dict[str, nn.Parameter]:
+        return {n: p for n, p in self.module.named_parameters() if p.requires_grad}
 
     @property
     def trained(self) -> dict[str, Tensor]:
         """Name -> trained parameter without its gradient; views, in the order of `flat`."""
         assert self.flat is not None
-        return {n: p.data for n, p in self.module.named_parameters() if n in self.slices}
+        return {n: p.data for n, p in self._training().items()}
 
     def state(self) -> dict[str, Tensor]:
         """All that training changes: trained parameters and float buffers that are saved; views.
@@ -143,9 +147,9 @@ class Net:
         """
         state = self.module.state_dict()
         pairs = {n: n for n in state if n in tensors}
-        if all(n in pairs for n, p in self.module.named_parameters() if p.requires_grad):
+        if self._training().keys() <= pairs.keys():
             return pairs
-        files = {self.file_name(n): n for n in state if not n.startswith(self.apart)}
+        files = {self.file_name(n): n for n in state if n.startswith(self.inner)}
         return {files[n]: given for n, given in _matched(tuple(files), tuple(tensors)).items()}
 
     @torch.no_grad()
@@ -159,8 +163,7 @@ class Net:
             DeltaflError: a trained tensor is absent or has another shape; nothing is changed then.
         """
         state, pairs = self.module.state_dict(), self.names_in(tensors)
-        needed = [n for n, p in self.module.named_parameters() if p.requires_grad]
-        if missing := [n for n in needed if n not in pairs]:
+        if missing := [n for n in self._training() if n not in pairs]:
             raise DeltaflError(
                 f"the model needs {shorten(missing)}, not among the {len(tensors)} tensors given"
             )
@@ -177,7 +180,7 @@ class Net:
 
     def file_name(self, name: str) -> str:
         """The name that the model's files have for the module's tensor `name`."""
-        return name
+        return name.removeprefix(self.inner)
 
     def prepare(self, task: Task, recipe: HeadRecipe, fit: HeadFit | None = None) -> None:
         """Make the model ready for `task`, in place, before the first use of `flat`: a classifier
@@ -218,7 +221,8 @@ class Net:
 
     def save(self, folder: Path) -> None:
         """Write the model into the existing `folder`, so that `load_net(folder)` gives it back."""
-        self.write(self.module, folder)
+        self.write(self.core, folder)
+        self.save_head(folder)
 
     def save_head(self, folder: Path) -> None:
         """Write the head, if there is one, into the existing `folder`."""

@@ -4,12 +4,14 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
+from typing import TypeVar
 
 import yaml
 
 from deltafl.errors import DeltaflError
 from deltafl.recipes import Recipe
-from deltafl.tasks.decoding import RawSplit
+
+T = TypeVar("T")
 
 TEMPLATES = (
     "a photograph of a {}.",
@@ -24,7 +26,7 @@ class NamedTask(Recipe):
     """One task of catalogue.yaml, where the names are.
 
     num_classes: K. templates: prompts with {} where the class goes. hub: the id on the Hugging Face
-    hub; None: only a local folder will do. config: the hub set's configuration. class_names: K
+    hub, `owner/name[:config]`; "": only a local folder will do. class_names: K
     names for prompts; None: the data's own. labels: what the data call the K classes where that is
     something else, to recognise them by. test_is_validation: the split to test on is published as
     "validation".
@@ -32,15 +34,14 @@ class NamedTask(Recipe):
 
     num_classes: int
     templates: tuple[str, ...]
-    hub: str | None = None
-    config: str | None = None
+    hub: str = ""
     class_names: tuple[str, ...] | None = None
     labels: tuple[str, ...] = ()
     test_is_validation: bool = False
 
     def of(
-        self, name: str, splits: Mapping[str, RawSplit], names: Sequence[str]
-    ) -> tuple[Mapping[str, RawSplit], Sequence[str]]:
+        self, name: str, splits: Mapping[str, T], names: Sequence[str]
+    ) -> tuple[Mapping[str, T], Sequence[str]]:
         """Splits and class names of data as those of this task; where the data's names are numbers,
         the catalogue's.
 

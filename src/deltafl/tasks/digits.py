@@ -21,7 +21,6 @@ import torch
 from scipy import ndimage
 
 from deltafl.errors import DeltaflError, did_you_mean
-from deltafl.tasks.decoding import decode
 from deltafl.tasks.images import Images, ImageTask
 from deltafl.tasks.inputs import ImageInput
 from deltafl.tasks.selection import stratified
@@ -38,11 +37,10 @@ def digits(variant: str, inputs: ImageInput) -> ImageTask:
             f'unknown variant of digits "{variant}"; {did_you_mean(variant, VARIANTS)}'
         )
     canvas, labels = _canvas()
-    changed = change(canvas, np.random.default_rng(len(canvas)))
-    pixels = np.rint(changed.clip(0, 1) * 255).astype(np.uint8)
+    pixels = np.rint(change(canvas).clip(0, 1) * 255).astype(np.uint8)
     parts, splits = partition(labels), {}
     for split, rows in zip(SPLITS, parts[:3] if variant == "pretrain" else parts[3:], strict=True):
-        images = np.stack([decode(image, inputs) for image in pixels[rows]])
+        images = np.stack([*map(inputs.decode, pixels[rows])])
         splits[split] = Images(torch.from_numpy(images), torch.from_numpy(labels[rows]))
     name = f"digits_{variant}" if variant else "digits"
     return ImageTask(name, splits, tuple("0123456789"))
@@ -74,46 +72,48 @@ _blur = partial(
 )
 
 
-def _shifted(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _shifted(images: np.ndarray) -> np.ndarray:
     """Half as large, in one of the four corners."""
     count, half = len(images), CANVAS // 2
     moved = np.zeros((count, 2, half, 2, half))
-    top, left = rng.integers(2, size=(count, 2)).T
+    top, left = np.random.default_rng(count).integers(2, size=(count, 2)).T
     small = images.reshape(count, half, 2, half, 2).mean((2, 4))
     moved[np.arange(count), top, :, left] = small
     return moved.reshape(images.shape)
 
 
-def _scrambled(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _scrambled(images: np.ndarray) -> np.ndarray:
     """Cut into strips of two rows, put together in another order, the same for every image."""
-    order = rng.permutation(CANVAS // 2)
+    order = np.random.default_rng(len(images)).permutation(CANVAS // 2)
     return images.reshape(-1, CANVAS // 2, 2, CANVAS)[:, order].reshape(images.shape)
 
 
 _STRIPES = np.add.outer(np.arange(CANVAS), np.arange(CANVAS)) % 6 < 3
 
-VARIANTS: Mapping[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
-    "plain": lambda images, rng: images,
-    "pretrain": lambda images, rng: images,
+VARIANTS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
+    "plain": np.asarray,
+    "pretrain": np.asarray,
     # dark ink on bright paper
-    "inverted": lambda images, rng: 1 - images,
+    "inverted": lambda images: 1 - images,
     # a quarter turn to the left
-    "rotated": lambda images, rng: np.rot90(images, axes=(1, 2)),
+    "rotated": lambda images: np.rot90(images, axes=(1, 2)),
     # left and right exchanged
-    "mirrored": lambda images, rng: images[:, :, ::-1],
+    "mirrored": lambda images: images[:, :, ::-1],
     # in front of a random grain, up to 0.7 as bright as the ink
-    "textured": lambda images, rng: np.maximum(images, 0.7 * rng.random(images.shape)),
+    "textured": lambda images: np.maximum(
+        images, 0.7 * np.random.default_rng(len(images)).random(images.shape)
+    ),
     # strokes widened by two pixels on each side, then blurred
-    "thick": lambda images, rng: _blur(ndimage.grey_dilation(images, (1, 5, 5), mode="constant")),
+    "thick": lambda images: _blur(ndimage.grey_dilation(images, (1, 5, 5), mode="constant")),
     # bright and dark exchanged on diagonal stripes, 3 pixels wide
-    "striped": lambda images, rng: np.where(_STRIPES, 1 - images, images),
+    "striped": lambda images: np.where(_STRIPES, 1 - images, images),
     "shifted": _shifted,
     # only the edges of the strokes
-    "outlined": lambda images, rng: (
+    "outlined": lambda images: (
         1.5 * ndimage.morphological_gradient(images, (1, 3, 3), mode="constant")
     ),
     "scrambled": _scrambled,
 }
-"""Name -> change of images, float (N, 16, 16) in [0, 1], ink bright, keyed by a generator, into
-such images.
+"""Name -> change of images, float (N, 16, 16) in [0, 1], ink bright, into such images; what is
+random is keyed by their number.
 """

@@ -3,10 +3,11 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deltafl.errors import DeltaflError, did_you_mean, shorten
+from deltafl.errors import DeltaflError, did_you_mean
 from deltafl.tasks.cache import stamps
 from deltafl.tasks.catalogue import NamedTask, catalogue
 from deltafl.tasks.recipe import DataRecipe
@@ -30,21 +31,26 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".ti
 
 @dataclass(frozen=True)
 class Found:
-    """Image data that were found but not yet opened.
+    """Image data that were found but not yet opened: `files` by split, Parquet or images in folders
+    of their classes, or `tables`.
 
-    `key` says which content they have, for the cache, so that a warm start never opens the source.
-    `where` is the place of each split in errors, by its name there. Data are `files` by split,
-    Parquet or images in folders of their classes, or `tables`. `sidecar`: a file with the names of
-    classes. `named`: the catalogue's task.
+    `where` is their place in errors. `sidecar`: a file with the names of classes. `named`: the
+    catalogue's task.
     """
 
     name: str
-    key: object
-    where: Mapping[str, str]
+    where: str
     files: Mapping[str, Sequence[Path]] = field(default_factory=dict)
     tables: "DatasetDict | None" = None
     sidecar: Path | None = None
     named: NamedTask | None = None
+
+    @property
+    def key(self) -> object:
+        """Which content they have, for the cache: a warm start never opens the source."""
+        if self.tables:
+            return [table._fingerprint for table in self.tables.values()]
+        return stamps([*chain(*self.files.values()), *filter(None, [self.sidecar])])
 
 
 def find(recipe: DataRecipe) -> Found | None:
@@ -67,21 +73,19 @@ def find(recipe: DataRecipe) -> Found | None:
                 f"(cifar100), without a revision; {did_you_mean(spec, catalogue())}"
             )
         path = Path(recipe.data_dir).expanduser() / spec
-        if named is None:
-            return _local(path)
         # Perhaps a copy of the hub's repository, with the configuration's name within.
-        inner = [path / sub for sub in (named.config, spec) if sub and (path / sub).is_dir()]
-        return replace(_local((*inner, path)[0]), name=spec, named=named)
+        config = named.hub.partition(":")[2] if named else ""
+        place = next(filter(Path.is_dir, (path / (config or spec), path / spec)), path)
+        return replace(_local(place), name=spec, named=named)
     if kind == "hub" and colon:
         return _on_hub(target, recipe.revision)
     if named and not path.exists():
-        if named.hub is None:
+        if not named.hub:
             raise DeltaflError(
                 f'task "{spec}" is on no hub under a known id. Download it and name the folder '
                 "that holds it with --data-dir (data_dir)."
             )
-        target = ":".join(filter(None, (named.hub, named.config)))
-        return replace(_on_hub(target, recipe.revision), name=spec, named=named)
+        return replace(_on_hub(named.hub, recipe.revision), name=spec, named=named)
     if recipe.revision is not None:
         raise DeltaflError(f'data "{spec}": only a hub data set has a revision.')
     if is_path or (kind != "digits" and (path.exists() or "/" in spec)):
@@ -101,14 +105,9 @@ def _on_hub(target: str, revision: str | None) -> Found:
     from deltafl.tasks.tables import read_tables
 
     repo, _, config = target.partition(":")
-    where = f"hub:{target}"
-    tables = read_tables(repo, f'data "{where}"', name=config or None, revision=revision)
-    return Found(
-        target.split("/")[-1].replace(":", "_"),
-        [table._fingerprint for table in tables.values()],
-        {str(split): f'split "{split}" of {where}' for split in tables},
-        tables=tables,
-    )
+    where = f'data "hub:{target}"'
+    tables = read_tables(repo, where, name=config or None, revision=revision)
+    return Found(target.split("/")[-1].replace(":", "_"), where, tables=tables)
 
 
 def _local(path: Path) -> Found:
@@ -116,25 +115,26 @@ def _local(path: Path) -> Found:
     Parquet files in the Hugging Face layout, or `train/CLASS/` and `test/CLASS/`.
 
     Raises:
-        DeltaflError: there is no such folder or set, the folder holds several sets, or it holds
-        none.
+        DeltaflError: there is no such folder or set, or the folder holds several sets.
     """
-    if not path.is_dir():
-        sets = _parquet_sets(path.parent)
-        if path.name in sets:
-            return _parquet(path.name, sets[path.name])
-        folders = {folder.name for folder in path.parent.glob("[!.]*") if folder.is_dir()}
-        raise DeltaflError(
-            f'there is no folder "{path}" and no Parquet file of that name; '
-            f"{did_you_mean(path.name, folders | sets.keys())}"
-        )
-    sets = _parquet_sets(path) or _parquet_sets(path / "data")
+    sets = _parquet_sets(path) or _parquet_sets(path / "data") or _images(path)
+    beside = _parquet_sets(path.parent)
+    if not sets and path.name in beside:
+        sets = {path.name: beside[path.name]}
     if len(sets) > 1:
         known = ", ".join(f'"{path / name}"' for name in sorted(sets))
         raise DeltaflError(f'folder "{path}" holds several data sets; name one of them: {known}.')
     for prefix, files in sets.items():
-        return _parquet(prefix or path.resolve().name, files)
-    return _image_folder(path)
+        name, first = prefix or path.resolve().name, next(chain(*files.values()))
+        sidecars = [first.with_name(file) for file in (f"{name}_classes.json", "classes.json")]
+        sidecar = next(filter(Path.is_file, sidecars), None)
+        return Found(name, f'"{path}"', files, sidecar=sidecar)
+    folders = {folder.name for folder in path.parent.glob("[!.]*") if folder.is_dir()}
+    raise DeltaflError(
+        f'there is no folder "{path}" with Parquet files (train.parquet, test.parquet) or images '
+        "(train/CLASS/*.png, test/CLASS/*.png), and no Parquet file of that name; "
+        f"{did_you_mean(path.name, folders | beside.keys())}"
+    )
 
 
 def _parquet_sets(folder: Path) -> dict[str, dict[str, list[Path]]]:
@@ -146,26 +146,11 @@ def _parquet_sets(folder: Path) -> dict[str, dict[str, list[Path]]]:
     return sets
 
 
-def _parquet(name: str, files: Mapping[str, list[Path]]) -> Found:
-    every = [path for paths in files.values() for path in paths]
-    sidecars = [every[0].with_name(file) for file in (f"{name}_classes.json", "classes.json")]
-    sidecar = next((path for path in sidecars if path.is_file()), None)
-    where = {split: shorten([*map(str, paths)], 1) for split, paths in files.items()}
-    return Found(name, stamps([*every, *filter(None, [sidecar])]), where, files, sidecar=sidecar)
-
-
-def _image_folder(path: Path) -> Found:
-    found = {split: sorted(path.glob(f"{split}/*/*")) for split in SPLIT_NAMES}
+def _images(path: Path) -> dict[str, dict[str, list[Path]]]:
+    """Images of a folder as a set, in the same form."""
     files = {
-        split: [image for image in images if image.suffix.lower() in IMAGE_SUFFIXES]
-        for split, images in found.items()
+        split: [p for p in sorted(path.glob(f"{split}/*/*")) if p.suffix.lower() in IMAGE_SUFFIXES]
+        for split in SPLIT_NAMES
         if (path / split).is_dir()
     }
-    every = [image for images in files.values() for image in images]
-    if not every:
-        raise DeltaflError(
-            f'folder "{path}" holds neither Parquet files (train.parquet, test.parquet) nor images '
-            "(train/CLASS/*.png, test/CLASS/*.png)."
-        )
-    where = {split: f'image folder "{path / split}"' for split in files}
-    return Found(path.resolve().name, stamps(every), where, files)
+    return {"": files} if any(files.values()) else {}

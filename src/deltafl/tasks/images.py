@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from deltafl.errors import DeltaflError
 from deltafl.tasks.recipe import Augmentation
 from deltafl.tasks.task import SPLITS, Batch, Device, HeldTask, Model, Split, drawn, hash_of
-from deltafl.tasks.transforms import random_crop, random_flip
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,8 +58,7 @@ class ImageTask(HeldTask):
             if (
                 part is None
                 or (part.images.dtype, part.labels.dtype) != (torch.uint8, torch.int64)
-                or part.images.ndim != 4
-                or part.images.shape[:1] != part.labels.shape
+                or part.images.shape[:-3] != part.labels.shape
             ):
                 raise DeltaflError(f"{where} must be Images of uint8 (N, C, H, W) and int64 (N,)")
             check_labels(part.labels, len(self.class_names), where)
@@ -76,17 +74,15 @@ class ImageTask(HeldTask):
         generator: torch.Generator | None = None,
     ) -> Batch:
         part = self.splits[split].at(ids).to(device)
-        batch = {"images": part.images, "labels": part.labels}
-        if generator is None:
-            return batch
-        if self.augment == "crop_flip":
-            shift = max(1, part.images.shape[-1] // 8)
-            batch["images"] = random_crop(batch["images"], shift, generator)
-        if self.augment != "none":
-            batch["images"] = random_flip(batch["images"], generator)
-        if self.label_smoothing:
-            batch["smoothing"] = torch.full((len(ids),), self.label_smoothing, device=device)
-        return batch
+        images, smoothed = part.images, {}
+        if generator is not None:
+            if self.augment == "crop_flip":
+                images = random_crop(images, max(1, images.shape[-1] // 8), generator)
+            if self.augment != "none":
+                images = random_flip(images, generator)
+            if self.label_smoothing:
+                smoothed["smoothing"] = torch.full((len(ids),), self.label_smoothing, device=device)
+        return {"images": images, "labels": part.labels, **smoothed}
 
     def loss(self, model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
         logits = model(batch["images"]).float()
@@ -124,3 +120,26 @@ def check_labels(labels: Tensor, classes: int, where: str) -> None:
             f"class names (0 to {classes - 1}); {len(wrong)} of {len(labels)} labels are outside. "
             "Correct the labels or the list of class names."
         )
+
+
+def random_crop(images: Tensor, padding: int, generator: torch.Generator) -> Tensor:
+    """Each image shifted by up to `padding` pixels in both directions, zeros coming in; same shape
+    and dtype.
+
+    Draws two integers per image from `generator` (on its own device): uniform over the (2 padding +
+    1)^2 shifts.
+    """
+    n, _, height, width = images.shape
+    shifts = torch.randint(2 * padding + 1, (2, n), generator=generator, device=generator.device)
+    padded = nn.functional.pad(images, [padding] * 4)
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)
+    return windows[torch.arange(n), :, *shifts.to(images.device)]
+
+
+def random_flip(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image (N, C, H, W) mirrored left to right with probability one half; same shape and
+    dtype.
+    """
+    size = len(images), 1, 1, 1
+    flips = torch.randint(2, size, generator=generator, device=generator.device).bool()
+    return torch.where(flips.to(images.device), images.flip(-1), images)

@@ -125,13 +125,12 @@ def load_lines(data: str, inputs: TextInput, val_fraction: float, seed: int) -> 
     Raises:
         DeltaflError: no such folder or file, a file that is not UTF-8, a split without a line.
     """
-    folder = Path(data.removeprefix("lines:")).expanduser()
+    folder, read = Path(data.removeprefix("lines:")).expanduser(), dict[str, Lines]()
     files = {split: sorted(folder.glob(f"{split}*.txt")) for split in SPLITS}
     names = sorted({p.stem.removeprefix(s) for s, paths in files.items() for p in paths})
-    read: dict[str, Lines] = {}
-    for split in (split for split in SPLITS if files[split] or split != "val"):
+    for split, paths in files.items():
         lines, sources = [], []
-        for path in files[split]:
+        for path in paths:
             try:
                 texts = path.read_text(encoding="utf-8").splitlines()
             except (OSError, UnicodeDecodeError) as error:
@@ -139,12 +138,13 @@ def load_lines(data: str, inputs: TextInput, val_fraction: float, seed: int) -> 
             lines += tokenised(texts, inputs)
             source = names.index(path.stem.removeprefix(split))
             sources += [source] * (len(lines) - len(sources))
-        if not lines:
+        if lines:
+            read[split] = Lines(lines, torch.tensor(sources))
+        elif paths or split != "val":
             raise DeltaflError(
                 f'data "{data}" has no line of text in {folder / split}*.txt, and the model takes '
                 "text; name a folder with train*.txt and test*.txt"
             )
-        read[split] = Lines(lines, torch.tensor(sources))
     chosen = select({s: lines.sources.numpy() for s, lines in read.items()}, seed, val_fraction)
     splits = {s: read[origin].at(torch.from_numpy(rows)) for s, (origin, rows) in chosen.items()}
     return LineTask(folder.resolve().name, splits)

@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import replace
-from inspect import signature
 from itertools import chain
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import torch
 
 from deltafl.errors import DeltaflError
 from deltafl.tasks.cache import Made, kept
-from deltafl.tasks.decoding import decoded
 from deltafl.tasks.digits import digits
 from deltafl.tasks.find import Found, find
 from deltafl.tasks.images import Images, ImageTask
@@ -41,11 +39,6 @@ def load_task(data: DataRecipe | str, inputs: ImageInput | TextInput, seed: int 
     """
     recipe = DataRecipe.of(data=data) if isinstance(data, str) else data
     spec = recipe.data
-    if "?" in spec:
-        raise DeltaflError(
-            f'data "{spec}": what follows "?" has keys of its own now: image_column (for image), '
-            "label_column (for label), revision, data_dir; and options, --image-column .."
-        )
     kind, _, target = spec.partition(":")
     builtin = kind in ("hub", "parquet", "folder", "lines", "digits")
     if re.fullmatch(MODULE_ATTR, spec) and not builtin and not Path(spec).exists():
@@ -62,27 +55,25 @@ def load_task(data: DataRecipe | str, inputs: ImageInput | TextInput, seed: int 
         groups = {split: task.groups(split).numpy() for split in SPLITS}
         rows = select(groups, seed, limit=recipe.limit)
         task = task.only({s: torch.from_numpy(some) for s, (_, some) in rows.items()}, task.name)
-    if not isinstance(recipe, TrainingDataRecipe):
-        return task
-    if isinstance(task, ImageTask):
-        return replace(task, augment=recipe.augment, label_smoothing=recipe.label_smoothing)
-    if recipe.augment != "none" or recipe.label_smoothing:
-        raise DeltaflError(f'task "{task.name}": augment and label_smoothing are for images')
+    if isinstance(recipe, TrainingDataRecipe):
+        if isinstance(task, ImageTask):
+            return replace(task, augment=recipe.augment, label_smoothing=recipe.label_smoothing)
+        if recipe.augment != "none" or recipe.label_smoothing:
+            raise DeltaflError(f'task "{task.name}": augment and label_smoothing are for images')
     return task
 
 
 def _user_task(spec: str, inputs: ImageInput | TextInput, seed: int) -> Task:
     """What `attr` of `module` returns; the working directory is importable meanwhile."""
     function = find_callable(spec, "data")
-    try:
-        signature(function).bind(inputs, seed)
-    except TypeError as error:
-        raise DeltaflError(
-            f'data "{spec}" is called with (inputs, seed); inputs has image_size and channels, or '
-            f"tokenizer and max_length: {error}"
-        ) from error
     with importable():
-        task = function(inputs, seed)
+        try:
+            task = function(inputs, seed)
+        except TypeError as error:
+            raise DeltaflError(
+                f'data "{spec}" is called with (inputs, seed); inputs has image_size and channels, '
+                f"or tokenizer and max_length: {error}"
+            ) from error
     if not isinstance(task, Task):
         raise DeltaflError(
             f'data "{spec}" returned {type(task).__name__}, not a deltafl.tasks.Task; return '
@@ -95,18 +86,17 @@ def _images(source: Found, inputs: ImageInput, recipe: DataRecipe, seed: int) ->
     shape, columns = (inputs.channels, inputs.image_size, inputs.image_size), recipe.columns()
 
     def make(scratch: Path) -> Made:
-        from deltafl.tasks.tables import open_source
+        from deltafl.tasks.tables import decoded, open_source
 
         splits, names = open_source(source, columns, scratch)
         groups = {split: own.labels for split, own in splits.items()}
         rows = select(groups, seed, recipe.val_fraction, recipe.limit)
-        chosen = [(splits[origin], some) for origin, some in map(rows.__getitem__, SPLITS)]
+        chosen = [(splits[origin], some) for origin, some in rows.values()]
         labels = [own.labels[some].tolist() for own, some in chosen]
         parts = chain.from_iterable(decoded(own, some, inputs) for own, some in chosen)
-        return Made({"names": [*names], "labels": labels}, (sum(map(len, labels)), *shape), parts)
+        return Made([names, labels], (sum(map(len, labels)), *shape), parts)
 
     how = [shape, columns, seed, recipe.val_fraction, recipe.limit, PIL.__version__]
-    about, images = kept({"key": source.key, "named": repr(source.named), "how": how}, make)
-    labels = about["labels"]
+    (names, labels), images = kept([source.key, repr(source.named), how], make)
     parts = map(Images, images.split([*map(len, labels)]), map(torch.tensor, labels))
-    return ImageTask(source.name, dict(zip(SPLITS, parts, strict=True)), (*about["names"],))
+    return ImageTask(source.name, dict(zip(SPLITS, parts, strict=True)), tuple(names))

@@ -26,10 +26,12 @@ class DataSource(Recipe):
     )
     revision: str | None = Field(None, description="the version of a hub data set")
 
-    def columns(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Names for the columns of images and of labels; the first that a table has counts."""
-        images = (self.image_column,) if self.image_column else ("image", "img")
-        return images, (self.label_column,) if self.label_column else ("label", "fine_label")
+    def columns(self) -> dict[str, tuple[str, ...]]:
+        """Names for the columns "image" and "label"; the first that a table has counts."""
+        return {
+            "image": (self.image_column,) if self.image_column else ("image", "img"),
+            "label": (self.label_column,) if self.label_column else ("label", "fine_label"),
+        }
 
 
 class DataRecipe(DataSource):

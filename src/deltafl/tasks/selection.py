@@ -25,11 +25,9 @@ def select(
         count = max(1, min(round(val_fraction * len(train)), MOST_HELD_OUT))
         val = stratified(train, count, np.random.default_rng([seed, 0]), leave=1)
         rows |= {"train": ("train", np.setdiff1d(every, val)), "val": ("train", val)}
-    if limit is not None:
-        for number, split in enumerate(("train", "val", "test"), 1):
-            origin, own = rows[split]
-            rng = np.random.default_rng([seed, number])
-            rows[split] = origin, own[stratified(labels[origin][own], limit, rng)]
+    for number, split in enumerate(("train", "val", "test"), 1):
+        (origin, own), rng = rows.pop(split), np.random.default_rng([seed, number])
+        rows[split] = origin, own[stratified(labels[origin][own], limit or len(own), rng)]
     return rows
 
 
@@ -41,12 +39,12 @@ def stratified(
     Class c gets floor or ceil of n_c * count / N (largest remainders first), and at least `leave`
     of its rows stay outside. The result is shorter than `count` only where `leave` forces it.
     """
-    classes, inverse, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    _, inverse, sizes = np.unique(labels, return_inverse=True, return_counts=True)
     room = sizes - leave
     shares = sizes * (min(count, len(labels)) / max(len(labels), 1))
     quotas = np.minimum(np.floor(shares + 1e-9).astype(np.int64), room)
     while (missing := min(count, room.sum()) - quotas.sum()) > 0:
         open_ = np.flatnonzero(quotas < room)
         quotas[open_[np.argsort(quotas[open_] - shares[open_], kind="stable")][:missing]] += 1
-    rows = [rng.permutation(np.flatnonzero(inverse == c))[: quotas[c]] for c in range(len(classes))]
-    return np.sort(np.concatenate(rows)) if rows else np.empty(0, np.int64)
+    rows = [rng.permutation(np.flatnonzero(inverse == c))[:q] for c, q in enumerate(quotas)]
+    return np.sort(np.concatenate([np.empty(0, np.int64), *rows]))

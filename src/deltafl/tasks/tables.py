@@ -6,9 +6,11 @@ To be imported where data are opened: `datasets` takes a second.
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow
@@ -26,13 +28,26 @@ from datasets.exceptions import DatasetsError
 from pydantic import TypeAdapter
 
 from deltafl.errors import DeltaflError, did_you_mean, shorten
-from deltafl.tasks.decoding import RawSplit
 from deltafl.tasks.find import SPLIT_NAMES, Found
 from deltafl.tasks.images import check_labels
+from deltafl.tasks.inputs import ImageInput
 
 log = logging.getLogger(__name__)
 
 disable_progress_bars()
+
+BATCH = 512
+"""Images decoded between two writes."""
+
+
+class RawSplit(NamedTuple):
+    """Images before they are decoded: labels int64 (N,), cells of `datasets` (see `decode`), and
+    the place in errors.
+    """
+
+    labels: np.ndarray
+    images: Any
+    where: str
 
 
 def read_tables(path: str, where: str, **options: Any) -> DatasetDict:
@@ -49,17 +64,17 @@ def read_tables(path: str, where: str, **options: Any) -> DatasetDict:
             f"{where} cannot be read: {reason} Is the name right and the download complete? Where "
             "the hub is not reached, name a folder of copies: --data-dir (data_dir)."
         ) from error
-    if not isinstance(tables, DatasetDict):
-        raise DeltaflError(f'{where} has no named splits; a task needs "train" and "test".')
+    assert isinstance(tables, DatasetDict)
     return tables
 
 
 def open_source(
-    source: Found, columns: Sequence[Sequence[str]], scratch: Path
+    source: Found, columns: Mapping[str, Sequence[str]], scratch: Path
 ) -> tuple[Mapping[str, RawSplit], Sequence[str]]:
     """The raw splits of a source, by our names, and the names of its classes.
 
-    columns: names for that of images and for that of labels; the first that a table has counts.
+    columns: names for that of images ("image") and of labels ("label"); the first that a table has
+    counts.
     Class names come from the sidecar, else from the label column's `ClassLabel`, else they are the
     numbers up to the largest label, or the catalogue's.
 
@@ -69,19 +84,11 @@ def open_source(
     """
     tables, splits = source.tables or _read_files(source, scratch), {}
     names = _class_names(source.sidecar) if source.sidecar else ()
-    for key in (key for key in SPLIT_NAMES if key in tables):
-        table, where = tables[key], source.where[key]
-        image, label = (
-            _present(table, wanted, kind, where)
-            for kind, wanted in zip(("image", "label"), columns, strict=True)
-        )
+    for key in filter(tables.__contains__, SPLIT_NAMES):
+        table, where = tables[key], f'split "{key}" of {source.where}'
+        image, label = (_present(table, *column, where) for column in columns.items())
         if isinstance(feature := table.features[label], ClassLabel):
             names = names or feature.names
-            if len(feature.names) != len(names):
-                raise DeltaflError(
-                    f'{where}: column "{label}" declares {len(feature.names)} classes, but there '
-                    f"are {len(names)} class names. Correct the list of class names."
-                )
         labels = np.asarray(table.with_format("numpy")[label][:])
         if len(labels) and (labels.ndim != 1 or labels.dtype.kind not in "iub"):
             raise DeltaflError(
@@ -95,13 +102,12 @@ def open_source(
         names = [*map(str, range(most + 1))]
     if source.named:
         splits, names = source.named.of(source.name, splits, names)
-    for split in ("train", "test"):
-        if split not in splits:
-            raise DeltaflError(
-                f'data "{source.name}" has no {split} split (it has: '
-                f"{', '.join(sorted(splits)) or 'none'}). A task trains on train and is judged "
-                "on test; divide the data first."
-            )
+    if missing := sorted({"train", "test"} - splits.keys()):
+        raise DeltaflError(
+            f'data "{source.name}" has no {" and no ".join(missing)} split (it has: '
+            f"{', '.join(sorted(splits)) or 'none'}). A task trains on train and is judged "
+            "on test; divide the data first."
+        )
     for own in splits.values():
         check_labels(torch.from_numpy(own.labels), len(names), own.where)
     trained = set(splits["train"].labels.tolist())
@@ -115,11 +121,10 @@ def _read_files(source: Found, scratch: Path) -> DatasetDict:
     pixels. Images by their paths: `load_dataset("imagefolder")` takes 0.4 ms a file, more than a
     small image's decoding.
     """
-    every = [path for paths in source.files.values() for path in paths]
+    every = [*chain(*source.files.values())]
     if every[0].suffix == ".parquet":
         paths = {split: [*map(str, own)] for split, own in source.files.items()}
-        where = ", ".join(source.where.values())
-        return read_tables("parquet", where, data_files=paths, cache_dir=str(scratch))
+        return read_tables("parquet", source.where, data_files=paths, cache_dir=str(scratch))
     classes = ClassLabel(names=sorted({path.parent.name for path in every}))
     features, tables = Features({"image": Image(decode=False), "label": classes}), DatasetDict()
     for split, images in source.files.items():
@@ -143,11 +148,33 @@ def _class_names(sidecar: Path) -> list[str]:
         ) from error
 
 
-def _present(table: Dataset, wanted: Sequence[str], kind: str, where: str) -> str:
-    for column in wanted:
-        if column in table.column_names:
-            return column
+def _present(table: Dataset, kind: str, wanted: Sequence[str], where: str) -> str:
+    if found := [column for column in wanted if column in table.column_names]:
+        return found[0]
     raise DeltaflError(
         f'{where} has no column "{wanted[0]}"; {did_you_mean(wanted[0], table.column_names)} '
         f"Name it with --{kind}-column ({kind}_column)."
     )
+
+
+def decoded(split: RawSplit, rows: np.ndarray, inputs: ImageInput) -> Iterator[np.ndarray]:
+    """The images of `rows` in order, as batches uint8 (n, C, H, W).
+
+    Raises:
+        DeltaflError: an image cannot be decoded; its row and file are named.
+    """
+
+    def one(row: int, cell: dict) -> np.ndarray:
+        try:
+            return inputs.decode(cell)
+        except Exception as error:  # Pillow's readers raise many kinds
+            place = f" ({cell['path']})" if cell and cell["bytes"] is None else ""
+            raise DeltaflError(
+                f"row {row} of {split.where}{place} is not an 8-bit image that can be read: "
+                f"{error}. Repair the row or remove it."
+            ) from error
+
+    with ThreadPool() as pool:
+        for start in range(0, len(rows), BATCH):
+            batch = rows[start : start + BATCH].tolist()
+            yield np.stack(pool.starmap(one, zip(batch, split.images[batch], strict=True)))

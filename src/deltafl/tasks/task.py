@@ -139,10 +139,11 @@ def check_task(task: Task, model: Model, device: Device = "cpu") -> None:
             f'task "{task.name}": {", ".join(wrong)} must hold one row for each example'
         )
     with torch.no_grad():
-        sums, weights = task.loss(model, batch)
-        check_values(task, "the sums of loss", sums, len(ids))
-        check_values(task, "the weights of loss", weights, len(ids))
-        check_values(task, "score", task.score(model, batch).float(), len(ids))
+        found = *task.loss(model, batch), task.score(model, batch).float()
+    for field, values in zip(
+        ("the sums of loss", "the weights of loss", "score"), found, strict=True
+    ):
+        check_values(task, field, values, len(ids))
 
 
 def check_values(
@@ -168,7 +169,6 @@ def drawn(chances: Tensor, generator: torch.Generator) -> Tensor:
     cut into batches.
     """
     below = chances.detach().double().cumsum(-1)
-    shape = (*below.shape[:-1], 1)
-    uniform = torch.rand(shape, dtype=torch.float64, generator=generator).to(below.device)
-    found = torch.searchsorted(below, uniform * below[..., -1:], right=True)
-    return found[..., 0].clamp_(max=below.shape[-1] - 1)
+    total = below[..., -1:]
+    uniform = torch.rand(total.shape, dtype=torch.float64, generator=generator).to(total.device)
+    return (below <= uniform * total).sum(-1).clamp_(max=below.shape[-1] - 1)

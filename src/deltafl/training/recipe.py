@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 
 from deltafl.errors import DeltaflError
-from deltafl.models.head_recipe import HeadRecipe
+from deltafl.models.head import HeadRecipe
 from deltafl.recipes import Flags, Incidental, Recipe
 from deltafl.tasks.recipe import TrainingDataRecipe
 

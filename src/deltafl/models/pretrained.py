@@ -1,44 +1,20 @@
-"""The kinds of model that transformers has and we train: each is a function in its own file."""
+"""What transformers reads: configurations, modules and tokenizers, its complaints in our words."""
 
 import difflib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from torch import nn
 
 from deltafl.errors import DeltaflError, shorten
-from deltafl.models.net import Net
-from deltafl.registry import Registry
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 T = TypeVar("T")
-
-Family: TypeAlias = Callable[[str, "PretrainedConfig", torch.Generator | None], Net | None]
-"""From a folder or hub id and the configuration there to the model, None if it is of another kind.
-
-With a generator the weights are random, a function of it alone, and the folder, "" for none, is
-that of what belongs to the model beside its weights (tokenizer, normalisation).
-"""
-
-FAMILIES: Registry[Family] = Registry("family of models")
-
-
-def build_net(
-    ref: str, config: "PretrainedConfig", generator: torch.Generator | None = None
-) -> Net:
-    """The model of the family that claims the configuration. Raises DeltaflError if none does."""
-    for name in FAMILIES:
-        if net := FAMILIES[name](ref, config, generator):
-            return net
-    raise DeltaflError(
-        f'model "{ref}" is a "{config.model_type}"; known are {", ".join(FAMILIES)}. '
-        "Wrap it in a function of your own and give that as module:attr"
-    )
 
 
 def read_config(ref: str) -> "PretrainedConfig":
@@ -63,6 +39,20 @@ def new_config(ref: str, settings: Mapping[str, object]) -> "PretrainedConfig":
         if close := difflib.get_close_matches(key, known, 1, 0.8):
             raise DeltaflError(f'model "{ref}": unknown key "{key}"; did you mean "{close[0]}"?')
     return explained(ref, make, kind, **rest)
+
+
+def read_tokenizer(ref: str) -> "PreTrainedTokenizerBase":
+    """The tokenizer in a folder or of a hub id.
+
+    Raises:
+        DeltaflError: there is none; transformers would make one that knows nothing.
+    """
+    import transformers
+
+    tokenizer = explained(ref, transformers.AutoTokenizer.from_pretrained, ref)
+    if not {*tokenizer("a b", add_special_tokens=False).input_ids} - {tokenizer.unk_token_id}:
+        raise DeltaflError(f'model "{ref}" has no tokenizer; copy it from the model\'s origin')
+    return tokenizer
 
 
 def build_module(
@@ -95,14 +85,23 @@ def build_module(
 
 def explained(ref: str, call: Callable[..., T], *args: object, **kwargs: object) -> T:
     """`call(...)`, quietly, its complaints as one line of ours."""
-    known = OSError, ValueError, LookupError, RuntimeError, SafetensorError, StrictDataclassError
-    complaints = *known, TypeError, ArithmeticError, AttributeError
     try:
         with quiet():
             return call(*args, **kwargs)
-    except complaints as error:
+    except DeltaflError:
+        raise
+    except Exception as error:  # transformers raises many kinds
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise DeltaflError(f'model "{ref}" cannot be loaded: {reason}') from error
+
+
+def write_pretrained(
+    module: nn.Module, folder: Path, beside: Callable[[Path], object] = Path
+) -> None:
+    """Write a module of transformers, and `beside(folder)` what belongs to it."""
+    with quiet():
+        module.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
+        beside(folder)
 
 
 @contextmanager
