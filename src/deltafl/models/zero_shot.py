@@ -91,8 +91,8 @@ def read_templates(file: str | Path) -> tuple[str, ...]:
     wrong = [f'"{template}" has no {{}}' for template in found if "{}" not in template]
     if wrong or not found:
         raise DeltaflError(
-            f'templates "{file}": {(*wrong, "there is none")[0]}; write one on each line, with {{}} '
-            "where the name of the class goes"
+            f'templates "{file}": {(*wrong, "there is none")[0]}; write one on each line, '
+            "with {} where the name of the class goes"
         )
     return found
 

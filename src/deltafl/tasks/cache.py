@@ -46,8 +46,8 @@ def stamps(files: Iterable[Path]) -> list[tuple[str, int, int]]:
 
 def kept(made_of: object, make: Callable[[Path], Made]) -> tuple[list, Tensor]:
     """What `make(scratch)` gives, its array memory-mapped: out of the cache, `$DELTAFL_CACHE` or
-    else `~/.cache/deltafl`, if it was made of the same, as JSON, before. `scratch` is a folder that lasts
-    until the array is written. No write into the tensor reaches the file.
+    else `~/.cache/deltafl`, if it was made of the same, as JSON, before. `scratch` is a folder that
+    lasts until the array is written. No write into the tensor reaches the file.
 
     Raises:
         DeltaflError: the cache folder cannot be written.

@@ -40,9 +40,9 @@ class ImageInput:
             )
 
     def decode(self, encoded: dict | np.ndarray) -> np.ndarray:
-        """One image, pixels uint8 (H, W) or a cell with an image file's bytes, else its path, as uint8
-        (C, H, W): the short side is brought to `image_size` and the centre taken, as CLIP's and ViT's
-        processors do, by Pillow's bicubic with antialiasing.
+        """One image, pixels uint8 (H, W) or a cell with an image file's bytes, else its path, as
+        uint8 (C, H, W): the short side is brought to `image_size` and the centre taken, as CLIP's
+        and ViT's processors do, by Pillow's bicubic with antialiasing.
 
         Raises whatever Pillow raises for a file that is no image.
         """
