@@ -23,10 +23,9 @@ class Classifier(nn.Module):
     Features (B, D) of normalised images are `encoder.embed(x)` where there is one, else
     `encoder(x)`; of what transformers gives the projected or pooled embedding, else the class
     token. `encoder` is changed in place: float32, eval mode, and what the features do not depend
-    on (a
-    mask token, an unused classifier) is frozen: weight decay would otherwise move it, and a delta
-    would hold training that never happened. `origin`: the folder whose head is taken, if it has
-    one.
+    on (a mask token, an unused classifier) is frozen: weight decay would otherwise move it, and a
+    delta would hold training that never happened. `origin`: the folder whose head is taken, if it
+    has one.
 
     Raises:
         DeltaflError: the features of one image are not (1, D).
