@@ -41,13 +41,11 @@ class Recipe(BaseModel):
     Annotate sequences as tuples; a list of the file becomes one. Of leaves (what is no section)
     that share a name the outermost is meant where it stands without its section.
 
-    renamed: path of an old key -> path of the new one, or a sentence that says why there is none.
     alternatives: groups of leaves that say one thing; an option replaces its whole group in a file.
     defaults: of fields that are those of the parent class but for their default.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-    renamed: ClassVar[Mapping[str, str]] = {}
     alternatives: ClassVar[Sequence[Collection[str]]] = ()
     defaults: ClassVar[Settings] = {}
 
@@ -170,6 +168,16 @@ def all_leaves(kind: type[Recipe], path: Keys = ()) -> Iterator[Leaf]:
             yield Leaf(key, (*path, key), field)
 
 
+def every_leaf(kind: type[Recipe]) -> Iterator[Leaf]:
+    """Every leaf, also of the mappings in lists, by a path like models[].path."""
+    for leaf in all_leaves(kind):
+        yield leaf
+        for entry in recipes_in(leaf.field.annotation):
+            for inner in every_leaf(entry):
+                path = (*leaf.path[:-1], f"{leaf.name}[]", *inner.path)
+                yield Leaf(inner.name, path, inner.field)
+
+
 def section(field: FieldInfo) -> type[Recipe] | None:
     """The recipe that a field holds, if it is a section."""
     kind = field.annotation
@@ -197,8 +205,12 @@ def read_recipe(
         DeltaflError: one line for each mistake, with the path of the key.
     """
     data, found = load_yaml(file) if isinstance(file, str | Path) else file or {}, list[str]()
-    below = _over(kind, _by_path(kind, defaults or {}, found), _by_path(kind, data, found, False))
-    values = _over(kind, below, _by_path(kind, settings or {}, found))
+    values: dict[Keys, object] = {}
+    for layer, anywhere in ((defaults or {}, True), (data, False), (settings or {}, True)):
+        above = _by_path(kind, layer, found, anywhere)
+        named = {path[-1] for path in above}
+        replaced = {name for group in kind.alternatives if named & {*group} for name in group}
+        values = {path: v for path, v in values.items() if path[-1] not in replaced} | above
     nested: dict[str, Any] = {}
     for leaf in all_leaves(kind):
         _place(nested, leaf.path)
@@ -219,36 +231,20 @@ def _place(tree: dict[str, Any], path: Keys) -> dict[str, Any]:
     return functools.reduce(lambda place, key: place.setdefault(key, {}), path[:-1], tree)
 
 
-def _over(
-    kind: type[Recipe], below: Mapping[Keys, object], above: Mapping[Keys, object]
-) -> dict[Keys, object]:
-    """The values of both, those in `above` first, and of `below` only what they are no alternative
-    to.
-    """
-    named = {path[-1] for path in above}
-    replaced = {name for group in kind.alternatives if named & {*group} for name in group}
-    return {path: v for path, v in below.items() if path[-1] not in replaced} | {**above}
-
-
 def _by_path(
-    kind: type[Recipe], data: Settings, found: list[str], anywhere: bool = True
+    kind: type[Recipe], data: Settings, found: list[str], anywhere: bool
 ) -> dict[Keys, object]:
-    """Path of a leaf -> value, of nested mappings; `found` gets a line for each key that is gone,
-    or not where it belongs unless it may stand anywhere.
+    """Path of a leaf -> value, of nested mappings; `found` gets a line for each leaf that is not
+    where it belongs, unless it may stand anywhere.
     """
     known, paths = leaves(kind), {leaf.path for leaf in all_leaves(kind)}
     values: dict[Keys, object] = {}
     for path, value in _walk(kind, data):
-        key, leaf = ".".join(path), known.get(path[-1])
-        new = kind.renamed.get(key, "")
-        if leaf and not new and path not in paths:
-            new = ".".join(leaf.path)
-        if " " in new:
-            found.append(f'"{key}": {new}')
-            continue
-        if new and not anywhere:
-            found.append(f'"{key}" is now "{new}"')
-        values.setdefault(tuple(new.split(".")) if new else path, value)
+        if path not in paths and (leaf := known.get(path[-1])):
+            if not anywhere:
+                found.append(f'"{".".join(path)}" is now "{".".join(leaf.path)}"')
+            path = leaf.path
+        values.setdefault(path, value)
     return values
 
 
@@ -293,30 +289,17 @@ def _path(tree: Any, item: ErrorDetails) -> Keys:
 
 
 def _lines(kind: type[Recipe], keys: Keys, item: ErrorDetails) -> list[str]:
-    path, value = ".".join(keys), item["input"]
+    path = ".".join(keys)
     match item["type"]:
         case "extra_forbidden":
-            return [f'unknown key "{path}"; {_meant(kind, keys)}']
+            names = {leaf.name: ".".join(leaf.path) for leaf in every_leaf(kind)}
+            close = difflib.get_close_matches(keys[-1], names, 1)
+            hint = f'did you mean "{names[close[0]]}"?' if close else f"known: {', '.join(names)}"
+            return [f'unknown key "{path}"; {hint}']
         case "missing":
             flags = [leaf.flags[0] for leaf in leaves(kind).values() if leaf.path == keys]
             return [f"{path} is missing; name it{''.join(f' with {flag}' for flag in flags)}"]
         case "recipe":
             return [f"{path}: {line}" if path else line for line in item["msg"].split("\n")]
-        case "literal_error" if isinstance(value, str):
-            choices = re.findall(r"'([^']*)'", item["msg"])
-            return [f'{path}: unknown "{value}"; {did_you_mean(value, choices)}']
     text = re.sub("(input )?should", "must", item["msg"], flags=re.IGNORECASE)
-    text = re.sub(r"valid dictionary( or instance of \w+)?", "mapping of keys to values", text)
-    return [f"{path}: {text[0].lower()}{text[1:]}, not {value!r}"]
-
-
-def _meant(kind: type[Recipe], keys: Keys) -> str:
-    """Which key an unknown one may have been meant to be: one of its section, or else of any."""
-    kinds = [kind]
-    for key in keys[:-1]:
-        fields = [k.model_fields[key] for k in kinds if key in k.model_fields]
-        kinds = [k for field in fields for k in recipes_in(field.annotation)] or kinds
-    here = {leaf.path[0]: leaf.path[0] for k in kinds for leaf in all_leaves(k)}
-    known = {name: ".".join(leaf.path) for name, leaf in leaves(kind).items()} | here
-    close = difflib.get_close_matches(keys[-1], known, 1)
-    return f'did you mean "{known[close[0]]}"?' if close else did_you_mean(keys[-1], here)
+    return [f"{path}: {text[0].lower()}{text[1:]}, not {item['input']!r}"]

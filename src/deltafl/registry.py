@@ -1,7 +1,7 @@
 """Names to builders. A misspelt name is an error that offers the right one."""
 
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar, cast
+from typing import NoReturn, TypeVar, cast
 
 from deltafl.errors import DeltaflError, did_you_mean
 
@@ -9,34 +9,25 @@ T = TypeVar("T")
 E = TypeVar("E")
 
 
-class Registry(Generic[T]):
-    """A mapping name -> entry, filled by a decorator; `kind` is what errors call an entry."""
+class Registry(dict[str, T]):
+    """Name -> entry, in the order of names, filled by a decorator; errors call an entry `kind`."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
-        self._entries: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[E], E]:
         """Decorator: `@RULES.register("median")`. One name twice is a programming error."""
 
         def add(entry: E) -> E:
-            if name in self._entries:
+            if name in self:
                 raise ValueError(f'{self.kind} "{name}" is registered twice')
-            self._entries[name] = cast(T, entry)
+            self[name] = cast(T, entry)
             return entry
 
         return add
 
-    def __getitem__(self, name: str) -> T:
-        try:
-            return self._entries[name]
-        except KeyError:
-            raise DeltaflError(
-                f'unknown {self.kind} "{name}"; {did_you_mean(name, self._entries)}'
-            ) from None
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._entries
+    def __missing__(self, name: str) -> NoReturn:
+        raise DeltaflError(f'unknown {self.kind} "{name}"; {did_you_mean(name, self)}')
 
     def __iter__(self) -> Iterator[str]:
-        return iter(sorted(self._entries))
+        return iter(sorted(self.keys()))

@@ -1,13 +1,13 @@
 """A user's own code by name, `module:attr`, from the working directory or installed."""
 
-import importlib
 import os
+import pkgutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from deltafl.errors import DeltaflError, did_you_mean
+from deltafl.errors import DeltaflError
 
 
 def find_callable(ref: str, kind: str) -> Callable[..., Any]:
@@ -16,19 +16,13 @@ def find_callable(ref: str, kind: str) -> Callable[..., Any]:
     Raises:
         DeltaflError: no such module or attribute, or the module cannot be imported.
     """
-    module_name, _, attribute = ref.partition(":")
     with importable():
         try:
-            source = importlib.import_module(module_name)
-        except (ImportError, ValueError) as error:
-            raise DeltaflError(
-                f'{kind} "{ref}": module "{module_name}" cannot be imported: {error}'
-            ) from error
-    found = getattr(source, attribute, None)
+            found = pkgutil.resolve_name(ref)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise DeltaflError(f'{kind} "{ref}": cannot be imported: {error}') from error
     if not callable(found):
-        public = [n for n, v in vars(source).items() if callable(v) and not n.startswith("_")]
-        hint = did_you_mean(attribute, public)
-        raise DeltaflError(f'{kind} "{ref}": "{module_name}" has no callable "{attribute}"; {hint}')
+        raise DeltaflError(f'{kind} "{ref}": is not callable')
     return found
 
 
@@ -36,9 +30,6 @@ def find_callable(ref: str, kind: str) -> Callable[..., Any]:
 def importable() -> Iterator[None]:
     """Within the block, modules in the working directory can be imported."""
     here = os.getcwd()
-    if here in sys.path:
-        yield
-        return
     sys.path.insert(0, here)
     try:
         yield

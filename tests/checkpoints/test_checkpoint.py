@@ -93,8 +93,8 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path: Path, kin
         state_dict(file, held, zipped=kind == "zip")
     for place in ("--models", "--base"):
         problem = refusal(world.root, *world.args, place, file)
-        said = f'"{file}": holds more than tensors, and reading it would run code ('
-        assert problem.startswith(said)
+        assert problem.startswith(f'"{file}": ')
+        assert "holds more than tensors, so that reading it could run code" in problem
         assert ".safetensors" in problem
     assert not mark.exists()
     if kind == "bare pickle":
@@ -133,7 +133,7 @@ def test_a_damaged_state_dict_is_an_error(tmp_path: Path, damage) -> None:
     file = world.root / "damaged.bin"
     file.write_bytes(damage(raw, old))
     problem = refusal(world.root, *world.args, "--models", file)
-    assert problem == f'"{file}": truncated, corrupt or not a torch state dict; download it again'
+    assert problem.startswith(f'"{file}": truncated, corrupt, or holds more than tensors')
 
 
 @pytest.mark.parametrize(("held", "told"), OTHERS.values(), ids=OTHERS)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from jinja2.filters import do_filesizeformat
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -32,7 +33,6 @@ from checkpoint_files import (
 )
 from deltafl.checkpoints.layout import fingerprint, read_layout
 from deltafl.rules.rule import load_rules, parameters
-from deltafl.sizes import as_bytes
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(world: World):
     elements = sum(t.numel() for t in world.base.values() if t.is_floating_point())
     assert f"5 merged ({elements:,} elements)" in outcome.out
     assert f"read: {2 * held / 1e6:.1f} MB in 2 passes over 3 checkpoints" in outcome.out
-    assert f"write: {as_bytes(sum(t.nbytes for t in world.base.values()))}" in outcome.out
+    assert f"write: {do_filesizeformat(sum(t.nbytes for t in world.base.values()))}" in outcome.out
     assert "memory: about" in outcome.out
     assert not outcome.err
 
@@ -357,7 +357,7 @@ def index_of(folder: Path, **weight_map: object) -> Path:
 )
 def test_an_index_that_points_outside_its_folder_is_not_followed(world, odd, name: str):
     index = index_of(odd, layer_0_bias=name)
-    told = f'"{index}": points outside its folder ("{name}"); do not trust this checkpoint'
+    told = f'"{index}": the shard "{name}" is not in its folder; download it again'
     assert refusal(world.root, *world.args, "--models", odd) == told
 
 
@@ -371,7 +371,7 @@ def test_shards_that_are_missing_or_disagree_are_named(world: World, odd: Path):
     save_file({n: held[n] for n in names}, odd / second)
     assert "disagree about" in refusal(*called)
     (odd / second).unlink()
-    assert f'the shard "{second}" is missing' in refusal(*called)
+    assert f'the shard "{second}" is not in its folder' in refusal(*called)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 5}', '{"weight_map": {"a": 5}}'])

@@ -62,7 +62,7 @@ def test_evaluate_prints_and_writes_every_model(base: Path, tmp_path: Path):
         expected = judged(model, TASK, "val")
         assert (row["model"], row["score"], row["examples"]) == (str(model), expected.score, 20)
         assert row["scores"] == expected.scores.tolist()
-        assert f"{expected.score:.2%}" in said
+        assert f"{expected.score:.1%}" in said
     head = ("evaluate", "--models", base, "--data", TASK, "--head", models[0] / "head.safetensors")
     assert "test accuracy" in succeed(*head).out
     assert succeed(*head, "--quiet").out == ""
@@ -100,10 +100,11 @@ def test_a_mistake_is_one_line_and_nothing_is_written(options, told, base, tmp_p
 
 def test_mistakes_in_the_file_are_told_at_once(tmp_path: Path):
     config = tmp_path / "c.yaml"
-    config.write_text("base: b\ndata: d\nout: o\nsteps: 1\nbatchsize: 3\nlr: fast\nschedule: step")
+    config.write_text("model: b\ndata: d\nout: o\nsteps: 1\nbatchsize: 3\nlr: fast\nschedule: step")
     problems = "\n".join(refused(tmp_path, "finetune", "--config", config))
-    renamed = ('"base" is now "model"', '"schedule" is now "lr_schedule"')
-    for told in (*renamed, 'unknown key "batchsize"; did you mean "batch_size"', "'fast'"):
+    pairs = {"batchsize": "batch_size", "schedule": "lr_schedule"}
+    hints = (f'unknown key "{wrong}"; did you mean "{right}"' for wrong, right in pairs.items())
+    for told in (*hints, "'fast'"):
         assert told in problems
 
 

@@ -21,7 +21,7 @@ def test_a_bar_shows_counts_and_numbers_without_a_thread(monkeypatch: pytest.Mon
     monkeypatch.setattr(sys, "stderr", stderr)
     monkeypatch.setenv("COLUMNS", "160")
     before = threading.active_count()
-    with drawn_progress(quiet=False) as show:
+    with drawn_progress() as show:
         for done in range(1, 4):
             show(Progress("steps", done, 3, {"loss": 1 / done, "lr": "1e-4"}))
         show(Progress("merging", 2_000_000, 4_000_000, {"unit": "bytes"}))
@@ -35,5 +35,7 @@ def test_a_bar_shows_counts_and_numbers_without_a_thread(monkeypatch: pytest.Mon
 def test_nothing_is_drawn_when_quiet_or_off_a_terminal(quiet: bool, tmp_path: Path):
     with (tmp_path / "log").open("w") as file, pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stderr", Terminal() if quiet else file)
-        with drawn_progress(quiet=quiet) as show:
+        if quiet:
+            patch.setattr(sys, "stdout", None)
+        with drawn_progress() as show:
             assert show is ignore

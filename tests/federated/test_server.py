@@ -181,9 +181,6 @@ def test_wrong_values_are_one_line_each_at_once(changes: dict, words: str) -> No
         ({"augment": "flip"}, '"augment" is now "data.augment"'),
         ({"sparsity_ratio": 0.5}, '"sparsity_ratio" is now "sparse.sparsity_ratio"'),
         ({"train_head": True}, '"train_head" is now "head.train_head"'),
-        ({"engine": "vmap"}, '"engine": is gone'),
-        ({"dirichlet_form": "hsu"}, '"dirichlet_form": is gone'),
-        ({"aggregator_params": {"rho": 1.0}}, '"aggregator_params": is gone'),
     ],
     ids=str,
 )

@@ -556,9 +556,9 @@ def test_options_mean_what_the_library_means(tmp_path: Path):
     )  # fmt: skip
     direct = run(recipe, tmp_path / "direct")
     for row in direct.rows:
-        assert f"epoch {row['epoch']}/2: " in said
-        assert f"validation {row['val_score']:.2%}" in said
-    assert f"{direct.result['test_score']:.2%} of 31" in said
+        assert f"epoch {row['epoch']}/2, " in said
+        assert f"val_score {row['val_score']:.4g}" in said
+    assert f"{direct.result['test_score']:.1%} of 31" in said
     assert (out / "figure.png").read_bytes().startswith(b"\x89PNG\r\n")
     page = (out / "report.html").read_text()
     assert page.count("<svg") == 2

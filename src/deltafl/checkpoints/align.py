@@ -7,7 +7,7 @@ anything is read.
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from fnmatch import filter as matching
 from typing import TypeAlias
 
 from deltafl.checkpoints.layout import Entry
@@ -91,10 +91,12 @@ def align(
     nothing = f"matches no tensor of the base; the first are {shorten(list(base))}"
     if base and not any(name.startswith(prefix) for name in base):
         return Alignment(problems=[f'--scope "{scope}" {nothing}'])
+    found = {pattern: matching(base, pattern) for pattern in (*include, *exclude)}
+    chosen, dropped = ({n for p in some for n in found[p]} for some in (include, exclude))
     for name, entry in base.items():
         if not name.startswith(prefix):
             copied[name] = f"outside --scope {scope}"
-        elif (include and not _any(name, include)) or _any(name, exclude):
+        elif name in dropped or (include and name not in chosen):
             copied[name] = "left out by --include/--exclude"
         elif not entry.floating:
             copied[name] = f"not a float tensor ({entry.dtype})"
@@ -105,18 +107,14 @@ def align(
             f"the base is quantised ({base[coded[0]].dtype}): {shorten(coded)}; "
             "merge models that are not, or copy these from the base with --exclude"
         )
-    out.problems += [
-        f'pattern "{pattern}" {nothing}'
-        for pattern in (*include, *exclude)
-        if not any(fnmatchcase(name, pattern) for name in base)
-    ]
+    out.problems += [f'pattern "{p}" {nothing}' for p, names in found.items() if not names]
     wanted = [name for name in base if name not in copied]
     for label, model in models.items():
         try:
-            found, notes, problems = _add(out, label, base, model, prefix, wanted)
+            lost, notes, problems = _add(out, label, base, model, prefix, wanted)
         except DeltaflError as error:
-            found, notes, problems = Reasons(), [], [str(error)]
-        copied = found | copied
+            lost, notes, problems = Reasons(), [], [str(error)]
+        copied = lost | copied
         out.notes += [f'model "{label}": {note}' for note in notes]
         out.problems += [f'model "{label}": {problem}' for problem in problems]
     out.copied, out.merged = _by_reason(copied), tuple(n for n in wanted if n not in copied)
@@ -125,10 +123,6 @@ def align(
             "base and models have no float tensor in common; is this the right base?"
         )
     return out
-
-
-def _any(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, p) for p in patterns)
 
 
 def _by_reason(reasons: Reasons) -> dict[str, list[str]]:

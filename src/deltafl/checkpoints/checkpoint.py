@@ -1,8 +1,6 @@
 """Checkpoints as lazy mappings of named tensors, read by blocks, never whole."""
 
 import os
-import pickle
-import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,9 +41,7 @@ class Checkpoint(Lazy):
         self.layout = layout
         self.names = layout.entries
         self._specs = {n: Spec(e.shape, torch_dtype(e.dtype)) for n, e in layout.entries.items()}
-        self._files: dict[Path, int] = {}
-        for file in layout.files:
-            self._files[file] = os.open(file, os.O_RDONLY)
+        self._files = {file: os.open(file, os.O_RDONLY) for file in layout.files}
 
     def spec(self, name: str) -> Spec:
         return self._specs[name]
@@ -96,14 +92,10 @@ def open_tensors(ref: str | os.PathLike[str] | Layout) -> Tensors:
 def _state_dict(file: Path) -> dict[str, Tensor]:
     try:
         held: Any = torch.load(file, "cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except Exception as error:  # the unpickler raises whatever damaged bytes lead to
-        if isinstance(error, pickle.UnpicklingError) and (found := _CODE.search(str(error))):
-            raise DeltaflError(
-                f'"{file}": holds more than tensors, and reading it would run code ({found[1]}); '
-                "save the state dict alone, best as .safetensors"
-            ) from None
+    except Exception:  # the unpickler raises whatever damaged bytes lead to
         raise DeltaflError(
-            f'"{file}": truncated, corrupt or not a torch state dict; download it again'
+            f'"{file}": truncated, corrupt, or holds more than tensors, so that reading it could run '
+            "code; download it again, or save the state dict alone, best as .safetensors"
         ) from None
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(held, Mapping) and isinstance(held.get(key), Mapping):
@@ -116,9 +108,6 @@ def _state_dict(file: Path) -> dict[str, Tensor]:
                 f'"{file}": tensor "{name}" has dtype {tensor.dtype}, which is not supported'
             )
     return {str(name): tensor.detach() for name, tensor in held.items()}
-
-
-_CODE = re.compile(r"(?:GLOBAL|unrecognized function) (\S+)")
 
 
 def entries_of(tensors: Tensors) -> Mapping[str, Entry]:

@@ -184,12 +184,10 @@ def _read_index(file: Path) -> dict[str, str]:
     except ValueError:
         raise DeltaflError(f'"{file}": not an index of shards; download it again') from None
     for name in sorted(set(index.values())):
-        if Path(name).name != name or name in ("..", "."):
+        if Path(name).name != name or not (file.parent / name).is_file():
             raise DeltaflError(
-                f'"{file}": points outside its folder ("{name}"); do not trust this checkpoint'
+                f'"{file}": the shard "{name}" is not in its folder; download it again'
             )
-        if not (file.parent / name).is_file():
-            raise DeltaflError(f'"{file}": the shard "{name}" is missing; download it again')
     return index
 
 

@@ -4,11 +4,13 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
@@ -28,6 +30,7 @@ SYNC = 32
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 INDEX = "model.safetensors.index.json"
+_DTYPE = r'("(?:torch_)?dtype"\s*:\s*)(?:"[^"]*"|null)'
 NOT_COPIED = frozenset({INDEX, "pytorch_model.bin.index.json", "training.json", "deltafl.json"})
 
 
@@ -67,21 +70,19 @@ def plan_shards(
 
 
 def _shard(file: Path, entries: Mapping[str, Entry]) -> Shard:
+    stops = [*accumulate((entry.num_bytes for entry in entries.values()), initial=0)]
+    spans = dict(zip(entries, pairwise(stops), strict=True))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    starts, stop = [], 0
     for name, entry in entries.items():
-        starts.append(stop)
-        stop += entry.num_bytes
-        offsets = [starts[-1], stop]
-        header[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": offsets}
+        header[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": spans[name]}
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
     raw = len(raw).to_bytes(8, "little") + raw
     placed = {
-        name: Entry(entry.dtype, entry.shape, file, len(raw) + start)
-        for (name, entry), start in zip(entries.items(), starts, strict=True)
+        name: Entry(entry.dtype, entry.shape, file, len(raw) + spans[name][0])
+        for name, entry in entries.items()
     }
-    return Shard(file, raw, len(raw) + stop, placed)
+    return Shard(file, raw, len(raw) + stops[-1], placed)
 
 
 def write_tensors(
@@ -157,13 +158,10 @@ def _reserved(shards: Sequence[Shard], folder: Path) -> Iterator[dict[Path, int]
     except OSError as error:
         if error.errno not in FULL:
             raise
-        remedy = "free some space, or choose another --out"
-        if error.errno == errno.EFBIG:
-            remedy = "lower --max-shard-size"
         need = sum(shard.num_bytes for shard in shards)
         raise DeltaflError(
             f'"{folder.parent}": cannot hold the {need:,} bytes of the result ({error.strerror}); '
-            f"{remedy}"
+            "free some space, choose another --out, or lower --max-shard-size"
         ) from None
     finally:
         for handle in handles.values():
@@ -173,25 +171,12 @@ def _reserved(shards: Sequence[Shard], folder: Path) -> Iterator[dict[Path, int]
 def copy_companions(source: Path, target: Path, dtype: str | None) -> None:
     """Copy configuration, tokenizer, processor and code of a model beside new weights.
 
-    With a new dtype, config.json says so, and none of its parts says another.
+    A new dtype is written wherever config.json names one, by transformers 4's key or 5's.
     """
     for file in source.iterdir():
         if file.is_file() and file.suffix in COMPANIONS and file.name not in NOT_COPIED:
             shutil.copyfile(file, target / file.name)
     file = target / "config.json"
-    if not dtype or not file.exists():
-        return
-    try:
-        config = json.loads(file.read_text(), object_hook=_without_dtype)
-    except ValueError:
-        config = None
-    if not isinstance(config, dict):
-        raise DeltaflError(
-            f'"{source / file.name}": is not a JSON object; mend it, or leave out --dtype'
-        )
-    file.write_text(json.dumps({**config, "dtype": DTYPES[dtype]}, indent=2))
-
-
-def _without_dtype(config: Mapping[str, object]) -> dict[str, object]:
-    """A part of a configuration without its dtype, by transformers 4's name or 5's."""
-    return {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
+    if dtype and file.exists():
+        named = re.sub(_DTYPE, rf'\1"{DTYPES[dtype]}"', file.read_text())
+        file.write_text(named)

@@ -1,25 +1,23 @@
 """`deltafl evaluate`."""
 
 import json
-from functools import partial
 from pathlib import Path
 
 import click
 
-from deltafl.cli.command import quiet, recipe_command
+from deltafl.cli.command import recipe_command
 from deltafl.cli.results import table_text
-from deltafl.cli.text import as_score
 from deltafl.errors import DeltaflError
 from deltafl.files import write_atomically
 from deltafl.models import HeadRecipe, load_net
 from deltafl.report import Column, Table
+from deltafl.report.tables import score_format
 from deltafl.tasks import load_task
 from deltafl.training import TRAINING_JSON, EvaluationRecipe, evaluate
 
 
-@recipe_command(EvaluationRecipe)
-@quiet
-def evaluate_command(recipe: EvaluationRecipe, quiet: bool) -> None:
+@recipe_command(EvaluationRecipe, "quiet")
+def evaluate_command(recipe: EvaluationRecipe) -> None:
     """Scores of models on a task.
 
     \b
@@ -38,14 +36,13 @@ def evaluate_command(recipe: EvaluationRecipe, quiet: bool) -> None:
         scores = found.scores.tolist()
         row = {"model": model, "score": found.score, "examples": len(scores), "scores": scores}
         rows.append(row)
-        shown = partial(as_score, task.ratio_scaled)
-        columns["score"] = Column(f"{recipe.split} {task.metric}", shown)
+        title = f"{recipe.split} {task.metric}"
+        columns["score"] = Column(title, score_format(task.metric))
         about["metric"] = task.metric
     columns["examples"] = Column("examples", "d")
     if recipe.json_file:
         write_atomically(recipe.json_file, (json.dumps({**about, "results": rows}) + "\n").encode())
-    if not quiet:
-        click.echo(table_text(Table(rows, columns)))
+    click.echo(table_text(Table(rows, columns)))
 
 
 def _trained_seed(model: str) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from deltafl.checkpoints.readahead import reading_ahead
-from deltafl.cli.command import quiet, recipe_command
+from deltafl.cli.command import recipe_command
 from deltafl.cli.merge import read_merge
 from deltafl.cli.progress import drawn_progress
 from deltafl.files import check_output
@@ -12,9 +12,8 @@ from deltafl.merge.plan import plan_merge
 from deltafl.merge.recipe import DeltaRecipe, MergeRecipe
 
 
-@recipe_command(DeltaRecipe, argument="config", read=read_merge)
-@quiet
-def inspect_command(recipe: MergeRecipe, quiet: bool) -> None:
+@recipe_command(DeltaRecipe, "quiet", argument="config", read=read_merge)
+def inspect_command(recipe: MergeRecipe) -> None:
     """How much fine-tunes of one base differ, and which rule that suggests.
 
     \b
@@ -28,7 +27,7 @@ def inspect_command(recipe: MergeRecipe, quiet: bool) -> None:
         from deltafl.merge.inputs import open_updates  # torch, while the files are read
         from deltafl.merge.inspect import inspect_models
 
-        with drawn_progress(quiet=quiet) as show:
+        with drawn_progress() as show:
             result = inspect_models(plan, open_updates(plan), show)
         import pandas as pd
 

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 
 from deltafl.algebra.tensors import device_named
-from deltafl.cli.command import dry_run, recipe_command
+from deltafl.cli.command import recipe_command
 from deltafl.cli.results import show_result
 from deltafl.cli.run import prepared
 from deltafl.federated.recipe import ClientsRecipe
@@ -63,9 +63,8 @@ def read_mask(config: str | None, settings: Mapping[str, Any]) -> MaskRecipe | D
     return read_recipe(kind, config, settings)
 
 
-@recipe_command(MaskRecipe, read=read_mask)
-@dry_run
-def mask_command(recipe: MaskRecipe | DescribeRecipe, dry_run: bool) -> None:
+@recipe_command(MaskRecipe, "dry_run", read=read_mask)
+def mask_command(recipe: MaskRecipe | DescribeRecipe) -> None:
     """Make the mask that a federated run with these settings would make, or describe one.
 
     \b
@@ -76,7 +75,7 @@ def mask_command(recipe: MaskRecipe | DescribeRecipe, dry_run: bool) -> None:
     if recipe.out is not None:
         check_output(recipe.out, overwrite=recipe.overwrite)
     if isinstance(recipe, MaskRecipe):
-        mask, net, about = _made(recipe, dry_run)
+        mask, net, about = _made(recipe)
     else:
         net = load_net(recipe.model).copy_to(device_named(recipe.device)) if recipe.model else None
         mask, about = load_mask(recipe.describe, net)
@@ -91,9 +90,9 @@ def mask_command(recipe: MaskRecipe | DescribeRecipe, dry_run: bool) -> None:
         click.echo(f"mask: {Path(recipe.out) / MASK_FILE}")
 
 
-def _made(recipe: MaskRecipe, dry_run: bool) -> tuple[Mask, Net, dict[str, Any]]:
+def _made(recipe: MaskRecipe) -> tuple[Mask, Net, dict[str, Any]]:
     """The mask, by the very steps of a federated run, its model, and what decided it."""
-    net, task = prepared(recipe, resume=False, dry_run=dry_run)
+    net, task = prepared(recipe)
     net = net.copy_to(device_named(recipe.device))
     mask = prepare(net, task, recipe, make_shards(task, recipe))
     assert mask is not None

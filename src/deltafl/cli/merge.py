@@ -6,9 +6,8 @@ from typing import Any
 import click
 
 from deltafl.checkpoints.readahead import reading_ahead
-from deltafl.cli.command import dry_run, quiet, recipe_command
+from deltafl.cli.command import flag, recipe_command
 from deltafl.cli.progress import drawn_progress
-from deltafl.cli.text import render
 from deltafl.errors import DeltaflError
 from deltafl.files import check_output
 from deltafl.merge.mergekit import translate
@@ -16,6 +15,7 @@ from deltafl.merge.plan import plan_merge
 from deltafl.merge.recipe import MergeRecipe
 from deltafl.recipe_file import load_yaml
 from deltafl.recipes import read_recipe
+from deltafl.rendering import render
 from deltafl.rules.rule import ExampleRule
 
 
@@ -31,10 +31,8 @@ def read_merge(config: str | None, settings: Mapping[str, Any]) -> MergeRecipe:
     return read_recipe(MergeRecipe, data, settings)
 
 
-@recipe_command(MergeRecipe, argument="config", read=read_merge)
-@dry_run
-@quiet
-def merge_command(recipe: MergeRecipe, dry_run: bool, quiet: bool) -> None:
+@recipe_command(MergeRecipe, "dry_run", "quiet", argument="config", read=read_merge)
+def merge_command(recipe: MergeRecipe) -> None:
     """Merge fine-tuned models of one base: theta = theta0 + server_lr * rule(deltas).
 
     \b
@@ -42,8 +40,8 @@ def merge_command(recipe: MergeRecipe, dry_run: bool, quiet: bool) -> None:
     deltafl merge RECIPE.yaml              ours, or mergekit's
     """
     plan = plan_merge(recipe)
-    if dry_run:
-        click.echo(render("plan", plan=plan))
+    if flag("dry_run"):
+        click.echo(render("plan.txt", plan=plan))
         return
     if recipe.out is None:
         raise DeltaflError("no output; name a folder with --out")
@@ -54,9 +52,8 @@ def merge_command(recipe: MergeRecipe, dry_run: bool, quiet: bool) -> None:
         else:
             from deltafl.merge.run import run_merge  # torch, while the files are read
 
-        with drawn_progress(quiet=quiet) as show:
+        with drawn_progress() as show:
             record = run_merge(plan, recipe.out, overwrite=recipe.overwrite, on_progress=show)
     for warning in record["warnings"]:
         click.echo(f"warning: {warning}", err=True)
-    if not quiet:
-        click.echo(render("merge", plan=plan, record=record))
+    click.echo(render("merge.txt", plan=plan, record=record))

@@ -6,23 +6,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
 from deltafl.progress import OnProgress, Progress, ignore
-from deltafl.sizes import as_bytes
 
 
 @contextmanager
-def drawn_progress(*, quiet: bool) -> Iterator[OnProgress]:
+def drawn_progress() -> Iterator[OnProgress]:
     """One bar on stderr for each name of a Progress, with counts, numbers and remaining time; none
-    off a terminal.
+    off a terminal, and none where nothing is said.
 
     It is drawn at most ten times a second by the thread that reports: a thread of its own could
     hold a lock while another part of the program forks, which is why that part does not fork where
     there is one (`can_fork`).
     """
-    if quiet or not sys.stderr.isatty():
+    if sys.stdout is None or not sys.stderr.isatty():
         yield ignore
         return
     texts = TextColumn("{task.description}"), TextColumn("{task.fields[seen]}")
@@ -40,16 +40,16 @@ def drawn_progress(*, quiet: bool) -> Iterator[OnProgress]:
             bars.update(tasks[name], completed=done, total=total)
             if done >= total or time.monotonic() - drawn >= 0.1:
                 drawn = time.monotonic()
-                bars.update(tasks[name], seen=_seen(progress))
+                bars.update(tasks[name], seen=progress_text(progress))
                 bars.refresh()
 
         yield show
 
 
-def _seen(progress: Progress) -> str:
+def progress_text(progress: Progress) -> str:
     """`12/40, loss 0.31`, or `1.2 GB/3.4 GB`."""
     numbers = dict(progress.numbers)
-    count = as_bytes if numbers.pop("unit", "") == "bytes" else str
+    count = decimal if numbers.pop("unit", "") == "bytes" else str
     shown = (
         f"{key} {v if isinstance(v, str) else f'{float(v):.4g}'}" for key, v in numbers.items()
     )

@@ -11,7 +11,8 @@ from pydantic_core import to_jsonable_python
 from deltafl.cli import COMMANDS, app
 from deltafl.cli.command import RecipeCommand, default_text, meaning, option_names
 from deltafl.errors import DeltaflError, did_you_mean
-from deltafl.recipes import Recipe, all_leaves, leaves, recipes_in, section
+from deltafl.recipes import Recipe, every_leaf, leaves, section
+from deltafl.rendering import render
 
 
 @click.command()
@@ -29,8 +30,8 @@ def recipe_command(ctx: click.Context, command: str | None, schema: bool, markdo
     commands = {name: app.get_command(ctx, name) for name in COMMANDS if command in (None, name)}
     found = {name: c.recipe for name, c in commands.items() if isinstance(c, RecipeCommand)}
     if markdown and found:
-        tables = ("\n".join([f"## {name}", "", *_table(kind)]) for name, kind in found.items())
-        click.echo("\n\n".join(tables))
+        tables = {name: _rows(kind) for name, kind in found.items()}
+        click.echo(render("settings.md", tables=tables))
     elif command not in found:
         hint = f"; {did_you_mean(command, COMMANDS)}" if command else ""
         raise DeltaflError(f"name a command that has a recipe{hint}")
@@ -61,19 +62,11 @@ def _template(kind: type[Recipe], indent: str = "") -> Iterator[str]:
         yield f"{start}{key}:" if value in (None, [], {}) else f"{indent}{key}: {shown}"
 
 
-def _table(kind: type[Recipe]) -> Iterator[str]:
-    """The lines of a Markdown table with every key, also those of the mappings in lists."""
-    yield from ("| key | default | meaning | option |", "|---|---|---|---|")
-    yield from _rows(kind, "")
-
-
-def _rows(kind: type[Recipe], above: str) -> Iterator[str]:
+def _rows(kind: type[Recipe]) -> Iterator[tuple[str, str, str, str]]:
+    """Key, default, meaning and options of every leaf, also of those of the mappings in lists."""
     known = leaves(kind)
-    for leaf in all_leaves(kind):
-        key, field = above + ".".join(leaf.path), leaf.field
-        named = () if above or known[leaf.name] != leaf else option_names(leaf)
-        default = "required" if field.is_required() else default_text(field)
+    for leaf in every_leaf(kind):
+        named = option_names(leaf) if known.get(leaf.name) == leaf else ()
+        default = "required" if leaf.field.is_required() else default_text(leaf.field)
         options = " ".join(f"`{option}`" for option in named)
-        yield f"| `{key}` | {default} | {meaning(field)} | {options} |"
-        for entry in recipes_in(field.annotation):
-            yield from _rows(entry, f"{key}[].")
+        yield ".".join(leaf.path), default, meaning(leaf.field), options

@@ -1,31 +1,31 @@
 """What a command found, on the terminal and in a folder."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from deltafl.cli.text import as_score, grid, render
 from deltafl.files import atomic_folder, write_files
 from deltafl.report import Page, Table, page_files, search_page
+from deltafl.report.page import fill
 from deltafl.training.record import RunRecord, write_json
 
 
-def table_text(table: Table, most: int = 10_000) -> str:
-    """A table of the report as plain text; of more rows than `most` the first and last five."""
-    cells, columns = table.cells(), table.shown
-    rows = cells.to_numpy().tolist()
-    if len(rows) > most:
-        rows[5:-5] = [["...", *[""] * (len(columns) - 1)]]
-    return grid(list(cells), rows, "".join("<>"[bool(column.show)] for column in columns))
+def table_text(table: Table) -> str:
+    """A table of the report as plain text."""
+    cells = table.cells()
+    titles, rows = list(cells), cells.to_numpy().tolist()
+    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+    sides = ["<>"[bool(column.show)] for column in table.shown]
+    looks = [f"{side}{width}" for side, width in zip(sides, widths, strict=True)]
+    lines = [titles, ["-" * width for width in widths], *rows]
+    return "\n".join("  ".join(map(format, line, looks)).rstrip() for line in lines)
 
 
-def page_text(page: Page) -> str:
-    """What a page says, for the terminal."""
-    score = partial(as_score, page.values["result"].get("ratio_scaled", True))
-    return render(page.template, **page.values, table=table_text, score=score)
+def page_text(page: Page, **more: object) -> str:
+    """What a page says, for the terminal, and `more`."""
+    return fill(page, "txt", table=table_text, **more)
 
 
 def show_result(
@@ -33,7 +33,7 @@ def show_result(
     out: str | None,
     overwrite: bool,
     name: str,
-    also: Callable[[Path], object] | None = None,
+    also: Callable[[Path], object] = lambda folder: None,
 ) -> None:
     """Say what a page says, and write OUT, if there is to be one, whole or not at all: the page,
     its tables and figures, the result as JSON, and what `also` writes into the folder.
@@ -42,8 +42,7 @@ def show_result(
     if out is None:
         return
     with atomic_folder(out, overwrite=overwrite) as folder:
-        if also:
-            also(folder)
+        also(folder)
         write_files(folder, page_files(page))
         write_json(folder / name, page.values["result"])
     click.echo(f"report: {Path(out) / 'report.html'}")

@@ -1,11 +1,11 @@
 """What the commands that train share: what comes before a run, and what after it."""
 
-import os
 from collections.abc import Callable
 
 import click
 import yaml
 
+from deltafl.cli.command import flag
 from deltafl.cli.results import page_text
 from deltafl.files import check_output, write_files
 from deltafl.models import Net, load_net
@@ -16,31 +16,24 @@ from deltafl.training import FinishedRun
 from deltafl.training.recipe import RunRecipe
 from deltafl.training.tensorboard import METRICS, check_installed, write_rows
 
-is_main = int(os.environ.get("RANK", 0)) == 0
-"""Whether this is the process of an `accelerate launch` that speaks and writes."""
-
 
 def prepared(
-    recipe: RunRecipe,
-    *,
-    resume: bool,
-    dry_run: bool,
-    tensorboard: bool = False,
-    check: Callable[[Task], object] = lambda task: None,
+    recipe: RunRecipe, check: Callable[[Task], object] = lambda task: None
 ) -> tuple[Net, Task]:
-    """The model and the task of a recipe whose output may be written.
+    """The model and the task of a recipe whose output may be written; with --dry-run `check` is
+    called, and the command ends.
 
     Raises:
         DeltaflError: no output, one that is in the way, no such model or data.
     """
     out = recipe.output
-    if tensorboard:
+    if flag("tensorboard"):
         check_installed()
-    if not resume:
+    if not flag("resume"):
         check_output(out, overwrite=recipe.overwrite)
     net = load_net(recipe.model)
     task = load_task(recipe.data, net.inputs, recipe.seed)
-    if dry_run:
+    if flag("dry_run"):
         check(task)
         show_settings(recipe)
     return net, task
@@ -52,12 +45,10 @@ def show_settings(recipe: Recipe) -> None:
     click.get_current_context().exit()
 
 
-def finish(run: FinishedRun, *, quiet: bool, tensorboard: bool) -> None:
+def finish(run: FinishedRun) -> None:
     """Write the report into the folder of a run, and say what came out."""
     page = run_page(run.result, run.rows)
     write_files(run.out, page_files(page))
-    if tensorboard:
+    if flag("tensorboard"):
         write_rows(run.rows, run.out / METRICS)
-    if not quiet:
-        click.echo(page_text(page))
-        click.echo(f"model: {run.out / 'model'}\nreport: {run.out / 'report.html'}")
+    click.echo(page_text(page, out=run.out))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from deltafl.cli.command import dry_run, quiet, recipe_command, resume
+from deltafl.cli.command import flag, recipe_command
 from deltafl.cli.progress import drawn_progress
 from deltafl.cli.results import table_text
 from deltafl.cli.run import show_settings
@@ -21,18 +21,9 @@ from deltafl.report import comparison_page
 from deltafl.training import TrainingRecipe
 
 
-@recipe_command(SuiteRecipe, read=read_suite)
+@recipe_command(SuiteRecipe, "resume", "dry_run", "quiet", read=read_suite)
 @click.argument("names", nargs=-1)
-@resume
-@dry_run
-@quiet
-def suite_command(
-    recipes: tuple[SuiteRecipe, TrainingRecipe],
-    names: tuple[str, ...],
-    resume: bool,
-    dry_run: bool,
-    quiet: bool,
-) -> None:
+def suite_command(recipes: tuple[SuiteRecipe, TrainingRecipe], names: tuple[str, ...]) -> None:
     """Compare federated runs: heterogeneity, local-steps, sparsity, calibration-rounds,
     mask-strategies, aggregators; and merges of fine-tunes: training-heterogeneity,
     data-heterogeneity, scaling-coef, negation, analogy.
@@ -52,12 +43,11 @@ def suite_command(
         raise DeltaflError(*(f"{name} needs {why}" for name, why in lacking.items()))
     for name, why in lacking.items():
         click.echo(f"left out: {name}, which needs {why}", err=True)
-    if dry_run:
+    if flag("dry_run"):
         show_settings(recipes[0])
-    with drawn_progress(quiet=quiet) as show:
+    with drawn_progress() as show:
         wanted = [name for name in chosen if name not in lacking]
-        result = run_suites(wanted, *recipes, resume=resume, on_progress=show)
-    if not quiet:
-        for table in comparison_page(result).tables:
-            click.echo(f"{table_text(table)}\n")
-        click.echo(f"report: {Path(recipes[0].out or '') / 'report.html'}")
+        result = run_suites(wanted, *recipes, resume=flag("resume"), on_progress=show)
+    for table in comparison_page(result).tables:
+        click.echo(f"{table_text(table)}\n")
+    click.echo(f"report: {Path(recipes[0].out or '') / 'report.html'}")

@@ -4,14 +4,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, TypeAlias
 
-from pydantic import Field
+from pydantic import ByteSize, Field
 
 from deltafl.checkpoints.layout import CODES
 from deltafl.errors import attempt
 from deltafl.recipes import Flags, Incidental, Recipe
 from deltafl.rules.parameters import RuleParameters
 from deltafl.rules.weights import Weights, as_weights
-from deltafl.sizes import Size
 
 Dtype: TypeAlias = Literal["float32", "float16", "bfloat16", "float64"]
 
@@ -132,7 +131,7 @@ class MergeRecipe(RuleParameters, DeltaRecipe):
     )
     dtype: Dtype | None = Field(None, description="Of the output. Default: the base's.")
     exact: bool = Field(False, description="Compute in float64, round once.")
-    max_shard_size: Size = Field(
+    max_shard_size: ByteSize = Field(
         "5GB",
         validate_default=True,
         gt=0,

@@ -3,13 +3,12 @@
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import ByteSize, Field
 
 from deltafl.merge.candidates import Method
 from deltafl.merge.recipe import DeltaRecipe, MergeRecipe, ModelEntry
 from deltafl.recipes import Incidental
 from deltafl.rules.parameters import RuleGrids, RuleParameters
-from deltafl.sizes import Size
 from deltafl.tasks.recipe import DataSource
 
 LAMBDAS = tuple(round(0.05 * i, 2) for i in range(1, 41))
@@ -72,7 +71,7 @@ class SearchRecipe(DeltaRecipe):
     each_method: bool = Field(
         False, description="Race within each method, so that the best of each is exact."
     )
-    memory: Annotated[Size, Incidental] = Field(
+    memory: Annotated[ByteSize, Incidental] = Field(
         "8GB",
         validate_default=True,
         description="Hold the checkpoints in memory if they fit into this, else read them again.",

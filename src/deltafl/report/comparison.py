@@ -1,6 +1,7 @@
 """The page of a comparison: suites of federated runs, and studies of merges."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -46,16 +47,13 @@ def _part(name: str, told: Record, metric: str) -> dict[str, object]:
 
 def _charts(name: str, kind: str, told: Record, metric: str) -> Iterator[Figure]:
     """Those that there are numbers for."""
-    if name == "data-heterogeneity":
-        told = {**told, "by_size": _by_size(told["rows"])}
-    for key, (title, x_label, how) in _TEXTS[kind].get("charts", {}).items():
-        if lines := told[key]:
-            show = score_format(metric) if how == "score" else how
-            look = {"show": show, "caption": "Mean over seeds.", "file": f"{name}/{key}"}
-            yield chart(lines, title.format(metric=metric), x_label, **look)
-    if name == "training-heterogeneity":
-        for key, word in (("steps", "steps"), ("norm", "lengths of the deltas")):
-            yield _gains(f"{name}/gain_by_{key}", told, key, word)
+    drawn = {**told, **_by_points(name, told)}
+    for key, look in _TEXTS[kind].get("charts", {}).items():
+        said: dict[str, Any] = {"caption": "Mean over seeds.", "file": f"{name}/{key}", **look}
+        for what in ("title", "show"):
+            said[what] = said[what].format(metric=metric, score=score_format(metric))
+        if lines := drawn[key]:
+            yield chart(lines, **said)
     if name in ("negation", "analogy"):
         points, score = pd.DataFrame(told["points"]), "target" if name == "negation" else "test"
         means = points.pivot_table(score, "task", "way", sort=False)
@@ -63,27 +61,24 @@ def _charts(name: str, kind: str, told: Record, metric: str) -> Iterator[Figure]
         yield task_map(scores, metric, "For each task, mean over seeds.", f"{name}/by_task")
 
 
-def _gains(file: str, told: Record, key: str, word: str) -> Figure:
-    """Gain of every merge against how far its trainings are apart."""
-    rules = pd.DataFrame(told["points"]).dropna(subset="gain").groupby("rule", sort=False)
-    return chart(
-        {str(rule): own[[f"{key}_ratio", "gain"]].to_numpy().tolist() for rule, own in rules},
-        "Gain over task arithmetic",
-        f"{word}: largest over smallest",
-        show="+.2%",
-        joined=False,
-        level=("no gain", 0),
-        caption=f"Against how far the {word} are apart, one mark for each merge.",
-        file=file,
-    )
+def _by_points(name: str, told: Record) -> Record:
+    """The lines of charts that a record does not hold: gains against how far the trainings of a
+    merge are apart, scores by number of models, where all tasks are the end of near and far.
+    """
+    if name == "training-heterogeneity":
+        keys = ("steps", "norm")
+        return {f"gain_by_{k}": _lines(told["points"], "rule", f"{k}_ratio", "gain") for k in keys}
+    if name != "data-heterogeneity":
+        return {}
+    points = [
+        {**row, "line": f"{row['rule']}, {subset}"}
+        for row in told["rows"]
+        if row["rule"] in (BASE, "task_arithmetic")
+        for subset in (("near", "far") if row["subset"] == "all" else (row["subset"],))
+    ]
+    return {"by_size": _lines(points, "line", "size", "mean")}
 
 
-def _by_size(rows: Sequence[Record]) -> dict[str, list[tuple[float, float]]]:
-    """Score by number of models; all tasks together are the end of near and far."""
-    lines: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        for subset in ("near", "far") if row["subset"] == "all" else (row["subset"],):
-            if row["rule"] in (BASE, "task_arithmetic"):
-                point = row["size"], row["mean"]
-                lines.setdefault(f"{row['rule']}, {subset}", []).append(point)
-    return lines
+def _lines(points: Sequence[Record], line: str, x: str, y: str) -> dict[str, list[list[float]]]:
+    groups = pd.DataFrame(points).dropna(subset=y).groupby(line, sort=False)
+    return {str(name): own[[x, y]].to_numpy().tolist() for name, own in groups}

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
-import jinja2
-from jinja2.filters import do_filesizeformat
 from markupsafe import Markup
 
+from deltafl.rendering import render
 from deltafl.report.figures import TONES, Figure, to_png, to_svg
 from deltafl.report.tables import Table, score_format, to_csv, to_latex, to_markdown
 
@@ -44,19 +43,19 @@ def page_files(page: Page) -> dict[str, bytes]:
 
 def to_html(page: Page) -> str:
     """No script, nothing external, light and dark, phone to paper; equal pages, equal bytes."""
-    numbers = count(1)
-    loader = jinja2.PackageLoader("deltafl.report")
-    look = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    numbers, strong = count(1), Markup("<strong>{}</strong>").format
+
+    def svg(figure: Figure) -> Markup:
+        return Markup(to_svg(figure, f"{next(numbers)}"))
+
+    return fill(page, "html", tones=TONES, strong=strong, svg=svg)
+
+
+def fill(page: Page, kind: str, **more: object) -> str:
+    """A page's template of a kind, html or txt, with its values and `more`."""
     metric = page.values["result"].get("metric", "")
-    look.globals |= {
-        "tones": TONES,
-        "bytes": do_filesizeformat,
-        "metric": metric,
-        "score": f"{{:{score_format(metric)}}}".format,
-        "strong": Markup("<strong>{}</strong>").format,
-        "svg": lambda figure: Markup(to_svg(figure, f"{next(numbers)}")),
-    }
-    return look.get_template(f"{page.template}.html").render(page.values)
+    score = f"{{:{score_format(metric)}}}".format
+    return render(f"{page.template}.{kind}", metric=metric, score=score, **page.values, **more)
 
 
 def _items(value: object) -> Iterator[Table | Figure]:
