@@ -70,7 +70,7 @@ class Whole(Recipe):
         ({"sparse": {"sparsity_ratio": 0.5}}, "sparse: a half is refused"),
         (
             {"sparse": {"strategy": "randm"}},
-            "sparse.strategy: must be 'random' or 'least_sensitive', not 'randm'",
+            'sparse.strategy: unknown "randm"; did you mean "random"?',
         ),
         (
             {"sparsity_rato": 0},

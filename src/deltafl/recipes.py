@@ -294,12 +294,15 @@ def _lines(kind: type[Recipe], keys: Keys, item: ErrorDetails) -> list[str]:
         case "extra_forbidden":
             names = {leaf.name: ".".join(leaf.path) for leaf in every_leaf(kind)}
             close = difflib.get_close_matches(keys[-1], names, 1)
-            hint = f'did you mean "{names[close[0]]}"?' if close else f"known: {', '.join(names)}"
+            hint = f'did you mean "{names[close[0]]}"?' if close else did_you_mean(keys[-1], names)
             return [f'unknown key "{path}"; {hint}']
         case "missing":
             flags = [leaf.flags[0] for leaf in leaves(kind).values() if leaf.path == keys]
             return [f"{path} is missing; name it{''.join(f' with {flag}' for flag in flags)}"]
         case "recipe":
             return [f"{path}: {line}" if path else line for line in item["msg"].split("\n")]
+        case "literal_error" if isinstance(item["input"], str):
+            choices = re.findall(r"'([^']*)'", item["msg"])
+            return [f'{path}: unknown "{item["input"]}"; {did_you_mean(item["input"], choices)}']
     text = re.sub("(input )?should", "must", item["msg"], flags=re.IGNORECASE)
     return [f"{path}: {text[0].lower()}{text[1:]}, not {item['input']!r}"]

@@ -152,7 +152,7 @@ def test_the_learning_rate_falls_over_rounds() -> None:
         ({"local_algorithm": "scaffold"}, "set momentum and weight_decay to 0"),
         ({"head": "probe", "few_shot": 3}, "few_shot is about the ridge head"),
         ({"num_rounds": 3, "save_client_updates": (2, "4")}, "save_client_updates: 4; name rounds from 1 to 3"),
-        ({"lr_schedule": "cosin"}, "local.lr_schedule: must be 'constant', 'cosine'"),
+        ({"lr_schedule": "cosin"}, 'local.lr_schedule: unknown "cosin"; did you mean "cosine"'),
         ({"local_algorithm": "scafold"}, 'did you mean "scaffold"'),
         ({"server_optimizer": "fedadm"}, 'server.server_optimizer: unknown "fedadm"; did you mean "fedadam"'),
         ({"mask_strategy": "least_sensitiv"}, 'did you mean "least_sensitive"'),

@@ -225,7 +225,7 @@ def test_a_damaged_directory_is_one_clear_line(damage, message: str, tmp_path: P
         ("nobody/nothing", None, "cannot be loaded"),
         ("no/such/config.json", None, "No such file"),
         ("no_such_module:x", None, "cannot be imported"),
-        ("tiny_models:Convolutio", None, 'did you mean "Convolution"'),
+        ("tiny_models:Convolutio", None, "cannot be imported"),
         ("tiny_models:Convolution", {"widht": 3}, "widht"),
         ("tiny_models:tiny_images", None, "not a torch.nn.Module"),
         ("torch.nn:Identity", None, r"gives \(1, 3, 224, 224\), features must be \(1, D\)"),

@@ -71,7 +71,7 @@ def test_a_function_in_the_working_directory_gives_the_task():
         ("no_test", 'split test of task "mine" must be Images'),
         ("nothing", r"returned NoneType, not a deltafl.tasks.Task; return ImageTask\(name,"),
         ("old", r"is called with \(inputs, seed\); inputs has image_size and channels"),
-        ("goood", 'no callable "goood"; did you mean "good"'),
+        ("goood", 'cannot be imported: .*"?goood'),
         ("needs_more:anything", "not_installed_anywhere"),  # the import inside the module fails
     ],
 )
