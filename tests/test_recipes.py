@@ -1,7 +1,7 @@
 """Recipes: what a file and options say together, and one line with the key's path for every mistake."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
 import yaml
@@ -33,6 +33,11 @@ class Server(Recipe):
 
 
 class Whole(Recipe):
+    renamed: ClassVar = {
+        "K": "num_clients",
+        "engine": "it is gone",
+        "sparse.ratio": "sparse.sparsity_ratio",
+    }
     alternatives = (("steps", "epochs"),)
 
     model: str
@@ -65,7 +70,7 @@ class Whole(Recipe):
             'unknown key "models.0.wight"; did you mean "models[].weight"?',
         ),
         ({"by_name": {"a": [1, "x"]}}, "by_name.a.1: must be a valid number, not 'x'"),
-        ({"sparse": 3}, "sparse: must be a valid dictionary or instance of Sparse, not 3"),
+        ({"sparse": 3}, "sparse: must be a mapping of keys to values, not 3"),
         ({"sparse": {"sparsity_ratio": 1}}, "sparse.sparsity_ratio: must be less than 1, not 1"),
         ({"sparse": {"sparsity_ratio": 0.5}}, "sparse: a half is refused"),
         (
@@ -88,6 +93,9 @@ class Whole(Recipe):
             for wrong in ("five", True, -1, "nanGB")
         ),
         ({"size": 0}, "size: must be greater than 0, not 0"),
+        ({"K": 3}, '"K" is now "num_clients"'),
+        ({"engine": "vmap"}, '"engine": it is gone'),
+        ({"sparse": {"ratio": 0.1}}, '"sparse.ratio" is now "sparse.sparsity_ratio"'),
         ({"sparsity_ratio": 0.1}, '"sparsity_ratio" is now "sparse.sparsity_ratio"'),
     ],
 )

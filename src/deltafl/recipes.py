@@ -41,11 +41,13 @@ class Recipe(BaseModel):
     Annotate sequences as tuples; a list of the file becomes one. Of leaves (what is no section)
     that share a name the outermost is meant where it stands without its section.
 
+    renamed: path of an old key -> path of the new one, or a sentence that says why there is none.
     alternatives: groups of leaves that say one thing; an option replaces its whole group in a file.
     defaults: of fields that are those of the parent class but for their default.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    renamed: ClassVar[Mapping[str, str]] = {}
     alternatives: ClassVar[Sequence[Collection[str]]] = ()
     defaults: ClassVar[Settings] = {}
 
@@ -234,17 +236,22 @@ def _place(tree: dict[str, Any], path: Keys) -> dict[str, Any]:
 def _by_path(
     kind: type[Recipe], data: Settings, found: list[str], anywhere: bool
 ) -> dict[Keys, object]:
-    """Path of a leaf -> value, of nested mappings; `found` gets a line for each leaf that is not
-    where it belongs, unless it may stand anywhere.
+    """Path of a leaf -> value, of nested mappings; `found` gets a line for each key that is gone,
+    or not where it belongs unless it may stand anywhere.
     """
     known, paths = leaves(kind), {leaf.path for leaf in all_leaves(kind)}
     values: dict[Keys, object] = {}
     for path, value in _walk(kind, data):
-        if path not in paths and (leaf := known.get(path[-1])):
-            if not anywhere:
-                found.append(f'"{".".join(path)}" is now "{".".join(leaf.path)}"')
-            path = leaf.path
-        values.setdefault(path, value)
+        key, leaf = ".".join(path), known.get(path[-1])
+        new = kind.renamed.get(key, "")
+        if leaf and not new and path not in paths:
+            new = ".".join(leaf.path)
+        if " " in new:
+            found.append(f'"{key}": {new}')
+            continue
+        if new and not anywhere:
+            found.append(f'"{key}" is now "{new}"')
+        values.setdefault(tuple(new.split(".")) if new else path, value)
     return values
 
 
@@ -305,4 +312,5 @@ def _lines(kind: type[Recipe], keys: Keys, item: ErrorDetails) -> list[str]:
             choices = re.findall(r"'([^']*)'", item["msg"])
             return [f'{path}: unknown "{item["input"]}"; {did_you_mean(item["input"], choices)}']
     text = re.sub("(input )?should", "must", item["msg"], flags=re.IGNORECASE)
+    text = re.sub(r"valid dictionary( or instance of \w+)?", "mapping of keys to values", text)
     return [f"{path}: {text[0].lower()}{text[1:]}, not {item['input']!r}"]

@@ -1,7 +1,7 @@
 """What decides a federated run."""
 
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -52,6 +52,13 @@ class FederatedRecipe(ClientsRecipe):
     """A federated run: K clients, a fraction C of them in each round, J local steps each, then one
     server step.
     """
+
+    renamed: ClassVar = {
+        "engine": "is gone: the clients of a round train in processes of their own (--workers)",
+        "dirichlet_form": "is gone: dirichlet draws a class mix for each client, with equal sizes",
+        "attenuate": "is gone: progressive calibration scores the model as it is",
+        "aggregator_params": "is gone: parameters of the rule stand beside server.aggregator",
+    }
 
     num_rounds: int = Field(50, ge=1, description="rounds")
     eval_every: int = Field(1, ge=1, description="rounds between validations")

@@ -78,6 +78,7 @@ class TrainingRecipe(StepRecipe, RunRecipe):
     and ViT.
     """
 
+    renamed: ClassVar = {"base": "model", "schedule": "lr_schedule"}
     alternatives: ClassVar = (("steps", "epochs"),)
     defaults: ClassVar = {
         "batch_size": 128,
