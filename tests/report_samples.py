@@ -65,6 +65,7 @@ def inspect_result() -> dict[str, Any]:
 
     return {
         "models": models, "cosine": pairs(-0.03, 30), "sign_agreement": pairs(0.48, 60),
+        "overlap_layers": {name: [0.2 + k / 40, 0.04] for k, name in enumerate(layers[:-1])},
         "layers": {
             m: [[name, 1 + i + math.sin(k)] for k, name in enumerate(layers)]
             for i, m in enumerate(models)

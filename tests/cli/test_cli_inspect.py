@@ -39,7 +39,7 @@ def test_the_text_tells_norms_training_cosines_signs_and_advice(world: World):
     assert float(table["m0"][-1]) == pytest.approx(norm, rel=1e-3)
     advice = ("- Local steps differ 4-fold: fednova", "- Norms differ 8-fold")
     copied = "copied from the base: 1 tensors (not a float tensor (I64))"
-    assert all(part in said for part in ("cosine", "same sign", *advice, copied))
+    assert all(part in said for part in ("cosine", "same sign", "overlap", *advice, copied))
 
 
 def test_an_output_holds_report_figure_and_numbers_and_is_replaced_whole(world: World):
@@ -50,6 +50,7 @@ def test_an_output_holds_report_figure_and_numbers_and_is_replaced_whole(world: 
     assert str(world.out / "report.html") in said
     held = json.loads((world.out / "inspect.json").read_text())
     assert held["models"] == ["m0", "m1"]
+    assert held["overlap_layers"].keys() == {"embed", "layer.0"}
     assert (world.out / "figure.png").read_bytes().startswith(b"\x89PNG\r\n")
     page = (world.out / "report.html").read_text()
     assert all(line.split(":")[0] in page for line in held["advice"])

@@ -239,9 +239,10 @@ def test_one_model_can_be_inspected():
     none = {"names": ["a"], "matrix": [[None]]}
     result = samples.inspect_result() | {
         "models": ["a"], "training": [{"model": "a", "norm": 1.5}], "layers": {"a": [["x", 1.5]]},
-        "cosine": none, "sign_agreement": none,
+        "cosine": none, "sign_agreement": none, "overlap_layers": {},
     }  # fmt: skip
     told = words(report.inspect_page(result))
+    assert "Directions shared" not in told
     assert "1.5" in told
     assert "Whether they move" not in told
 

@@ -1,8 +1,5 @@
 """`deltafl inspect`."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from deltafl.checkpoints.readahead import reading_ahead
 from deltafl.cli.command import recipe_command
 from deltafl.cli.merge import read_merge
@@ -34,16 +31,13 @@ def inspect_command(recipe: MergeRecipe) -> None:
         from deltafl.cli.results import show_result
         from deltafl.report import Column, Page, Table, inspect_page
 
-    def pairs(title: str, matrix: Mapping[str, Any]) -> Table:
+    def pairs(title: str, key: str) -> Table:
         columns = {"": Column(title)} | {name: Column(name, ".3f") for name in result["models"]}
-        frame = pd.DataFrame(matrix["matrix"], columns=result["models"], dtype=float)
+        frame = pd.DataFrame(result[key]["matrix"], columns=result["models"], dtype=float)
         frame.insert(0, "", result["models"])
         return Table(frame.to_dict("records"), columns)
 
-    values = {
-        "cosines": pairs("cosine", result["cosine"]),
-        "same_sign": pairs("same sign", result["sign_agreement"]),
-        "plan": plan,
-    }
-    page = Page("inspect", {**inspect_page(result).values, **values})
+    shown = {"cosine": "cosine", "same sign": "sign_agreement", "overlap": "overlap"}
+    tables = [pairs(*item) for item in shown.items()]
+    page = Page("inspect", {**inspect_page(result).values, "tables": tables, "plan": plan})
     show_result(page, recipe.out, recipe.overwrite, "inspect.json")

@@ -1,6 +1,9 @@
 """How much fine-tunes of one base differ, and what follows from that for merging them."""
 
-from collections.abc import Iterator, Sequence
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from math import nan
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,7 +14,15 @@ from deltafl.checkpoints.naming import canonical
 from deltafl.merge.inputs import Opened, large_deltas
 from deltafl.merge.plan import LAYER, Facts, Plan
 from deltafl.progress import OnProgress, ignore
+from deltafl.rules.matrices import is_matrix, triples
 from deltafl.rules.rule import Source
+from deltafl.seeding import keyed_generator
+
+LEADING = 32
+"""Most directions of a matrix that are compared."""
+
+EXACT = 256
+"""Up to this smaller side of a matrix its directions are found exactly."""
 
 
 def layer_of(name: str) -> str:
@@ -23,62 +34,115 @@ def layer_of(name: str) -> str:
 def measure(
     deltas: Deltas, threads: int = 1, on_progress: OnProgress = ignore
 ) -> dict[str, Tensor]:
-    """Layer -> float64 (3, n, n): of every two deltas the product, in how many coordinates both are
-    not zero, and in how many more of these they have the same sign than in how many they have not.
-    One streaming pass.
+    """Layer -> float64 (5, n, n): of every two deltas the product, in how many coordinates both are
+    not zero, in how many more of these they have the same sign than in how many they have not, and
+    `shared` of the directions of its matrices. One pass; one delta of a matrix is in memory.
 
     Raises:
         DeltaflError: NaN or Inf in a delta.
     """
+    models = range(len(deltas.updates))
 
     def measured(unit: Unit) -> list[tuple[str, Tensor]]:
         found = []
         for name, start, stop in unit:
             block = deltas.stack(name, start, stop)
             signs = block.sign()
-            parts = [rows @ rows.T for rows in (block.double(), signs.abs(), signs)]
-            found.append((layer_of(name), torch.stack([part.double().cpu() for part in parts])))
-            deltas.check_finite(found[-1][1], name, start, stop)
+            rows = block.double(), signs.abs(), signs
+            sums = torch.stack([(row @ row.T).double().cpu() for row in rows])
+            deltas.check_finite(sums, name, start, stop)
+            spec, spaces = deltas.specs[name], torch.zeros_like(sums[:2])
+            if len(models) > 1 and stop == spec.numel and is_matrix(spec.shape):
+                spaces = shared([directions(deltas, name, model) for model in models])
+            found.append((layer_of(name), torch.cat([sums, spaces])))
         return found
 
     layers: dict[str, Tensor] = {}
-    width = 4 * len(deltas.updates)
     for found in visit(
-        deltas.specs, measured, threads, name="reading", width=width, on_progress=on_progress
+        deltas.specs,
+        measured,
+        threads,
+        whole=True,
+        name="reading",
+        width=4 * len(models),
+        on_progress=on_progress,
     ):
         for layer, part in found:
             layers[layer] = part + layers.get(layer, 0)
     return layers
 
 
-def cosines(gram: Tensor) -> Tensor:
-    """G_ij / sqrt(G_ii G_jj), (n, n); NaN where a delta is zero."""
-    lengths = gram.diagonal().sqrt()
-    return gram / lengths[:, None] / lengths
+def directions(deltas: Deltas, name: str, model: int) -> Tensor:
+    """The k leading right singular vectors, (in, k) float64, of one delta of a matrix (out, in).
+
+    k = min(out, in) / n as tsv_m keeps, within 1 and `LEADING`, or the rank if that is less. Those
+    of large matrices are found among k + 16 combinations of rows, drawn at random, after one step
+    of power iteration (arXiv 0909.4061).
+    """
+    spec = deltas.specs[name]
+    matrix = deltas.stack(name, 0, spec.numel, [model]).view(spec.shape).flatten(1)
+    least = min(matrix.shape)
+    rank = min(LEADING, max(1, least // len(deltas.updates)))
+    if least <= EXACT:
+        return triples(matrix.double(), rank)[2]
+    generator = keyed_generator("directions", name, model)
+    start = torch.randn(matrix.shape[1], rank + 16, generator=generator).to(matrix)
+    basis = torch.linalg.qr(matrix.mT @ (matrix @ start)).Q
+    return basis.double() @ triples((matrix @ basis).double(), rank)[2]
+
+
+def shared(bases: Sequence[Tensor]) -> Tensor:
+    """Of every two V_i, (in, k_i), ||V_i^T V_j||^2, and its mean over random directions,
+    k_i k_j / in. (2, n, n) float64.
+    """
+    squares = torch.stack([(a.mT @ b).square().sum() for a in bases for b in bases])
+    gram = squares.view(len(bases), -1).cpu()
+    ranks = gram.diagonal()
+    return torch.stack([gram, ranks.outer(ranks) / len(bases[0])])
+
+
+def cosines(gram: Tensor, products: Tensor | None = None) -> Tensor:
+    """P_ij / sqrt(G_ii G_jj), (.., n, n), P = G unless given; NaN where a delta is zero."""
+    lengths = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    products = gram if products is None else products
+    return products / lengths[..., None] / lengths[..., None, :]
+
+
+def mean(pairs: Tensor) -> Tensor:
+    """(.., n, n) -> (..): over pairs of different models, without NaN."""
+    return (pairs + torch.full(pairs.shape[-1:], nan).diag()).nanmean((-2, -1))
 
 
 def inspect_models(plan: Plan, opened: Opened, on_progress: OnProgress = ignore) -> Facts:
     """Everything that `deltafl inspect` tells, as plain values."""
-    deltas = Deltas(opened.updates, opened.weights)
-    layers = measure(deltas, plan.threads, on_progress)
-    gram, moved, agreeing = torch.stack(list(layers.values())).sum(0)
+    layers = measure(Deltas(opened.updates, opened.weights), plan.threads, on_progress)
+    sums = torch.stack([*layers.values()], 1)
+    gram, moved, agreeing, common, random = sums.sum(1)
     names, norms = [s.name for s in plan.sources], gram.diagonal().sqrt().tolist()
-    cosine, signs = cosines(gram), (1 + agreeing / moved) / 2
+    pairs = {
+        "cosine": cosines(gram),
+        "sign_agreement": (1 + agreeing / moved) / 2,
+        "overlap": cosines(common),
+        "chance": cosines(common, random),
+    }
+    means = (mean(cosines(sums[3], part)).tolist() for part in sums[3:])
+    rows = zip(layers, *means, strict=True)
+    by_layer = {layer: pair for layer, *pair in rows if pair[0] == pair[0]}
     return {
         "models": names,
         "base": plan.base.ref,
         "tensors": len(plan.alignment.merged),
         "elements": plan.num_elements,
         "norms": dict(zip(names, norms, strict=True)),
-        "cosine": named_matrix(names, cosine),
-        "sign_agreement": named_matrix(names, signs),
+        **{key: named_matrix(names, matrix) for key, matrix in pairs.items()},
         "layers": {
             name: [[layer, float(sums[0, i, i].sqrt())] for layer, sums in layers.items()]
             for i, name in enumerate(names)
         },
+        "overlap_layers": by_layer,
         "training": trainings(plan, norms),
         "notes": [*plan.notes, *large_deltas(opened)],
-        "advice": list(advise(plan.sources, norms, cosine, signs)),
+        "advice": list(advise(plan.sources, norms, pairs, by_layer)),
     }
 
 
@@ -98,53 +162,43 @@ def trainings(plan: Plan, norms: Sequence[float]) -> list[Facts]:
     ]
 
 
-DIRECTIONS = {
-    0.5: "point the same way (mean cosine {:.2f}): their mean is safe, server_lr near 1.",
-    0.2: "share a part of their direction (mean cosine {:.2f}): {}.",
-    -0.1: "are close to orthogonal (mean cosine {:.2f}), as usual for different tasks: the sum is "
-    "worth more than the mean; {}.",
-    -1.1: "oppose each other (mean cosine {:.2f}): expect losses from any merge.",
-}
-"""From which mean cosine on -> what is said of the deltas."""
+_TABLE = Path(__file__).with_name("advice.toml").read_text("utf-8")
+ADVICE = tomllib.loads(_TABLE)["advice"]
+"""Measure, least, below and what is said of a measure in [least, below)."""
 
 
 def advise(
-    sources: Sequence[Source], norms: Sequence[float], cosine: Tensor, signs: Tensor
+    sources: Sequence[Source],
+    norms: Sequence[float],
+    pairs: Mapping[str, Tensor],
+    by_layer: Mapping[str, list[float]],
 ) -> Iterator[str]:
-    """Plain sentences that follow from the numbers, the most pressing first."""
-    n, names = len(norms), [source.name for source in sources]
+    """The sentences of `ADVICE` that suit the measures.
+
+    pairs: cosine, sign_agreement, overlap and chance, (n, n). by_layer: mean overlap and chance.
+    """
+    n = len(norms)
     if 0 in norms:
-        zero = [name for name, norm in zip(names, norms, strict=True) if norm == 0]
+        zero = [source.name for source, norm in zip(sources, norms, strict=True) if norm == 0]
         yield f"{', '.join(zero)}: equal to the base; leave it out."
         return
     if n == 1:
         yield "One model: merging only scales its delta."
         return
-    steps, spread = [s.num_steps for s in sources if s.num_steps], max(norms) / min(norms)
-    if len(steps) < n:
-        yield (
-            "Local steps are not known of every model: give them with --num-steps, then fednova "
-            "can be tried."
-        )
-    elif (ratio := max(steps) / min(steps)) >= 2:
-        yield (
-            f"Local steps differ {ratio:.2g}-fold: fednova weighs each delta by the work behind it."
-        )
-    if spread >= 2:
-        yield (
-            f"Norms differ {spread:.2g}-fold, so {names[norms.index(max(norms))]} would dominate a "
-            f"plain mean: cclip bounds each delta (try rho from {min(norms):.3g} to "
-            f"{max(norms):.3g})."
-        )
-    mean, agreement = (
-        float(m.fill_diagonal_(0).sum()) / (n * n - n) for m in (cosine.clone(), signs.clone())
-    )
-    said = next(text for least, text in DIRECTIONS.items() if mean >= least)
-    between = f"search scaling_coef between 1/n = {1 / n:.2g} and 1"
-    yield f"Deltas {said.format(mean, between)}"
-    if agreement < 0.55:
-        yield (
-            f"Two deltas agree in sign on {agreement:.0%} of coordinates, near chance: try fedgma, "
-            "median or ties."
-        )
-    yield "These are guesses from geometry; validation data decides: deltafl search."
+    steps = [source.num_steps for source in sources if source.num_steps]
+    low, high = min(norms), max(norms)
+    numbers = {
+        **{name: float(mean(matrix)) for name, matrix in pairs.items()},
+        "models": n,
+        "unknown": n - len(steps),
+        "steps": max(steps, default=nan) / min(steps, default=nan),
+        "norms": high / low,
+        "low": low,
+        "high": high,
+    }
+    numbers["excess"] = numbers["overlap"] - numbers["chance"]
+    longest = sources[norms.index(high)].name
+    layer, peak = max(by_layer.items(), key=lambda item: item[1], default=("", [nan]))
+    for measure, least, below, text in ADVICE:
+        if least <= numbers[measure] < below:
+            yield text.format(**numbers, longest=longest, layer=layer, peak=peak[0])

@@ -26,6 +26,12 @@ def inspect_page(result: Record) -> Page:
     signs = "Share of weights that two deltas move the same way; 0.5 is what chance gives."
     longer = "A model whose column is strong dominates a plain mean there."
     title = "Length of the delta in every layer"
+    known = pd.DataFrame(result["overlap_layers"], ["two deltas", "by chance"])
+    shared = known.T.reindex(layers.index, fill_value=inf)
+    spaces = (
+        "Of the leading input directions of each matrix, what two deltas share, and what random ones "
+        "would: the more above that, the more sums interfere. A dash: no matrix."
+    )
     values = {
         "result": result,
         "differences": differences(result["training"]),
@@ -33,6 +39,8 @@ def inspect_page(result: Record) -> Page:
         "cosine": cosine_map(result["cosine"], file="figure"),
         "signs": _pairs(result["sign_agreement"], "Sign agreement", signs, 0.5),
         "layers": heat_map(layers, title, show=".2g", caption=longer, file="figure"),
+        "shared": result["overlap_layers"]
+        and heat_map(shared, "Directions shared, %", show=".0%", caption=spaces, file="figure"),
     }
     return Page("inspect", values)
 

@@ -10,13 +10,19 @@ NULL = 1e-6
 """A singular value below this share of all of them (their norm) is 0."""
 
 
+def is_matrix(shape: Sequence[int]) -> bool:
+    """Whether a tensor is one: of two dimensions or, as (out, in k k), the kernel of a convolution.
+
+    Kernels (out, 1, k, k) are taken for depthwise ones, which are no matrices, if k is odd, and for
+    an embedding of grey patches if it is even.
+    """
+    return len(shape) == 2 or (len(shape) == 4 and (shape[1] > 1 or shape[3] % 2 == 0))
+
+
 class MatrixRule(TensorRule):
     """R of each matrix is computed in float64; what is no matrix is averaged.
 
-    Matrices (out, in) are the tensors of two dimensions and, as (out, in k k), the kernels of
-    convolutions. Kernels (out, 1, k, k) are taken for depthwise ones, which are no matrices, if k
-    is odd, and for an embedding of grey patches if it is even. A rule whose paper sums the matrices
-    and scales sum and average alike has the average / n here.
+    A rule whose paper sums the matrices and scales sum and average alike has the average / n here.
     """
 
     traits = Traits(fixed_point=False, coordinate_symmetric=False, native_scale="sum")
@@ -27,8 +33,7 @@ class MatrixRule(TensorRule):
 
     def combine(self, tensors: Tensor, weights: Sequence[float]) -> Tensor:
         shape = tensors.shape[1:]
-        mixes = len(shape) == 2 or (len(shape) == 4 and (shape[1] > 1 or shape[3] % 2 == 0))
-        if mixes and tensors.numel():
+        if is_matrix(shape) and tensors.numel():
             merged = self.merged(tensors.double().flatten(2), weights)
             return merged.to(tensors.dtype).reshape(shape)
         mean = weighted_sum(tensors, weights)
