@@ -43,8 +43,8 @@ def measure(
     """
     models = range(len(deltas.updates))
 
-    def measured(unit: Unit) -> list[tuple[str, Tensor]]:
-        found = []
+    def measured(unit: Unit) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
         for name, start, stop in unit:
             block = deltas.stack(name, start, stop)
             signs = block.sign()
@@ -54,7 +54,8 @@ def measure(
             spec, spaces = deltas.specs[name], torch.zeros_like(sums[:2])
             if len(models) > 1 and stop == spec.numel and is_matrix(spec.shape):
                 spaces = shared([directions(deltas, name, model) for model in models])
-            found.append((layer_of(name), torch.cat([sums, spaces])))
+            layer = layer_of(name)
+            found[layer] = torch.cat([sums, spaces]) + found.get(layer, 0)
         return found
 
     layers: dict[str, Tensor] = {}
@@ -67,7 +68,7 @@ def measure(
         width=4 * len(models),
         on_progress=on_progress,
     ):
-        for layer, part in found:
+        for layer, part in found.items():
             layers[layer] = part + layers.get(layer, 0)
     return layers
 

@@ -137,7 +137,7 @@ def heat_map(
     strength = (apart / largest).fillna(0).to_numpy(dtype=float)
     rows, columns = _labels(frame.index, 22), _labels(frame.columns, 16)
     width = (WIDTH - LETTER * max(map(len, rows))) / len(columns)
-    height = max(22 if len(rows) <= ROWS else 0, min(0.6 * width, 44, 640 / len(rows)))
+    height = max(22 if len(rows) <= ROWS else 6, min(0.6 * width, 44, 400 / len(rows)))
     longest = max(map(len, columns))
     turned = LETTER * longest > width
 
