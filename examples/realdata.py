@@ -3,10 +3,12 @@
 deltafl federate --model examples.realdata:mobilenet --data examples.realdata:cifar100 ...
 """
 
+import importlib
 import os
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -26,14 +28,24 @@ def folder() -> Path:
 
 def mobilenet(input_size: int = 64) -> nn.Module:
     """MobileNetV1 0.25 (arXiv 1704.04861), 0.2 M parameters without its classifier; batch norm is folded in."""
+    models = _real_models()
+    return _loaded(models.MobileNetV1(0.25), "mobilenet_v1_0.25_128_fp16", input_size)
+
+
+def mobilenet_v2(input_size: int = 96) -> nn.Module:
+    """MobileNetV2 1.0 (arXiv 1801.04381), 2.2 M parameters without its classifier; batch norm is folded in."""
+    return _loaded(_real_models().MobileNetV2(), "mobilenet_v2_1.0_224_qat_fp16", input_size)
+
+
+def _real_models() -> Any:
     weights = str(folder() / "weights")
     if weights not in sys.path:
         sys.path.append(weights)
-    import real_models
+    return importlib.import_module("real_models")
 
-    model = real_models.load(
-        real_models.MobileNetV1(0.25), f"{weights}/mobilenet_v1_0.25_128_fp16.safetensors"
-    )
+
+def _loaded(model: nn.Module, file: str, input_size: int) -> nn.Module:
+    model = _real_models().load(model, f"{folder()}/weights/{file}.safetensors")
     model.input_size = input_size
     return model
 

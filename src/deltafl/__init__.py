@@ -8,6 +8,7 @@ from deltafl.version import __version__
 if TYPE_CHECKING:
     from deltafl.algebra.aggregate import aggregate, step
     from deltafl.algebra.deltas import Update
+    from deltafl.merge.modules import sequential_regression
     from deltafl.merge.task_vector import (
         TaskVector,
         cclip,
@@ -30,15 +31,22 @@ __all__ = [
     "fedgma",
     "fednova",
     "median",
+    "sequential_regression",
     "step",
     "task_arithmetic",
 ]
+
+_ELSEWHERE = {
+    "aggregate": "algebra.aggregate",
+    "step": "algebra.aggregate",
+    "sequential_regression": "merge.modules",
+}
 
 
 def __getattr__(name: str) -> object:
     """Import a public name on first use, so that `import deltafl` costs nothing."""
     if name in __all__:
-        home = "algebra.aggregate" if name in ("aggregate", "step") else "merge.task_vector"
+        home = _ELSEWHERE.get(name, "merge.task_vector")
         return vars(importlib.import_module(f"deltafl.{home}"))[name]
     raise AttributeError(f"module 'deltafl' has no attribute {name!r}")
 

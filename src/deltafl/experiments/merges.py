@@ -31,7 +31,7 @@ from deltafl.experiments.sweep import (
 from deltafl.merge.candidates import Method, check_methods
 from deltafl.merge.search_recipe import SearchRecipe
 from deltafl.merge.search_run import SINGLE, UNMERGED, run_search
-from deltafl.rules.rule import Source, load_rules
+from deltafl.rules.rule import ExampleRule, Source, load_rules
 from deltafl.seeding import keyed_generator
 
 T = TypeVar("T")
@@ -61,9 +61,14 @@ class Merging(Work):
 
 @dataclass(frozen=True)
 class Search(Merging):
-    """A search over merges; its points are the rules with their test scores."""
+    """A search over merges; its points are the rules with their test scores.
+
+    rules: (): those of the study. examples: given to each of those that need some.
+    """
 
     strategy: str
+    rules: tuple[str, ...] = ()
+    examples: int = ExampleRule.examples
     kind: ClassVar[str] = "searches"
 
     def methods(self) -> tuple[list[Method], dict[str, str]]:
@@ -73,9 +78,10 @@ class Search(Merging):
             for m in self.models
         ]
         good, left_out = [], {}
-        for name in self.study.recipe.compared:
+        for name in self.rules or self.study.recipe.compared:
             rule = load_rules()[name]
-            method = name, rule.seeded(rule.values, self.study.seed)
+            own = {"examples": self.examples} if issubclass(rule, ExampleRule) else {}
+            method = name, rule.seeded({**rule.values, **own}, self.study.seed)
             try:
                 check_methods([method], sources)
                 good.append(method)
@@ -111,6 +117,7 @@ class Search(Merging):
         rows = pd.DataFrame(told(found["rows"])).set_index("rule").astype({"normalized": float})
         gains = rows["normalized"] - rows["normalized"][REFERENCE]
         points = rows[["normalized", "mean", "scaling_coef"]].assign(
+            worst=[min(test.values()) for test in rows["test"]],
             gain=gains.drop([SINGLE, UNMERGED, REFERENCE]),
             seed=self.study.seed,
             steps_ratio=_ratio([model.steps for model in self.models]),

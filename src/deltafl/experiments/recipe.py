@@ -80,6 +80,12 @@ class StudyRecipe(Recipe):
     methods: tuple[Annotated[str, one_of(load_rules)], ...] = Field(
         (), description="the rules that are compared (default: every rule)"
     )
+    examples_values: Counts = Field(
+        (8, 32, 128, 512), description="unlabelled examples of each task: examples"
+    )
+    rival_steps: int = Field(
+        150, ge=1, description="steps of the trainings that merges by examples are measured against"
+    )
     scaling_coefs: tuple[float, ...] = Field(
         tuple(round(0.05 * i, 2) for i in range(1, 41)), min_length=1, description="lambda"
     )

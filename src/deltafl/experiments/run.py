@@ -20,6 +20,7 @@ from deltafl.experiments.merges import (
 )
 from deltafl.experiments.quickstart import new_base, pretrain
 from deltafl.experiments.recipe import SuiteRecipe
+from deltafl.experiments.rivals import examples, examples_rows
 from deltafl.experiments.study import Data, Study, base_net, task_of
 from deltafl.experiments.suites import SUITES, suite_cells, suite_rows
 from deltafl.experiments.sweep import Cell, Found, Result, Store, points_of, require_done, sweep
@@ -37,6 +38,7 @@ STUDIES: Mapping[str, tuple[Callable[..., list[Cell]], Callable[[Found], Result]
     "training-heterogeneity": (training_heterogeneity, training_rows),
     "data-heterogeneity": (data_heterogeneity, data_rows),
     "scaling-coef": (scaling_coef, scaling_rows),
+    "examples": (examples, examples_rows),
     "negation": (negation, negation_rows),
     "analogy": (analogy, analogy_rows),
 }
