@@ -9,8 +9,8 @@ thread that waits before a map until it is solved, so that nothing is computed t
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from deltafl.algebra.tensors import Tensors
 from deltafl.errors import DeltaflError
 from deltafl.files import write_atomically
-from deltafl.merge.maps import CONV, LINEAR, Map, Pass, Read, Reading, sums
+from deltafl.merge.maps import ADDS, CONV, LINEAR, Map, Pass, Read, Reading, sums
 from deltafl.models.net import Net
 from deltafl.progress import OnProgress, Progress, ignore
 from deltafl.rules.regression import regressed
@@ -93,7 +93,8 @@ def find_maps(start: Start, examples: Examples) -> list[Map]:
     never runs, or that no model changes.
     """
     net, task, places = examples.net, examples.task, start.places(examples.net)
-    maps, uses = list[Map](), Counter[str]()
+    maps, uses, skips = dict[str, Map](), Counter[str](), dict[str, int]()
+    results, calls, seen = dict[int, tuple[str, int]](), dict[int, int](), list[object]()
 
     def see(func: object, given: Mapping[str, Any], names: Sequence[str]) -> None:
         uses.update(names)
@@ -102,19 +103,32 @@ def find_maps(start: Start, examples: Examples) -> list[Map]:
         if func in (LINEAR, CONV) and weight and len(names) == whole and padding != "same":
             window = (given.get("dilation", 1), padding, given.get("stride", 1))
             window = window if func is CONV else None
-            maps.append(Map(weight, bias, window, given.get("groups", 1)))
+            maps[weight] = Map(weight, bias, window, given.get("groups", 1))
+
+    def saw(func: Callable[..., object], given: Sequence[object], made: object) -> None:
+        seen.append(made)  # as long as it lives nothing else has its id
+        weight = places.get(id(given[1])) if func in (LINEAR, CONV) else None
+        if weight:
+            results[id(made)] = weight, len(seen)
+        elif func.__name__.strip("_") in ADDS:
+            for ours, other in (given[:2], given[1::-1]):
+                weight, call = results.get(id(ours), ("", 0))
+                if weight and calls.get(id(other), call) < call:
+                    skips[weight] = calls[id(other)]
+        calls.setdefault(id(made), len(seen))
 
     batch = task.batch("train", torch.arange(min(2, task.size("train"))), net.device)
-    with torch.no_grad(), Reading(places, start.read(start.base, net.device), see):
+    with torch.no_grad(), Reading(places, start.read(start.base, net.device), see, saw):
         task.score(net, batch)
-    return [m for m in maps if uses[m.weight] == 1 and m.weight in start.mean]
+    once = [m for m in maps.values() if uses[m.weight] == 1 and m.weight in start.mean]
+    return [replace(m, skip=skips.get(m.weight, 0)) for m in once]
 
 
 class Client:
     """One task of a merge: it answers for map after map with the moments of its examples."""
 
     def __init__(
-        self, examples: Examples, start: Start, rule: LayerRule, maps: Iterable[Map]
+        self, examples: Examples, start: Start, rule: LayerRule, maps: Sequence[Map]
     ) -> None:
         net, task = examples.net, examples.task
         self._examples, self._start, self._rule = examples, start, rule
@@ -127,7 +141,7 @@ class Client:
                 lambda: task.score(net, batch),
                 start.places(net),
                 reads[side],
-                {m.weight for m in maps},
+                maps,
             )
             for side in dict.fromkeys(rule.inputs)
         }
@@ -144,16 +158,21 @@ class Client:
         return {side: one.advance() for side, one in self._passes.items()}
 
     def moments(self, m: Map, given: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """What is sent for the map that the passes have come to: the means over rows W_t L_t^T R_t
-        and R_t^T R_t, and W_t.
+        """What is sent for the map that the passes have come to: the means over rows of
+        (W_t L_t^T + E_t^T) R_t and R_t^T R_t, and W_t.
         """
         matrix = m.matrix(self._examples.tuned)
         left, right = (given[side] for side in self._rule.inputs)
-        shape = self._start.base[m.weight].shape
+        shape, error = self._start.base[m.weight].shape, None
+        if m.skip and len(self._passes) > 1:
+            ours, theirs = (self._passes[side].skips[m.skip] for side in self._rule.inputs)
+            error = ours - theirs
         if self._mask is not None and left.shape[:-1] == self._mask.shape:  # padding is no row
-            left, right = (rows[self._mask.bool()] for rows in (left, right))
-        cross, gram = sums(m, left, right, shape)
-        return matrix @ cross.cpu(), gram.cpu(), matrix
+            real = self._mask.bool()
+            left, right = left[real], right[real]
+            error = None if error is None else error[real]
+        cross, gram = sums(m, matrix, left, right, shape, error)
+        return cross, gram, matrix
 
     def take(self, tensors: Tensors) -> None:
         """The merged tensors of the map that was asked for."""
@@ -183,7 +202,7 @@ def merge_layerwise(
     Raises:
         DeltaflError: too few examples, a model that cannot do its task.
     """
-    ridge = (0.01 if rule.examples <= 32 else 0.001) if rule.ridge is None else rule.ridge
+    ridge = (1e-2 if rule.examples <= 32 else 1e-4) if rule.ridge is None else rule.ridge
     maps = find_maps(start, all_examples[0])
     clients = [Client(examples, start, rule, maps) for examples in all_examples]
     shares = [examples.weight for examples in all_examples]

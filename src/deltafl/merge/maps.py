@@ -15,6 +15,9 @@ PIECE = 1 << 24
 """Elements of the rows that are multiplied at once."""
 
 LINEAR, CONV = nn.functional.linear, torch.conv2d
+ADDS = {"add", "iadd", "radd"}
+"""Names of additions, without underscores around them."""
+
 ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 """Of torch.conv2d; a linear map has the first three."""
 
@@ -24,13 +27,15 @@ class Map:
     """A place where a weight is applied: rows x, with a 1 after them if there is a bias, to W x.
 
     weight, bias: their names. window: dilation, padding and stride of a convolution, whose rows
-    are its patches. groups: of a convolution, each with rows and a matrix of its own.
+    are its patches. groups: of a convolution, each with rows and a matrix of its own. skip: of the
+    function calls of a pass the one, from 1, to whose result that of the map is added; 0: none.
     """
 
     weight: str
     bias: str | None
     window: tuple[Any, Any, Any] | None = None
     groups: int = 1
+    skip: int = 0
 
     def rows(self, given: Tensor, shape: Sequence[int]) -> Tensor:
         """What the map, with a weight of this shape, is given: (groups, rows, in)."""
@@ -40,6 +45,12 @@ class Map:
             patches = nn.functional.unfold(given, (shape[2], shape[3]), *self.window)
             rows = patches.unflatten(1, (self.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
         return nn.functional.pad(rows, (0, 1), value=1.0) if self.bias else rows
+
+    def results(self, made: Tensor) -> Tensor:
+        """What the map gives, or is added to, as rows: (groups, rows, out)."""
+        if self.window is None:
+            return made.reshape(1, -1, made.shape[-1])
+        return made.unflatten(1, (self.groups, -1)).permute(1, 0, 3, 4, 2).flatten(1, 3)
 
     def matrix(self, tensors: Tensors) -> Tensor:
         """Weight and bias as (groups, out, in), float64."""
@@ -64,6 +75,9 @@ Read: TypeAlias = Callable[[str], Tensor]
 See: TypeAlias = Callable[[object, Mapping[str, Any], Sequence[str]], None]
 """Told before a function uses tensors: which, its arguments if it is a map, the tensors' names."""
 
+Saw: TypeAlias = Callable[[Callable[..., object], Sequence[object], object], None]
+"""Told after every function: which, its arguments, its result."""
+
 
 class Reading(TorchFunctionMode):
     """Within it, who uses a parameter or buffer of a module is given another model's.
@@ -71,9 +85,9 @@ class Reading(TorchFunctionMode):
     places: id of the parameter -> its name, which `read` is asked for after `see` was told.
     """
 
-    def __init__(self, places: Mapping[int, str], read: Read, see: See) -> None:
+    def __init__(self, places: Mapping[int, str], read: Read, see: See, saw: Saw) -> None:
         super().__init__()
-        self.places, self.read, self.see = places, read, see
+        self.places, self.read, self.see, self.saw = places, read, see, saw
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -82,7 +96,9 @@ class Reading(TorchFunctionMode):
         names = [self.places.get(id(value)) for value in (*args, *kwargs.values())]
         if used := [name for name in names if name]:
             self.see(func, dict(zip(ARGUMENTS, args, strict=False)) | kwargs, used)
-        return func(*map(self._given, args), **{k: self._given(v) for k, v in kwargs.items()})
+        made = func(*map(self._given, args), **{k: self._given(v) for k, v in kwargs.items()})
+        self.saw(func, args, made)
+        return made
 
     def _given(self, value: Any) -> Any:
         name = self.places.get(id(value))
@@ -94,14 +110,24 @@ class _Left(BaseException):
 
 
 class Pass:
-    """A forward pass in a thread, which stops before each of the weights `stops` is applied."""
+    """A forward pass in a thread, which stops before each of the maps is applied.
+
+    skips: number of a call -> its result, as long as a map that it has come to, or will, is added
+    to that.
+    """
 
     def __init__(
-        self, work: Callable[[], object], places: Mapping[int, str], read: Read, stops: set[str]
+        self,
+        work: Callable[[], object],
+        places: Mapping[int, str],
+        read: Read,
+        maps: Sequence[Map],
     ) -> None:
-        self._work, self._stops = work, stops
-        self._reading = Reading(places, read, self._see)
-        self._input = torch.empty(0)
+        self._work, self._ahead = work, maps
+        self._stops, self._kept = {m.weight for m in maps}, {m.skip for m in maps}
+        self._reading = Reading(places, read, self._see, self._saw)
+        self._input, self._calls = torch.empty(0), 0
+        self.skips: dict[int, Any] = {}
         self._error: BaseException | None = None
         self._left = False
         self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
@@ -128,8 +154,15 @@ class Pass:
             self._stopped.release()
             self._wait()
 
+    def _saw(self, func: object, given: object, made: object) -> None:
+        self._calls += 1
+        if self._calls in self._kept:
+            self.skips[self._calls] = made
+
     def advance(self) -> Tensor:
-        """Go on to the next stop; what is given there. Raises what the pass raises."""
+        """Go on to the next map; what is given there. Raises what the pass raises."""
+        wanted, self._ahead = {m.skip for m in self._ahead}, self._ahead[1:]
+        self.skips = {call: made for call, made in self.skips.items() if call in wanted}
         self._go.release()
         self._stopped.acquire()
         if self._error is not None:
@@ -143,14 +176,20 @@ class Pass:
         self._thread.join()
 
 
-def sums(m: Map, left: Tensor, right: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Means over rows of x_left x_right^T and x_right x_right^T, (groups, in, in) float64."""
-    cross, gram, count = torch.zeros(()), torch.zeros(()), 0
+def sums(
+    m: Map, matrix: Tensor, left: Tensor, right: Tensor, shape: Sequence[int], error: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Means over rows of (W x_left + e) x_right^T, (groups, out, in), and of x_right x_right^T,
+    (groups, in, in), float64. matrix: W. error: e, as the map's result; None: 0.
+    """
     area = shape[2] * shape[3] if m.window else 1
     size = max(1, PIECE // (area * left[0].numel()))
-    for ours, theirs in zip(left.split(size), right.split(size), strict=True):
+    cross, pull, gram, count = (torch.zeros(()) for _ in range(4))
+    errors = [None] * len(left) if error is None else error.split(size)
+    for ours, theirs, e in zip(left.split(size), right.split(size), errors, strict=False):
         rows = m.rows(theirs, shape)
         gram = gram + (rows.mT @ rows).double()
         cross = cross + (m.rows(ours, shape).mT @ rows).double()
-        count += rows.shape[1]
-    return cross / count, gram / count
+        pull = pull if e is None else pull + (m.results(e).mT @ rows).double()
+        count = count + rows.shape[1]
+    return (matrix @ cross.cpu() + pull.cpu()) / count, gram.cpu() / count

@@ -212,14 +212,16 @@ class LayerRule(ExampleRule):
     A map multiplies rows x by its weight: tokens, or the patches of a convolution; a bias is one
     more column, for an x with a 1 at its end. On the examples of task t let L_t and R_t be the rows
     at the map in the models that `inputs` names, the fine-tune ("tuned") or the merged model as far
-    as it is merged, and W_t the fine-tune's map. The merged map is, with weights p,
+    as it is merged, and W_t the fine-tune's map. A map whose result is added to something that a
+    pass computed before it (a skip connection) makes good what that lacks: E_t is the same in the
+    model of L less that of R, else 0. The merged map is, with weights p,
 
-        W = (sum_t p_t W_t L_t^T R_t + lambda P) (sum_t p_t R_t^T R_t + lambda I)^-1
+        W = (sum_t p_t (W_t L_t^T + E_t^T) R_t + lambda P) (sum_t p_t R_t^T R_t + lambda I)^-1
 
     where the products are means over rows, P = sum_t p_t W_t and lambda = ridge * mean diagonal.
     What is no map is moved by the mean of the deltas. Scale 1; nothing is searched.
 
-    ridge: None: 0.01 for up to 32 examples, else 0.001.
+    ridge: None: 0.01 for up to 32 examples, else 0.0001.
     """
 
     ridge: Annotated[float | None, Within(0)] = None
