@@ -31,7 +31,9 @@ RULES = {
 
 
 class Mixed(nn.Module):
-    """A strided and a depthwise convolution, a norm, maps with and without bias, a tied one."""
+    """A strided and a depthwise convolution, a norm, maps with and without bias, a tied one; two
+    maps are added to what was before them.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,18 +41,21 @@ class Mixed(nn.Module):
         self.depthwise = nn.Conv2d(6, 6, 3, padding=1, groups=6)
         self.norm = nn.BatchNorm2d(6)
         self.plain = nn.Linear(6, 5, bias=False)
+        self.block = nn.Linear(5, 5)
         self.twice = nn.Linear(5, 5)
         self.last = nn.Linear(5, 3)
         self.idle = nn.Linear(2, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.conv.bias.dtype) / 255
-        x = self.norm(self.depthwise(self.conv(x).relu())).relu().mean((2, 3))
+        x = self.conv(x).relu()
+        x = self.norm(x + self.depthwise(x)).relu().mean((2, 3))
         x = self.plain(x)
+        x = self.block(x.tanh()) + x
         return self.last(self.twice(self.twice(x).tanh()))
 
 
-MAPS = ("conv", "depthwise", "plain", "last")
+MAPS = ("conv", "depthwise", "plain", "block", "last")
 
 
 def models(count: int = 3) -> list[Mixed]:
@@ -115,6 +120,21 @@ def inputs_of(module: nn.Module, at: str, images: Tensor) -> np.ndarray:
     return np.concatenate([x, ones], -1) if layer.bias is not None else x
 
 
+def skip_of(module: nn.Module, at: str, images: Tensor) -> np.ndarray:
+    """What the result of a map is added to: (rows, out), or (channels, rows, 1); zeros: nothing."""
+    seen: dict[str, Tensor] = {}
+    hooks = [
+        module.conv.register_forward_hook(lambda _, args, made: seen.update(conv=made.relu())),
+        module.plain.register_forward_hook(lambda _, args, made: seen.update(plain=made)),
+    ]
+    module(images)
+    for hook in hooks:
+        hook.remove()
+    if at == "depthwise":
+        return seen["conv"].detach().permute(1, 0, 2, 3).reshape(6, -1, 1).numpy()
+    return seen["plain"].detach().numpy() if at == "block" else np.zeros(())
+
+
 def reference(
     made: Sequence[Mixed], weights: Sequence[float], rule: LayerRule, ids: Sequence[Tensor]
 ) -> dict[str, Tensor]:
@@ -137,8 +157,10 @@ def reference(
                 matrix = np.concatenate([matrix, layer.bias.detach().numpy()[:, None]], 1)
             if at == "depthwise":
                 matrix = matrix[:, None]
+            ours, theirs = (skip_of(sides[side], at, images) for side in RULES[type(rule)])
+            wanted = left @ np.swapaxes(matrix, -1, -2) + ours - theirs
             n = left.shape[-2]
-            cross = cross + w * matrix @ (np.swapaxes(left, -1, -2) @ right) / n
+            cross = cross + w * np.swapaxes(wanted, -1, -2) @ right / n
             gram = gram + w * np.swapaxes(right, -1, -2) @ right / n
             prior = prior + w * matrix
         scale = np.trace(gram, axis1=-2, axis2=-1) / gram.shape[-1]
@@ -195,7 +217,8 @@ def test_maps_are_found_in_the_order_in_which_they_run() -> None:
     start, examples = world(models(), (1 / 3,) * 3)
     maps = find_maps(start, examples[0])
     assert [m.weight for m in maps] == [f"{at}.weight" for at in MAPS]
-    assert [m.groups for m in maps] == [1, 6, 1, 1]
+    assert [m.groups for m in maps] == [1, 6, 1, 1, 1]
+    assert [bool(m.skip) for m in maps] == [False, True, False, True, False]
 
 
 def test_more_examples_than_there_are_is_one_line() -> None:
@@ -207,7 +230,7 @@ def test_more_examples_than_there_are_is_one_line() -> None:
 def test_bytes_are_those_of_moments_and_maps() -> None:
     start, examples = world(models(), (1 / 3,) * 3)
     _, report = merge_layerwise(RegMean(examples=4), start, examples)
-    shapes = [(1, 6, 10), (6, 1, 10), (1, 5, 6), (1, 3, 6)]
+    shapes = [(1, 6, 10), (6, 1, 10), (1, 5, 6), (1, 5, 6), (1, 3, 6)]
     assert report["bytes_up"] == 8 * sum(g * (2 * o * i + i * i) for g, o, i in shapes)
     assert report["bytes_down"] == 8 * sum(g * o * i for g, o, i in shapes)
 

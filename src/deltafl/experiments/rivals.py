@@ -23,20 +23,20 @@ from deltafl.training.step import batches, scores
 LRS = 3e-4, 1e-3
 """Learning rates of AdamW that a training is tried with; validation chooses."""
 
-DISTILLED, LABELLED = "distillation", "training on labels"
-"""Rows of the table that are no merges."""
+AVERAGE, DISTILLED, LABELLED = "average", "distillation", "training on labels"
+"""The mean of the models as it is, and what it is trained on; names of rows."""
 
 
 @dataclass(frozen=True)
 class Rival(Merging):
     """The mean of the models, trained on with one batch of every task in each step.
 
-    way: `DISTILLED`, to what each model says of its examples, or `LABELLED`. examples: of each
-    task, those that merges are given; None: all.
+    way: `AVERAGE`, not at all; `DISTILLED`, to what each model says of its examples; `LABELLED`.
+    examples: of each task, those that merges are given; None: all.
     """
 
     way: str
-    examples: int | None
+    examples: int | None = None
     kind: ClassVar[str] = "rivals"
 
     def content(self) -> Mapping[str, object]:
@@ -59,7 +59,7 @@ class Rival(Merging):
             single.append(_mean_score(teachers[-1], one.task, "test"))
         mean = {n: sum(t[n].double() for t in tuned) / count for n in tuned[0]}
         tried = []
-        for lr in LRS:
+        for lr in LRS if self.way != AVERAGE else (0.0,):
             nets[0].load(mean)
             self._train(parts, teachers if self.way == DISTILLED else [None] * count, lr)
             val = [_mean_score(one.net, one.task, "val") for one in parts]
@@ -70,11 +70,10 @@ class Rival(Merging):
         point = {"normalized": (test / single).mean(), "accuracy": test.mean(), "worst": test.min()}
         return {"points": [{"rule": self.way, "seed": self.study.seed, "lr": lr, **point}]}
 
-    def _train(
-        self, parts: Sequence[Examples], teachers: Sequence[Net | None], lr: float
-    ) -> None:
+    def _train(self, parts: Sequence[Examples], teachers: Sequence[Net | None], lr: float) -> None:
         """Train the tensors that all nets share."""
-        flat, seed, steps = parts[0].net.flat, self.study.seed, self.study.recipe.rival_steps
+        flat, seed = parts[0].net.flat, self.study.seed
+        steps = self.study.recipe.rival_steps if lr else 0
         assert flat.grad is not None
         optimiser = torch.optim.AdamW([flat], lr)
         size = self.study.training.batch_size
@@ -129,7 +128,8 @@ def examples(study: Study, sweep: Sweep) -> list[Cell]:
         labels = {"examples": count}
         cells.append(Cell(labels, Search(models, recipe.search_strategy, others, count)))
         cells += [Cell(labels, Rival(models, way, count)) for way in (DISTILLED, LABELLED)]
-    return [*cells, Cell({"examples": "all"}, Rival(models, LABELLED, None))]
+    average = Cell({"examples": ""}, Rival(models, AVERAGE))
+    return [*cells, average, Cell({"examples": "all"}, Rival(models, LABELLED))]
 
 
 def examples_rows(found: Found) -> Result:

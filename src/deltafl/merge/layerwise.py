@@ -111,7 +111,7 @@ def find_maps(start: Start, examples: Examples) -> list[Map]:
         if weight:
             results[id(made)] = weight, len(seen)
         elif func.__name__.strip("_") in ADDS:
-            for ours, other in (given[:2], given[1::-1]):
+            for ours, other in zip(given, reversed(given), strict=True):
                 weight, call = results.get(id(ours), ("", 0))
                 if weight and calls.get(id(other), call) < call:
                     skips[weight] = calls[id(other)]
