@@ -76,6 +76,7 @@ MARKS = {
     "inspect.json",
     "mask.json",
     "shards.json",
+    "statistics.json",
     "suite.json",
     "training.json",
     "record.jsonl",

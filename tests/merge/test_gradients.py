@@ -35,10 +35,10 @@ def world(weights=(0.5, 0.5)) -> tuple[Start, list[Examples]]:
         n: sum(w * (t[n] - start[n]) for w, t in zip(weights, tuned, strict=True)) for n in start
     }
     examples = [
-        Examples(f"{i}", net, tiny_images(train=30 + i), t, w)
+        Examples(net, tiny_images(train=30 + i), t, w)
         for i, (t, w) in enumerate(zip(tuned, weights, strict=True))
     ]
-    return Start(start, mean, {n: n for n in start}, torch.float64), examples
+    return Start(start, mean, torch.float64), examples
 
 
 def test_fisher_is_the_weighted_mean_of_each_coordinate() -> None:

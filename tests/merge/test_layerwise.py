@@ -88,9 +88,9 @@ def world(made: Sequence[Mixed], weights: Sequence[float]) -> tuple[Start, list[
     net = Net(base, ImageInput(8, 1))
     deltas = [{n: t - floats(base)[n] for n, t in floats(m).items()} for m in tuned]
     mean = {n: sum(w * d[n] for w, d in zip(weights, deltas, strict=True)) for n in deltas[0]}
-    start = Start(floats(base), mean, {n: n for n in base.state_dict()}, torch.float64)
+    start = Start(floats(base), mean, torch.float64)
     examples = [
-        Examples(f"model {i}", net, task, floats(m), w)
+        Examples(net, task, floats(m), w)
         for i, (m, task, w) in enumerate(zip(tuned, tasks(len(tuned)), weights, strict=True))
     ]
     return start, examples
@@ -262,8 +262,8 @@ def test_rows_of_language_models_are_tokens_and_no_padding(tmp_path: Path) -> No
     base = {n: t.double() for n, t in net.module.state_dict().items()}
     tuned = [{n: t * (1.1 + i / 10) for n, t in base.items()} for i in range(2)]
     mean = {n: (tuned[0][n] + tuned[1][n]) / 2 - t for n, t in base.items()}
-    start = Start(base, mean, {n: n for n in base}, torch.float64)
-    examples = [Examples(f"{i}", net, task, t, 0.5) for i, t in enumerate(tuned)]
+    start = Start(base, mean, torch.float64)
+    examples = [Examples(net, task, t, 0.5) for i, t in enumerate(tuned)]
     found, report = merge_layerwise(RegMean(examples=4, ridge=0.01), start, examples)
     assert report["averaged"] == ["model.embed_tokens.weight"]
     assert len(found) == 2 * 7 + 1

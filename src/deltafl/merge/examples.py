@@ -1,18 +1,21 @@
 """Merges of checkpoints by examples of their tasks: the models that run, the update they give."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from deltafl.algebra.tensors import Joined, Lazy, device_named
+from deltafl.algebra.tensors import Joined, Lazy, Tensors, device_named
 from deltafl.checkpoints.layout import fingerprint
 from deltafl.errors import DeltaflError, attempt
 from deltafl.merge.gradients import learn, merge_fisher
 from deltafl.merge.inputs import Opened
-from deltafl.merge.layerwise import Examples, Start, merge_layerwise
+from deltafl.merge.layerwise import Evidence, Examples, Start, merge_layerwise
 from deltafl.merge.plan import Facts, Plan
 from deltafl.merge.recipe import ModelEntry
 from deltafl.merge.run import run_merge
+from deltafl.merge.statistics import KINDS, read_statistics
 from deltafl.models import HEAD_FILE, HeadRecipe, Net, load_net
 from deltafl.progress import OnProgress, ignore
 from deltafl.rules.fisher import Fisher
@@ -28,14 +31,14 @@ from deltafl.tasks.task import hash_of
 def example_update(
     rule: ExampleRule,
     opened: Opened,
-    nets: Sequence[Net],
-    tasks: Sequence[Task],
+    known: Sequence[Callable[[Tensors, float], Evidence]],
     on_progress: OnProgress = ignore,
     state: Path | None = None,
 ) -> tuple[Lazy, Facts]:
     """R of a rule that needs examples, at scale 1, in the precision of `opened`; and its report.
 
-    nets, tasks: of the models, in their order; nets share their tensors, whose values may change.
+    known: of the models, in their order, what beside tensors and weight there is to know; their
+    nets share their tensors, whose values may change.
 
     Raises:
         DeltaflError: a negative weight, too few examples, a task that a model cannot do.
@@ -44,14 +47,15 @@ def example_update(
     if min(weights) < 0:
         raise DeltaflError(f"{rule.name}: weights must not be negative, not {min(weights):g}")
     mean = opened.aggregate(TaskArithmetic())
-    start = Start(base, mean, nets[0].names_in(base), base.dtype)
-    parts = zip(opened.tuned.items(), nets, tasks, shares(weights), strict=True)
-    some = [Examples(name, net, task, held, p) for (name, held), net, task, p in parts if p]
+    start = Start(base, mean, base.dtype)
+    parts = zip(known, opened.tuned.values(), shares(weights), strict=True)
+    some = [make(tuned, p) for make, tuned, p in parts if p]
     report: dict[str, object] = {"examples": rule.examples}
     if isinstance(rule, Fisher):
         merged = merge_fisher(rule, start, some, on_progress)
     elif isinstance(rule, Learned):
-        merged, factors = learn(rule, start, some, on_progress)
+        examples = [one for one in some if isinstance(one, Examples)]
+        merged, factors = learn(rule, start, examples, on_progress)
         report["coefficients"] = dict(zip(merged, factors.tolist(), strict=True))
     else:
         assert isinstance(rule, LayerRule)
@@ -104,31 +108,53 @@ def nets_for(net: Net, tasks: Sequence[Task], heads: Sequence[HeadRecipe]) -> li
     return nets
 
 
+def load_nets(plan: Plan) -> tuple[list[Net], list[Task]]:
+    """The base as a net for each model, with the model's head, and the models' tasks.
+
+    Raises:
+        DeltaflError: as `load_tasks` and `nets_for`.
+    """
+    recipe, net = plan.recipe, load_net(plan.recipe.base)
+    net.module.eval().float().to(device_named(recipe.device))
+    tasks = load_tasks(plan, [*recipe.entries.values()], net, recipe.data_dir)
+    files = [layout.folder / HEAD_FILE for layout in plan.layouts.values()]
+    heads = [HeadRecipe.of(head=str(f)) if f.is_file() else HeadRecipe.of() for f in files]
+    return nets_for(net, tasks, heads), tasks
+
+
 def merge_by_examples(
     plan: Plan, out: str | Path, *, overwrite: bool = False, on_progress: OnProgress = ignore
 ) -> Facts:
-    """`run_merge` by a rule that needs examples of the models' tasks.
+    """`run_merge` by a rule that needs examples of the models' tasks, or statistics of them, which
+    are taken where no model has a task.
 
     The maps that a `LayerRule` has solved are kept in OUT.layers until the merge is written; after
     a kill the same merge goes on from there, to the same bits.
 
     Raises:
-        DeltaflError: as `run_merge`, and as `example_update`.
+        DeltaflError: as `run_merge`, `example_update` and `read_statistics`.
     """
     recipe, rule, out = plan.recipe, plan.rule.core, Path(out)
     assert isinstance(rule, ExampleRule)
-    net = load_net(recipe.base)
-    net.module.eval().float().to(device_named(recipe.device))
-    tasks = load_tasks(plan, [*recipe.entries.values()], net, recipe.data_dir)
-    files = [layout.folder / HEAD_FILE for layout in plan.layouts.values()]
-    heads = [HeadRecipe.of(head=str(f)) if f.is_file() else HeadRecipe.of() for f in files]
-    nets = nets_for(net, tasks, heads)
-    prints = [fingerprint(layout) for layout in plan.inputs]
-    key = hash_of(repr(recipe.content()), *prints, *(task.fingerprint() for task in tasks))
+    told: Facts = {}
+    if rule.name in KINDS and all(entry.data is None for entry in recipe.entries.values()):
+        notes, known = read_statistics(plan)
+        rule = replace(rule, examples=min(note.examples for note in notes))
+        told["statistics"] = [
+            note.model_dump(include={"task", "examples", "seed"}) for note in notes
+        ]
+        prints = [note.model_dump_json() for note in notes]
+    else:
+        nets, tasks = load_nets(plan)
+        known = [partial(Examples, *pair) for pair in zip(nets, tasks, strict=True)]
+        prints = [task.fingerprint() for task in tasks]
+    prints += [fingerprint(layout) for layout in plan.inputs]
+    key = hash_of(repr(recipe.content()), *prints)
     state = out.with_name(f"{out.name}.layers")
 
     def make(opened: Opened) -> tuple[Lazy, Facts]:
-        return example_update(rule, opened, nets, tasks, on_progress, state / key[:16])
+        update, report = example_update(rule, opened, known, on_progress, state / key[:16])
+        return update, report | told
 
     record = run_merge(plan, out, overwrite=overwrite, on_progress=on_progress, make=make)
     shutil.rmtree(state, ignore_errors=True)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from deltafl.algebra.tensors import Tensors
-from deltafl.merge.layerwise import Examples, Start
+from deltafl.merge.layerwise import Evidence, Examples, Start, Statistics
 from deltafl.progress import OnProgress, Progress, ignore
 from deltafl.rules.fisher import Fisher
 from deltafl.rules.learned import Learned
@@ -20,23 +20,31 @@ FLOOR = 1e-9
 """Of the mean Fisher information of a tensor, added to that of each coordinate."""
 
 
+def fisher_information(rule: Fisher, start: Start, one: Evidence) -> dict[str, Tensor]:
+    """Sums over the examples for each tensor that trains, by its name in the base."""
+    if isinstance(one, Statistics):
+        return {name: one.read(name) for name in one.files}
+    one.net.load(one.tuned)
+    generator = keyed_generator(rule.seed, "fisher", one.task.name)
+    scorer = FisherScorer(one.net, one.task)
+    found = scorer(one.drawn(rule.examples, rule.seed), generator)
+    names = one.net.names_in(start.base)
+    return {names[name]: scores.cpu() for name, scores in found.items() if name in names}
+
+
 def merge_fisher(
-    rule: Fisher, start: Start, all_examples: Sequence[Examples], on_progress: OnProgress = ignore
+    rule: Fisher, start: Start, evidence: Sequence[Evidence], on_progress: OnProgress = ignore
 ) -> dict[str, Tensor]:
     """The merged tensors that train, in the base's names, float64 (see `Fisher`)."""
     total: dict[str, Tensor] = {}
     weighed: dict[str, Tensor] = {}
-    for done, one in enumerate(all_examples, 1):
-        one.net.load(one.tuned)
-        generator = keyed_generator(rule.seed, "fisher", one.task.name)
-        scorer = FisherScorer(one.net, one.task)
-        fisher = scorer(one.drawn(rule.examples, rule.seed), generator)
-        for module_name in fisher.keys() & start.names.keys():
-            name, scores = start.names[module_name], fisher[module_name].double().cpu()
+    for done, one in enumerate(evidence, 1):
+        for name, found in fisher_information(rule, start, one).items():
+            scores = found.double()
             weight = one.weight * (scores + FLOOR * scores.mean() + 1e-30)
             total[name] = total.get(name, 0) + weight
             weighed[name] = weighed.get(name, 0) + weight * one.tuned[name].double()
-        on_progress(Progress("fisher", done, len(all_examples)))
+        on_progress(Progress("fisher", done, len(evidence)))
     return {name: weighed[name] / total[name] for name in total}
 
 
@@ -45,10 +53,11 @@ def learn(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The merged tensors of which the loss has a gradient, and l, (tensors, n) (see `Learned`)."""
     net = all_examples[0].net
+    names = net.names_in(start.base)
     places = {
-        module_name: start.names[module_name]
+        module_name: names[module_name]
         for module_name, tensor in net.module.named_parameters()
-        if start.names.get(module_name) in start.mean and tensor.is_floating_point()
+        if names.get(module_name) in start.mean and tensor.is_floating_point()
     }
     read = [
         start.read(tensors, net.device)

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors.torch import load_file, save
@@ -40,7 +40,6 @@ class Examples:
     net: takes the task's inputs; all nets of a merge share their tensors. weight: p_t.
     """
 
-    name: str
     net: Net
     task: Task
     tuned: Tensors
@@ -62,19 +61,18 @@ class Examples:
 class Start:
     """What all clients of a merge begin with.
 
-    mean: the mean of the deltas, by which what is no map moves. names: of parameters and buffers,
-    name in the module -> name in the base. dtype: of the arithmetic.
+    mean: the mean of the deltas, by which what is no map moves. dtype: of the arithmetic.
     """
 
     base: Tensors
     mean: Tensors
-    names: Mapping[str, str]
     dtype: torch.dtype
 
     def places(self, net: Net) -> dict[int, str]:
         """Id of each tensor of the net -> its name in the base."""
         held = (*net.module.named_parameters(), *net.module.named_buffers())
-        return {id(tensor): self.names[name] for name, tensor in held if name in self.names}
+        names = net.names_in(self.base)
+        return {id(tensor): names[name] for name, tensor in held if name in names}
 
     def read(self, tensors: Tensors, device: torch.device) -> Read:
         """The tensors of a model, floats in our dtype."""
@@ -185,10 +183,49 @@ class Client:
             one.leave()
 
 
+@dataclass(frozen=True)
+class Statistics:
+    """What `deltafl statistics` kept of a fine-tune and its examples: of each map R_t^T R_t, where
+    both inputs are the fine-tune's (see `LayerRule`), which it sends as a `Client` would; or of
+    each tensor that trains its Fisher information.
+
+    files: name in the base -> the file with its tensor alone. tuned, weight: as of `Examples`.
+    """
+
+    maps: Sequence[Map]
+    files: Mapping[str, Path]
+    tuned: Tensors
+    weight: float
+
+    def read(self, name: str) -> Tensor:
+        """The tensor of a name in the base, float64."""
+        (tensor,) = load_file(self.files[name]).values()
+        return tensor.double()
+
+    def advance(self) -> Mapping[str, Tensor]:
+        """Nothing runs."""
+        return {}
+
+    def moments(self, m: Map, given: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """As those of `Client`."""
+        matrix, gram = m.matrix(self.tuned), self.read(m.weight)
+        return matrix @ gram, gram, matrix
+
+    def take(self, tensors: Tensors) -> None:
+        """Nothing depends on what is merged."""
+
+    def leave(self) -> None:
+        """Nothing runs."""
+
+
+Evidence: TypeAlias = Examples | Statistics
+"""What is known of a fine-tune beside its weights."""
+
+
 def merge_layerwise(
     rule: LayerRule,
     start: Start,
-    all_examples: Sequence[Examples],
+    evidence: Sequence[Evidence],
     on_progress: OnProgress = ignore,
     state: Path | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, object]]:
@@ -203,9 +240,12 @@ def merge_layerwise(
         DeltaflError: too few examples, a model that cannot do its task.
     """
     ridge = (1e-2 if rule.examples <= 32 else 1e-4) if rule.ridge is None else rule.ridge
-    maps = find_maps(start, all_examples[0])
-    clients = [Client(examples, start, rule, maps) for examples in all_examples]
-    shares = [examples.weight for examples in all_examples]
+    first = evidence[0]
+    maps = first.maps if isinstance(first, Statistics) else find_maps(start, first)
+    clients = [
+        one if isinstance(one, Statistics) else Client(one, start, rule, maps) for one in evidence
+    ]
+    shares = [one.weight for one in evidence]
     tensors, fallbacks, up, down = dict[str, Tensor](), list[str](), 0, 0
     try:
         for done, m in enumerate(maps, 1):

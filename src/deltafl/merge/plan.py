@@ -18,7 +18,7 @@ from deltafl.checkpoints.align import Alignment, align
 from deltafl.checkpoints.layout import SIZES, Layout, fingerprint, read_layout
 from deltafl.errors import DeltaflError, attempt
 from deltafl.merge.recipe import MergeRecipe, ModelEntry
-from deltafl.recipes import Recipe, read_recipe
+from deltafl.recipes import R, Recipe, read_recipe
 from deltafl.rules.rule import Rule, Source, TensorRule, build_rule, check_rule
 
 Facts: TypeAlias = dict[str, Any]
@@ -173,11 +173,15 @@ def read_model(ref: str) -> Layout:
 
 def read_training(layout: Layout) -> Training:
     """Raises DeltaflError if it cannot be right. Without the file nothing is known."""
-    file, problems = layout.folder / "training.json", list[str]()
-    if not file.is_file():
-        return Training()
+    file = layout.folder / "training.json"
+    return read_json(Training, file) if file.is_file() else Training()
+
+
+def read_json(kind: type[R], file: Path) -> R:
+    """What a file says. Raises DeltaflError, naming the file, if it cannot be right."""
+    problems = list[str]()
     try:
-        found = attempt(problems, read_recipe, Training, {**json.loads(file.read_text())})
+        found = attempt(problems, read_recipe, kind, {**json.loads(file.read_text())})
     except (ValueError, TypeError):
         found, problems = None, ["is not a JSON object"]
     if found is None:

@@ -7,6 +7,7 @@ whose models have the same bits are one, whatever methods and parameters they co
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
 from statistics import fmean
 from typing import TypeAlias
@@ -22,6 +23,7 @@ from deltafl.errors import DeltaflError
 from deltafl.merge.candidates import BASE, Method, Row, grid_of
 from deltafl.merge.examples import example_update
 from deltafl.merge.inputs import Opened
+from deltafl.merge.layerwise import Examples
 from deltafl.merge.plan import Facts
 from deltafl.merge.race import looks, orders, race
 from deltafl.merge.search_recipe import SearchRecipe
@@ -68,8 +70,8 @@ class Problem:
         if not isinstance(core, ExampleRule):
             return self.opened.aggregate(rule)
         if core not in self.found:
-            nets, tasks = [goal.net for goal in self.goals], [goal.task for goal in self.goals]
-            self.found[core] = example_update(core, self.opened, nets, tasks)
+            known = [partial(Examples, goal.net, goal.task) for goal in self.goals]
+            self.found[core] = example_update(core, self.opened, known)
         return self.found[core][0]
 
     def load(self, update: Tensors | None, server_lr: float) -> None:

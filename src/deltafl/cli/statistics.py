@@ -1,0 +1,22 @@
+"""`deltafl statistics`."""
+
+import click
+
+from deltafl.cli.command import quiet, recipe_command
+from deltafl.cli.progress import drawn_progress
+from deltafl.merge.statistics_run import StatisticsRecipe, write_statistics
+
+
+@recipe_command(StatisticsRecipe)
+@quiet
+def statistics_command(recipe: StatisticsRecipe, quiet: bool) -> None:
+    """Write what a merge by regmean or fisher needs of a model's task, to share in place of data.
+
+    \b
+    deltafl statistics --model M --task T --kind gram
+    deltafl merge --method regmean ...     without --tasks
+    """
+    with drawn_progress(quiet=quiet) as show:
+        out = write_statistics(recipe, show)
+    if not quiet:
+        click.echo(f"statistics: {out}")
