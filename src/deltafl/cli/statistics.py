@@ -4,7 +4,8 @@ import click
 
 from deltafl.cli.command import quiet, recipe_command
 from deltafl.cli.progress import drawn_progress
-from deltafl.merge.statistics_run import StatisticsRecipe, write_statistics
+from deltafl.merge.examples import write_statistics
+from deltafl.merge.recipe import StatisticsRecipe
 
 
 @recipe_command(StatisticsRecipe)

@@ -1,25 +1,38 @@
 """Merges of checkpoints by examples of their tasks: the models that run, the update they give."""
 
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from safetensors.torch import save
+
 from deltafl.algebra.tensors import Joined, Lazy, Tensors, device_named
 from deltafl.checkpoints.layout import fingerprint
 from deltafl.errors import DeltaflError, attempt
-from deltafl.merge.gradients import learn, merge_fisher
-from deltafl.merge.inputs import Opened
-from deltafl.merge.layerwise import Evidence, Examples, Start, merge_layerwise
-from deltafl.merge.plan import Facts, Plan
-from deltafl.merge.recipe import ModelEntry
-from deltafl.merge.run import run_merge
-from deltafl.merge.statistics import KINDS, read_statistics
+from deltafl.files import atomic_folder, check_output, write_atomically
+from deltafl.merge.gradients import fisher_information, learn, merge_fisher
+from deltafl.merge.inputs import Opened, open_updates
+from deltafl.merge.layerwise import (
+    Client,
+    Evidence,
+    Examples,
+    Start,
+    Statistics,
+    find_maps,
+    merge_layerwise,
+)
+from deltafl.merge.plan import Facts, Plan, plan_merge, read_model
+from deltafl.merge.recipe import KINDS, MergeRecipe, ModelEntry, StatisticsRecipe
+from deltafl.merge.run import VERSIONS, run_merge
+from deltafl.merge.statistics import FOLDER, NOTE, PART, read_statistics
 from deltafl.models import HEAD_FILE, HeadRecipe, Net, load_net
-from deltafl.progress import OnProgress, ignore
+from deltafl.progress import OnProgress, Progress, ignore
 from deltafl.rules.fisher import Fisher
 from deltafl.rules.learned import Learned
+from deltafl.rules.regmean import RegMean
 from deltafl.rules.rule import ExampleRule, LayerRule
 from deltafl.rules.task_arithmetic import TaskArithmetic
 from deltafl.rules.weights import shares
@@ -136,18 +149,16 @@ def merge_by_examples(
     """
     recipe, rule, out = plan.recipe, plan.rule.core, Path(out)
     assert isinstance(rule, ExampleRule)
-    told: Facts = {}
     if rule.name in KINDS and all(entry.data is None for entry in recipe.entries.values()):
-        notes, known = read_statistics(plan)
-        rule = replace(rule, examples=min(note.examples for note in notes))
-        told["statistics"] = [
-            note.model_dump(include={"task", "examples", "seed"}) for note in notes
-        ]
-        prints = [note.model_dump_json() for note in notes]
+        found = [*read_statistics(plan)]
+        known = [partial(Statistics, files) for _, files in found]
+        notes = [note.model_dump(include={"task", "examples", "seed"}) for note, _ in found]
+        prints, told = [repr(found)], {"statistics": notes}
+        rule = replace(rule, examples=min(note["examples"] for note in notes))
     else:
         nets, tasks = load_nets(plan)
         known = [partial(Examples, *pair) for pair in zip(nets, tasks, strict=True)]
-        prints = [task.fingerprint() for task in tasks]
+        prints, told = [task.fingerprint() for task in tasks], {}
     prints += [fingerprint(layout) for layout in plan.inputs]
     key = hash_of(repr(recipe.content()), *prints)
     state = out.with_name(f"{out.name}.layers")
@@ -159,3 +170,44 @@ def merge_by_examples(
     record = run_merge(plan, out, overwrite=overwrite, on_progress=on_progress, make=make)
     shutil.rmtree(state, ignore_errors=True)
     return record
+
+
+def write_statistics(recipe: StatisticsRecipe, on_progress: OnProgress = ignore) -> Path:
+    """Run a model once and write the folder of a recipe, whole or not at all; returns it.
+
+    Grams are float64: rounded to float32 they moved a merged ViT by 6e-5 of its largest weights.
+
+    Raises:
+        DeltaflError: bad input; the folder exists.
+    """
+    layout = read_model(recipe.model)
+    itself = {"base": recipe.model, "models": (recipe.model,), "tasks": (recipe.task,)}
+    plan = plan_merge(MergeRecipe.of(**itself, device=recipe.device, allow_other_base=True))
+    if recipe.out is None and layout.revision:
+        raise DeltaflError(f'model "{recipe.model}" is no folder here; name one with --out')
+    out = Path(recipe.out or layout.folder / FOLDER / recipe.kind)
+    plan.refuse_as_output(out)
+    check_output(out, overwrite=recipe.overwrite)
+    (net,), (task,) = load_nets(plan)
+    opened = open_updates(plan)
+    start = Start(opened.base, opened.base, opened.base.dtype)
+    examples = Examples(net, task, *opened.tuned.values(), weight=1.0)
+    if recipe.kind == "fisher":
+        found = fisher_information(Fisher(recipe.examples, recipe.seed), start, examples)
+        names, tensors = dict.fromkeys(found), found.values()
+    else:
+        maps = find_maps(start, examples)
+        client = Client(examples, start, RegMean(recipe.examples, recipe.seed), maps)
+        names, tensors = {m.weight: m.bias for m in maps}, client.grams(maps)
+    note = recipe.content() | {
+        "model": fingerprint(layout),
+        "task": task.name,
+        "tensors": names,
+        "versions": VERSIONS,
+    }
+    with atomic_folder(out, overwrite=recipe.overwrite) as folder:
+        for number, (name, tensor) in enumerate(zip(names, tensors, strict=True), 1):
+            write_atomically(folder / PART.format(number), save({name: tensor}))
+            on_progress(Progress("statistics", number, len(names)))
+        write_atomically(folder / NOTE, json.dumps(note, indent=2).encode())
+    return out

@@ -23,7 +23,7 @@ FLOOR = 1e-9
 def fisher_information(rule: Fisher, start: Start, one: Evidence) -> dict[str, Tensor]:
     """Sums over the examples for each tensor that trains, by its name in the base."""
     if isinstance(one, Statistics):
-        return {name: one.read(name) for name in one.files}
+        return {m.weight: one.read(m) for m in one.files}
     one.net.load(one.tuned)
     generator = keyed_generator(rule.seed, "fisher", one.task.name)
     scorer = FisherScorer(one.net, one.task)

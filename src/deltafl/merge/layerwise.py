@@ -9,7 +9,7 @@ thread that waits before a map until it is solved, so that nothing is computed t
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -151,16 +151,16 @@ class Client:
         tensor = start.read(start.base, device)(name)
         return tensor + start.read(start.mean, device)(name) if name in start.mean else tensor
 
-    def advance(self) -> Mapping[str, Tensor]:
-        """Run to the next map; what it is given in each of the models that the rule names."""
-        return {side: one.advance() for side, one in self._passes.items()}
+    def advance(self) -> None:
+        """Run to the next map, in each of the models that the rule names."""
+        self._given = {side: one.advance() for side, one in self._passes.items()}
 
-    def moments(self, m: Map, given: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def moments(self, m: Map) -> tuple[Tensor, Tensor, Tensor]:
         """What is sent for the map that the passes have come to: the means over rows of
         (W_t L_t^T + E_t^T) R_t and R_t^T R_t, and W_t.
         """
         matrix = m.matrix(self._examples.tuned)
-        left, right = (given[side] for side in self._rule.inputs)
+        left, right = (self._given[side] for side in self._rule.inputs)
         shape, error = self._start.base[m.weight].shape, None
         if m.skip and len(self._passes) > 1:
             ours, theirs = (self._passes[side].skips[m.skip] for side in self._rule.inputs)
@@ -171,6 +171,15 @@ class Client:
             error = None if error is None else error[real]
         cross, gram = sums(m, matrix, left, right, shape, error)
         return cross, gram, matrix
+
+    def grams(self, maps: Sequence[Map]) -> Iterator[Tensor]:
+        """R_t^T R_t of each map; then it leaves."""
+        try:
+            for m in maps:
+                self.advance()
+                yield self.moments(m)[1]
+        finally:
+            self.leave()
 
     def take(self, tensors: Tensors) -> None:
         """The merged tensors of the map that was asked for."""
@@ -187,28 +196,26 @@ class Client:
 class Statistics:
     """What `deltafl statistics` kept of a fine-tune and its examples: of each map R_t^T R_t, where
     both inputs are the fine-tune's (see `LayerRule`), which it sends as a `Client` would; or of
-    each tensor that trains its Fisher information.
+    each tensor that trains, as if it were a map without bias, its Fisher information.
 
-    files: name in the base -> the file with its tensor alone. tuned, weight: as of `Examples`.
+    files: map -> the file with its tensor alone. tuned, weight: as of `Examples`.
     """
 
-    maps: Sequence[Map]
-    files: Mapping[str, Path]
+    files: Mapping[Map, Path]
     tuned: Tensors
     weight: float
 
-    def read(self, name: str) -> Tensor:
-        """The tensor of a name in the base, float64."""
-        (tensor,) = load_file(self.files[name]).values()
+    def read(self, m: Map) -> Tensor:
+        """The tensor of a map, float64."""
+        (tensor,) = load_file(self.files[m]).values()
         return tensor.double()
 
-    def advance(self) -> Mapping[str, Tensor]:
+    def advance(self) -> None:
         """Nothing runs."""
-        return {}
 
-    def moments(self, m: Map, given: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def moments(self, m: Map) -> tuple[Tensor, Tensor, Tensor]:
         """As those of `Client`."""
-        matrix, gram = m.matrix(self.tuned), self.read(m.weight)
+        matrix, gram = m.matrix(self.tuned), self.read(m)
         return matrix @ gram, gram, matrix
 
     def take(self, tensors: Tensors) -> None:
@@ -241,7 +248,7 @@ def merge_layerwise(
     """
     ridge = (1e-2 if rule.examples <= 32 else 1e-4) if rule.ridge is None else rule.ridge
     first = evidence[0]
-    maps = first.maps if isinstance(first, Statistics) else find_maps(start, first)
+    maps = [*first.files] if isinstance(first, Statistics) else find_maps(start, first)
     clients = [
         one if isinstance(one, Statistics) else Client(one, start, rule, maps) for one in evidence
     ]
@@ -249,12 +256,13 @@ def merge_layerwise(
     tensors, fallbacks, up, down = dict[str, Tensor](), list[str](), 0, 0
     try:
         for done, m in enumerate(maps, 1):
-            given = [client.advance() for client in clients]
+            for client in clients:
+                client.advance()
             kept = list(state.glob(f"{done:05d}*")) if state else []
             if kept:
                 merged, fell_back = load_file(kept[0]), FALLBACK in kept[0].name
             else:
-                sent = [client.moments(m, one) for client, one in zip(clients, given, strict=True)]
+                sent = [client.moments(m) for client in clients]
                 cross, gram, prior = (
                     sum((p * part for p, part in zip(shares, parts, strict=True)), torch.zeros(()))
                     for parts in zip(*sent, strict=True)

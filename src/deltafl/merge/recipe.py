@@ -19,6 +19,10 @@ LISTS |= {"tasks": "data"}
 """What is said of all models in one list -> what says it of one."""
 
 
+KINDS = {"regmean": "gram", "fisher": "fisher"}
+"""Method -> the statistics that it takes in place of examples."""
+
+
 class ModelEntry(Recipe):
     """A fine-tuned model; None: as training.json beside it says, and a weight of 1."""
 
@@ -168,3 +172,18 @@ class MergeRecipe(RuleParameters, DeltaRecipe):
         if not found:
             attempt(found, lambda: self.model_weights)
         yield from found
+
+
+class StatisticsRecipe(Recipe):
+    """What a merge by regmean (gram) or fisher needs to know of a model's task."""
+
+    model: str = Field(description="The fine-tuned model: folder, file or hub id.")
+    task: str = Field(description="Its task, as --data takes one.")
+    kind: Literal["gram", "fisher"] = Field(description="gram, for regmean, or fisher.")
+    examples: int = Field(128, ge=1, description="Of the train split, without their labels.")
+    seed: int = Field(0, description="Draws the examples.")
+    device: Annotated[str, Incidental] = Field("cpu", description="Where to compute: cpu or cuda.")
+    out: Annotated[str | None, Incidental] = Field(
+        None, description="The folder to write. Default: statistics/KIND in the model's."
+    )
+    overwrite: Annotated[bool, Incidental] = Field(False, description="Replace an existing output.")
