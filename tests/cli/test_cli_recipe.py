@@ -15,7 +15,11 @@ from deltafl.rules.parameters import RuleParameters
 
 FOUND = {name: app.get_command(click.Context(app), name) for name in COMMANDS}
 RECIPES = {n: c.recipe for n, c in FOUND.items() if isinstance(c, RecipeCommand)}
-FILLED: dict[str, Any] = {"models": ["m"], "search": [{"path": "m", "data": "digits"}]}
+FILLED: dict[str, Any] = {
+    "models": ["m"],
+    "kind": "gram",
+    "search": [{"path": "m", "data": "digits"}],
+}
 
 every_recipe = pytest.mark.parametrize("name", RECIPES)
 

@@ -49,7 +49,7 @@ class Rival(Merging):
         nets = nets_for(base.copy_to(self.study.device), tasks, heads)
         tuned = [dict(open_tensors(store.place(model))) for model in self.models]
         parts = [
-            Examples(task.name, net, task, tensors, 1 / count)
+            Examples(net, task, tensors, 1 / count)
             for task, net, tensors in zip(tasks, nets, tuned, strict=True)
         ]
         single, teachers = list[float](), list[Net]()

@@ -65,10 +65,10 @@ def sequential_regression(
     mean = task_arithmetic(vectors).tensors
     net = Net(copy.deepcopy(base).eval(), ImageInput(1))
     held = dict(net.module.state_dict())
-    start = Start(held, mean, {name: name for name in held}, mean.spec(next(iter(mean))).dtype)
+    start = Start(held, mean, mean.spec(next(iter(mean))).dtype)
     rows = [one if isinstance(one, Mapping) else {"": one} for one in inputs]
     all_examples = [
-        Examples(task.name, net, task, Stepped(lazy(held), vector.tensors, 1.0), 1 / len(vectors))
+        Examples(net, task, Stepped(lazy(held), vector.tensors, 1.0), 1 / len(vectors))
         for task, vector in zip([_Rows("inputs", {"train": r}) for r in rows], vectors, strict=True)
     ]
     count = min(one.task.size("train") for one in all_examples)
