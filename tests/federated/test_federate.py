@@ -90,7 +90,7 @@ SCAFFOLD = {"local_algorithm": "scaffold", "momentum": 0.0}
     ("client", "words", "changes"),
     [
         (f"{__name__}:all_inf", r"round 1: no client's update is finite \(3 of them\); use a smaller lr", {}),
-        (f"{__name__}:lacking", 'update of client .* has not the tensors.*"first.bias"', {}),
+        (f"{__name__}:lacking", '"client ." and "the server" differ in tensors.*"first.bias"', {}),
         (f"{__name__}:none_such", "none_such", {}),
         ("no_such_module:x", "no_such_module", {}),
         (f"{__name__}:untrained", "scaffold needs clients that return their new control", SCAFFOLD),

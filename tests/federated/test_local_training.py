@@ -157,11 +157,33 @@ def test_scaffold_is_algorithm_1_with_option_ii(train_head: bool, tmp_path: Path
         c = {n: c[n] + sum(d[n] for d in changes) / 4 for n in names}
         torch.testing.assert_close(dict(state.params), x, rtol=1e-4, atol=1e-5)
         pairs = [(state.control, c)]
-        for k, last in state.control_rounds.items():
-            pairs.append((begun.federation.controls.read(k, last, state.control), own[k]))
+        for k in own:
+            read = begun.federation.controls.read(k, number + 1, state.control)
+            pairs.append((read, own[k]))
         for ours, theirs in pairs:
             flat = torch.cat([theirs[n].reshape(-1) for n in names])
             torch.testing.assert_close(ours, flat, rtol=1e-3, atol=1e-4)
+
+
+def test_a_tensor_that_is_frozen_whole_has_no_gradient_and_changes_no_bit(tmp_path: Path) -> None:
+    begun = begin(tmp_path, RECIPE.replace(sparsity_ratio=0.5, mask_strategy="random"))
+    fed, start = begun.federation, begun.state.params
+    net, part = fed.net, Round(1, 2, fed.shards[2], 3, 0.05)
+    ours = LocalTraining(net, fed.task, fed.recipe)
+    assert fed.mask is not None
+    mask = {**fed.mask, "encoder.first.weight": torch.zeros(12, 64, dtype=torch.bool)}
+    nearly = {n: m.clone() for n, m in mask.items()}
+    nearly["encoder.first.weight"][0, 0] = True
+    found = []
+    for given in (mask, nearly):
+        update = ours(start, given, part)
+        assert net.flat.grad is not None
+        assert bool(net.flat.grad[net.slices["encoder.first.weight"]].any()) == (given is nearly)
+        found.append({n: update.delta[n] for n in start})
+    assert not found[0]["first.weight"].any()
+    assert torch.equal(found[0]["last.weight"].ne(0), found[1]["last.weight"].ne(0))
+    dense = ours(start, None, part)
+    assert dense.delta["first.weight"].ne(0).sum() > 9
 
 
 def test_clipping_sees_the_kept_coordinates_only(tmp_path: Path) -> None:

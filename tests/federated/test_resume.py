@@ -249,11 +249,15 @@ def test_states_are_written_in_a_hundredth_of_the_time_and_the_first_at_once(
         assert kept.is_due() == due
 
 
-def test_controls_that_the_state_does_not_refer_to_are_deleted(tmp_path: Path) -> None:
+def test_controls_that_no_later_round_reads_are_deleted(tmp_path: Path) -> None:
     controls, like = Controls(tmp_path), torch.empty(3)
     for client, number in ((1, 1), (1, 3), (2, 2)):
         controls.write(client, number, torch.full((3,), float(10 * client + number)))
-    controls.prune(ServerState(4, {}, control_rounds={1: 3}))
-    assert [f.name for f in tmp_path.iterdir()] == ["client-1-round-3.safetensors"]
-    assert torch.equal(controls.read(1, 3, like), torch.full((3,), 13.0))
-    assert torch.equal(controls.read(2, None, like), torch.zeros(3))
+    controls.prune(3, 4)
+    assert len([*tmp_path.iterdir()]) == 3
+    for number, value in ((1, 0.0), (2, 11.0), (3, 11.0), (4, 13.0)):
+        assert torch.equal(controls.read(1, number, like), torch.full((3,), value))
+    controls.prune(4, 4)
+    assert len([*tmp_path.iterdir()]) == 2
+    assert torch.equal(controls.read(1, 4, like), torch.full((3,), 13.0))
+    assert torch.equal(controls.read(3, 4, like), torch.zeros(3))

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from checkpoint_files import cli
-from deltafl.federated import Callback, FederatedRecipe
+from deltafl.federated import FederatedRecipe
 from deltafl.federated.server import ServerState
 from deltafl.merge.plan import plan_merge
 from deltafl.merge.recipe import MergeRecipe
@@ -18,7 +18,7 @@ from deltafl.merge.run import run_merge
 from deltafl.models import Net, load_net
 from deltafl.rules.rule import delta_rules, load_rules
 from federated import worlds
-from federated.worlds import assert_same, federate, halves, normed, plain
+from federated.worlds import assert_same, begin, federate, halves, normed, one_round, plain
 from laws.worlds import EXAMPLES
 from tiny_models import vit_file
 
@@ -35,18 +35,11 @@ CASES = [
 ]
 
 
-class LastState(Callback):
-    state: ServerState
-
-    def after(self, state, result, row) -> None:
-        self.state = state
-
-
 def after_one_round(net: Net, recipe: FederatedRecipe, out: Path) -> tuple[ServerState, Path]:
     """The state after the round, and the folder of the clients' checkpoints."""
-    last = LastState()
-    federate(net, halves(), recipe, out, save_client_updates=(1,), callbacks=[last])
-    return last.state, out / "updates" / "round-0001"
+    federate(net, halves(), recipe, out, save_client_updates=(1,))
+    state, _ = one_round(begin(out, recipe, net, halves()))
+    return state, out / "updates" / "round-0001"
 
 
 def clients(folder: Path) -> list[Path]:

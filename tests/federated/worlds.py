@@ -3,7 +3,6 @@
 import atexit
 import shutil
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltafl.federated import Callback, FederatedRecipe
+from deltafl.federated import FederatedRecipe
 from deltafl.federated import federate as run_federated
 from deltafl.federated.rounds import RoundResult, Workers, run_round
 from deltafl.federated.server import ServerState
@@ -100,12 +99,11 @@ def language() -> tuple[Net, Task]:
 
 def federate(
     net: Net, task: Task, recipe: FederatedRecipe, out: Path, *, resume: bool = False,
-    on_progress: OnProgress = ignore, callbacks: Sequence[Callback] = (), **settings: Any,
+    on_progress: OnProgress = ignore, **settings: Any,
 ) -> FinishedRun:  # fmt: skip
     """A run into `out` with other settings than the recipe's."""
     recipe = recipe.replace(out=str(out), **settings)
-    how: dict[str, Any] = {"on_progress": on_progress, "callbacks": callbacks}
-    return run_federated(net, task, recipe, resume=resume, **how)
+    return run_federated(net, task, recipe, resume=resume, on_progress=on_progress)
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,11 @@
 """Federated learning: rounds of local training, each ended by the server step of a merge."""
 
-from deltafl.federated.callbacks import Callback
 from deltafl.federated.client import Client, ClientUpdate, LocalTraining
 from deltafl.federated.local import Round
 from deltafl.federated.recipe import FederatedRecipe
 from deltafl.federated.run import federate
 
 __all__ = [
-    "Callback",
     "Client",
     "ClientUpdate",
     "FederatedRecipe",

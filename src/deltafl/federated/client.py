@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deltafl.algebra.deltas import Difference, Update
 from deltafl.algebra.tensors import Joined, Tensors
@@ -13,16 +13,17 @@ from deltafl.federated.local import Round
 from deltafl.federated.recipe import FederatedRecipe
 from deltafl.models.net import Net
 from deltafl.seeding import keyed_generator
+from deltafl.sparse.eligible import trained
 from deltafl.sparse.masks import Mask
 from deltafl.sparse.packed import PackedDelta, kept_index
-from deltafl.sparse.sgdm import SparseSGDM, frozen_tensors
+from deltafl.sparse.sgdm import SparseSGDM
 from deltafl.tasks.task import Task
 from deltafl.training.step import batches, keyed_dropout, train_step
 
 
 @dataclass(frozen=True)
 class ClientUpdate(Update):
-    """An update with the mean training loss, and for scaffold the client's new c_i, (P,)."""
+    """An update with the mean training loss, and for scaffold the client's new c_i, (k,)."""
 
     loss: float | None = None
     control: Tensor | None = None
@@ -44,14 +45,15 @@ class LocalTraining:
 
     The net is set to the server's parameters at the start of every call; momentum starts anew.
     Buffers that are not float (counters of batches) are put back at the end: nobody's training is
-    in them.
+    in them. Gradients of tensors of which the mask keeps nothing are not computed.
     """
 
     def __init__(self, net: Net, task: Task, recipe: FederatedRecipe) -> None:
         self.net, self.task, self.recipe = net, task, recipe
         names, self._state = names_of(net), state_of(net)
-        self._trained = {names[n]: part for n, part in net.slices.items()}
-        self._counters = [b for b in net.module.buffers() if not b.is_floating_point()]
+        self._shapes = {names[n]: tuple(t.shape) for n, t in net.trained.items()}
+        buffers = [b for b in net.module.buffers() if not b.is_floating_point()]
+        self._counters = [(b, b.clone()) for b in buffers]
         self._index: Tensor | None = None
         self._mask: Mask | None = None
 
@@ -62,10 +64,7 @@ class LocalTraining:
         """
         net, seed, local = self.net, self.recipe.seed, self.recipe.local
         load_state(self._state, params)
-        counters = [b.clone() for b in self._counters]
-        index = None if mask is None else self.index(mask)
-        before = None if index is None else net.flat.index_select(0, index)
-        algorithm = local.algorithm(net.flat, local, round)
+        index = self.index(mask)
         optimiser = SparseSGDM(
             net.flat,
             index,
@@ -74,19 +73,22 @@ class LocalTraining:
             weight_decay=local.weight_decay,
             nesterov=local.nesterov,
         )
+        kept = optimiser.kept
+        before = kept if index is None else kept.detach().clone()
+        algorithm = local.algorithm(kept, local, round)
 
         def adjust() -> None:
-            assert net.flat.grad is not None
-            algorithm.adjust(net.flat.grad)
+            optimiser.gather()
+            assert kept.grad is not None
+            algorithm.adjust(kept.grad)
             if local.grad_clip is not None:
-                optimiser.mask_gradients_()
+                nn.utils.clip_grad_norm_([kept], local.grad_clip)
 
         purpose = f"round {round.number} client {round.client}"
         rows = batches(round.ids, local.batch_size, seed, round.num_steps, purpose)
         drawn, device = keyed_generator(seed, "augment", purpose), net.device
         loss = torch.zeros((), device=device)
-        dropout = keyed_dropout(device, seed, round.number, round.client)
-        with frozen_tensors(net.module, mask or {}), dropout, torch.enable_grad():
+        with keyed_dropout(device, seed, round.number, round.client), torch.enable_grad():
             for ids in rows:
                 loss += train_step(
                     net,
@@ -94,36 +96,30 @@ class LocalTraining:
                     self.task.batch("train", ids, device, drawn),
                     optimiser,
                     lr=round.lr,
-                    grad_clip=local.grad_clip,
                     autocast=self.recipe.autocast,
                     on_gradients=adjust,
                 )
-        for buffer, value in zip(self._counters, counters, strict=True):
+        for buffer, value in self._counters:
             buffer.copy_(value)
         source = local.source(f"client {round.client}", len(round.ids), round.num_steps, round.lr)
-        mean = float(loss) / round.num_steps
-        return ClientUpdate(self._delta(params, index, before), source, mean, algorithm.control())
+        if index is None:
+            delta = Difference(params, {n: t.clone() for n, t in self._state.items()})
+        else:
+            packed = PackedDelta(kept.float() - before, index, self._shapes)
+            rest = {n: t.clone() for n, t in self._state.items() if n not in packed}
+            parts = packed, Difference(params, rest)
+            delta = Joined({n: (part, n) for part in parts for n in part}) if rest else packed
+        return ClientUpdate(delta, source, float(loss) / round.num_steps, algorithm.control())
 
-    def index(self, mask: Mask) -> Tensor | None:
+    def index(self, mask: Mask | None) -> Tensor | None:
         """Where the kept values of every update with this mask belong; None if all are kept."""
         if self._mask is not mask:
-            self._mask = mask
-            index = kept_index(mask, self.net.slices, self.net.device)
-            self._index = index if len(index) < len(self.net.flat) else None
+            self._mask, self._index = mask, None
+            for name, parameter in trained(self.net).items():
+                parameter.requires_grad_(mask is None or bool(mask[name].any()))
+            if mask is not None and not all(kept.all() for kept in mask.values()):
+                self._index = kept_index(mask, self.net.slices, self.net.device)
         return self._index
-
-    def _delta(self, params: Tensors, index: Tensor | None, before: Tensor | None) -> Tensors:
-        """What was trained, less `params`; with a mask only the kept values are held."""
-        flat, shapes = self.net.flat.detach(), {n: self._state[n].shape for n in self._trained}
-        buffers = {n: t.clone() for n, t in self._state.items() if n not in shapes}
-        if index is None or before is None:
-            copy = flat.clone()
-            after = {n: copy[part].view(shapes[n]) for n, part in self._trained.items()}
-            return Difference(params, after | buffers)
-        moved = flat.index_select(0, index).float().sub_(before)
-        packed = PackedDelta(moved, index, shapes)
-        rest = Difference({n: params[n] for n in buffers}, buffers)
-        return Joined({n: (part, n) for part in (packed, rest) for n in part}) if rest else packed
 
 
 def names_of(net: Net) -> dict[str, str]:

@@ -25,25 +25,30 @@ class Controls:
 
     folder: Path
 
-    def _file(self, client: int, number: int) -> Path:
-        return self.folder / f"client-{client}-round-{number}.safetensors"
+    def _files(self, client: int, number: int) -> list[Path]:
+        """Of a client, from before a round, the oldest first."""
+        past = self.folder / f"{client}-{number:06}"
+        return [file for file in sorted(self.folder.glob(f"{client}-*")) if file < past]
 
-    def read(self, client: int, number: int | None, like: Tensor) -> Tensor:
-        """c_i (P,) that a client made in a round, memory-mapped; 0 where it never took part."""
-        if number is None:
-            return torch.zeros_like(like)
-        with safe_open(self._file(client, number), "pt") as file:
-            return file.get_tensor("control").to(like.device)
+    def read(self, client: int, number: int, like: Tensor) -> Tensor:
+        """c_i (k,) with which a client begins a round, memory-mapped; 0 where it never took
+        part.
+        """
+        for last in self._files(client, number)[-1:]:
+            with safe_open(last, "pt") as file:
+                return file.get_tensor("control").to(like.device)
+        return torch.zeros_like(like)
 
     def write(self, client: int, number: int, control: Tensor) -> None:
         """Keep what a client made in a round."""
-        write_atomically(self._file(client, number), save({"control": control.cpu().contiguous()}))
+        data = save({"control": control.cpu().contiguous()})
+        write_atomically(self.folder / f"{client}-{number:06}.safetensors", data)
 
-    def prune(self, state: ServerState) -> None:
-        """Delete the files that `state`, the last one on disk, does not refer to."""
-        wanted = {self._file(client, number) for client, number in state.control_rounds.items()}
-        for file in set(self.folder.glob("*")) - wanted:
-            file.unlink()
+    def prune(self, number: int, num_clients: int) -> None:
+        """Delete the files that no round from `number` on, the last on disk, reads."""
+        for client in range(num_clients):
+            for old in self._files(client, number)[:-1]:
+                old.unlink()
 
     def step(
         self, state: ServerState, updates: Mapping[int, ClientUpdate], num_clients: int
@@ -54,7 +59,7 @@ class Controls:
         Raises:
             DeltaflError: an update without a new control.
         """
-        control, rounds = state.control, dict(state.control_rounds)
+        control = state.control
         if control is None:
             return state
         for k, update in updates.items():
@@ -63,8 +68,7 @@ class Controls:
                     "scaffold needs clients that return their new control; this one's updates "
                     "have none"
                 )
-            change = update.control - self.read(k, rounds.get(k), control)
+            change = update.control - self.read(k, state.round, control)
             control = control + change / num_clients
             self.write(k, state.round, update.control)
-            rounds[k] = state.round
-        return replace(state, control=control, control_rounds=rounds)
+        return replace(state, control=control)

@@ -52,7 +52,8 @@ class Round:
     """One client's part of one round: `number` from 1, who it is, the ids of its training examples,
     how many steps at which lr.
 
-    control: c - c_i of scaffold, (P,) in the order of `net.flat`; None for other algorithms.
+    control: c - c_i of scaffold at the k coordinates that train, (k,) in the order of `net.flat`;
+    None for other algorithms.
     """
 
     number: int
@@ -67,11 +68,11 @@ class Round:
 class Sgd:
     """Plain local SGD; the base of others. One is made for each client's part of a round.
 
-    flat: the trained parameters, (P,), which hold the server's values now. has_prox: there is a
-    proximal term of weight prox_mu. has_control: server and clients keep control variates.
+    kept: what trains, (k,), which holds the server's values now. has_prox: there is a proximal term
+    of weight prox_mu. has_control: server and clients keep control variates.
     """
 
-    flat: nn.Parameter
+    kept: nn.Parameter
     recipe: LocalRecipe
     round: Round
     has_prox: ClassVar = False
@@ -81,10 +82,10 @@ class Sgd:
         """Note what is needed of the start."""
 
     def adjust(self, gradient: Tensor) -> None:
-        """Change the gradient (P,) of one step in place, before it is clipped."""
+        """Change the gradient (k,) of one step in place, before it is clipped."""
 
     def control(self) -> Tensor | None:
-        """After the last step: the client's new control variate c_i, (P,)."""
+        """After the last step: the client's new control variate c_i, (k,)."""
         return None
 
 
@@ -99,10 +100,10 @@ class FedProx(Sgd):
     has_prox = True
 
     def __post_init__(self) -> None:
-        self.start = self.flat.detach().clone()
+        self.start = self.kept.detach().clone()
 
     def adjust(self, gradient: Tensor) -> None:
-        gradient.add_(self.flat.detach() - self.start, alpha=self.recipe.prox_mu)
+        gradient.add_(self.kept.detach() - self.start, alpha=self.recipe.prox_mu)
 
 
 @LOCAL_ALGORITHMS.register("scaffold")
@@ -115,11 +116,11 @@ class Scaffold(Sgd):
 
     def __post_init__(self) -> None:
         assert self.round.control is not None
-        self.start, self.correction = self.flat.detach().clone(), self.round.control
+        self.start, self.correction = self.kept.detach().clone(), self.round.control
 
     def adjust(self, gradient: Tensor) -> None:
         gradient.add_(self.correction)
 
     def control(self) -> Tensor:
-        moved = self.start - self.flat.detach()
+        moved = self.start - self.kept.detach()
         return moved / (self.round.num_steps * self.round.lr) - self.correction

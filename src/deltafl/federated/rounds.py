@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from deltafl.algebra.aggregate import Aggregate
-from deltafl.algebra.deltas import Update
+from deltafl.algebra.deltas import Deltas, Update
 from deltafl.algebra.tensors import blocks, lazy
-from deltafl.errors import DeltaflError, shorten
+from deltafl.errors import DeltaflError
 from deltafl.federated.client import ClientUpdate, LocalTraining
 from deltafl.federated.local import Round
 from deltafl.federated.recipe import FederatedRecipe
@@ -20,13 +20,14 @@ from deltafl.federated.server import ServerState, server_step
 from deltafl.federated.setup import Federation
 from deltafl.forking import can_fork
 from deltafl.pool import Pool, shared_like
+from deltafl.rules.rule import Source
 from deltafl.training.record import Row
 
 logger = logging.getLogger(__name__)
 
 
-Job: TypeAlias = tuple[int, int, int | None]
-"""Number of the round, client, and for scaffold the round that its c_i is from."""
+Job: TypeAlias = tuple[int, int]
+"""Number of the round, and client."""
 
 Trained: TypeAlias = tuple[ClientUpdate, bool, float]
 """An update, whether it is finite, and the seconds that it took."""
@@ -61,7 +62,8 @@ def run_round(
     for k, (update, finite, took) in zip(chosen, workers.train(state, chosen), strict=True):
         client_seconds += took
         if recipe.local.client is not None:
-            _refuse_other_tensors(update, k, state.params)
+            told = Update(state.params, Source("the server"))
+            Deltas([told, Update(update.delta, Source(f"client {k}"))], {})
         if finite:
             updates[k] = update
         else:
@@ -124,14 +126,14 @@ class Workers(Pool[Job, Trained]):
                 held[name].copy_(tensor)
         else:
             self._state = state
-        return self.map((state.round + 1, k, state.control_rounds.get(k)) for k in clients)
+        return self.map((state.round + 1, k) for k in clients)
 
     def _train(self, job: Job) -> Trained:
-        number, k, own = job
+        number, k = job
         fed, recipe, state = self._federation, self._federation.recipe, self._state
         started, control = time.perf_counter(), state.control
         if control is not None:
-            control = control - fed.controls.read(k, own, control)
+            control = control - fed.controls.read(k, number, control)
         part = Round(number, k, fed.shards[k], recipe.steps_of(k), recipe.lr_in(number), control)
         update = fed.client(state.params, fed.mask, part)
         if not isinstance(update, ClientUpdate):
@@ -189,16 +191,3 @@ def is_finite(update: Update) -> bool:
         for name in delta
         for ends in blocks(delta.spec(name).numel)
     )
-
-
-def _refuse_other_tensors(update: Update, client: int, params: Mapping[str, Tensor]) -> None:
-    """Raise DeltaflError unless the delta has the tensors of the parameters: a user's own client
-    may err.
-    """
-    delta = lazy(update.delta)
-    found, wanted = {n: delta.spec(n).shape for n in delta}, {n: t.shape for n, t in params.items()}
-    if odd := [n for n in sorted({**found, **wanted}) if found.get(n) != wanted.get(n)]:
-        raise DeltaflError(
-            f"the update of client {client} has not the tensors of the model, or other shapes: "
-            f"{shorten(odd)}; a delta holds every name of the parameters that the client was given"
-        )

@@ -14,13 +14,13 @@ from torch import Tensor
 from deltafl.algebra.deltas import Difference, Update
 from deltafl.algebra.tensors import device_named
 from deltafl.checkpoints.layout import fingerprint, read_layout
-from deltafl.federated.callbacks import Bytes, Callback
 from deltafl.federated.client import load_state, state_of
 from deltafl.federated.recipe import FederatedRecipe
 from deltafl.federated.rounds import Workers, count_workers, run_round
 from deltafl.federated.server import ServerState
 from deltafl.federated.setup import Federation, begin, make_shards, new_record
 from deltafl.federated.sharding import shard_counts
+from deltafl.federated.traffic import Traffic
 from deltafl.models.net import Net
 from deltafl.progress import OnProgress, Progress, ignore
 from deltafl.sparse.masks import load_mask
@@ -71,7 +71,6 @@ def federate(
     *,
     resume: bool = False,
     on_progress: OnProgress = ignore,
-    callbacks: Sequence[Callback] = (),
 ) -> FinishedRun:
     """Run all rounds and leave in `recipe.out` config.yaml, record.jsonl, result.json,
     mask.safetensors and the best `model/`.
@@ -80,8 +79,7 @@ def federate(
     before the first one; the model of the best one is tested, once. Killed at any moment the run
     goes on with `resume`, on a CPU to the same bits; a finished one is returned as it is. An older
     run in the folder is replaced, with `overwrite`, when head, mask and client of the new one are
-    ready. `callbacks` are called after our own. The results are the same bits for any number of
-    workers.
+    ready. The results are the same bits for any number of workers.
 
     Raises:
         DeltaflError: an output in the way, a run of another configuration, no finite update.
@@ -101,12 +99,12 @@ def federate(
         state, best = ServerState(**held["server"]), Best(**held["best"])
     record.rewind("round", state.round)
     with Workers(federation, state, count) as workers:
-        for now, row in _rounds(state, best, federation, workers, callbacks):
+        for now, row in _rounds(state, best, federation, workers):
             due = now.round > 0 and kept.is_due()
             record.append(row, sync=due)
             if due:
                 kept.write(now, best)
-                federation.controls.prune(now)
+                federation.controls.prune(now.round + 1, recipe.sharding.num_clients)
             score = row["val_score"]
             seen = {} if score is None else {"validation": score}
             on_progress(Progress("rounds", now.round, recipe.num_rounds, seen))
@@ -130,15 +128,10 @@ def check_run(task: Task, recipe: FederatedRecipe) -> tuple[torch.device, int, S
 
 
 def _rounds(
-    state: ServerState,
-    best: Best,
-    federation: Federation,
-    workers: Workers,
-    callbacks: Sequence[Callback],
+    state: ServerState, best: Best, federation: Federation, workers: Workers
 ) -> Iterator[tuple[ServerState, Row]]:
     """From `state` to the last round, or to where patience ends: the state and the row of each."""
-    recipe, task = federation.recipe, federation.task
-    callbacks = [Bytes(federation, state.round), *callbacks]
+    recipe, task, traffic = federation.recipe, federation.task, Traffic(federation, state.round)
 
     def judge(state: ServerState) -> float:
         score = score_of(federation, state.params, "val")
@@ -152,19 +145,17 @@ def _rounds(
         row: Row = {"event": "start", "round": 0, "val_score": judge(state)}
         row |= {f"{which}_client": int(told[which]) for which in ("smallest", "largest")}
         row["groups_per_client"] = [int(classes.min()), int(classes.max())]
-        for callback in callbacks:
-            callback.begin(state, row)
-        yield state, row
+        yield state, row | traffic.first
     while state.round < recipe.num_rounds and not best.exhausts(recipe.patience):
         base, (state, result) = state.params, run_round(state, federation, workers)
-        due = state.round % recipe.eval_every == 0 or state.round == recipe.num_rounds
-        row = {"event": "round", "round": state.round, **result.numbers}
+        number = state.round
+        due = number % recipe.eval_every == 0 or number == recipe.num_rounds
+        row = {"event": "round", "round": number, **result.numbers}
         row["val_score"] = judge(state) if due else None
-        for callback in callbacks:
-            callback.after(state, result, row)
+        row |= traffic.after(number, row["clients"])
         row["peak_memory_bytes"] = peak_memory() + sum(workers.memory.values())
-        if {"all", str(state.round)} & set(map(str, recipe.save_client_updates)):
-            folder = recipe.output / "updates" / f"round-{state.round:04d}"
+        if {"all", str(number)} & set(map(str, recipe.save_client_updates)):
+            folder = recipe.output / "updates" / f"round-{number:04d}"
             for client, update in result.updates.items():
                 save_update(folder, client, update, base, federation)
         yield state, row

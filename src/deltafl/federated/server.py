@@ -57,8 +57,7 @@ class ServerState:
     """All that a round starts from; a round makes a new one and changes nothing in the old.
 
     round: rounds done. params: the model (see `client.state_of`). m, v: moments of the server
-    optimiser. control: c of scaffold, (P,); control_rounds: client -> the round that its own c_i is
-    from.
+    optimiser. control: c of scaffold, (k,).
     """
 
     round: int
@@ -66,7 +65,6 @@ class ServerState:
     m: Mapping[str, Tensor] = field(default_factory=dict)
     v: Mapping[str, Tensor] = field(default_factory=dict)
     control: Tensor | None = None
-    control_rounds: Mapping[int, int] = field(default_factory=dict)
 
 
 SecondMoment = Callable[[Tensor, Tensor, float], Tensor]
@@ -101,14 +99,12 @@ def server_step(
     directions, m, v = dict(update), {}, {}
     for name in trained:
         R = directions[name]
-        old = state.m.get(name, torch.zeros_like(R))
-        if not second:
-            directions[name] = m[name] = beta1 * old + R
-            continue
-        m[name] = beta1 * old + (1 - beta1) * R
-        before = state.v.get(name, torch.full_like(R, recipe.server_tau**2))
-        v[name] = second(before, R.square(), recipe.server_beta2)
-        directions[name] = m[name] / (v[name].sqrt() + recipe.server_tau)
+        m[name] = beta1 * state.m.get(name, 0) + (1 - beta1 if second else 1) * R
+        directions[name] = m[name]
+        if second:
+            before = state.v.get(name, torch.full_like(R, recipe.server_tau**2))
+            v[name] = second(before, R.square(), recipe.server_beta2)
+            directions[name] = m[name] / (v[name].sqrt() + recipe.server_tau)
     scaled = Stepped(
         state.params, directions, lambda name: recipe.server_lr if name in trained else 1.0
     )

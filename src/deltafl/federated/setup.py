@@ -50,12 +50,18 @@ class Federation:
         names = names_of(self.net)
         return {names[n] for n in self.net.slices}
 
+    @cached_property
+    def kept(self) -> int:
+        """How many coordinates train."""
+        mask = self.mask
+        return len(self.net.flat) if mask is None else sum(int(m.sum()) for m in mask.values())
+
     def initial_state(self) -> ServerState:
         """The model as it is before the first round, which the working net holds."""
         params = {n: t.clone() for n, t in state_of(self.net).items()}
-        if not self.recipe.local.algorithm.has_control:
-            return ServerState(0, params)
-        return ServerState(0, params, control=torch.zeros_like(self.net.flat.detach()))
+        has_control = self.recipe.local.algorithm.has_control
+        control = self.net.flat.new_zeros(self.kept) if has_control else None
+        return ServerState(0, params, control=control)
 
 
 def begin(
