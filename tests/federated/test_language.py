@@ -28,7 +28,6 @@ def test_a_run_gets_better_and_its_best_model_is_tested_and_saved(tmp_path: Path
     assert found[0] < -5
     assert run.result["val_score"] == max(found) > found[0] + 0.5
     assert run.result["best_round"] == found.index(max(found)) > 0
-    assert run.rows[0]["groups_per_client"] == [1, 1]
     assert run.rows[1]["bytes_up"] == 4 * 4 * len(net.flat)
     assert (run.rows[0]["setup_bytes_up"], run.rows[0]["setup_bytes_down"]) == (0, 0)
     saved = load_net(tmp_path / "run" / "model")

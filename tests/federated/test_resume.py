@@ -14,9 +14,9 @@ import torch
 from deltafl.errors import DeltaflError
 from deltafl.federated import FederatedRecipe
 from deltafl.federated import run as federated_run
-from deltafl.federated.controls import Controls
 from deltafl.federated.run import StateFile
 from deltafl.federated.server import ServerState
+from deltafl.federated.setup import Controls
 from deltafl.progress import Progress
 from deltafl.training.loop import Best
 from deltafl.training.record import read_rows

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from deltafl.errors import DeltaflError
-from deltafl.sparse.calibration import calibrate
-from deltafl.sparse.masks import choose_mask
+from deltafl.sparse.masks import calibrate, choose_mask
 from deltafl.sparse.recipe import SparseRecipe
 
 ABLE = {"a": torch.ones(50, dtype=torch.bool), "b": torch.arange(60).reshape(6, 10) % 3 != 0}
@@ -54,7 +53,7 @@ def test_progressive_masks_are_nested_and_shrink_on_schedule(strategy, scope, mo
         masks.append(choose_mask(*args, **kwargs))
         return masks[-1]
 
-    monkeypatch.setattr("deltafl.sparse.calibration.choose_mask", recorded)
+    monkeypatch.setattr("deltafl.sparse.masks.choose_mask", recorded)
     run("progressive", rounds, lambda r: calls.append(r) or scores_of(r), strategy, scope=scope)
     assert calls == list(range(rounds))
     assert len(masks) == rounds

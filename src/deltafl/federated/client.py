@@ -13,7 +13,6 @@ from deltafl.federated.local import Round
 from deltafl.federated.recipe import FederatedRecipe
 from deltafl.models.net import Net
 from deltafl.seeding import keyed_generator
-from deltafl.sparse.eligible import trained
 from deltafl.sparse.masks import Mask
 from deltafl.sparse.packed import PackedDelta, kept_index
 from deltafl.sparse.sgdm import SparseSGDM
@@ -50,8 +49,9 @@ class LocalTraining:
 
     def __init__(self, net: Net, task: Task, recipe: FederatedRecipe) -> None:
         self.net, self.task, self.recipe = net, task, recipe
-        names, self._state = names_of(net), state_of(net)
-        self._shapes = {names[n]: tuple(t.shape) for n, t in net.trained.items()}
+        self._state = state_of(net)
+        shapes = [(n, tuple(t.shape)) for n, t in self._state.items()]
+        self._shapes = dict(shapes[: len(net.slices)])
         buffers = [b for b in net.module.buffers() if not b.is_floating_point()]
         self._counters = [(b, b.clone()) for b in buffers]
         self._index: Tensor | None = None
@@ -115,28 +115,24 @@ class LocalTraining:
         """Where the kept values of every update with this mask belong; None if all are kept."""
         if self._mask is not mask:
             self._mask, self._index = mask, None
-            for name, parameter in trained(self.net).items():
-                parameter.requires_grad_(mask is None or bool(mask[name].any()))
+            for name in self.net.slices:
+                computed = mask is None or bool(mask[name].any())
+                self.net.module.get_parameter(name).requires_grad_(computed)
             if mask is not None and not all(kept.all() for kept in mask.values()):
                 self._index = kept_index(mask, self.net.slices, self.net.device)
         return self._index
 
 
-def names_of(net: Net) -> dict[str, str]:
-    """Name in the module -> name among the server's parameters, of all that a round may change.
+def state_of(net: Net) -> dict[str, Tensor]:
+    """`net.state()`, all that a round may change, by the names of the server's parameters; no
+    copies.
 
-    That is the name in the model's files, so that rules draw as they do when files are merged; the
+    A name is that in the model's files, so that rules draw as they do when files are merged; the
     module's own where this is another tensor's.
     """
     state = net.state()
-    files = {name: net.file_name(name) for name in state}
-    return {n: n if file != n and file in state else file for n, file in files.items()}
-
-
-def state_of(net: Net) -> dict[str, Tensor]:
-    """`net.state()`, all that a round may change, by the names of `names_of`; no copies."""
-    names = names_of(net)
-    return {names[n]: t.detach() for n, t in net.state().items()}
+    files = {n: net.file_name(n) for n in state}
+    return {n if f != n and f in state else f: state[n] for n, f in files.items()}
 
 
 @torch.no_grad()

@@ -101,12 +101,9 @@ class FederatedRecipe(ClientsRecipe):
         """Local steps of a client, the same in every round: round(J S^u), u uniform in [-1, 1], at
         least 1.
         """
-        steps, spread = self.local.local_steps, self.local.local_steps_spread
-        if spread == 1:
-            return steps
         drawn = keyed_generator(self.seed, "local steps", client)
         u = 2 * torch.rand((), generator=drawn).item() - 1
-        return max(1, round(steps * spread**u))
+        return max(1, round(self.local.local_steps * self.local.local_steps_spread**u))
 
     def lr_in(self, number: int) -> float:
         """The local learning rate of a round (from 1)."""

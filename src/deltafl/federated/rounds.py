@@ -11,7 +11,6 @@ from torch import Tensor
 
 from deltafl.algebra.aggregate import Aggregate
 from deltafl.algebra.deltas import Deltas, Update
-from deltafl.algebra.tensors import blocks, lazy
 from deltafl.errors import DeltaflError
 from deltafl.federated.client import ClientUpdate, LocalTraining
 from deltafl.federated.local import Round
@@ -57,8 +56,7 @@ def run_round(
     """
     recipe, number = federation.recipe, state.round + 1
     chosen = recipe.clients_in(number)
-    updates: dict[int, ClientUpdate] = {}
-    client_seconds = 0.0
+    updates, failed, client_seconds = dict[int, ClientUpdate](), list[int](), 0.0
     for k, (update, finite, took) in zip(chosen, workers.train(state, chosen), strict=True):
         client_seconds += took
         if recipe.local.client is not None:
@@ -67,10 +65,10 @@ def run_round(
         if finite:
             updates[k] = update
         else:
+            failed.append(k)
             logger.warning(
                 "round %d: the update of client %d has NaN or Inf and is left out", number, k
             )
-    failed = [k for k in chosen if k not in updates]
     if not updates:
         raise DeltaflError(
             f"round {number}: no client's update is finite ({len(failed)} of them); "
@@ -103,13 +101,13 @@ class Workers(Pool[Job, Trained]):
 
     def __init__(self, federation: Federation, state: ServerState, count: int = 1) -> None:
         self._federation, self._state, self._shared = federation, state, count > 1
-        client, mask, known = federation.client, federation.mask, list[object]()
+        client, known = federation.client, list[object]()
         if self._shared:
             copies = shared_like(_told(state))
             self._state = replace(state, control=copies.pop(CONTROL, None), params=copies)
             known.append(copies)
-            if isinstance(client, LocalTraining) and mask is not None:
-                known.append(client.index(mask))
+            if isinstance(client, LocalTraining):
+                known.append(client.index(federation.mask))
         super().__init__(
             self._train,
             count,
@@ -185,9 +183,4 @@ def combined(updates: Sequence[Update], recipe: FederatedRecipe, number: int) ->
 
 def is_finite(update: Update) -> bool:
     """Whether no element of the delta is NaN or Inf."""
-    delta = lazy(update.delta)
-    return all(
-        delta.block(name, *ends).sum(dtype=torch.float64).isfinite()
-        for name in delta
-        for ends in blocks(delta.spec(name).numel)
-    )
+    return all(t.sum(dtype=torch.float64).isfinite() for t in update.delta.values())

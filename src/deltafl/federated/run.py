@@ -18,11 +18,16 @@ from deltafl.federated.client import load_state, state_of
 from deltafl.federated.recipe import FederatedRecipe
 from deltafl.federated.rounds import Workers, count_workers, run_round
 from deltafl.federated.server import ServerState
-from deltafl.federated.setup import Federation, begin, make_shards, new_record
-from deltafl.federated.sharding import shard_counts
-from deltafl.federated.traffic import Traffic
+from deltafl.federated.setup import (
+    Federation,
+    begin,
+    calibration_clients,
+    make_shards,
+    new_record,
+)
 from deltafl.models.net import Net
 from deltafl.progress import OnProgress, Progress, ignore
+from deltafl.sparse.eligible import eligible
 from deltafl.sparse.masks import load_mask
 from deltafl.tasks.task import Split, Task
 from deltafl.training.finetune import require_examples, write_model
@@ -62,6 +67,52 @@ class StateFile:
         write_state(self.file, self.config, {"server": vars(state), "best": vars(best)})
         done = time.monotonic()
         self._next = done + PAUSE * (done - started)
+
+
+class Traffic:
+    """Bytes of each round and in all, with the mask and as if there were none; `done` rounds are
+    over.
+
+    A client gets and sends 4 bytes for each kept coordinate and each value of float buffers;
+    scaffold doubles the trained ones. The mask's bits go to a client once. The pre-trained model
+    is at the clients already.
+
+    first: of step 0, of all clients together; no round counts it. Up: what fitting the head needs
+    (`Net.head_bytes`); of each client of a calibration a float32 Fisher sum for each eligible
+    coordinate. Down: a frozen head to every client once, a trained one to the clients of a
+    calibration, since rounds count it.
+    """
+
+    def __init__(self, federation: Federation, done: int) -> None:
+        net, recipe, kept = federation.net, federation.recipe, federation.kept
+        trained = net.flat.numel()
+        extra = sum(t.numel() for t in net.state().values()) - trained
+        times = 1 + recipe.local.algorithm.has_control
+        up, head = net.head_bytes(recipe.head, federation.shards)
+        asked = sum(map(len, calibration_clients(recipe)))
+        scored = sum(int(m.sum()) for m in eligible(net).values())
+        self.first: Row = {
+            "parameters": trained,
+            "kept": kept,
+            "setup_bytes_up": up + asked * 4 * scored,
+            "setup_bytes_down": head
+            * (asked if recipe.head.train_head else recipe.sharding.num_clients),
+        }
+        self._payload, self._dense = (4 * (times * n + extra) for n in (kept, trained))
+        self._mask = 0 if federation.mask is None else -(-trained // 8)
+        self._seen = {k for n in range(done) for k in recipe.clients_in(n + 1)}
+
+    def after(self, number: int, clients: Sequence[int]) -> Row:
+        """Of a round in which these clients took part."""
+        before, up = len(self._seen), self._payload * len(clients)
+        self._seen.update(clients)
+        return {
+            "bytes_up": up,
+            "bytes_down": up + self._mask * (len(self._seen) - before),
+            "bytes_up_total": up * number,
+            "bytes_down_total": up * number + self._mask * len(self._seen),
+            "dense_bytes_up_total": self._dense * len(clients) * number,
+        }
 
 
 def federate(
@@ -131,7 +182,7 @@ def _rounds(
     state: ServerState, best: Best, federation: Federation, workers: Workers
 ) -> Iterator[tuple[ServerState, Row]]:
     """From `state` to the last round, or to where patience ends: the state and the row of each."""
-    recipe, task, traffic = federation.recipe, federation.task, Traffic(federation, state.round)
+    recipe, traffic = federation.recipe, Traffic(federation, state.round)
 
     def judge(state: ServerState) -> float:
         score = score_of(federation, state.params, "val")
@@ -139,18 +190,12 @@ def _rounds(
         return score
 
     if not state.round:
-        groups = task.groups("train")
-        told = shard_counts(federation.shards, groups, int(groups.max()) + 1)
-        classes = told["classes"]
-        row: Row = {"event": "start", "round": 0, "val_score": judge(state)}
-        row |= {f"{which}_client": int(told[which]) for which in ("smallest", "largest")}
-        row["groups_per_client"] = [int(classes.min()), int(classes.max())]
-        yield state, row | traffic.first
+        yield state, {"event": "start", "round": 0, "val_score": judge(state), **traffic.first}
     while state.round < recipe.num_rounds and not best.exhausts(recipe.patience):
         base, (state, result) = state.params, run_round(state, federation, workers)
         number = state.round
         due = number % recipe.eval_every == 0 or number == recipe.num_rounds
-        row = {"event": "round", "round": number, **result.numbers}
+        row: Row = {"event": "round", "round": number, **result.numbers}
         row["val_score"] = judge(state) if due else None
         row |= traffic.after(number, row["clients"])
         row["peak_memory_bytes"] = peak_memory() + sum(workers.memory.values())

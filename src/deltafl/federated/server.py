@@ -67,15 +67,13 @@ class ServerState:
     control: Tensor | None = None
 
 
-SecondMoment = Callable[[Tensor, Tensor, float], Tensor]
-"""(v, R^2, beta2) -> the new v."""
-
-SERVER_OPTIMIZERS: Mapping[str, SecondMoment | None] = {
+SERVER_OPTIMIZERS: Mapping[str, Callable[[Tensor, Tensor, float], Tensor] | None] = {
     "sgd": None,
     "fedadagrad": lambda v, square, b2: v + square,
     "fedadam": lambda v, square, b2: b2 * v + (1 - b2) * square,
     "fedyogi": lambda v, square, b2: v - (1 - b2) * square * torch.sign(v - square),
 }
+"""Name -> (v, R^2, beta2) -> the new v."""
 
 
 def server_step(

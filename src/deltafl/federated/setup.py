@@ -1,31 +1,90 @@
 """Step 0: shards, head and mask, all that is made before the first round."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from deltafl.algebra.tensors import Tensors
-from deltafl.federated.client import Client, LocalTraining, names_of, state_of
-from deltafl.federated.controls import Controls
+from deltafl.errors import DeltaflError
+from deltafl.federated.client import Client, ClientUpdate, LocalTraining, state_of
 from deltafl.federated.recipe import ClientsRecipe, FederatedRecipe
 from deltafl.federated.server import ServerState
 from deltafl.federated.sharding import shard
-from deltafl.files import atomic_folder
+from deltafl.files import atomic_folder, write_atomically
 from deltafl.models import HEAD_FILE, HeadFit, Net
 from deltafl.seeding import keyed_generator
-from deltafl.sparse.calibration import calibrate
 from deltafl.sparse.eligible import eligible
 from deltafl.sparse.fisher import FisherScorer
-from deltafl.sparse.masks import Mask, completed, load_mask, model_hash, save_mask
+from deltafl.sparse.masks import Mask, calibrate, completed, load_mask, model_hash, save_mask
 from deltafl.tasks.task import Task
 from deltafl.training.record import Row, RunRecord
 from deltafl.usercode import find_callable
 
 MASK_FILE = "mask.safetensors"
+
+
+@dataclass(frozen=True)
+class Controls:
+    """SCAFFOLD's c_i of each client, in files, for K vectors of the model's size need not fit into
+    memory: one for each (client, round), so that a round never overwrites what a resumed run starts
+    from.
+    """
+
+    folder: Path
+
+    def _files(self, client: int, number: int) -> list[Path]:
+        """Of a client, from before a round, the oldest first."""
+        past = self.folder / f"{client}-{number:06}"
+        return [file for file in sorted(self.folder.glob(f"{client}-*")) if file < past]
+
+    def read(self, client: int, number: int, like: Tensor) -> Tensor:
+        """c_i (k,) with which a client begins a round, memory-mapped; 0 where it never took
+        part.
+        """
+        for last in self._files(client, number)[-1:]:
+            with safe_open(last, "pt") as file:
+                return file.get_tensor("control").to(like.device)
+        return torch.zeros_like(like)
+
+    def write(self, client: int, number: int, control: Tensor) -> None:
+        """Keep what a client made in a round."""
+        data = save({"control": control.cpu().contiguous()})
+        write_atomically(self.folder / f"{client}-{number:06}.safetensors", data)
+
+    def prune(self, number: int, num_clients: int) -> None:
+        """Delete the files that no round from `number` on, the last on disk, reads."""
+        for client in range(num_clients):
+            for old in self._files(client, number)[:-1]:
+                old.unlink()
+
+    def step(
+        self, state: ServerState, updates: Mapping[int, ClientUpdate], num_clients: int
+    ) -> ServerState:
+        """c <- c + sum_i (c_i+ - c_i) / K, and every c_i+ kept for its client's next round; `state`
+        as it is where there is no c.
+
+        Raises:
+            DeltaflError: an update without a new control.
+        """
+        control = state.control
+        if control is None:
+            return state
+        for k, update in updates.items():
+            if update.control is None:
+                raise DeltaflError(
+                    "scaffold needs clients that return their new control; this one's updates "
+                    "have none"
+                )
+            change = update.control - self.read(k, state.round, control)
+            control = control + change / num_clients
+            self.write(k, state.round, update.control)
+        return replace(state, control=control)
 
 
 @dataclass(frozen=True)
@@ -47,8 +106,7 @@ class Federation:
     @cached_property
     def trained(self) -> set[str]:
         """Names of the server's parameters that train; the others are float buffers."""
-        names = names_of(self.net)
-        return {names[n] for n in self.net.slices}
+        return {*list(state_of(self.net))[: len(self.net.slices)]}
 
     @cached_property
     def kept(self) -> int:

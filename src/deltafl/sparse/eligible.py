@@ -41,12 +41,12 @@ def eligible(net: Net) -> dict[str, Tensor]:
     """
     modules = list(net.module.modules())
     heads = [id(p) for m in modules if isinstance(m, Head) for p in m.parameters()]
+    names = {id(p): name for name, p in trained(net).items()}
     able = {
         name: torch.ones(p.shape, dtype=torch.bool)
         for name, p in trained(net).items()
         if id(p) not in heads
     }
-    names = {id(p): name for name, p in trained(net).items()}
     uses = [id(p) for module in modules for p in module._parameters.values()]
     for bias, parts in _key_biases(net.module):
         name = names.get(id(bias))
@@ -83,8 +83,8 @@ def _key_biases(root: nn.Module) -> Iterator[tuple[Tensor | None, int]]:
                 yield module.in_proj_bias, 3
             continue
         own = [n for n, child in children.items() if not isinstance(child, nn.Identity)]
-        own = [name.lower() for name in (*own, *module._parameters)]
-        if any(word in name for name in own for word in TRANSFORMS):
+        names = (*own, *module._parameters)
+        if any(word in name.lower() for name in names for word in TRANSFORMS):
             continue
         for key, query in KEYS.items():
             linear = children.get(key)

@@ -15,7 +15,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from deltafl.algebra.tensors import Tensors
 from deltafl.errors import DeltaflError
 from deltafl.models.net import Net
-from deltafl.sparse.eligible import trained
 from deltafl.sparse.recipe import FisherLabels
 from deltafl.tasks.task import Batch, Task
 
@@ -66,7 +65,7 @@ class FisherScorer:
             for n, t in (*module.named_parameters(), *module.named_buffers())
             if t.is_floating_point()
         }
-        own = {n: held.pop(n) for n in trained(self.net)}
+        own = {n: held.pop(n) for n in self.net.slices}
         totals = {n: torch.zeros_like(t, dtype=torch.float64) for n, t in own.items()}
         draws = self.draws if sampled else 1
         size = min(self.batch_size, max(1, CHUNK // sum(t.numel() for t in own.values())))
@@ -76,9 +75,8 @@ class FisherScorer:
             for part in ids.repeat_interleave(draws).split(size):
                 batch = self.task.batch("train", part, self.net.device)
                 if sampled:
-                    with torch.no_grad():
-                        model = partial(_call, module, own, held)
-                        batch = self.task.sampled(model, batch, generator)
+                    model = partial(_call, module, own, held)
+                    batch = self.task.sampled(model, batch, generator)
                 for found in self._gradients(own, held, batch):
                     for name, total in totals.items():
                         total.add_(found[name].square().view(-1, *total.shape).sum(0))

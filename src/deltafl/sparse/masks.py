@@ -1,10 +1,10 @@
 """Masks: which coordinates train. True = trainable; `sparsity` is the frozen fraction."""
 
-import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
@@ -19,8 +19,9 @@ from deltafl.errors import DeltaflError
 from deltafl.files import write_atomically
 from deltafl.models.net import Net
 from deltafl.sparse.eligible import eligible, trained
-from deltafl.sparse.recipe import Scope
+from deltafl.sparse.recipe import Scope, SparseRecipe
 from deltafl.sparse.strategies import MASK_STRATEGIES
+from deltafl.tasks.task import hash_of
 
 Mask: TypeAlias = Mapping[str, Tensor]
 """Name -> bool in the tensor's shape, True = trainable, for every trained tensor of a net."""
@@ -51,28 +52,30 @@ def choose_mask(
         DeltaflError: values that are NaN, or nothing kept.
     """
     chosen = MASK_STRATEGIES[strategy]
-    mask: dict[str, Tensor] = {}
+    free = able if among is None else among
+    mask = {n: free[n].to(values[n].device, copy=True) for n in able}
     keys: dict[str, Tensor] = {}
-    for name, allowed in able.items():
+    for name, kept in mask.items():
         value = values[name].detach()
-        mask[name] = (allowed if among is None else among[name]).to(value.device, copy=True)
         value = value.to(torch.promote_types(value.dtype, torch.float32))
-        keys[name] = chosen.keys(value)[mask[name]]
-        if torch.isnan(keys[name]).any():
+        keys[name] = chosen.keys(value)[kept]
+        if keys[name].isnan().any():
             raise DeltaflError(
                 f'{"scores" if chosen.scored else "weights"} of "{name}" hold NaN; was the model '
                 "trained to divergence?"
             )
     counts = {name: int(allowed.sum()) for name, allowed in able.items()}
-    kept = 0
+    total = 0
     for group in [list(mask)] if scope == "global" else [[name] for name in mask]:
         k = round(keep * sum(counts[name] for name in group))
-        kept += k
-        flat = torch.cat([keys.pop(name) for name in group])
-        parts = _smallest(flat, k, generator).split([int(mask[name].sum()) for name in group])
-        for name, part in zip(group, parts, strict=True):
+        total += k
+        flat = torch.cat([keys[name] for name in group])
+        order = torch.randperm(len(flat), generator=generator).to(flat.device)
+        best = order[flat[order].argsort(stable=True)[:k]]
+        parts = torch.zeros_like(flat, dtype=torch.bool).index_fill_(0, best, True)
+        for name, part in zip(group, parts.split([len(keys[n]) for n in group]), strict=True):
             mask[name][mask[name].clone()] = part
-    if not kept:
+    if not total:
         raise DeltaflError(
             f"of {sum(counts.values())} eligible coordinates none would be kept; choose a lower "
             "sparsity"
@@ -80,16 +83,39 @@ def choose_mask(
     return mask
 
 
-def _smallest(keys: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    """bool (n,): exactly the k smallest keys; equal ones at the threshold are drawn."""
-    if k in (0, len(keys)):
-        return torch.full_like(keys, bool(k), dtype=torch.bool)
-    threshold = keys.kthvalue(k).values
-    kept = keys < threshold
-    ties = (keys == threshold).nonzero()[:, 0]
-    drawn = torch.randperm(len(ties), generator=generator)[: k - int(kept.sum())]
-    kept[ties[drawn.to(ties.device)]] = True
-    return kept
+def calibrate(
+    recipe: SparseRecipe,
+    score: Callable[[int], Tensors],
+    weights: Tensors,
+    able: Mask,
+    generator: torch.Generator,
+) -> Mask:
+    """One mask from `calibration_rounds` calls of `score(round)`, round = 0 .. R - 1.
+
+    average: the float64 mean of the scores, one threshold at the end. progressive: after round r
+    (from 1) keep^(r/R) of the eligible coordinates survive, keep = 1 - sparsity_ratio; only
+    survivors can be chosen in the next, so masks are nested. `score` must draw clients, batches and
+    labels anew for each round; a strategy that reads no scores never calls it.
+
+    Raises:
+        DeltaflError: as `choose_mask`.
+    """
+    choose = partial(
+        choose_mask, recipe.mask_strategy, able=able, scope=recipe.mask_scope, generator=generator
+    )
+    keep, rounds = 1 - recipe.sparsity_ratio, recipe.calibration_rounds
+    if not recipe.is_calibrated:
+        return choose(weights, keep=keep)
+    if recipe.calibration == "average":
+        totals = {n: torch.zeros_like(part, dtype=torch.float64) for n, part in able.items()}
+        for r in range(rounds):
+            scores = score(r)
+            totals = {n: total + scores[n].cpu() for n, total in totals.items()}
+        return choose({n: total / rounds for n, total in totals.items()}, keep=keep)
+    mask = able
+    for r in range(1, rounds + 1):
+        mask = choose(score(r - 1), keep=keep ** (r / rounds), among=mask)
+    return mask
 
 
 def completed(mask: Mask, net: Net) -> Mask:
@@ -104,14 +130,13 @@ def describe_mask(mask: Mask, able: Mask) -> list[dict[str, str | int | float]]:
     """
     rows = []
     for name, allowed in able.items():
-        parts = {name: (mask[name].cpu(), allowed)}
-        if re.search(r"(\bqkv\.|\bin_proj_)(weight|bias)$", name):
-            thirds = zip(*(part.chunk(3) for part in parts[name]), strict=True)
-            parts = {f"{name}[{x}]": third for x, third in zip("qkv", thirds, strict=True)}
-        for part, tensors in parts.items():
+        fused = re.search(r"(\bqkv\.|\bin_proj_)(weight|bias)$", name)
+        labels = [f"{name}[{x}]" for x in "qkv"] if fused else [name]
+        parts = (t.flatten().chunk(len(labels)) for t in (mask[name].cpu(), allowed))
+        for label, *tensors in zip(labels, *parts, strict=True):
             kept, count = (int(tensor.sum()) for tensor in tensors)
             share = kept / count if count else 0
-            rows.append({"name": part, "kept": kept, "eligible": count, "share": share})
+            rows.append({"name": label, "kept": kept, "eligible": count, "share": share})
     return rows
 
 
@@ -119,14 +144,9 @@ def model_hash(net: Net) -> str:
     """sha256 over names (those of the model's files), shapes and float32 values (little-endian) of
     the tensors that a mask narrows, in their order.
     """
-    digest = hashlib.sha256()
-    values = net.trained
-    for name in eligible(net):
-        tensor = values[name]
-        about = [net.file_name(name), list(tensor.shape)]
-        digest.update(json.dumps(about).encode())
-        digest.update(tensor.float().cpu().numpy().astype("<f4", copy=False).tobytes())
-    return digest.hexdigest()
+    values, names = net.trained, eligible(net)
+    about = {n: json.dumps([net.file_name(n), list(values[n].shape)]) for n in names}
+    return hash_of(*(part for n in names for part in (about[n], values[n].float())))
 
 
 def save_mask(mask: Mask, path: str | Path, model_hash: str, meta: Mapping[str, object]) -> Path:
@@ -153,9 +173,8 @@ def load_mask(path: str | Path, net: Net | None) -> tuple[Mask, dict[str, object
         with safe_open(path, framework="np") as file:
             about = json.loads((file.metadata() or {}).get("deltafl", "{}"))
             for name, shape in about.get("shapes", {}).items():
-                count = math.prod(shape)
-                bits = np.unpackbits(file.get_tensor(name), count=count, bitorder="little")
-                mask[name] = torch.from_numpy(bits.astype(bool)).reshape(shape)
+                bits = np.unpackbits(file.get_tensor(name), bitorder="little")
+                mask[name] = torch.from_numpy(bits[: math.prod(shape)] > 0).reshape(shape)
     except (OSError, SafetensorError) as error:
         raise DeltaflError(f'mask "{path}" cannot be read: {error}') from None
     if about.get("format") != FORMAT:

@@ -16,8 +16,8 @@ def kept_index(
     """Where in `Net.flat`, whose `slices` these are, the kept coordinates are: int32 (k,),
     ascending.
     """
-    places = [mask[name].reshape(-1).nonzero()[:, 0] + part.start for name, part in slices.items()]
-    return torch.cat(places).to(device, torch.int32)
+    kept = torch.cat([mask[name].reshape(-1) for name in slices])
+    return kept.nonzero()[:, 0].to(device, torch.int32)
 
 
 class PackedDelta(Lazy):

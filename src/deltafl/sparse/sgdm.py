@@ -1,5 +1,7 @@
 """SGD with momentum that moves, and remembers, the kept coordinates only."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.optim.sgd import sgd
@@ -22,12 +24,19 @@ class SparseSGDM:
         nesterov: bool = False,
     ) -> None:
         self.flat, self.index = flat, index
-        self.momentum, self.weight_decay, self.nesterov = momentum, weight_decay, nesterov
         self.kept = flat
         if index is not None:
             self.kept = nn.Parameter(flat.detach().index_select(0, index))
         self.param_groups = [{"lr": lr}]
         self.buffers: list[Tensor | None] = [None]
+        self._sgd = partial(
+            sgd,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+            dampening=0,
+            maximize=False,
+        )
 
     def gather(self) -> None:
         """Take over the gradient of the kept coordinates, to be clipped and stepped by."""
@@ -39,16 +48,6 @@ class SparseSGDM:
     def step(self) -> None:
         """One step."""
         assert self.kept.grad is not None
-        sgd(
-            [self.kept],
-            [self.kept.grad],
-            self.buffers,
-            lr=self.param_groups[0]["lr"],
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-            nesterov=self.nesterov,
-            dampening=0,
-            maximize=False,
-        )
+        self._sgd([self.kept], [self.kept.grad], self.buffers, lr=self.param_groups[0]["lr"])
         if self.index is not None:
             self.flat.index_copy_(0, self.index.long(), self.kept)

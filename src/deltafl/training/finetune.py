@@ -66,16 +66,6 @@ def finetune(
     out = recipe.output
     require_examples(task, "train", "val")
     config, state = run_config(net, task, recipe), out.with_name(f"{out.name}.state")
-    if resume and (out / TRAINING_JSON).is_file():
-        finished = json.loads((out / TRAINING_JSON).read_text())
-        require_same_config(finished.get("config", {}), config, out)
-    else:
-        check_output(out, overwrite=recipe.overwrite)
-        if state.exists() and not (resume or recipe.overwrite):
-            raise DeltaflError(
-                f'"{state}" holds an unfinished run; continue it with --resume, or start again '
-                "with --overwrite"
-            )
     return Finetuned(out, _trained(net, task, recipe, config, out, state, resume, on_progress))
 
 
@@ -143,24 +133,34 @@ def _trained(
     ready; the model is then tested.
     """
     file = out / TRAINING_JSON
-    if not (resume and file.is_file()):
-        run = Run(net, task, recipe, read_state(state, config) if resume else None)
-        main = run.processes.is_main_process
-        if record is not None and main:
-            if not resume:
-                with atomic_folder(record.folder, overwrite=recipe.overwrite) as folder:
-                    RunRecord.create(folder, config)
-            record.rewind("step", run.step)
-        append = None if record is None else record.append
-        train(run, on_progress, partial(write_state, state, config), append)
-        if main:
-            training = _facts(run, net, config)
-            if record is not None:
-                test = scores(run.net, run.task, "test", autocast=recipe.autocast)
-                training["test_score"] = test.double().mean().item()
-                training["test_examples"] = len(test)
-            write_model(out, run.net, training, overwrite=recipe.overwrite)
-        run.processes.wait_for_everyone()
+    if resume and file.is_file():
+        finished = json.loads(file.read_text())
+        require_same_config(finished.get("config", {}), config, out)
+        state.unlink(missing_ok=True)
+        return finished
+    check_output(out, overwrite=recipe.overwrite)
+    if state.exists() and not (resume or recipe.overwrite):
+        raise DeltaflError(
+            f'"{state}" holds an unfinished run; continue it with --resume, or start again '
+            "with --overwrite"
+        )
+    run = Run(net, task, recipe, read_state(state, config) if resume else None)
+    main = run.processes.is_main_process
+    if record is not None and main:
+        if not resume:
+            with atomic_folder(record.folder, overwrite=recipe.overwrite) as folder:
+                RunRecord.create(folder, config)
+        record.rewind("step", run.step)
+    append = None if record is None else record.append
+    train(run, on_progress, partial(write_state, state, config), append)
+    if main:
+        training = _facts(run, net, config)
+        if record is not None:
+            test = scores(run.net, run.task, "test", autocast=recipe.autocast)
+            training["test_score"] = test.double().mean().item()
+            training["test_examples"] = len(test)
+        write_model(out, run.net, training, overwrite=recipe.overwrite)
+    run.processes.wait_for_everyone()
     state.unlink(missing_ok=True)
     return json.loads(file.read_text())
 

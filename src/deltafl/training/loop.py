@@ -70,9 +70,7 @@ class Run:
             self.net.restore(state["net"])
         else:
             self.net.prepare(task, recipe.head, HeadFit(recipe.seed, autocast=recipe.autocast))
-        if self.processes.num_processes > 1:  # prepared apart, they may differ in their last bits
-            for tensor in self.net.module.state_dict().values():
-                broadcast(tensor)
+        broadcast(self.net.module.state_dict())  # prepared apart, last bits may differ
         self.optimiser = _optimiser(self.net, recipe)
         self.total = recipe.num_steps(self.examples)
         self.per_epoch = recipe.steps_in_epoch(self.examples)
@@ -122,7 +120,7 @@ class Run:
                 lr=self.lr,
                 grad_clip=recipe.grad_clip,
                 autocast=recipe.autocast,
-                reduce=_summed if world > 1 else None,
+                reduce=(lambda t: cast(Tensor, reduce(t, "sum"))) if world > 1 else None,
             )
         self.step += 1
         self.losses = self.losses + loss * len(ids)
@@ -138,10 +136,9 @@ class Run:
     def validate(self) -> float:
         """The mean score on validation; the main process's, so that all stop at the same time."""
         self.check_finite()
-        mean = scores(self.net, self.task, "val", autocast=self.recipe.autocast).double().mean()
-        if self.processes.num_processes > 1:
-            mean = mean.to(self.net.device)
-            broadcast(mean)
+        found = scores(self.net, self.task, "val", autocast=self.recipe.autocast)
+        mean = found.double().mean().to(self.net.device)
+        broadcast(mean)
         return mean.item()
 
     def check_finite(self) -> None:
@@ -186,7 +183,7 @@ def train(
         rate, loss = run.lr, run.advance()
         last, validated = run.step == run.total, False
         if last or run.step % run.per_epoch == 0:
-            validated = bool(every) and (last or run.epoch % (every or 1) == 0)
+            validated = every is not None and (last or run.epoch % every == 0)
             row = {"event": "epoch", "epoch": run.epoch, "step": run.step, "lr": rate}
             row |= {"train_loss": run.mean_loss(), "seconds": time.perf_counter() - started}
             tell(row, validated)
@@ -200,11 +197,6 @@ def train(
         module.load_state_dict(run.best.tensors)
     else:
         run.best = Best(run.validate(), run.epoch)
-
-
-def _summed(tensor: Tensor) -> Tensor:
-    """Over all processes."""
-    return cast(Tensor, reduce(tensor, "sum"))
 
 
 def _optimiser(net: Net, recipe: TrainingRecipe) -> torch.optim.Optimizer:

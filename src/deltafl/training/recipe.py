@@ -114,8 +114,8 @@ class TrainingRecipe(StepRecipe, RunRecipe):
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
-        both, neither = (self.steps, self.epochs), self.steps is None and self.epochs is None
-        if neither or (None not in both and self.epochs != self.defaults.get("epochs")):
+        spare = (None,) if self.steps is None else (None, self.defaults.get("epochs"))
+        if (self.epochs in spare) == (self.steps is None):
             yield "give either steps or epochs"
 
     def num_steps(self, num_examples: int) -> int:

@@ -1,8 +1,8 @@
 """One local step, used by fine-tuning, the baseline and federated clients, and one evaluation."""
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -27,30 +27,24 @@ def batches(
         yield from ids[order.to(ids.device)].split(batch_size)[max(0, begin) : past]
 
 
-def lr_at(step: int, total: int, warmup: int, base_lr: float, schedule: str = "cosine") -> float:
-    """Learning rate of step 0 .. total - 1: base_lr (step + 1) / warmup during warm-up, then, with
-    t = (step - warmup) / (total - warmup), base_lr times
+SCHEDULES: Mapping[str, Callable[[float], float]] = {
+    "constant": lambda t: 1.0,
+    "cosine": lambda t: 0.5 * (1 + math.cos(math.pi * t)),
+    "linear": lambda t: 1 - t,
+    "step": lambda t: 0.1 ** ((t >= 0.5) + (t >= 0.75)),
+}
+"""Share of the steps after the warm-up that are done -> share of the learning rate; cosine: arXiv
+1608.03983, without restarts; step: arXiv 1512.03385, section 4.2.
+"""
 
-        cosine      (1 + cos(pi t)) / 2   (arXiv 1608.03983, without restarts)
-        constant    1
-        linear      1 - t
-        step        1 for t < 1/2, 0.1 for t < 3/4, then 0.01   (arXiv 1512.03385, section 4.2)
+
+def lr_at(step: int, total: int, warmup: int, base_lr: float, schedule: str = "cosine") -> float:
+    """Learning rate of step 0 .. total - 1: base_lr (step + 1) / warmup during warm-up, then
+    base_lr times what the schedule says of (step - warmup) / (total - warmup).
     """
     if step < warmup:
         return base_lr * (step + 1) / warmup
-    done, span = step - warmup, max(1, total - warmup)
-    if schedule == "constant":
-        return base_lr
-    if schedule == "linear":
-        return base_lr * (1 - done / span)
-    if schedule == "step":
-        return base_lr * 0.1 ** ((2 * done >= span) + (4 * done >= 3 * span))
-    return base_lr * 0.5 * (1 + math.cos(math.pi * done / span))
-
-
-def precision(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:
-    """The arithmetic of a forward pass; None: the model's own."""
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+    return base_lr * SCHEDULES[schedule]((step - warmup) / max(1, total - warmup))
 
 
 def train_step(
@@ -79,7 +73,7 @@ def train_step(
     if not net.module.training:
         net.module.train()
     if len(next(iter(batch.values()))):
-        with precision(flat.device, autocast):
+        with nullcontext() if autocast is None else torch.autocast(flat.device.type, autocast):
             sums, weights = task.loss(net, batch)
         total, count = sums.sum(), weights.sum()
     else:
@@ -138,7 +132,7 @@ def scores(
     parts = []
     for part in ids.split(batch_size) if len(ids) else ():
         batch = task.batch(split, part, net.device)
-        with precision(net.device, autocast):
+        with nullcontext() if autocast is None else torch.autocast(net.device.type, autocast):
             parts.append(task.score(net, batch).float().cpu())
     found = torch.cat(parts) if parts else torch.empty(0)
     check_values(task, "score", found, len(ids), finite=False)
