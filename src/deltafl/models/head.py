@@ -74,7 +74,9 @@ class Head(nn.Module):
                 f"a head of {classes} classes has weight {tuple(weight.shape)} and bias "
                 f"{tuple(bias.shape)}; they must be ({classes}, features) and ({classes},)"
             )
-        self.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+        # in one layout, for another one rounds otherwise than what is read from a file
+        rows = weight.detach().clone(memory_format=torch.contiguous_format)
+        self.weight = nn.Parameter(rows, requires_grad=False)
         self.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
         self.class_names = tuple(class_names)
         self.normalised = normalised
