@@ -1,6 +1,7 @@
 """Clients: take the server's parameters, train on their own examples, return an update."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -56,6 +57,7 @@ class LocalTraining:
         self._counters = [(b, b.clone()) for b in buffers]
         self._index: Tensor | None = None
         self._mask: Mask | None = None
+        self._idle: list[nn.Parameter] = []
 
     @torch.no_grad()
     def __call__(self, params: Tensors, mask: Mask | None, round: Round) -> ClientUpdate:
@@ -88,7 +90,8 @@ class LocalTraining:
         rows = batches(round.ids, local.batch_size, seed, round.num_steps, purpose)
         drawn, device = keyed_generator(seed, "augment", purpose), net.device
         loss = torch.zeros((), device=device)
-        with keyed_dropout(device, seed, round.number, round.client), torch.enable_grad():
+        dropout = keyed_dropout(device, seed, round.number, round.client)
+        with self._frozen(), dropout, torch.enable_grad():
             for ids in rows:
                 loss += train_step(
                     net,
@@ -114,13 +117,22 @@ class LocalTraining:
     def index(self, mask: Mask | None) -> Tensor | None:
         """Where the kept values of every update with this mask belong; None if all are kept."""
         if self._mask is not mask:
-            self._mask, self._index = mask, None
-            for name in self.net.slices:
-                computed = mask is None or bool(mask[name].any())
-                self.net.module.get_parameter(name).requires_grad_(computed)
+            self._mask, self._index, held = mask, None, mask or {}
+            self._idle = [self.net.module.get_parameter(n) for n, m in held.items() if not m.any()]
             if mask is not None and not all(kept.all() for kept in mask.values()):
                 self._index = kept_index(mask, self.net.slices, self.net.device)
         return self._index
+
+    @contextmanager
+    def _frozen(self) -> Iterator[None]:
+        """Tensors of which the mask keeps nothing get no gradients within the block."""
+        try:
+            for parameter in self._idle:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter in self._idle:
+                parameter.requires_grad_(True)
 
 
 def state_of(net: Net) -> dict[str, Tensor]:
