@@ -39,7 +39,7 @@ def own_rule() -> Iterator[Any]:
     load_rules()
     rule = loaded("own_rule")["EqualLength"]
     yield rule
-    del RULES._entries["equal_length"]
+    del RULES["equal_length"]
 
 
 def test_every_example_is_tested_here():
@@ -65,7 +65,7 @@ def test_an_own_rule_runs_as_a_script(capsys):
     try:
         loaded("own_rule", "__main__")
     finally:
-        RULES._entries.pop("equal_length", None)
+        RULES.pop("equal_length", None)
     assert capsys.readouterr().out == "weight [2.5, 2.5]\n"
 
 

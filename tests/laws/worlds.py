@@ -61,7 +61,7 @@ def registered(name: str, rule: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        del RULES._entries[name]
+        del RULES[name]
 
 
 def source(i: int) -> Source:
