@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from checkpoint_files import cli, make_world, refusal, save, succeed, toy, tuned
+from checkpoint_files import make_world, refusal, save, succeed, toy, tuned
 from deltafl.experiments import STUDIES, read_suite
 from deltafl.experiments.quickstart import VARIANTS
 from deltafl.merge.candidates import check_methods
@@ -61,12 +61,14 @@ def test_a_federated_round_is_a_merge(tmp_path):
     assert not torch.equal(merged["weight"], load_file(tmp_path / "base.safetensors")["weight"])
 
 
-def test_an_own_rule_runs_as_a_script(capsys):
+def test_an_own_rule_runs_as_a_script_and_could_stand_in_the_package(capsys):
     try:
         loaded("own_rule", "__main__")
     finally:
         RULES.pop("equal_length", None)
     assert capsys.readouterr().out == "weight [2.5, 2.5]\n"
+    text = (ROOT / "examples" / "own_rule.py").read_text()
+    assert re.findall(r"^from (deltafl\S*) import", text, re.MULTILINE) == ["deltafl.rules.rule"]
 
 
 @pytest.mark.parametrize("law", laws.LAWS, ids=lambda law: law.__name__)
@@ -77,15 +79,8 @@ def test_an_own_rule_keeps_the_laws(law, own_rule):
 
 
 def test_an_own_rule_is_a_method_by_being_registered(own_rule, tmp_path):
-    done = cli(*make_world(tmp_path).args, "--method", "equal_length")
-    assert done.code == 0, done.err
+    done = succeed(*make_world(tmp_path).args, "--method", "equal_length")
     assert "by equal_length" in done.out
-
-
-def test_an_own_rule_in_the_package_would_be_a_rule_like_the_others():
-    text = (ROOT / "examples" / "own_rule.py").read_text()
-    imported = re.findall(r"^from (deltafl\S*) import", text, re.MULTILINE)
-    assert imported == ["deltafl.rules.rule"]
 
 
 def test_the_bundled_recipes_are_read():
@@ -111,20 +106,17 @@ def test_the_recipe_of_published_checkpoints_holds_every_rule_and_task():
 STUDY = ROOT / "configs" / "realdata-study.yaml"
 
 
-def test_the_study_on_real_data_has_every_setting_that_its_studies_need():
+@pytest.mark.realdata
+def test_the_study_on_real_data_has_all_settings_and_runs(tmp_path, monkeypatch, realdata):
     recipe, _ = read_suite(STUDY, {})
     assert not any(recipe.study.lacking(name) for name in STUDIES)
-
-
-@pytest.mark.realdata
-def test_a_study_of_two_steps_on_real_data(tmp_path, monkeypatch, realdata):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("DELTAFL_CACHE", str(tmp_path / "cache"))
     tasks = "--tasks examples.realdata:dtd examples.realdata:gtsrb --control examples.realdata:dtd"
     small = "--lr-values 1e-3 --steps-values 2 --methods median --scaling-coefs 0.3 --val-limit 50"
-    options = [*tasks.split(), *small.split()]
     limits = ("--test-limit", 50, "--jobs", 1, "--out", tmp_path / "out")
-    succeed("suite", "negation", "scaling-coef", "--config", STUDY, *options, *limits)
+    options = (*tasks.split(), *small.split(), *limits)
+    succeed("suite", "negation", "scaling-coef", "--config", STUDY, *options)
     assert "median" in (tmp_path / "out" / "scaling-coef" / "table.md").read_text()
     assert len(list((tmp_path / "out" / "works" / "fine-tunes").iterdir())) == 2
 
@@ -161,16 +153,11 @@ def test_the_real_data_plug_in_says_which_variable_it_needs(tmp_path, monkeypatc
     assert "DELTAFL_REALDATA is not set" in refusal(tmp_path, *run)  # runs examples/realdata.py
 
 
-def test_the_page_on_rules_shows_the_own_rule_as_it_is():
+def test_the_pages_show_the_files_as_they_are():
     (shown,) = blocks("docs/rules.md", "python")
     assert shown.strip() in (ROOT / "examples" / "own_rule.py").read_text()
-
-
-def test_the_page_on_recipes_shows_the_configurations_as_they_are():
-    assert blocks("docs/recipes.md", "yaml") == [
-        (ROOT / "configs" / name).read_text()
-        for name in ("merge-example.yaml", "search-digits.yaml")
-    ]
+    files = (ROOT / "configs" / n for n in ("merge-example.yaml", "search-digits.yaml"))
+    assert blocks("docs/recipes.md", "yaml") == [file.read_text() for file in files]
 
 
 LETTERS = {"F": "fixed_point", "O": "odd", "C": "coordinate_symmetric", "P": "order_free"}

@@ -12,7 +12,6 @@ from deltafl.algebra.tensors import lazy
 from deltafl.errors import DeltaflError
 from deltafl.rules.rule import CoordinateRule, LinearRule, Stats, Transform
 from laws import laws
-from laws.tensor_rules import MeanDirection
 from laws.worlds import make, registered, rules
 
 
@@ -81,9 +80,9 @@ def test_a_broken_rule_fails_its_law(law):
 
 
 def test_a_rule_is_held_to_the_laws_by_being_registered():
-    with registered("mean_direction", MeanDirection):
-        assert MeanDirection() in rules()
-    assert MeanDirection() not in rules()
+    with registered("unweighted", Unweighted):
+        assert Unweighted() in rules()
+    assert Unweighted() not in rules()
 
 
 def test_purity_is_checked_on_what_the_engine_hands_out(monkeypatch):
