@@ -3,17 +3,23 @@
 import contextlib
 import io
 import json
-from collections.abc import Mapping
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from deltafl.algebra.tensors import BLOCK
 from deltafl.cli import main
+from deltafl.errors import DeltaflError
 
 CONFIG = {"model_type": "toy", "dtype": "float32"}
 
@@ -142,6 +148,23 @@ def succeed(*arguments: object) -> Outcome:
     return outcome
 
 
+def python(code: str, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter that finds what this one finds; `env` adds to the environment."""
+    paths = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    env = os.environ | paths | options.pop("env", {})
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, **options)
+
+
+def reloaded(folder: Path, kind: str = "AutoModel"):
+    """from_pretrained, with nothing missing, unexpected or of another shape."""
+    import transformers
+
+    model, info = getattr(transformers, kind).from_pretrained(folder, output_loading_info=True)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    return model
+
+
 def files_in(root: Path) -> dict[str, bytes]:
     """Every file below a folder and its bytes; folders end in a slash."""
     return {
@@ -176,6 +199,13 @@ def refusal(root: Path, *arguments: object) -> str:
     """The one problem of a refused command."""
     (problem,) = refused(root, *arguments)
     return problem
+
+
+def fails(told: str, call: Callable[..., object], *arguments: Any, **named: Any) -> None:
+    """The call raises a DeltaflError that tells this, each problem in one line."""
+    with pytest.raises(DeltaflError, match=told) as caught:
+        call(*arguments, **named)
+    assert not any("\n" in problem for problem in caught.value.problems)
 
 
 def mean_step(

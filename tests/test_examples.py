@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from checkpoint_files import make_world, refusal, save, succeed, toy, tuned
 from deltafl.experiments import STUDIES, read_suite
 from deltafl.experiments.quickstart import VARIANTS
+from deltafl.federated import FederatedRecipe
 from deltafl.merge.candidates import check_methods
 from deltafl.merge.plan import Training, source_of
 from deltafl.merge.recipe import MergeRecipe
@@ -91,6 +92,8 @@ def test_the_bundled_recipes_are_read():
     assert [model.path for model in search.models] == paths
     assert [model.data for model in search.models] == [f"digits:{name}" for name in VARIANTS]
     assert search.base == "quickstart/base"
+    for name in ("default.yaml", "realdata-quick.yaml"):
+        assert read_recipe(FederatedRecipe, ROOT / "configs" / name)
 
 
 def test_the_recipe_of_published_checkpoints_holds_every_rule_and_task():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint_files import files_in
+from checkpoint_files import fails, files_in
 from deltafl.errors import DeltaflError
 from deltafl.files import atomic_folder, check_output, write_atomically
 
@@ -37,9 +37,7 @@ def begin(path: Path, failure: type[BaseException]) -> None:
 
 
 @pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, SystemExit])
-def test_where_the_block_fails_all_is_as_before(
-    tmp_path: Path, failure: type[BaseException]
-) -> None:
+def test_where_the_block_fails_all_is_as_before(tmp_path: Path, failure: type[BaseException]):
     with pytest.raises(failure):
         begin(tmp_path / "out", failure)
     assert names(tmp_path) == []
@@ -50,9 +48,7 @@ def test_where_the_block_fails_all_is_as_before(
     assert files_in(tmp_path) == {"out/": b"", "out/deltafl.json": b"old"}
 
 
-def test_what_was_there_is_back_where_the_replacement_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_was_there_is_back_where_the_replacement_fails(tmp_path, monkeypatch):
     write(tmp_path / "out", "old")
     rename, calls = os.rename, []
 
@@ -118,8 +114,7 @@ def test_what_a_kill_between_two_renames_took_away_is_put_back(tmp_path: Path) -
     write(tmp_path / "out", "old")
     (tmp_path / "out").rename(tmp_path / f".out.{DEAD}-0123abcd.old.tmp")
     (tmp_path / f".out.{DEAD}-0123abcd.tmp").mkdir()
-    with pytest.raises(DeltaflError, match="exists"):
-        write(tmp_path / "out", "new")
+    fails("exists", write, tmp_path / "out", "new")
     assert files_in(tmp_path) == {"out/": b"", "out/deltafl.json": b"old"}
 
 
@@ -167,9 +162,7 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     assert files_in(tmp_path) == {"a/": b"", "a/x": b"two"}
 
 
-def test_a_failed_write_leaves_the_old_file_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_write_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     file = write_atomically(tmp_path / "x", b"one")
 
     def fail(handle: int) -> None:

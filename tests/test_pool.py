@@ -14,6 +14,7 @@ import pytest
 import torch
 from tqdm import tqdm
 
+from checkpoint_files import fails
 from deltafl import forking
 from deltafl.errors import DeltaflError
 from deltafl.forking import can_fork
@@ -182,8 +183,7 @@ def test_of_several_errors_the_first_in_order_is_raised_in_its_turn() -> None:
         assert [next(results) for _ in range(4)] == [0, 1, 2, 3]
         with pytest.raises(ValueError, match="4"):
             next(results)
-        with pytest.raises(DeltaflError, match="the worker processes have ended"):
-            next(pool.map(range(3)))
+        fails("the worker processes have ended", lambda: next(pool.map(range(3))))
 
 
 def test_an_interrupt_is_left_to_the_parent() -> None:
@@ -229,9 +229,7 @@ def running(pid: int) -> bool:
         return False
 
 
-def test_a_thread_beside_or_another_system_is_a_reason_not_to_fork(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_thread_beside_or_another_system_is_a_reason_not_to_fork(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(forking.threading, "active_count", lambda: 1)
     monkeypatch.setattr(forking.sys, "platform", "linux")
     assert can_fork()

@@ -14,6 +14,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import deltafl
+from checkpoint_files import python
 from deltafl.algebra import aggregate
 from deltafl.merge import task_vector
 
@@ -172,8 +173,7 @@ def test_every_install_of_the_project_is_constrained() -> None:
 def modules_after(code: str) -> set[str]:
     """Top-level modules that a fresh interpreter holds after running `code`."""
     listed = "*{name.split('.')[0] for name in sys.modules}"
-    script = [sys.executable, "-c", f"{code}\nimport sys; print({listed}, file=sys.stderr)"]
-    done = subprocess.run(script, capture_output=True, text=True, check=True)
+    done = python(f"{code}\nimport sys; print({listed}, file=sys.stderr)", check=True)
     return set(done.stderr.splitlines()[-1].split())
 
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from checkpoint_files import fails
 from deltafl.algebra.aggregate import Aggregate, aggregate, step
 from deltafl.algebra.deltas import Update
 from deltafl.errors import DeltaflError
@@ -73,8 +74,7 @@ def test_deltas_must_agree_in_names_and_shapes_and_all_problems_are_told():
     )
     with pytest.raises(DeltaflError, match='the base lacks tensors of the update: "v"'):
         dict(step({"w": one}, updates(deltas[0]), MEAN))
-    with pytest.raises(DeltaflError, match="no models"):
-        Aggregate(MEAN, [])
+    fails("no models", Aggregate, MEAN, [])
     with pytest.raises(DeltaflError, match="do not fit into float16"):
         dict(step({"w": one.half()}, updates({"w": one * 1e5}), MEAN))
 
@@ -119,8 +119,7 @@ def test_the_first_matching_pattern_gives_the_weights(rule):
     ],
 )
 def test_weights_are_checked(weights, message):
-    with pytest.raises(DeltaflError, match=message):
-        as_weights(weights, 3)
+    fails(message, as_weights, weights, 3)
 
 
 def test_the_report_holds_what_the_rule_found():

@@ -1,6 +1,5 @@
 """Rules of whole tensors: each tensor is combined once, by whoever reads it, one after the other."""
 
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from checkpoint_files import files_in, make_world, succeed
+from checkpoint_files import files_in, make_world, python, succeed
 from deltafl.algebra import streaming
 from deltafl.algebra.aggregate import Aggregate, Stepped
 from deltafl.algebra.deltas import Update
@@ -87,9 +86,7 @@ def test_torch_threads_do_not_change_a_bit() -> None:
     assert_same(*found)
 
 
-def test_singular_values_that_cannot_be_computed_are_one_line(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_singular_values_that_cannot_be_computed_are_one_line(monkeypatch: pytest.MonkeyPatch):
     def fail(*_: object) -> None:
         raise torch.linalg.LinAlgError("linalg.eigh: the algorithm failed to converge")
 
@@ -138,7 +135,4 @@ print(megabytes("VmHWM") - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="measured in /proc")
 def test_memory_is_n_times_the_largest_tensor() -> None:
     """Twelve tensors of 8 MB of four models: 32 MB for one of them, 8 for its result, 384 for all."""
-    done = subprocess.run(
-        [sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True
-    )
-    assert 32 <= float(done.stdout) <= 56
+    assert 32 <= float(python(MEMORY, check=True).stdout) <= 56

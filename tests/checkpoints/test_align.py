@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from checkpoint_files import load, refusal, refused, succeed
+from checkpoint_files import load, refusal, refused, reloaded, succeed
 from deltafl.checkpoints.align import align
 from deltafl.checkpoints.layout import Entry
 from deltafl.checkpoints.naming import canonical, match
@@ -24,15 +23,6 @@ SIZES = {
     "intermediate_size": 16,
 }
 IMAGE = {"image_size": 8, "patch_size": 4}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quiet_transformers():
-    from transformers.utils import logging as their_logging
-
-    their_logging.disable_progress_bar()
-    their_logging.set_verbosity_error()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
 def make(root: Path, kind: str, name: str, **more: object) -> dict[str, Tensor]:
@@ -65,6 +55,16 @@ def merge_one(root: Path, *more: object) -> tuple[dict[str, Tensor], dict]:
     return load(root / "out"), json.loads((root / "out/deltafl.json").read_text())
 
 
+def rewrite(folder: Path, held: Mapping[str, Tensor], *, pickled: bool = False) -> None:
+    """Give a model another file of weights."""
+    file = folder / "model.safetensors"
+    if pickled:
+        file.unlink()
+        torch.save(dict(held), folder / "pytorch_model.bin")
+    else:
+        save_file(dict(held), file, metadata={"format": "pt"})
+
+
 def assert_from(merged: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
     """Every wanted tensor is in the merged model, up to the rounding of base + (tuned - base)."""
     for name, values in wanted.items():
@@ -73,23 +73,9 @@ def assert_from(merged: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> N
         )
 
 
-def reload(folder: Path, kind: str = "AutoModel"):
-    """from_pretrained, with nothing missing, unexpected or of another shape."""
-    import transformers
-
-    model, info = getattr(transformers, kind).from_pretrained(folder, output_loading_info=True)
-    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-    return model
-
-
-def parts(held: Mapping[str, Tensor], *prefixes: str) -> dict[str, Tensor]:
-    return {n: t for n, t in held.items() if n.startswith(prefixes)}
-
-
 CLASSIFIER, CAUSAL = "ViTForImageClassification", "LlamaForCausalLM"
 TOWER, PROJECTED = "CLIPVisionModel", "CLIPVisionModelWithProjection"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-TIED = {"tie_word_embeddings": True}
 PAIRS = [
     ("ViTModel", CLASSIFIER, "pooler: not in every model", "classifier: not in the base"),
     (CLASSIFIER, "ViTModel", "classifier: not in every model", "pooler: not in the base"),
@@ -124,7 +110,7 @@ def test_models_of_two_kinds_are_merged_where_they_are_alike(
     assert {n for names in record["copied"].values() for n in names} == rest
     assert copied is None or copied in record["copied"]
     assert ignored is None or ignored in record["ignored"]["tuned"]
-    reload(tmp_path / "out", base_kind)
+    reloaded(tmp_path / "out", base_kind)
 
 
 @pytest.mark.parametrize("kind", [TOWER, PROJECTED])
@@ -132,7 +118,7 @@ def test_a_vision_tower_of_transformers_4_is_merged_into_the_whole_clip(tmp_path
     make(tmp_path, "CLIPModel", "base")
     tuned, whole = make(tmp_path, kind, "tuned"), ("vision_model.", "visual_projection.")
     inner = {n if n.startswith(whole) else f"vision_model.{n}": t for n, t in tuned.items()}
-    save_file(inner, tmp_path / "tuned/model.safetensors", metadata={"format": "pt"})
+    rewrite(tmp_path / "tuned", inner)
     assert_from(merge_one(tmp_path)[0], inner)
 
 
@@ -140,77 +126,62 @@ def test_a_vision_tower_of_transformers_4_is_merged_into_the_whole_clip(tmp_path
 def test_names_of_modules_and_names_of_files_are_the_same_tensors(tmp_path, module_side):
     make(tmp_path, "ViTModel", "base")
     make(tmp_path, CLASSIFIER, "tuned", num_labels=5)
-    tuned = reload(tmp_path / "tuned", "AutoModelForImageClassification").state_dict()
-    states = {"base": reload(tmp_path / "base").state_dict(), "tuned": tuned}
+    tuned = reloaded(tmp_path / "tuned", "AutoModelForImageClassification").state_dict()
+    states = {"base": reloaded(tmp_path / "base").state_dict(), "tuned": tuned}
     assert "layers.0.attention.q_proj.weight" in states["base"]
     for name in module_side:
-        (tmp_path / name / "model.safetensors").unlink()
-        torch.save(states[name], tmp_path / name / "pytorch_model.bin")
+        rewrite(tmp_path / name, states[name], pickled=True)
     _, record = merge_one(tmp_path)
     assert record["merged_tensors"] == 38  # 2 layers of 16, embeddings 4, last norm 2; no pooler
-    merged = reload(tmp_path / "out").state_dict()
-    assert_from(merged, {n.removeprefix("vit."): t for n, t in parts(tuned, "vit.").items()})
+    body = {n.removeprefix("vit."): t for n, t in tuned.items() if n.startswith("vit.")}
+    assert_from(reloaded(tmp_path / "out").state_dict(), body)
 
 
-@pytest.mark.parametrize(
-    ("kind", "more", "chosen"),
-    [
-        ("CLIPModel", ["--scope", "vision_model"], lambda n: n.startswith("vision_model.")),
-        (CAUSAL, ["--scope", "model.layers.1"], lambda n: ".layers.1." in n),
-        (
-            CAUSAL,
-            ["--include", "*.mlp.*", "*.self_attn.*", "--exclude", "*.layers.0.*"],
-            lambda n: "layers.1." in n and ("mlp" in n or "self_attn" in n),
-        ),
-    ],
-)
-def test_a_part_is_chosen_and_the_rest_is_the_bases(tmp_path: Path, kind, more, chosen) -> None:
+CHOSEN = {
+    "--scope vision_model": ("CLIPModel", lambda n: n.startswith("vision_model.")),
+    "--scope model.layers.1": (CAUSAL, lambda n: ".layers.1." in n),
+    "--include *.mlp.* *.self_attn.* --exclude *.layers.0.*": (
+        CAUSAL,
+        lambda n: "layers.1." in n and ("mlp" in n or "self_attn" in n),
+    ),
+}
+
+
+@pytest.mark.parametrize("options", CHOSEN)
+def test_a_part_is_chosen_and_the_rest_is_the_bases(tmp_path: Path, options: str) -> None:
+    kind, chosen = CHOSEN[options]
     base, tuned = make(tmp_path, kind, "base"), make(tmp_path, kind, "tuned")
-    merged, record = merge_one(tmp_path, *more)
+    merged, record = merge_one(tmp_path, *options.split())
     assert_from(merged, {n: tuned[n] if chosen(n) else t for n, t in base.items()})
-    if more[0] == "--scope":
-        assert list(record["copied"]) == [f"outside --scope {more[1]}"]
+    if options.startswith("--scope"):
+        assert list(record["copied"]) == [f"outside {options}"]
         assert list(record["ignored"]["tuned"]) == ["outside --scope"]
 
 
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-
-
-@pytest.mark.parametrize("written_out", [False, True])
-def test_a_tied_model_is_merged_and_stays_tied(tmp_path: Path, written_out: bool) -> None:
-    """A state dict holds both twins, the file of transformers one."""
-    make(tmp_path, CAUSAL, "base", **TIED)
-    tuned = make(tmp_path, CAUSAL, "tuned", **TIED)
+@pytest.mark.parametrize("written_out", ["", "base", "tuned"])
+def test_a_tied_model_is_merged_and_stays_tied(tmp_path: Path, written_out: str) -> None:
+    """A state dict holds both twins, which must be equal; the file of transformers holds one."""
+    held = {n: make(tmp_path, CAUSAL, n, tie_word_embeddings=True) for n in ("base", "tuned")}
     if written_out:
-        state = reload(tmp_path / "base", "AutoModelForCausalLM").state_dict()
-        (tmp_path / "base/model.safetensors").unlink()
-        torch.save(state, tmp_path / "base/pytorch_model.bin")
+        both = held[written_out] | {HEAD: held[written_out][EMBEDDING].clone()}
+        rewrite(tmp_path / written_out, both, pickled=written_out == "base")
     merged, _ = merge_one(tmp_path)
-    assert (HEAD in merged) == written_out
-    loaded = reload(tmp_path / "out", "AutoModelForCausalLM")
+    assert (HEAD in merged) == (written_out == "base")
+    loaded = reloaded(tmp_path / "out", "AutoModelForCausalLM")
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
-    assert_from(loaded.state_dict(), tuned)
-
-
-@pytest.mark.parametrize("change", [0.0, 1e-3])
-def test_a_written_out_head_must_equal_its_twin(tmp_path: Path, change: float) -> None:
-    make(tmp_path, CAUSAL, "base", **TIED)
-    tuned = make(tmp_path, CAUSAL, "tuned", **TIED)
-    head = tuned[EMBEDDING].clone()
-    head[-1, -1] += change
-    save_file(tuned | {HEAD: head}, tmp_path / "tuned/model.safetensors", metadata={"format": "pt"})
-    if not change:
-        assert_from(merge_one(tmp_path)[0], tuned)
-        return
-    problem = refusal(tmp_path, *arguments(tmp_path))
-    differs = f'"{HEAD}" differs from "{EMBEDDING}", but in the base the two are one'
-    assert problem.startswith(f'model "tuned": {differs}')
-    succeed(*arguments(tmp_path, "--exclude", EMBEDDING))
+    assert_from(loaded.state_dict(), held["tuned"])
+    if written_out == "tuned":
+        both[HEAD][-1, -1] += 1e-3
+        rewrite(tmp_path / "tuned", both)
+        problem = refusal(tmp_path, *arguments(tmp_path, "--overwrite"))
+        differs = f'"{HEAD}" differs from "{EMBEDDING}", but in the base the two are one'
+        assert problem.startswith(f'model "tuned": {differs}')
+        succeed(*arguments(tmp_path, "--exclude", EMBEDDING, "--overwrite"))
 
 
 def test_an_untied_base_does_not_take_embeddings_for_its_head(tmp_path: Path) -> None:
     base = make(tmp_path, CAUSAL, "base")
-    make(tmp_path, CAUSAL, "tuned", **TIED)
+    make(tmp_path, CAUSAL, "tuned", tie_word_embeddings=True)
     problem = refusal(tmp_path, *arguments(tmp_path))
     assert problem.startswith(f'the base: "{HEAD}" differs from "{EMBEDDING}"')
     assert torch.equal(merge_one(tmp_path, "--exclude", HEAD)[0][HEAD], base[HEAD])
@@ -277,11 +248,19 @@ def test_a_prefix_of_data_parallel_training_is_dropped() -> None:
     assert (ours, theirs) == ("", "module.")
 
 
-def test_a_dtype_of_its_own_is_noted_and_the_bases_wins() -> None:
+def test_a_dtype_of_its_own_is_noted_and_integers_are_copied_unless_they_are_codes() -> None:
     base = entries("a.weight", "b.weight")
     found = align(base, {"m": entries("a.weight", "b.weight", dtype="BF16")})
     assert not found.problems
     assert found.notes == ['model "m": 2 tensors are BF16, the base is F32: the result is F32']
+    counters = ["net.0.num_batches_tracked", "embeddings.position_ids"]
+    base = entries("net.0.weight") | entries(*counters, dtype="I64")
+    found = align(base, {"m": entries("net.0.weight")})
+    assert not found.problems
+    assert found.copied == {"not a float tensor (I64)": counters}
+    base = entries("net.0.scales") | entries("net.0.qweight", dtype="I32")
+    (problem,) = align(base, {"m": base}).problems
+    assert 'quantised (I32): "net.0.qweight"' in problem
 
 
 def test_half_a_head_is_a_missing_tensor_and_many_other_shapes_are_counted() -> None:
@@ -292,14 +271,3 @@ def test_half_a_head_is_a_missing_tensor_and_many_other_shapes_are_counted() -> 
     problems = align(entries(*names), {"m": entries(*names, shape=(3, 3))}).problems
     assert len(problems) == 6
     assert problems[-1] == 'model "m": 35 more tensors have another shape than in the base'
-
-
-def test_integers_are_copied_unless_they_are_codes_of_what_is_quantised() -> None:
-    counters = ["net.0.num_batches_tracked", "embeddings.position_ids"]
-    base = entries("net.0.weight") | entries(*counters, dtype="I64")
-    found = align(base, {"m": entries("net.0.weight")})
-    assert not found.problems
-    assert found.copied == {"not a float tensor (I64)": counters}
-    base = entries("net.0.scales") | entries("net.0.qweight", dtype="I32")
-    (problem,) = align(base, {"m": base}).problems
-    assert 'quantised (I32): "net.0.qweight"' in problem

@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint_files import load, make_world, patch_header, refusal, save, succeed, toy
+from checkpoint_files import fails, load, make_world, patch_header, refusal, save, succeed, toy
 from deltafl.checkpoints.checkpoint import Checkpoint, entries_of, open_tensors
 from deltafl.checkpoints.layout import read_layout
-from deltafl.errors import DeltaflError
 
 
 def same(a, b) -> bool:
@@ -69,8 +68,7 @@ def test_shards_of_a_state_dict_are_read_together(tmp_path: Path, twice: bool) -
     if not twice:
         assert same(open_tensors(tmp_path / "x"), held)
         return
-    with pytest.raises(DeltaflError, match=f'"{names[2]}".*another file of the checkpoint'):
-        open_tensors(tmp_path / "x")
+    fails(f'"{names[2]}".*another file of the checkpoint', open_tensors, tmp_path / "x")
 
 
 class Evil:
@@ -153,8 +151,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path) -> Non
     with closing(Checkpoint(read_layout(folder))) as checkpoint:
         os.truncate(folder / "model.safetensors", 1000)
         said = r"ended while tensor .* was read; was it changed meanwhile\?"
-        with pytest.raises(DeltaflError, match=said):
-            dict(checkpoint)
+        fails(said, dict, checkpoint)
 
 
 def test_entries_of_a_dict_say_what_entries_of_a_file_say(tmp_path: Path) -> None:
@@ -171,5 +168,4 @@ def test_entries_of_a_dict_say_what_entries_of_a_file_say(tmp_path: Path) -> Non
 def test_a_header_of_wrong_kinds_is_one_clear_line(tmp_path: Path, wrong: dict) -> None:
     file = save(tmp_path / "x", {"w": torch.ones(1)}) / "model.safetensors"
     patch_header(file, lambda header: header["w"].update(wrong))
-    with pytest.raises(DeltaflError, match=r"truncated, corrupt or not a safetensors file"):
-        read_layout(file)
+    fails(r"truncated, corrupt or not a safetensors file", read_layout, file)

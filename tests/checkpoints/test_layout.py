@@ -1,16 +1,14 @@
 """Where tensors lie: directories, single files, the hub's cache, and identities."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from checkpoint_files import make_world, refusal, save, succeed, toy, tuned
+from checkpoint_files import make_world, python, refusal, save, succeed, toy, tuned
 from deltafl.checkpoints.layout import fingerprint, read_layout
 from deltafl.errors import DeltaflError
 
@@ -57,9 +55,8 @@ def cached(home: Path, name: str, folder: Path, revision: str = "a" * 40) -> Non
 
 def deltafl(home: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own: huggingface_hub reads HF_HOME once."""
-    environment = os.environ | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"} | environment
-    command = [sys.executable, "-m", "deltafl", *map(str, arguments)]
-    return subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True)
+    environment = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"} | environment
+    return python("from deltafl.cli import main; main()", *arguments, env=environment, cwd=home)
 
 
 def assert_absent(done: subprocess.CompletedProcess[str], ref: str) -> None:

@@ -15,10 +15,21 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from checkpoint_files import load, make_world, mean_step, refusal, save, succeed, toy
+from checkpoint_files import (
+    load,
+    make_world,
+    mean_step,
+    python,
+    refusal,
+    reloaded,
+    save,
+    succeed,
+    toy,
+)
 from deltafl.checkpoints.checkpoint import entries_of
 from deltafl.checkpoints.layout import SIZES
 from deltafl.checkpoints.writing import plan_shards
+from tiny_models import tiny_llama
 
 COPIED = {
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
@@ -30,16 +41,10 @@ COPIED = {
 @pytest.fixture(scope="module")
 def llamas(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with tokenizer files, and two fine-tunes."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     root = tmp_path_factory.mktemp("llamas")
-    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    config = transformers.LlamaConfig(hidden_size=16, vocab_size=50, **sizes)
     for seed, name in enumerate(("base", "m0", "m1")):
-        torch.manual_seed(seed)
-        transformers.LlamaForCausalLM(config).save_pretrained(root / name)
+        (folder := root / name).mkdir()
+        tiny_llama(folder, seed).save(folder)
     for name in {*COPIED, "README.md", "training.json"} - {"config.json"}:
         (root / "base" / name).write_text(json.dumps({"of": name}))
     return root
@@ -50,29 +55,21 @@ def merge_llamas(root: Path, out: Path, *more: object) -> None:
     succeed("merge", "--base", root / "base", "--models", *models, "--out", out, *more)
 
 
-def reload(folder: Path):
-    import transformers
-
-    load = transformers.AutoModelForCausalLM.from_pretrained
-    model, info = load(folder, output_loading_info=True)
-    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-    return model
-
-
 @pytest.mark.parametrize("size", ["5GB", "4KB", "1B"])
 def test_a_merged_directory_loads_with_the_right_weights_and_the_files_of_the_base(
     llamas: Path, tmp_path: Path, size: str
 ) -> None:
-    merge_llamas(llamas, tmp_path / "out", "--scaling-coef", 0.4, "--max-shard-size", size)
-    held = reload(tmp_path / "out").state_dict()
+    out = tmp_path / "out"
+    merge_llamas(llamas, out, "--scaling-coef", 0.4, "--max-shard-size", size)
+    held = reloaded(out, "AutoModelForCausalLM").state_dict()
     wanted = mean_step(load(llamas / "base"), tuple(load(llamas / m) for m in ("m0", "m1")), 0.4)
     assert set(held) == set(wanted)
     for name, values in wanted.items():
         np.testing.assert_allclose(held[name].double().numpy(), values, rtol=1e-6, atol=1e-7)
-    names = {p.name for p in (tmp_path / "out").iterdir() if "safetensors" not in p.name}
+    names = {p.name for p in out.iterdir() if "safetensors" not in p.name}
     assert names == COPIED | {"deltafl.json"}
     for name in COPIED:
-        assert (tmp_path / "out" / name).read_bytes() == (llamas / "base" / name).read_bytes()
+        assert (out / name).read_bytes() == (llamas / "base" / name).read_bytes()
 
 
 def test_shards_hold_at_most_the_given_size_and_the_index_is_right(llamas, tmp_path):
@@ -96,13 +93,12 @@ def test_shards_hold_at_most_the_given_size_and_the_index_is_right(llamas, tmp_p
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
 def test_dtype_changes_weights_and_config(llamas: Path, tmp_path: Path, dtype: str) -> None:
     merge_llamas(llamas, tmp_path / "out", "--dtype", dtype, "--server-lr", 0)
-    wanted = getattr(torch, dtype)
-    base = load(llamas / "base")
+    wanted, base = getattr(torch, dtype), load(llamas / "base")
     for name, values in load(tmp_path / "out").items():
         assert values.dtype == wanted
         assert torch.equal(values, base[name].to(wanted))
     assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == dtype
-    assert reload(tmp_path / "out").dtype == wanted
+    assert reloaded(tmp_path / "out", "AutoModelForCausalLM").dtype == wanted
 
 
 def test_dtype_is_set_in_every_part_of_a_configuration(tmp_path: Path) -> None:
@@ -224,12 +220,8 @@ def test_a_limit_on_file_sizes_is_one_clear_line(tmp_path: Path) -> None:
 
     args, limit = big_world(tmp_path, 20), (2**20, 2**20)
     before = sorted(p.name for p in tmp_path.iterdir())
-    done = subprocess.run(
-        [sys.executable, "-m", "deltafl", *args],
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
-    )
+    limited = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)}
+    done = python("from deltafl.cli import main; main()", *args, **limited)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert done.stderr.startswith(f'error: "{tmp_path}": cannot hold the ')
     assert done.stderr.endswith(
@@ -238,24 +230,22 @@ def test_a_limit_on_file_sizes_is_one_clear_line(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
+FAILURES = {
+    errno.ENOSPC: "No space left on device); free some space",
+    errno.EIO: "cannot read or write: ",
+}
+
+
 @pytest.mark.parametrize("call", ["posix_fallocate", "pwrite", "fsync"])
-@pytest.mark.parametrize(
-    ("code", "line"),
-    [
-        (errno.ENOSPC, "No space left on device); free some space"),
-        (errno.EIO, "cannot read or write: "),
-    ],
-)
-def test_a_disk_that_fills_or_fails_at_any_step_leaves_nothing(
-    tmp_path, call, code, line, monkeypatch
-):
+@pytest.mark.parametrize("code", FAILURES)
+def test_a_disk_that_fills_or_fails_at_any_step_leaves_nothing(tmp_path, call, code, monkeypatch):
     world = make_world(tmp_path)
 
     def fail(*arguments: object) -> None:
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, call, fail)
-    assert line in refusal(world.root, *world.args)
+    assert FAILURES[code] in refusal(world.root, *world.args)
 
 
 def test_every_tensor_is_aligned_to_its_size() -> None:

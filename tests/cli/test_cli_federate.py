@@ -8,8 +8,6 @@ import pytest
 import yaml
 
 from checkpoint_files import refusal, refused, succeed
-from deltafl.federated.recipe import FederatedRecipe
-from deltafl.recipes import read_recipe
 from deltafl.training.record import read_rows
 from tiny_models import vit_file
 
@@ -67,30 +65,22 @@ def test_the_best_model_scores_what_the_result_says(run: Path, tmp_path: Path):
 
 
 MISTAKES = {
-    "--sharding non_iid": "sharding non_iid needs nc",
     "--sharding non_iid --nc 11": "11",
     "--num-clients 5000": "5000",
     "--participation-rate 0.01": "selects no client",
-    "--sparsity-ratio 0.5 --mask-strategy least": 'mask_strategy: unknown "least"',
     "--aggregator fedgma": "rho",
-    "--aggregator fedagv": 'did you mean "fedavg"?',
-    "--local-algorithm scaffold": "scaffold",
     "--mask-file no/such/mask": "no/such/mask",
     "--device cuda:7": "cuda:7",
     "--client nowhere:Client": "nowhere",
-    "--save-client-updates 9": "save_client_updates: 9; name rounds from 1 to 3",
-    "--calibration-rounds 5 --sparsity-ratio 0.5": "fresh clients",
     "--aggregator krum --num-byzantine 1": "needs at least 2f + 3 = 5 models",
     "--num-client 3": "--num-client",
 }
 
 
 @pytest.mark.parametrize(("options", "told"), MISTAKES.items(), ids=str)
-@pytest.mark.parametrize("dry", ["", "--dry-run"])
-def test_bad_input_is_one_clear_line_and_leaves_nothing(
-    tmp_path: Path, options: str, told: str, dry: str
-):
-    more = (*options.split(), *dry.split(), "--out", tmp_path / "run")
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_bad_input_is_one_clear_line_and_leaves_nothing(tmp_path: Path, options, told, dry):
+    more = (*options.split(), *dry, "--out", tmp_path / "run")
     assert told in refusal(tmp_path, "federate", *SMALL, *more)
 
 
@@ -99,16 +89,11 @@ def test_a_run_is_resumed_only_as_it_was(run: Path):
     assert any("lr = 0.01, now it is 0.02" in line for line in lines)
 
 
-@pytest.mark.parametrize("name", ["default.yaml", "realdata-quick.yaml"])
-def test_the_bundled_configurations_are_recipes_without_a_problem(name: str):
-    assert read_recipe(FederatedRecipe, ROOT / "configs" / name)
-
-
 @pytest.mark.parametrize(
     "command", ["federate", "federate --compare-strategies", "suite heterogeneity"]
 )
 def test_without_tensorboard_the_flag_is_refused_before_anything_runs(
-    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command, tmp_path, monkeypatch
 ):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     said = refusal(tmp_path, *command.split(), *SMALL, "--tensorboard", "--out", tmp_path / "run")

@@ -42,22 +42,17 @@ def test_a_suite_leaves_tables_of_means_and_spreads_figures_and_a_report(suite: 
     for name in ("heterogeneity", "calibration-rounds"):
         assert sorted(f.name for f in (suite / name).iterdir()) == files
     page = (suite / "report.html").read_text()
-    assert "Heterogeneity" in page
-    assert "Calibration rounds" in page
+    assert all(title in page for title in ("Heterogeneity", "Calibration rounds"))
     with (suite / "heterogeneity" / "table.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["sharding"] for row in rows] == ["IID", "Nc = 2"]
     results = [json.loads(f.read_text()) for f in suite.glob("works/runs/*/result.json")]
-    for row, sharding in zip(rows, ("iid", "non_iid"), strict=True):
-        scores = [
-            result["test_score"]
-            for result in results
-            if result["config"]["sharding"]["sharding"] == sharding
-            and result["config"]["sparse"]["sparsity_ratio"] == 0
-        ]
-        assert len(scores) == 2
-        assert float(row["test accuracy"]) == pytest.approx(sum(scores) / 2)
-        assert float(row["±"]) == pytest.approx(abs(scores[0] - scores[1]) / 2**0.5)
+    dense = [r for r in results if r["config"]["sparse"]["sparsity_ratio"] == 0]
+    for row, kind in zip(rows, ("iid", "non_iid"), strict=True):
+        held = [r for r in dense if r["config"]["sharding"]["sharding"] == kind]
+        one, two = (result["test_score"] for result in held)
+        assert float(row["test accuracy"]) == pytest.approx((one + two) / 2)
+        assert float(row["±"]) == pytest.approx(abs(one - two) / 2**0.5)
         assert row["runs"] == "2"
 
 
@@ -76,7 +71,6 @@ def test_a_row_that_cannot_run_says_why_and_the_others_go_on(tmp_path: Path):
 
 MISTAKES = {
     "heterogeneity --nc-values 2 11": "heterogeneity, Nc = 11: non_iid: nc is 11",
-    "heterogeneity --num-clients 5000": "heterogeneity, IID: num_clients is 5000",
     "calibration-rounds --calibration-values 1 3": "3 calibration rounds of 4 fresh clients",
     "sparsity --mask-file mask": "mask_file is a finished mask",
     "heterogeneity --aggregator krum --num-byzantine 2": "needs at least 2f + 3 = 7 models",
@@ -86,7 +80,6 @@ MISTAKES = {
     "": "name a suite: heterogeneity",
     "heterogenity": 'no suite "heterogenity"; did you mean "heterogeneity"?',
     "all --quick --full": "give one of them",
-    "heterogeneity --lr -1": "local.lr: must be greater than 0, not -1",
     "heterogeneity --num-runs 0": "num_runs: must be",
 }
 

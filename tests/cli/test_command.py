@@ -54,18 +54,11 @@ def test_every_option_reaches_its_setting():
         *("--rule", "ties", "--density", "0.3", "--per-tensor", "--momentum", "0.5", "--quiet"),
     )
     assert result.exit_code == 0, result.output
-    server = Server(rule="ties", density=0.3, per_tensor=True, momentum=0.5)
     wanted = Whole(
-        model="m",
-        tasks=("a", "b", "c"),
-        lambdas=(-0.5, 2.0),
-        num_clients=3,
-        precision="bf16",
-        size=3_000_000,
-        hash=True,
-        pin=False,
-        server=server,
-    )
+        model="m", tasks=("a", "b", "c"), lambdas=(-0.5, 2.0), num_clients=3, precision="bf16",
+        size=3_000_000, hash=True, pin=False,
+        server=Server(rule="ties", density=0.3, per_tensor=True, momentum=0.5),
+    )  # fmt: skip
     assert seen == [(wanted, True)]
     assert not result.output
 

@@ -31,8 +31,7 @@ def write_task(folder: Path, name: str) -> None:
     words = known.class_names or [f"{name} kind {i:03d}" for i in range(known.num_classes)]
     for i, word in enumerate(words):
         for split, count in (("train", 2), ("test", 1)):
-            own = folder / name / split / word
-            own.mkdir(parents=True)
+            (own := folder / name / split / word).mkdir(parents=True)
             for j in range(count):
                 colour = (37 * i % 256, 91 * i % 256, 10 * j)
                 Image.new("RGB", (8, 8), colour).save(own / f"{j}.png")
@@ -100,9 +99,7 @@ def test_the_recipe_runs_and_prints_theirs_beside_ours(recipe: dict[str, Any], t
     assert "not run here" in (out / "report.html").read_text()
 
 
-def test_templates_and_saved_heads_take_the_place_of_the_built_in_prompts(
-    recipe: dict[str, Any], tmp_path: Path
-):
+def test_templates_and_saved_heads_take_the_place_of_the_built_in_prompts(recipe, tmp_path):
     entries = [entry for entry in recipe["models"] if entry["data"] in ("eurosat", "mnist")]
     alone = {"methods": ["task_arithmetic"], "reference": {}, "fixed": {}}
     small = recipe | alone | {"models": entries}
@@ -128,19 +125,14 @@ def test_templates_and_saved_heads_take_the_place_of_the_built_in_prompts(
 
 
 MINE = {"method": "ties", "scaling_coef": 0.3}
+MISTAKES = {
+    "fixed.mine.scaling_coef is missing": {"fixed": {"mine": {"method": "ties"}}},
+    "fixed.mine.method is missing": {"fixed": {"mine": {"scaling_coef": 0.3}}},
+    'unknown key "fixed.mine.densty"; did you mean': {"fixed": {"mine": MINE | {"densty": 1}}},
+    "reference.ties: must be less than or equal to 100": {"reference": {"ties": 722.0}},
+}
 
 
-@pytest.mark.parametrize(
-    ("changes", "told"),
-    [
-        ({"fixed": {"mine": {"method": "ties"}}}, "fixed.mine.scaling_coef is missing"),
-        ({"fixed": {"mine": {"scaling_coef": 0.3}}}, "fixed.mine.method is missing"),
-        (
-            {"fixed": {"mine": MINE | {"densty": 1}}},
-            'unknown key "fixed.mine.densty"; did you mean',
-        ),
-        ({"reference": {"ties": 722.0}}, "reference.ties: must be less than or equal to 100"),
-    ],
-)
-def test_a_row_of_the_table_that_cannot_be_is_one_line(tmp_path: Path, changes, told: str):
-    assert refused(load_yaml(RECIPE) | changes, tmp_path).startswith(told)
+@pytest.mark.parametrize("told", MISTAKES)
+def test_a_row_of_the_table_that_cannot_be_is_one_line(tmp_path: Path, told: str):
+    assert refused(load_yaml(RECIPE) | MISTAKES[told], tmp_path).startswith(told)

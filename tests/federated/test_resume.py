@@ -4,13 +4,13 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from checkpoint_files import fails, files_in, python
 from deltafl.errors import DeltaflError
 from deltafl.federated import FederatedRecipe
 from deltafl.federated import run as federated_run
@@ -106,14 +106,8 @@ def kill_again_and_again(folder: Path) -> None:
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the killed runs, made in a process of one thread."""
     folder = tmp_path_factory.mktemp("killed")
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "OMP_NUM_THREADS": "1",
-    }
-    code = f"from pathlib import Path; from federated.test_resume import *; kill_again_and_again(Path({str(folder)!r}))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
-    )
+    code = "import sys; from pathlib import Path; from federated.test_resume import *\n"
+    done = python(f"{code}kill_again_and_again(Path(sys.argv[1]))", folder)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -180,40 +174,26 @@ def test_a_torn_state_is_one_clear_line(tmp_path: Path) -> None:
     assert without_timings(again.rows) == without_timings(fresh.rows)
 
 
-def files_of(folder: Path) -> dict[Path, bytes]:
-    return {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()}
-
-
 def test_resuming_what_is_finished_returns_it_and_what_was_never_begun_begins_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done = federate(plain(), halves(), RECIPE, tmp_path / "run", resume=True)
-    files = files_of(tmp_path / "run")
+    files = files_in(tmp_path)
     monkeypatch.setattr(federated_run, "run_round", None)
     assert federate(plain(), halves(), RECIPE, tmp_path / "run", resume=True) == done
-    assert files_of(tmp_path / "run") == files
+    assert files_in(tmp_path) == files
 
 
-def test_an_output_is_replaced_only_when_asked(tmp_path: Path) -> None:
+def test_an_output_is_replaced_only_when_asked_and_by_a_recipe_that_can_run(tmp_path: Path) -> None:
     out = tmp_path / "run"
     federate(plain(), halves(), RECIPE, out, save_client_updates=(2,))
-    with pytest.raises(DeltaflError, match=r"exists.*--overwrite"):
-        federate(plain(), halves(), RECIPE, out)
-    assert (out / "updates" / "round-0002").is_dir()
-    new = federate(plain(), halves(), RECIPE.replace(seed=9), out, overwrite=True)
-    assert not (out / "updates").exists()
-    assert new.result["config"]["seed"] == 9
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    before = files_in(tmp_path)
+    fails(r"exists.*--overwrite", federate, plain(), halves(), RECIPE, out)
     for options in ({"overwrite": True}, {"resume": True}):
         with pytest.raises(DeltaflError):
             federate(plain(), halves(), RECIPE, tmp_path / "mine", **options)
-    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
-
-
-def test_a_bad_recipe_leaves_an_older_run_alone(tmp_path: Path) -> None:
-    federate(plain(), halves(), RECIPE, tmp_path / "run")
-    before = files_of(tmp_path)
     for changes in (
         {"lr": -1.0},
         {"head": "no/such/head.safetensors"},
@@ -223,8 +203,12 @@ def test_a_bad_recipe_leaves_an_older_run_alone(tmp_path: Path) -> None:
         {"client": "no_such_module:client"},
     ):
         with pytest.raises(DeltaflError):
-            federate(plain(), halves(), RECIPE.replace(**changes), tmp_path / "run", overwrite=True)
-        assert files_of(tmp_path) == before, changes
+            federate(plain(), halves(), RECIPE.replace(**changes), out, overwrite=True)
+        assert files_in(tmp_path) == before, changes
+    assert (out / "updates" / "round-0002").is_dir()
+    new = federate(plain(), halves(), RECIPE.replace(seed=9), out, overwrite=True)
+    assert not (out / "updates").exists()
+    assert new.result["config"]["seed"] == 9
 
 
 def test_the_state_of_an_older_run_is_not_read_by_the_one_that_replaces_it(tmp_path: Path) -> None:
@@ -235,9 +219,7 @@ def test_the_state_of_an_older_run_is_not_read_by_the_one_that_replaces_it(tmp_p
     assert without_timings(new.rows) == without_timings(fresh.rows)
 
 
-def test_states_are_written_in_a_hundredth_of_the_time_and_the_first_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_states_are_written_in_a_hundredth_of_the_time_and_the_first_at_once(tmp_path, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(federated_run.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(federated_run, "write_state", lambda *a: now.__setitem__(0, now[0] + 2))

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from checkpoint_files import cli
+from checkpoint_files import succeed
 from deltafl.federated import FederatedRecipe
 from deltafl.federated.server import ServerState
 from deltafl.merge.plan import plan_merge
@@ -51,17 +51,12 @@ def sizes(folder: Path) -> list[int]:
 
 
 def merged(folder: Path, recipe: FederatedRecipe, out: Path) -> dict[str, Tensor]:
-    rule = recipe.server.aggregator
-    merge = MergeRecipe.of(
-        base=str(folder / "base"),
-        models=[str(c) for c in clients(folder)],
-        method=rule,
-        server_lr=recipe.server.server_lr,
-        weights=None if rule == "fedavg" else sizes(folder),
-        **recipe.server.params,
-        **({"seed": recipe.seed + 1} if rule == "dare" else {}),
-    )
-    run_merge(plan_merge(merge), out)
+    server, rule = recipe.server, recipe.server.aggregator
+    given = {} if rule == "fedavg" else {"weights": sizes(folder)}
+    given |= {"seed": recipe.seed + 1} if rule == "dare" else {}
+    models = [str(c) for c in clients(folder)]
+    given |= {"base": str(folder / "base"), "models": models, "method": rule, **server.params}
+    run_merge(plan_merge(MergeRecipe.of(server_lr=server.server_lr, **given)), out)
     return files_of(out)
 
 
@@ -98,9 +93,7 @@ def test_of_a_transformer_whose_file_lists_its_tensors_otherwise(rule: str, tmp_
 
 
 @pytest.mark.parametrize("rule", ["cclip", "ties"])
-def test_with_a_mask_frozen_coordinates_stay_and_the_rest_is_the_merge(
-    rule: str, tmp_path: Path
-) -> None:
+def test_with_a_mask_frozen_coordinates_stay_and_the_rest_is_the_merge(rule: str, tmp_path: Path):
     params = {"cclip": {"rho": 0.02}, "ties": {"density": 0.3}}.get(rule, {})
     recipe = RECIPE.replace(
         aggregator=rule, sparsity_ratio=0.5, mask_strategy="random", weight_decay=0.1, **params
@@ -130,18 +123,12 @@ def test_running_statistics_are_averaged_and_counters_are_not(tmp_path: Path) ->
 
 
 def test_through_the_command_line(tmp_path: Path) -> None:
-    for rule, params in (("fedavg", {}), ("cclip", {"rho": 0.5, "unit": "quantile"})):
-        recipe = RECIPE.replace(aggregator=rule, **params)
-        state, folder = after_one_round(plain(), recipe, tmp_path / rule)
-        weights = ["--weights", *map(str, sizes(folder))] if params else []
-        options = [text for name, value in params.items() for text in (f"--{name}", value)]
-        base, out = folder / "base", tmp_path / f"{rule}-merged"
-        done = cli(
-            "merge", "--base", base, "--models", *clients(folder), "--method", rule, "--server-lr", 0.7,
-            *weights, *options, "--out", out, "--quiet",
-        )  # fmt: skip
-        assert done.code == 0, done.err
-        assert_is_merge(state, files_of(out))
+    recipe = RECIPE.replace(aggregator="cclip", rho=0.5, unit="quantile")
+    state, folder = after_one_round(plain(), recipe, tmp_path / "run")
+    rule = ("--method", "cclip", "--rho", 0.5, "--unit", "quantile", "--server-lr", 0.7)
+    models = ("--models", *clients(folder), "--weights", *sizes(folder))
+    succeed("merge", "--base", folder / "base", *models, *rule, "--out", tmp_path / "merged")
+    assert_is_merge(state, files_of(tmp_path / "merged"))
 
 
 def test_a_rule_that_draws_draws_anew_in_each_round() -> None:

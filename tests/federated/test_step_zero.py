@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from deltafl.errors import DeltaflError
+from checkpoint_files import fails
 from deltafl.federated import FederatedRecipe
 from deltafl.federated import setup as step_zero
 from deltafl.federated.setup import calibration_clients, make_shards, prepare
@@ -24,9 +24,7 @@ SHARDINGS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("changes", [{}, {"few_shot": 2}])
-def test_a_ridge_head_from_the_clients_is_the_same_however_they_share_the_data(
-    changes: dict,
-) -> None:
+def test_a_ridge_head_from_the_clients_is_the_same_however_they_share_the_data(changes: dict):
     heads = []
     for sharding in ({"sharding": "iid"}, *SHARDINGS):
         recipe, net = RECIPE.replace(head="ridge", **changes, **sharding), plain()
@@ -65,9 +63,7 @@ def asked(
 
 
 @pytest.mark.parametrize("kind", ["average", "progressive"])
-def test_calibration_asks_fresh_clients_for_fresh_examples(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_calibration_asks_fresh_clients_for_fresh_examples(kind: str, tmp_path, monkeypatch):
     recipe = CALIBRATED.replace(calibration=kind)
     groups = calibration_clients(recipe)
     assert [len(g) for g in groups] == [2] * 4
@@ -98,9 +94,7 @@ def test_fisher_sums_are_added_over_examples_and_not_averaged_over_clients(tmp_p
 
 
 @pytest.mark.parametrize("strategy", [n for n in MASK_STRATEGIES if not MASK_STRATEGIES[n].scored])
-def test_a_strategy_without_scores_asks_no_client_and_ignores_the_rounds(
-    strategy: str, tmp_path: Path
-) -> None:
+def test_a_strategy_without_scores_asks_no_client_and_ignores_the_rounds(strategy: str, tmp_path):
     recipe = CALIBRATED.replace(mask_strategy=strategy, calibration_rounds=5)
     assert calibration_clients(recipe) == []
     rounds = recipe, recipe.replace(calibration_rounds=1)
@@ -121,8 +115,7 @@ def test_a_mask_from_a_file_is_used_and_one_of_another_model_refused(tmp_path: P
     other = plain()
     with torch.no_grad():
         other.module.encoder.last.bias[0] += 1
-    with pytest.raises(DeltaflError, match="was made for another model, or other weights of it"):
-        begin(tmp_path, recipe, other)
+    fails("was made for another model, or other weights of it", begin, tmp_path, recipe, other)
 
 
 def test_shards_are_a_function_of_the_seed_and_the_sharding_alone() -> None:

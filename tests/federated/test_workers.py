@@ -2,14 +2,13 @@
 
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from checkpoint_files import fails, python
 from deltafl.algebra.deltas import Update
 from deltafl.errors import DeltaflError
 from deltafl.federated import FederatedRecipe, LocalTraining
@@ -81,22 +80,18 @@ def no_process_stays():
 @pytest.mark.parametrize("name", RECIPES)
 def test_results_are_the_same_bits_for_any_number_of_workers(name: str, tmp_path: Path) -> None:
     for count in (1, 2, 4):
-        federate(
-            normed(), halves(), RECIPES[name], tmp_path / str(count), workers=count, save_client_updates=(2,),
-        )  # fmt: skip
+        how = {"workers": count, "save_client_updates": (2,)}
+        federate(normed(), halves(), RECIPES[name], tmp_path / str(count), **how)
     one = tmp_path / "1"
     files = [f.relative_to(one) for f in one.rglob("*.safetensors")]
     assert len(files) >= 2 + 2 * 4
     assert "\nworkers:" not in (one / "config.yaml").read_text()
     rows = without_timings(read_rows(one / "record.jsonl"))
     assert len(rows) == 4
-    for count in ("2", "4"):
+    for out in (tmp_path / "2", tmp_path / "4"):
         for file in files:
-            assert (tmp_path / count / file).read_bytes() == (one / file).read_bytes(), (
-                file,
-                count,
-            )
-        assert without_timings(read_rows(tmp_path / count / "record.jsonl")) == rows
+            assert (out / file).read_bytes() == (one / file).read_bytes(), (out, file)
+        assert without_timings(read_rows(out / "record.jsonl")) == rows
 
 
 def test_clients_really_train_in_other_processes_and_send_kept_values_only(tmp_path: Path) -> None:
@@ -121,13 +116,10 @@ def test_the_error_of_the_first_client_is_raised_as_it_is(tmp_path: Path) -> Non
         assert ("in a worker" in "".join(getattr(caught.value, "__notes__", []))) == (workers == 3)
 
 
-def test_a_worker_that_is_killed_ends_the_run_in_one_line_and_the_run_resumes(
-    tmp_path: Path,
-) -> None:
+def test_a_worker_that_is_killed_ends_the_run_in_one_line_and_the_run_resumes(tmp_path: Path):
     recipe = SIX.replace(client="federated.test_workers:dying")
     words = r"a worker process \(\d+\) ended early \(signal SIGKILL\), perhaps for want of memory"
-    with pytest.raises(DeltaflError, match=words):
-        federate(plain(), halves(), recipe, tmp_path / "run", workers=2)
+    fails(words, federate, plain(), halves(), recipe, tmp_path / "run", workers=2)
     assert (tmp_path / "run" / "state" / "state.pt").is_file()
 
 
@@ -142,8 +134,7 @@ def test_the_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
         count_workers(SIX.replace(workers=3), torch.device("cuda:1"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert count_workers(SIX, CPU) == 1
-    with pytest.raises(DeltaflError, match="where there is a GPU"):
-        count_workers(SIX.replace(workers=2), CPU)
+    fails("where there is a GPU", lambda: count_workers(SIX.replace(workers=2), CPU))
 
 
 def threads(net, task, recipe):
@@ -155,10 +146,8 @@ def threads(net, task, recipe):
 
 
 def test_a_client_computes_with_one_thread_in_this_process_too(tmp_path: Path) -> None:
-    begun, before = (
-        begin(tmp_path, SIX.replace(client=f"{__name__}:threads")),
-        torch.get_num_threads(),
-    )
+    begun = begin(tmp_path, SIX.replace(client=f"{__name__}:threads"))
+    before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         _, result = one_round(begun)
@@ -195,12 +184,8 @@ def test_a_run_does_not_wait_for_the_compiler() -> None:
         "import sys, tempfile, pathlib\n"
         "from federated.worlds import *\n"
         "with tempfile.TemporaryDirectory() as folder:\n"
-        "    begun = begin(pathlib.Path(folder), RECIPE)\n"
-        "    one_round(begun)\n"
+        "    one_round(begin(pathlib.Path(folder), RECIPE))\n"
         "print(sorted({'torch._dynamo', 'torch._inductor'} & sys.modules.keys()))\n"
     )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
-    )
+    done = python(code)
     assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr

@@ -57,7 +57,7 @@ class Plain(nn.Module):
 
 
 class Normed(Plain):
-    """With running statistics and a counter of batches."""
+    """With running statistics and a counter of batches; four values a channel, so that a batch of one will do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,9 +65,7 @@ class Normed(Plain):
         self.norm.num_batches_tracked.fill_(7)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.first(x.flatten(1)).unflatten(
-            1, (3, 4)
-        )  # four values a channel: a batch of one will do
+        hidden = self.first(x.flatten(1)).unflatten(1, (3, 4))
         return self.last(self.norm(hidden).flatten(1).relu())
 
 

@@ -5,7 +5,6 @@ import errno
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from checkpoint_files import (
     load,
     make_world,
     mean_step,
+    python,
     refusal,
     save,
     succeed,
@@ -134,8 +134,7 @@ def test_progress_reaches_its_total(world: World, tmp_path: Path) -> None:
 def test_the_preflight_needs_no_torch(world: World) -> None:
     code = "import sys; from deltafl.cli import main\ntry: main()\nexcept SystemExit as e: assert not e.code\n"
     code += "assert not {'torch', 'transformers'} & set(sys.modules)"
-    command = [sys.executable, "-c", code, *world.args, "--dry-run"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = python(code, *world.args, "--dry-run")
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -169,8 +168,7 @@ def test_memory_is_bounded_by_the_block_and_not_by_the_model(tmp_path: Path) -> 
                 f"merge --base {root}/base --models {root}/m0 {root}/m1 --out {root}/{method} "
                 f"--method {method} --quiet --threads 2"
             )
-    command, given = [sys.executable, "-c", PEAKS], "\n".join(lines)
-    done = subprocess.run(command, input=given, capture_output=True, text=True)
+    done = python(PEAKS, input="\n".join(lines))
     assert done.returncode == 0, done.stderr
     _, before, *peaks = done.stdout.splitlines()  # the first line is the version
     for small, large in zip(peaks[::2], peaks[1::2], strict=True):
@@ -232,15 +230,19 @@ def test_inspect_says_the_same(tmp_path: Path, forks: list[int]) -> None:
     assert told[0] == told[1]
 
 
-@pytest.mark.parametrize("method", ["median", "krum"])
-def test_infinity_is_named(tmp_path: Path, method: str, forks: list[int]) -> None:
-    world = make_world(tmp_path, 5)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("method", ["median", "krum", "cclip", "ties", "dare"])
+def test_nan_and_inf_are_named_and_can_be_left_out(tmp_path, method, value, forks):
+    world, name = make_world(tmp_path, 5), "layer.0.weight"
     broken = {n: t.clone() for n, t in world.models[2].items()}
-    broken["layer.0.weight"][-1, -1] = torch.inf
+    broken[name][-3:] = value  # long enough that random dropping cannot drop all of it
     save_file(broken, world.file("m2"))
-    problem = refusal(world.root, *world.args, "--method", method, "--threads", 2)
-    assert problem.startswith('model "m2": tensor "layer.0.weight" differs from the base by NaN')
+    called = (*world.args, *options(method), "--threads", 2)
+    problem = refusal(world.root, *called)
+    assert problem.startswith(f'model "m2": tensor "{name}" differs from the base by NaN or Inf (')
     assert forks
+    assert "--exclude" in problem
+    succeed(*called, "--exclude", name)
 
 
 def fail(number: int) -> NoReturn:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from checkpoint_files import fails
 from deltafl.errors import DeltaflError
 from deltafl.merge.race import critical_value, looks, orders, race, upper_bounds
 
@@ -158,5 +159,4 @@ def test_what_is_refused() -> None:
     for confidence in (0.0, 1.0, -1.0, 2.0, math.nan):
         with pytest.raises(DeltaflError, match=r"confidence: .* is not between 0 and 1"):
             grid(0).race(confidence=confidence)
-    with pytest.raises(DeltaflError, match="no validation examples"):
-        Scores([torch.ones(2, 0)]).race()
+    fails("no validation examples", lambda: Scores([torch.ones(2, 0)]).race())

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from checkpoint_files import save, toy, tuned
+from checkpoint_files import fails, save, toy, tuned
 from deltafl import (
     Source,
     TaskVector,
@@ -69,17 +69,25 @@ class Net(nn.Module):
 # From checkpoints
 
 
-@pytest.mark.parametrize("wide", [0, 1])
-def test_a_float64_model_loses_nothing_and_bfloat16_is_widened(wide: int) -> None:
-    held = [toy(), tuned(toy(), 1)]
-    held[wide] = {n: t.double() + 1e-12 if n in FLOATS else t for n, t in held[wide].items()}
-    delta = TaskVector.from_checkpoints(*held)
-    for name, values in combine(lambda a, b: b - a, *held).items():
-        assert np.array_equal(delta.tensors[name].numpy(), values)
+def test_it_is_the_difference_of_the_float_tensors_in_memory_or_files(tmp_path: Path) -> None:
+    """A float64 model loses nothing, bfloat16 is widened, and files are read only when asked."""
+    for wide in (0, 1):
+        held = [toy(), tuned(toy(), 1)]
+        held[wide] = {n: t.double() + 1e-12 if n in FLOATS else t for n, t in held[wide].items()}
+        delta = TaskVector.from_checkpoints(*held)
+        for name, values in combine(lambda a, b: b - a, *held).items():
+            assert np.array_equal(delta.tensors[name].numpy(), values)
     base = toy(dtype=torch.bfloat16)
     narrow = TaskVector.from_checkpoints(base, tuned(base, 1))
     assert {t.dtype for t in narrow.tensors.values()} == {torch.float32}
     assert_close(narrow, combine(lambda a, b: b - a, base, tuned(base, 1)))
+    elements = sum(toy()[name].numel() for name in FLOATS)
+    assert repr(narrow) == f"TaskVector(5 tensors, {elements:,} elements)"
+    both = {"base": toy(), "finetuned": tuned(toy(), 1)}
+    for files in (["base"], ["finetuned"], ["base", "finetuned"]):
+        stored = {n: save(tmp_path / "-".join(files) / n, both[n]) for n in files}
+        found = TaskVector.from_checkpoints(**(both | stored))
+        assert_close(found, combine(lambda a, b: b - a, *both.values()))
 
 
 def test_files_are_read_only_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,29 +136,26 @@ def test_it_is_a_vector_space_whose_operations_change_no_operand(factors: list[f
         assert all(torch.equal(held[n], was[n]) for n in was)
 
 
-BINARY: dict[str, Callable[[TaskVector, Any], object]] = {
-    "+": lambda a, b: a + b,
-    "-": lambda a, b: a - b,
-    "dot": lambda a, b: a.dot(b),
-    "median": lambda a, b: median([a, b]),
-}
+BINARY: list[Callable[[TaskVector, Any], object]] = [
+    lambda a, b: a + b,
+    lambda a, b: a - b,
+    lambda a, b: a.dot(b),
+    lambda a, b: median([a, b]),
+]
 
 
-@pytest.mark.parametrize("name", BINARY)
-def test_task_vectors_of_other_tensors_or_shapes_are_an_error_that_names_them(name: str) -> None:
+@pytest.mark.parametrize("of", BINARY)
+def test_task_vectors_of_other_tensors_or_shapes_are_an_error_that_names_them(of) -> None:
     held = dict(vector(1).tensors)
     wide = TaskVector({**held, "layer.0.bias": torch.ones(1)})  # (1,) would broadcast
-    with pytest.raises(DeltaflError, match=r'"layer.0.bias" is \(\d,\)'):
-        BINARY[name](vector(), wide)
+    fails(r'"layer.0.bias" is \(\d,\)', of, vector(), wide)
     del held["layer.0.bias"]
     odd = TaskVector(held | {"extra": torch.ones(2)})
     for pair in ((vector(), odd), (odd, vector())):
-        with pytest.raises(DeltaflError, match=r'differ in tensors: "extra", "layer\.0\.bias"'):
-            BINARY[name](*pair)
-    if name in "+-":
-        for other in (1, "x", toy()):
-            with pytest.raises(TypeError):
-                BINARY[name](vector(), other)
+        fails(r'differ in tensors: "extra", "layer\.0\.bias"', of, *pair)
+    for other in (1, "x", toy()) if of in BINARY[:2] else ():
+        with pytest.raises(TypeError):
+            of(vector(), other)
 
 
 def test_norms_and_products_are_those_of_float64() -> None:
@@ -211,8 +216,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
         assert set(loaded.tensors) == set(made.tensors)
         assert all(torch.equal(loaded.tensors[n], t) for n, t in made.tensors.items())
         assert loaded.norm() == made.norm()
-    with pytest.raises(DeltaflError, match=r"none\.safetensors"):
-        TaskVector.load(tmp_path / "none.safetensors")
+    fails(r"none\.safetensors", TaskVector.load, tmp_path / "none.safetensors")
 
 
 # Rules, whose formulas are tested on their own
@@ -220,30 +224,16 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
 
 def test_every_rule_is_that_of_its_name() -> None:
     vectors, numbers = [vector(i, scale=1 + i) for i in range(3)], [14, 21, 28]
-    made = {
-        "task_arithmetic": (task_arithmetic(vectors), {}),
-        "fedavg": (fedavg(vectors, numbers), {}),
-        "fednova": (fednova(vectors, numbers), {}),
-        "fedgma": (fedgma(vectors, 0.6), {"rho": 0.6}),
-        "median": (median(vectors, middle="lower"), {"middle": "lower"}),
-        "cclip": (cclip(vectors, 50.0), {"rho": 50.0}),
-    }
     sources = [Source(f"m{i}", num_examples=k, num_steps=k) for i, k in enumerate(numbers)]
     updates = [Update(v.tensors, source) for v, source in zip(vectors, sources, strict=True)]
-    for name, (found, params) in made.items():
+    for name, found, params in (
+        ("task_arithmetic", task_arithmetic(vectors), {}),
+        ("fedavg", fedavg(vectors, numbers), {}),
+        ("fednova", fednova(vectors, numbers), {}),
+        ("fedgma", fedgma(vectors, 0.6), {"rho": 0.6}),
+        ("median", median(vectors, middle="lower"), {"middle": "lower"}),
+        ("cclip", cclip(vectors, 50.0), {"rho": 50.0}),
+    ):
         wanted = dict(aggregate(build_rule(name, params), updates))
         assert all(torch.equal(found.tensors[n], t) for n, t in wanted.items()), name
-    with pytest.raises(DeltaflError, match="4 numbers for 3 task vectors"):
-        fednova(vectors, [*numbers, 3])
-    with pytest.raises(DeltaflError, match="no models"):
-        median([])
-
-
-@pytest.mark.parametrize("files", [(), ("base",), ("finetuned",), ("base", "finetuned")])
-def test_it_is_the_difference_of_the_float_tensors_in_memory_or_files(tmp_path, files):
-    held: dict[str, Any] = {"base": toy(), "finetuned": tuned(toy(), 1)}
-    held |= {name: save(tmp_path / name, held[name]) for name in files}
-    delta = TaskVector.from_checkpoints(**held)
-    assert_close(delta, combine(lambda a, b: b - a, toy(), tuned(toy(), 1)))
-    elements = sum(toy()[name].numel() for name in FLOATS)
-    assert repr(delta) == f"TaskVector(5 tensors, {elements:,} elements)"
+    fails("4 numbers for 3 task vectors", fednova, vectors, [*numbers, 3])

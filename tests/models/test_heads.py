@@ -4,11 +4,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from checkpoint_files import fails
 from deltafl.errors import DeltaflError
 from deltafl.models import HeadFit, HeadRecipe
 from deltafl.models import fit as fitting
 from deltafl.models.fit import few_per_class, random_head, ridge_head
-from deltafl.models.head import Head, load_head, save_head
+from deltafl.models.head import Head, save_head
 from deltafl.tasks import load_task
 from tiny_models import tiny_images, tiny_llama, tiny_net, write_lines
 
@@ -79,26 +80,6 @@ def test_few_per_class():
     assert not torch.equal(ids, few_per_class(labels, 3, torch.Generator().manual_seed(1)))
 
 
-@pytest.mark.parametrize("content", [None, b"", b"not safetensors at all"])
-def test_a_head_file_that_is_none(content: bytes | None, tmp_path: Path):
-    if content is not None:
-        (tmp_path / "h").write_bytes(content)
-    with pytest.raises(DeltaflError, match="cannot be read"):
-        load_head(tmp_path / "h")
-    with pytest.raises(DeltaflError, match="a head of 3 classes has weight"):
-        Head(torch.zeros(2, 4), torch.zeros(2), NAMES)
-
-
-@pytest.mark.parametrize(
-    ("dim", "names", "message"),
-    [(5, NAMES, "takes 4 features .* the model gives 5"), (4, ("a", "b"), "3 classes, .* the task has 2"),
-     (4, ("a", "b", "x"), 'the task has 3, "c" for "x"')],
-)  # fmt: skip
-def test_a_head_of_another_model_or_task(dim: int, names: tuple[str, ...], message: str):
-    with pytest.raises(DeltaflError, match=message):
-        random_head(4, NAMES, torch.Generator()).check(dim, names, "h")
-
-
 @pytest.mark.parametrize("kind", ["ridge", "few", "probe", "linear", "file"])
 def test_a_classifier_gets_the_head_of_its_recipe(kind: str, tmp_path: Path):
     task, few = tiny_images(train=300, val=90), 1 if kind == "few" else None
@@ -135,28 +116,30 @@ def test_a_head_is_fitted_on_what_the_shards_hold(kind: str):
     assert not torch.allclose(weights[2], weights[0], rtol=1e-2, atol=1e-2)
 
 
-def test_models_without_a_head_for_a_task(tmp_path: Path):
+def test_what_is_no_head_for_a_model_and_a_task(tmp_path: Path):
     net, task = tiny_net(), tiny_images()
-    with pytest.raises(DeltaflError, match=r"has no head.safetensors; give a head with --head"):
-        net.check(task)
-    with pytest.raises(DeltaflError, match="has no head yet"):
-        net(task.batch("val", torch.arange(2))["images"])
+    fails(r"has no head.safetensors; give a head with --head", net.check, task)
+    fails("has no head yet", lambda: net(task.batch("val", torch.arange(2))["images"]))
     net.prepare(task, HeadRecipe(head="linear"))
     with pytest.raises(DeltaflError, match='the task has 3, "dark" for "light"'):
         net.check(replace(task, class_names=("light", "left", "right")))
-    with pytest.raises(DeltaflError, match="cannot be read"):
-        net.prepare(task, HeadRecipe(head="no/such/file"))
+    (tmp_path / "text").write_text("not safetensors at all")
+    for name in ("text", "none"):
+        with pytest.raises(DeltaflError, match="cannot be read"):
+            net.prepare(task, HeadRecipe(head=str(tmp_path / name)))
+    fails("a head of 3 classes has weight", Head, torch.zeros(2, 4), torch.zeros(2), NAMES)
+    head = random_head(4, NAMES, torch.Generator())
+    for dim, names, told in (
+        (5, NAMES, "takes 4 features .* the model gives 5"),
+        (4, ("a", "b"), "3 classes, .* the task has 2"),
+        (4, ("a", "b", "x"), 'the task has 3, "c" for "x"'),
+    ):
+        fails(told, head.check, dim, names, "h")
     language = tiny_llama(tmp_path)
-    lines = load_task(str(write_lines(tmp_path / "text")), language.inputs)
+    lines = load_task(str(write_lines(tmp_path / "lines")), language.inputs)
     with pytest.raises(DeltaflError, match=r'no image classifier, .* leave out head "probe"'):
         language.prepare(lines, HeadRecipe(head="probe"))
-    with pytest.raises(DeltaflError, match=r"takes images; task .* has none"):
-        net.prepare(lines, HeadRecipe())
-
-
-@pytest.mark.parametrize(
-    "settings", [{"head": "probe", "few_shot": 3}, {"templates": "x"}, {"few_shot": 0}]
-)
-def test_a_wrong_head_recipe(settings):
-    with pytest.raises(DeltaflError):
-        HeadRecipe.of(**settings)
+    fails(r"takes images; task .* has none", lambda: net.prepare(lines, HeadRecipe()))
+    for settings in ({"head": "probe", "few_shot": 3}, {"templates": "x"}, {"few_shot": 0}):
+        with pytest.raises(DeltaflError):
+            HeadRecipe.of(**settings)

@@ -1,7 +1,5 @@
 import html.parser
 import re
-import subprocess
-import sys
 import tomllib
 from functools import cache
 from pathlib import Path
@@ -10,6 +8,7 @@ from typing import Any
 import pytest
 
 import report_samples as samples
+from checkpoint_files import python
 from deltafl import report
 from deltafl.experiments import STUDIES, SUITES
 from deltafl.report.page import Page, to_html
@@ -112,15 +111,13 @@ def test_what_a_user_wrote_is_text_and_not_markup():
 
 def test_pages_are_the_same_byte_for_byte_in_another_process():
     code = (
-        "import sys; sys.path.insert(0, 'tests'); from report_samples import quickstart_result\n"
+        "import sys; from report_samples import quickstart_result\n"
         "from deltafl.report import search_page, page_files\n"
         "files = page_files(search_page(quickstart_result()))\n"
         "sys.stdout.buffer.write(files['report.html'])\n"
         "assert 'torch' not in sys.modules and 'matplotlib.pyplot' not in sys.modules"
     )
-    root = __file__.rsplit("/tests/", 1)[0]
-    again = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, cwd=root)
-    assert again.stdout == html_of("search").encode()
+    assert python(code, check=True, encoding="utf-8").stdout == html_of("search")
 
 
 CHARTS = {

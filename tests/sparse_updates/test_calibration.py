@@ -3,7 +3,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from deltafl.errors import DeltaflError
+from checkpoint_files import fails
 from deltafl.sparse.masks import calibrate, choose_mask
 from deltafl.sparse.recipe import SparseRecipe
 
@@ -94,9 +94,9 @@ def test_strategies_without_scores_never_score(kind, strategy):
         ({"calibration": "averge"}, 'did you mean "average"'),
         ({"calibration_rounds": 0}, "greater than or equal to 1"),
         ({"fisher_labels": "exact"}, "known: empirical, sampled"),
+        ({"sparsity_ratio": 1.0}, "sparsity_ratio: must be less than 1"),
         ({"mask_file": "m", "sparsity_ratio": 0.5}, "give one of them"),
     ],
 )
 def test_mistakes_are_named(change, message):
-    with pytest.raises(DeltaflError, match=message):
-        SparseRecipe.of(**change)
+    fails(message, SparseRecipe.of, **change)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deltafl.errors import DeltaflError
+from checkpoint_files import fails
 from deltafl.models import HeadRecipe, Net
 from deltafl.sparse.eligible import trained
 from deltafl.sparse.fisher import FisherScorer
@@ -328,5 +328,4 @@ def test_scores_of_a_classifier_are_float32_in_the_names_of_the_net(dtype):
 def test_batch_norm_that_mixes_examples_is_refused():
     net = net_of("Mlp")
     net.module.encoder.norm = nn.BatchNorm1d(12, track_running_stats=False)
-    with pytest.raises(DeltaflError, match=r'"encoder.norm" has no running statistics'):
-        scores(net)
+    fails(r'"encoder.norm" has no running statistics', scores, net)

@@ -14,19 +14,10 @@ def _own_cache(tmp_path, monkeypatch):
 def parquet_folder(tmp_path) -> Path:
     """40 + 12 pictures of four classes: picture i of train is flat grey i, of test 100 + i, class i modulo 4."""
     folder = tmp_path / "set"
-    names = ["ant", "bee", "cat", "dog"]
-    write_parquet(
-        folder / "train.parquet",
-        [png(picture(i)) for i in range(40)],
-        np.arange(40) % 4,
-        names=names,
-    )
-    write_parquet(
-        folder / "test.parquet",
-        [png(picture(100 + i)) for i in range(12)],
-        np.arange(12) % 4,
-        names=names,
-    )
+    for name, first, count in (("train", 0, 40), ("test", 100, 12)):
+        pictures = [png(picture(first + i)) for i in range(count)]
+        labels, names = np.arange(count) % 4, ["ant", "bee", "cat", "dog"]
+        write_parquet(folder / f"{name}.parquet", pictures, labels, names=names)
     return folder
 
 

@@ -38,19 +38,12 @@ def write_parquet(path: Path, images, labels, image="image", label="label", name
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    rows = [
-        None if content is None else {"bytes": content, "path": f"{i}.png"}
-        for i, content in enumerate(images)
-    ]
+    rows = [content and {"bytes": content, "path": f"{i}.png"} for i, content in enumerate(images)]
     dtype = "bool" if isinstance(labels[0], bool) else "int64"
     kind = {"_type": "ClassLabel", "names": names} if names else {"_type": "Value", "dtype": dtype}
     features = {"info": {"features": {image: {"_type": "Image"}, label: kind}}}
-    table = pa.table(
-        {
-            image: pa.array(rows, pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
-            label: pa.array(labels),
-        }
-    )
+    pictures = pa.array(rows, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    table = pa.table({image: pictures, label: pa.array(labels)})
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(features)}), path)
     return path

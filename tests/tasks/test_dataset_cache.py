@@ -6,7 +6,7 @@ import pytest
 import torch
 from dataset_files import load, picture, png, write_parquet
 
-from deltafl.errors import DeltaflError
+from checkpoint_files import fails
 from deltafl.tasks import ImageInput
 
 
@@ -103,8 +103,7 @@ def test_a_failure_leaves_no_entry(tmp_path, cache):
     good = png(picture(1))
     write_parquet(tmp_path / "s" / "train.parquet", [good] * 8, np.arange(8) % 2)
     write_parquet(tmp_path / "s" / "test.parquet", [good, b"bad", good, good], np.arange(4) % 2)
-    with pytest.raises(DeltaflError, match='row 1 of split "test"'):
-        load(str(tmp_path / "s"))
+    fails('row 1 of split "test"', load, str(tmp_path / "s"))
     assert not list(cache.iterdir())
 
 
@@ -114,10 +113,8 @@ def test_a_cache_that_cannot_be_written_is_an_error(parquet_folder, cache, monke
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(DeltaflError, match="No space left on device"):
-            load(parquet_folder)
+        fails("No space left on device", load, parquet_folder)
     assert not list(cache.iterdir())
     (cache / "file").write_text("")
     monkeypatch.setenv("DELTAFL_CACHE", str(cache / "file" / "cache"))
-    with pytest.raises(DeltaflError, match=r"cache folder .* cannot be written.*DELTAFL_CACHE"):
-        load(parquet_folder)
+    fails(r"cache folder .* cannot be written.*DELTAFL_CACHE", load, parquet_folder)

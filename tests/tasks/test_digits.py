@@ -4,7 +4,7 @@ import torch
 from dataset_files import load
 from sklearn.datasets import load_digits
 
-from deltafl.errors import DeltaflError
+from checkpoint_files import fails
 from deltafl.tasks.digits import VARIANTS, partition
 
 LABELS = load_digits(return_X_y=True)[1]
@@ -50,5 +50,4 @@ def test_variants_differ_from_each_other_and_leave_no_cache(tmp_path):
 
 def test_a_misspelt_variant_is_an_error():
     message = 'unknown variant of digits "invert"; did you mean "inverted"'
-    with pytest.raises(DeltaflError, match=message):
-        load("digits:invert")
+    fails(message, load, "digits:invert")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from dataset_files import load, sizes
 
-from deltafl.errors import DeltaflError
+from checkpoint_files import fails
 from deltafl.tasks import Task, load_task
 from deltafl.tasks.lines import WORST, tokenised
 from deltafl.tasks.recipe import DataRecipe, TrainingDataRecipe
@@ -60,8 +60,7 @@ NAN, INF = float("nan"), float("inf")
 )
 def test_a_field_that_breaks_its_promise_is_named(name, value, message):
     check_task(Wrong(), lambda batch: batch)
-    with pytest.raises(DeltaflError, match=f'task "mine": {message}'):
-        check_task(Wrong({name: value}), lambda batch: batch)
+    fails(f'task "mine": {message}', lambda: check_task(Wrong({name: value}), lambda batch: batch))
 
 
 def test_some_rows_are_a_task_with_the_head_of_the_whole():
@@ -73,8 +72,7 @@ def test_some_rows_are_a_task_with_the_head_of_the_whole():
     for split, keep in rows.items():
         assert torch.equal(part.groups(split), whole.groups(split)[keep])
         assert torch.equal(part.splits[split].images, whole.splits[split].images[keep])
-    with pytest.raises(DeltaflError, match='task "none" has no example in val'):
-        whole.only(rows | {"val": torch.arange(0)}, "none")
+    fails('task "none" has no example in val', whole.only, rows | {"val": torch.arange(0)}, "none")
 
 
 @pytest.fixture
@@ -104,47 +102,30 @@ def test_lines_are_found_by_themselves_or_by_name(language, prefix):
     ],
 )
 def test_what_is_no_text_is_one_line(language, data, message):
-    with pytest.raises(DeltaflError, match=message):
-        load_task(data, language[0].inputs)
+    fails(message, load_task, data, language[0].inputs)
 
 
-def test_text_is_not_for_a_model_of_images(language):
-    with pytest.raises(DeltaflError, match="holds lines of text, and the model takes images"):
-        load(f"lines:{language[1]}")
-    recipe = TrainingDataRecipe.of(data=str(language[1]), augment="flip")
-    with pytest.raises(DeltaflError, match="augment and label_smoothing are for images"):
-        load_task(recipe, language[0].inputs)
-
-
-def test_blank_lines_are_left_out_and_long_ones_cut(language):
-    inputs = language[0].inputs
-    lines = tokenised(["a line", "", "  ", "x" * 5000], inputs)
-    assert [len(line) for line in lines] == [7, inputs.max_length]
-
-
-def test_a_file_that_is_no_text_is_named(language):
-    (language[1] / "test-bad.txt").write_bytes(b"\xff\xfe\xfa")
-    with pytest.raises(DeltaflError, match=r'test-bad\.txt" cannot be read as UTF-8'):
-        load_task(str(language[1]), language[0].inputs)
-
-
-def test_a_model_that_gives_no_number_scores_worst_and_not_nan(language):
+def test_lines_are_cut_blank_ones_left_out_and_other_files_and_models_refused(language):
     net, folder = language
-    task = load_task(str(folder), net.inputs)
-    batch = task.batch("test", torch.arange(2))
-    with torch.no_grad():
-        net.flat.fill_(float("nan"))
-        assert task.score(net, batch).tolist() == [WORST] * 2
+    lines = tokenised(["a line", "", "  ", "x" * 5000], net.inputs)
+    assert [len(line) for line in lines] == [7, net.inputs.max_length]
+    fails("holds lines of text, and the model takes images", load, f"lines:{folder}")
+    recipe = TrainingDataRecipe.of(data=str(folder), augment="flip")
+    fails("augment and label_smoothing are for images", load_task, recipe, net.inputs)
+    (folder / "test-bad.txt").write_bytes(b"\xff\xfe\xfa")
+    fails(r'test-bad\.txt" cannot be read as UTF-8', load_task, str(folder), net.inputs)
 
 
-def test_labels_are_drawn_from_the_models_own_distribution(language):
+def test_labels_are_drawn_from_the_model_and_one_that_gives_no_number_scores_worst(language):
     net, folder = language
     task = load_task(str(folder), net.inputs)
     batch = task.batch("train", torch.arange(4))
     with torch.no_grad():
         drawn = task.sampled(net, batch, torch.Generator().manual_seed(0))
-    same = (drawn["labels"] == -100) == (batch["labels"] == -100)
-    assert same.all()
+    assert torch.equal(drawn["labels"] == -100, batch["labels"] == -100)
     assert torch.equal(drawn["labels"][:, 0], batch["labels"][:, 0])
     assert torch.equal(drawn["input_ids"], batch["input_ids"])
     assert not torch.equal(drawn["labels"], batch["labels"])
+    with torch.no_grad():
+        net.flat.fill_(float("nan"))
+        assert task.score(net, batch).tolist() == [WORST] * 4

@@ -3,7 +3,7 @@ import sys
 import pytest
 from dataset_files import load, sizes
 
-from deltafl.errors import DeltaflError
+from checkpoint_files import fails
 
 CODE = """
 import torch
@@ -76,5 +76,4 @@ def test_a_function_in_the_working_directory_gives_the_task():
     ],
 )
 def test_a_task_of_another_form_is_an_error(name, message):
-    with pytest.raises(DeltaflError, match=message):
-        load(name if ":" in name else f"own_tasks:{name}")
+    fails(message, load, name if ":" in name else f"own_tasks:{name}")

@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
 import signal
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +11,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 from torch import nn
 
+from checkpoint_files import fails, files_in, python, succeed
 from deltafl.checkpoints.layout import fingerprint, read_layout
-from deltafl.cli.finetune import centralized_command
 from deltafl.errors import DeltaflError
 from deltafl.models import HeadRecipe, Net, load_net
 from deltafl.models.fit import random_head
@@ -99,15 +96,9 @@ def stopped(recipe: TrainingRecipe, out: Path, name: str, done: int, **how: Any)
         run(recipe, out, on_progress=stop_at(name, done), **how)
 
 
-def script(recipe: TrainingRecipe, *launcher: str, **environment: str) -> Any:
+def script(recipe: TrainingRecipe, **environment: str) -> Any:
     kind = "centralize" if isinstance(recipe, CentralizedRecipe) else "finetune"
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *(launcher or ("-c", SCRIPT)), kind, recipe.model_dump_json()],
-        env=env | environment,
-        capture_output=True,
-        text=True,
-    )
+    return python(SCRIPT, kind, recipe.model_dump_json(), env=environment)
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -125,10 +116,6 @@ def assert_same(a: Path, b: Path) -> None:
         assert rows == others
         results = [json.loads((out / "result.json").read_text()) for out in (a, b)]
         assert without_timings(results[:1]) == without_timings(results[1:])
-
-
-def files_of(folder: Path) -> dict[Path, bytes]:
-    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -290,21 +277,13 @@ def test_a_killed_run_resumes_to_the_same_bits(kind: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("save_every", [0, 3])
-def test_stopped_anywhere_and_again_it_resumes_to_the_same_bits(
-    whole: Path, save_every: int, tmp_path: Path
-):
+def test_stopped_anywhere_and_again_it_resumes_to_the_same_bits(whole: Path, save_every, tmp_path):
     """After each step in turn, and between a row and its state; the last state is then up to four steps old."""
     out, recipe = tmp_path / "run", CENTRAL.replace(save_every=save_every)
-    points = [("steps", n) for n in range(1, 13)]
-    for name, point in [
-        ("epochs", 0),
-        *points[:3],
-        ("epochs", 1),
-        *points[3:11],
-        ("epochs", 3),
-        points[11],
-    ]:
-        stopped(recipe, out, name, point, resume=True)
+    steps = [("steps", n) for n in range(1, 13)]
+    epochs = [[("epochs", n)] for n in (0, 1, 3)]
+    for at in (*epochs[0], *steps[:3], *epochs[1], *steps[3:11], *epochs[2], steps[11]):
+        stopped(recipe, out, *at, resume=True)
     run(recipe, out, resume=True)
     assert_same(out, whole)
 
@@ -350,18 +329,16 @@ def test_dropout_and_buffers_resume_to_the_same_bits(model: str, tmp_path: Path)
 
 
 def test_a_finished_run_is_returned_and_another_refused(whole: Path):
-    before = files_of(whole)
+    before = files_in(whole)
     again = run(CENTRAL, whole, resume=True)
     assert again.result == json.loads((whole / "result.json").read_text())
-    with pytest.raises(DeltaflError) as refused:
-        run(CENTRAL.replace(lr=0.5, momentum=0.0), whole, resume=True)
-    assert "lr = 0.02, now it is 0.5" in refused.value.problems[0]
-    assert "momentum = 0.9, now it is 0.0" in refused.value.problems[1]
-    with pytest.raises(DeltaflError, match="--overwrite"):
-        run(CENTRAL, whole)
-    with pytest.raises(DeltaflError, match="no/such/head"):
-        run(CENTRAL.replace(head="no/such/head", overwrite=True), whole)
-    assert files_of(whole) == before
+    for given, resume, words in (
+        (CENTRAL.replace(lr=0.5, momentum=0.0), True, r"lr = 0.02, now it is 0.5(.|\n)*momentum"),
+        (CENTRAL, False, "--overwrite"),
+        (CENTRAL.replace(head="no/such/head", overwrite=True), False, "no/such/head"),
+    ):
+        fails(words, run, given, whole, resume=resume)
+    assert files_in(whole) == before
 
 
 def test_resuming_with_other_settings_names_them(tmp_path: Path):
@@ -395,36 +372,33 @@ def test_a_torn_state_is_refused(tmp_path: Path):
     file.write_bytes(file.read_bytes()[:1000])
     (tmp_path / "out.state").write_bytes(b"torn")
     for recipe, out in ((CENTRAL, tmp_path / "run"), (FINE, tmp_path / "out")):
-        with pytest.raises(DeltaflError, match="is not the state of a run; delete it to start"):
-            run(recipe, out, resume=True)
+        fails("is not the state of a run; delete it to start", run, recipe, out, resume=True)
 
 
 @pytest.mark.parametrize("recipe", [FINE, pytest.param(CENTRAL, marks=pytest.mark.slow)])
 def test_two_processes_are_one_up_to_rounding(recipe: TrainingRecipe, tmp_path: Path):
     """50 examples in batches of 16 leave a last batch of 2: one example for each process."""
-    file = tmp_path / "script.py"
+    file, recipe = tmp_path / "script.py", recipe.replace(train_head=True)
     file.write_text(SCRIPT)
-    recipe = recipe.replace(train_head=True)
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(file))
-    two = script(recipe.replace(out=str(tmp_path / "two")), *launch)
+    kind = "centralize" if isinstance(recipe, CentralizedRecipe) else "finetune"
+    launch = ("--standalone", "--nproc_per_node", 2, file, kind)
+    code = "from torch.distributed.run import main; main()"
+    two = python(code, *launch, recipe.replace(out=str(tmp_path / "two")).model_dump_json())
     assert two.returncode == 0, two.stderr
     # on CPUs `accelerate launch` starts one process, however many are asked for
     assert two.stdout.count("<2>") == 2
     run(recipe, tmp_path / "one")
+    theirs = weights(tmp_path / "two")
     for name, tensor in weights(tmp_path / "one").items():
         if not name.endswith("key.bias"):  # their gradient is rounding noise, which Adam scales up
-            torch.testing.assert_close(
-                weights(tmp_path / "two")[name], tensor, rtol=1e-3, atol=1e-5
-            )
+            torch.testing.assert_close(theirs[name], tensor, rtol=1e-3, atol=1e-5)
     if isinstance(recipe, CentralizedRecipe):
         rows = [read_rows(tmp_path / n / "record.jsonl") for n in ("one", "two")]
         assert [r["val_score"] for r in rows[0]] == [r["val_score"] for r in rows[1]]
 
 
 @pytest.mark.parametrize("augment", ["none", "crop_flip"])
-def test_a_run_without_gain_stops_early_and_validation_is_not_augmented(
-    augment: str, tmp_path: Path
-):
+def test_a_run_without_gain_stops_early_and_validation_is_not_augmented(augment: str, tmp_path):
     """At a rate of 1e-12 the model stays as it is, and so must its accuracy on the same images."""
     recipe = CENTRAL.replace(lr=1e-12, epochs=9.0, patience=2, augment=augment)
     done = run(recipe, tmp_path / "run")
@@ -526,31 +500,20 @@ def test_a_run_that_cannot_be_writes_nothing(tmp_path: Path):
         (CENTRAL.replace(head=str(head)), task, "takes 5 features"),
         (FINE, lines, 'takes images; task "lines" has none'),
     ):
-        with pytest.raises(DeltaflError, match=message):
-            run(recipe, tmp_path / "out", task=data)
-    with pytest.raises(DeltaflError, match="name a folder with --out"):
-        finetune(tiny_net(), task, FINE)
-    with pytest.raises(DeltaflError, match="has no head"):
-        evaluate(tiny_net(), task)
+        fails(message, run, recipe, tmp_path / "out", task=data)
+    fails("name a folder with --out", finetune, tiny_net(), task, FINE)
+    fails("has no head", evaluate, tiny_net(), task)
     assert {f.name for f in tmp_path.iterdir()} == {"h.safetensors", "llama", "lines"}
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(DeltaflError, match="exists"):
-        run(CENTRAL, tmp_path, resume=True)
-
-
-def cli(*arguments: object, ok: bool = True) -> Result:
-    result = CliRunner().invoke(centralized_command, [str(a) for a in arguments])
-    if ok and result.exception:
-        raise result.exception
-    return result
+    fails("exists", run, CENTRAL, tmp_path, resume=True)
 
 
 def test_options_mean_what_the_library_means(tmp_path: Path):
     out, config = tmp_path / "out", tmp_path / "c.yaml"
     config.write_text(f"model: {vit_file()}\ndata: {TASK}\nepochs: 9\nlr: 5e-2\nseed: 7\n")
-    given = ("--epochs", 2, "--batch-size", 16, "--head", "linear", "--train-head", "--lr-schedule", "linear",
-             "--augment", "flip", "--patience", 4, "--device", "cpu")  # fmt: skip
-    said = cli("--config", config, "--out", out, *given).output
+    given = ("--config", config, "--epochs", 2, "--batch-size", 16, "--head", "linear", "--train-head", "--out", out,
+             "--lr-schedule", "linear", "--augment", "flip", "--patience", 4, "--device", "cpu")  # fmt: skip
+    said = succeed("centralized", *given).out
     recipe = CENTRAL.replace(
         model=vit_file(), data=TASK, epochs=2.0, lr=5e-2, lr_schedule="linear", augment="flip", patience=4
     )  # fmt: skip
@@ -563,7 +526,7 @@ def test_options_mean_what_the_library_means(tmp_path: Path):
     page = (out / "report.html").read_text()
     assert page.count("<svg") == 2
     assert f"epoch {direct.result['best_epoch']})" in page
-    assert cli("--config", config, "--out", out, *given, "--resume", "--quiet").output == ""
+    assert succeed("centralized", *given, "--resume", "--quiet").out == ""
     for extra in [f for f in out.iterdir() if not (tmp_path / "direct" / f.name).exists()]:
         extra.unlink()
     assert_same(out, tmp_path / "direct")

@@ -2,6 +2,7 @@
 
 import pytest
 
+from checkpoint_files import fails
 from deltafl.errors import DeltaflError
 from deltafl.training.record import RunRecord, read_rows, write_json
 
@@ -43,8 +44,7 @@ def test_what_a_kill_tore_and_what_came_after_the_state_is_gone_on_resume(tmp_pa
 def test_a_broken_line_in_the_middle_names_file_and_line(tmp_path):
     path = tmp_path / "record.jsonl"
     path.write_bytes(b'{"n": 1}\n{oops}\n{"n": 3}\n')
-    with pytest.raises(DeltaflError, match=r'record.jsonl" line 2 is not JSON'):
-        read_rows(path)
+    fails(r'record.jsonl" line 2 is not JSON', read_rows, path)
 
 
 @pytest.mark.parametrize("text", ["a: [1", "- 1\n", None])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from deltafl.errors import DeltaflError
+from checkpoint_files import fails
 from deltafl.training import tensorboard
 
 ROWS = [
@@ -38,5 +38,4 @@ def test_every_number_of_a_row_is_there_at_its_round_or_epoch(tmp_path: Path):
 
 def test_without_the_package_one_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
-    with pytest.raises(DeltaflError, match=r'pip install "deltafl\[tensorboard\]"'):
-        tensorboard.check_installed()
+    fails(r'pip install "deltafl\[tensorboard\]"', tensorboard.check_installed)
