@@ -98,8 +98,23 @@ def realdata() -> Path:
 
 @pytest.fixture
 def chromium() -> str:
-    """The path of a Chromium. A test that takes it is skipped where there is none."""
-    path = _chromium()
-    if path is None:
-        pytest.skip("no Chromium on the PATH")
-    return path
+    """The path of a Chromium, for tests of the marker `browser`."""
+    return _chromium() or ""
+
+
+@pytest.fixture
+def world(tmp_path: Path):
+    """A base and two fine-tunes on disk."""
+    from checkpoint_files import make_world
+
+    return make_world(tmp_path)
+
+
+@pytest.fixture
+def language(tmp_path: Path):
+    """A tiny Llama, and lines of two sources."""
+    from deltafl.tasks import load_task
+    from tiny_models import tiny_llama, write_lines
+
+    net = tiny_llama(tmp_path / "llama")
+    return net, load_task(str(write_lines(tmp_path / "lines")), net.inputs)

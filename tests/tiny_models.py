@@ -67,6 +67,20 @@ class Convolution(nn.Module):
         return self.classifier(self.embed(x))
 
 
+def classifier(train_head: bool = False) -> tuple[Net, ImageTask]:
+    """A tiny ViT with a head for the tiny images."""
+    net, task = tiny_net(), tiny_images()
+    net.prepare(task, HeadRecipe(head="linear", train_head=train_head))
+    return net, task
+
+
+def saved(net: Net, folder: Path) -> Path:
+    """The folder, new, that holds the model."""
+    folder.mkdir(parents=True)
+    net.save(folder)
+    return folder
+
+
 def tied_net() -> Convolution:
     net = Convolution()
     net.twin = net.conv

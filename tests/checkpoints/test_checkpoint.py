@@ -47,8 +47,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", list(FORMS))
-def test_every_form_merges_to_the_same_bits(tmp_path: Path, form: str) -> None:
-    world = make_world(tmp_path)
+def test_every_form_merges_to_the_same_bits(world, tmp_path, form: str) -> None:
     succeed(*world.args)
     base = FORMS[form](tmp_path / "of the base", world.base)
     other = FORMS[form](tmp_path / "of a model", world.models[0])
@@ -124,8 +123,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("damage", list(DAMAGE.values()), ids=list(DAMAGE))
-def test_a_damaged_state_dict_is_an_error(tmp_path: Path, damage) -> None:
-    world = make_world(tmp_path)
+def test_a_damaged_state_dict_is_an_error(world, tmp_path, damage) -> None:
     raw = state_dict(tmp_path / "a.pt", world.models[0]).read_bytes()
     old = state_dict(tmp_path / "b.pt", world.models[0], zipped=False).read_bytes()
     file = world.root / "damaged.bin"
@@ -135,8 +133,7 @@ def test_a_damaged_state_dict_is_an_error(tmp_path: Path, damage) -> None:
 
 
 @pytest.mark.parametrize(("held", "told"), OTHERS.values(), ids=OTHERS)
-def test_a_file_that_is_no_state_dict_is_an_error(tmp_path: Path, held, told: str) -> None:
-    world = make_world(tmp_path)
+def test_a_file_that_is_no_state_dict_is_an_error(world, held, told: str) -> None:
     file = state_dict(world.root / "x.pt", held)
     problem = refusal(world.root, *world.args, "--models", file)
     assert problem.startswith(f'"{file}": ')

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from checkpoint_files import make_world, python, refusal, save, succeed, toy, tuned
+from checkpoint_files import python, refusal, save, succeed, toy, tuned
 from deltafl.checkpoints.layout import fingerprint, read_layout
 from deltafl.errors import DeltaflError
 
@@ -29,8 +29,7 @@ def test_one_file_goes_before_an_index_and_safetensors_before_pickles(tmp_path: 
         ([], "the folder holds no weights"),
     ],
 )
-def test_a_folder_that_is_no_model_is_an_error(tmp_path: Path, files: list[str], line: str) -> None:
-    world = make_world(tmp_path)
+def test_a_folder_that_is_no_model_is_an_error(world, files: list[str], line: str) -> None:
     folder = world.root / "other"
     folder.mkdir()
     for name in files:
@@ -65,8 +64,7 @@ def assert_absent(done: subprocess.CompletedProcess[str], ref: str) -> None:
     assert done.stderr.startswith(said)
 
 
-def test_hub_ids_are_found_in_the_hubs_cache_and_recorded_with_their_revision(tmp_path):
-    world = make_world(tmp_path)
+def test_hub_ids_are_found_in_the_hubs_cache_and_recorded_with_their_revision(world, tmp_path):
     succeed(*world.args)
     home = tmp_path / "home"
     cached(home, "owner/base", world.root / "base")
@@ -87,8 +85,7 @@ def test_hub_ids_are_found_in_the_hubs_cache_and_recorded_with_their_revision(tm
     assert_absent(deltafl(home, *args[:4], absent, "--out", tmp_path / "absent"), absent)
 
 
-def test_a_hub_that_does_not_answer_is_one_clear_line(tmp_path: Path) -> None:
-    world = make_world(tmp_path)
+def test_a_hub_that_does_not_answer_is_one_clear_line(world, tmp_path) -> None:
     hub = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
     absent = "nobody/nothing-here"
     assert_absent(deltafl(tmp_path, *world.args, "--base", absent, **hub), absent)

@@ -43,8 +43,7 @@ def llamas(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with tokenizer files, and two fine-tunes."""
     root = tmp_path_factory.mktemp("llamas")
     for seed, name in enumerate(("base", "m0", "m1")):
-        (folder := root / name).mkdir()
-        tiny_llama(folder, seed).save(folder)
+        tiny_llama(root / name, seed).save(root / name)
     for name in {*COPIED, "README.md", "training.json"} - {"config.json"}:
         (root / "base" / name).write_text(json.dumps({"of": name}))
     return root
@@ -238,8 +237,7 @@ FAILURES = {
 
 @pytest.mark.parametrize("call", ["posix_fallocate", "pwrite", "fsync"])
 @pytest.mark.parametrize("code", FAILURES)
-def test_a_disk_that_fills_or_fails_at_any_step_leaves_nothing(tmp_path, call, code, monkeypatch):
-    world = make_world(tmp_path)
+def test_a_disk_that_fills_or_fails_at_any_step_leaves_nothing(world, call, code, monkeypatch):
 
     def fail(*arguments: object) -> None:
         raise OSError(code, os.strerror(code))

@@ -2,20 +2,14 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from checkpoint_files import World, files_in, load, make_world, refusal, save, succeed, tuned
+from checkpoint_files import World, files_in, load, refusal, save, succeed, tuned
 
 FILES = ["figure.png", "inspect.json", "report.html"]
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> World:
-    return make_world(tmp_path)
 
 
 def args(world: World, *models: str) -> list[str]:

@@ -33,11 +33,6 @@ from deltafl.checkpoints.layout import fingerprint, read_layout
 from deltafl.rules.rule import load_rules, parameters
 
 
-@pytest.fixture
-def world(tmp_path: Path) -> World:
-    return make_world(tmp_path)
-
-
 def record_of(folder: Path) -> dict:
     return json.loads((folder / "deltafl.json").read_text())
 

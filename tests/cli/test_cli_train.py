@@ -10,17 +10,14 @@ from deltafl.models import load_net
 from deltafl.tasks import load_task
 from deltafl.training import TrainingRecipe
 from deltafl.training import finetune as finetune_model
-from tiny_models import judged, tiny_llama, tiny_net, write_lines
+from tiny_models import judged, saved, tiny_llama, tiny_net, write_lines
 
 TASK = "tiny_models:tiny_task_factory"
 
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    folder = tmp_path / "base"
-    folder.mkdir()
-    tiny_net().save(folder)
-    return folder
+    return saved(tiny_net(), tmp_path / "base")
 
 
 def test_options_mean_what_the_library_means(base: Path, tmp_path: Path):

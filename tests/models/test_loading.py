@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from checkpoint_files import fails
 from deltafl.models import Net, load_net
 from deltafl.models.fit import random_head
-from tiny_models import NAMES, VIT, Convolution, tiny_llama, tiny_net
+from tiny_models import NAMES, VIT, Convolution, saved, tiny_llama, tiny_net
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 SIZES |= {"intermediate_size": 32, "image_size": 8, "patch_size": 4}
@@ -62,12 +62,6 @@ def test_features_are_those_of_transformers(family: str, tmp_path: Path):
     assert again.inputs == net.inputs
     with torch.no_grad():
         assert torch.equal(again.module.features(IMAGES), net.module.features(IMAGES))
-
-
-def saved(net: Net, folder: Path) -> Path:
-    folder.mkdir()
-    net.save(folder)
-    return folder
 
 
 def encoder(net: Net) -> torch.nn.Module:

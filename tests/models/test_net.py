@@ -7,21 +7,8 @@ from safetensors.torch import load_file
 from checkpoint_files import fails
 from deltafl.errors import DeltaflError
 from deltafl.models import HeadRecipe, load_net
-from deltafl.tasks import load_task
 from deltafl.training.step import scores
-from tiny_models import own_net, tiny_images, tiny_llama, tiny_net, write_lines
-
-
-def classifier():
-    net, task = tiny_net(), tiny_images()
-    net.prepare(task, HeadRecipe(head="linear"))
-    return net, task
-
-
-@pytest.fixture
-def language(tmp_path):
-    net = tiny_llama(tmp_path / "config")
-    return net, load_task(str(write_lines(tmp_path / "text")), net.inputs)
+from tiny_models import classifier, own_net, saved, tiny_net
 
 
 @pytest.mark.parametrize("make", [tiny_net, lambda: load_net("tiny_models:tied_net"), own_net])
@@ -131,6 +118,4 @@ def test_a_language_model_is_scored_by_its_likelihood_and_saved(language, tmp_pa
         torch.testing.assert_close(sums[i], expected, rtol=1e-4, atol=1e-4)
         assert weights[i] == len(ids) - 1
     assert (scores(net, task, "test") < 0).all()
-    (tmp_path / "saved").mkdir()
-    net.save(tmp_path / "saved")
-    assert torch.equal(load_net(tmp_path / "saved").flat, net.flat)
+    assert torch.equal(load_net(saved(net, tmp_path / "saved")).flat, net.flat)

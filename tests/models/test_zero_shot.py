@@ -15,7 +15,7 @@ from deltafl.tasks import Images, ImageTask
 from deltafl.tasks.catalogue import catalogue
 from deltafl.tasks.task import SPLITS
 from deltafl.training import TrainingRecipe, evaluate, finetune
-from tiny_models import tiny_clip, tiny_net
+from tiny_models import saved, tiny_clip, tiny_net
 
 NAMES = ("ant", "bee", "blue tit")
 TEMPLATES = ("a photo of a {}.", "{}", "one small {} here")
@@ -170,8 +170,7 @@ def test_sensitivity_is_that_of_the_normalised_logits(clip):
 
 @pytest.mark.parametrize("kind", ["vit", "clip_vision_model"])
 def test_a_model_must_have_a_text_tower(kind, clip, tmp_path):
-    (tmp_path / "other").mkdir()
-    (tiny_net() if kind == "vit" else load_net(clip)).save(tmp_path / "other")
+    saved(tiny_net() if kind == "vit" else load_net(clip), tmp_path / "other")
     message = f'is a "{kind}" and no CLIP model with a text tower'
     fails(message, head_of, tmp_path / "other")
 

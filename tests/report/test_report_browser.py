@@ -3,7 +3,6 @@
 import html
 import json
 import re
-import shutil
 import subprocess
 
 import pytest
@@ -12,14 +11,7 @@ import report_samples as samples
 from deltafl import report
 from deltafl.report.page import to_html
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(
-        CHROMIUM is None, reason="no chromium on the PATH; .ci/install-chromium installs Debian's"
-    ),
-]
+pytestmark = pytest.mark.browser
 
 # Headless Chromium has a least window width, so a phone is an iframe of a phone's width; srcdoc shares its origin.
 HARNESS = """<!DOCTYPE html><title>harness</title>
@@ -57,13 +49,13 @@ def pages() -> dict[str, str]:
     }
 
 
-def measure(folder, page: str, width: int, height: int, dark: bool = False) -> dict:
+def measure(chromium, folder, page: str, width: int, height: int, dark: bool = False) -> dict:
     harness = folder / "harness.html"
     harness.write_text(
         HARNESS.format(width=width, height=height, page=html.escape(page)), encoding="utf-8"
     )
     command = [
-        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
         "--disable-sync", "--disable-background-networking", "--disable-component-update",
         f"--user-data-dir={folder / 'profile'}", "--host-resolver-rules=MAP * ~NOTFOUND",
         "--enable-logging=stderr", "--window-size=1400,1000",
@@ -78,8 +70,8 @@ def measure(folder, page: str, width: int, height: int, dark: bool = False) -> d
 
 @pytest.mark.parametrize("size", [(360, 780), (1280, 900)])
 @pytest.mark.parametrize("name", ["quickstart", "inspect", "federated", "comparison"])
-def test_a_page_fits_and_shows_every_figure(tmp_path, pages, name, size):
-    got = measure(tmp_path, pages[name], *size)
+def test_a_page_fits_and_shows_every_figure(tmp_path, pages, chromium, name, size):
+    got = measure(chromium, tmp_path, pages[name], *size)
     assert got["inner"] == size[0]
     assert got["scroll"] <= got["inner"]
     assert got["smallest"] >= 16
@@ -93,8 +85,8 @@ def test_a_page_fits_and_shows_every_figure(tmp_path, pages, name, size):
         assert min(chart["left"], chart["right"]) > -8, f"a label sticks out: {chart['label']}"
 
 
-def test_the_page_and_its_charts_follow_the_theme(tmp_path, pages):
-    light = measure(tmp_path, pages["quickstart"], 390, 844)
-    dark = measure(tmp_path, pages["quickstart"], 390, 844, dark=True)
+def test_the_page_and_its_charts_follow_the_theme(tmp_path, pages, chromium):
+    light = measure(chromium, tmp_path, pages["quickstart"], 390, 844)
+    dark = measure(chromium, tmp_path, pages["quickstart"], 390, 844, dark=True)
     for key in ("background", "ink"):
         assert light[key] != dark[key]

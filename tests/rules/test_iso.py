@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from deltafl.rules.iso import IsoC, IsoCTS
-from rules.oracle import KINDS, assert_is, merge, models, polar, svd
+from rules.oracle import KINDS, assert_is, models, polar, svd
 
 
 def mixed(matrices: list[np.ndarray], p: np.ndarray) -> np.ndarray:
@@ -19,15 +19,6 @@ def test_iso_c_bends_the_spectrum_of_the_sum(kind, power):
     assert_is(IsoC(power), models(3, kind), expected)
     assert_is(IsoC(power), models(1, kind), expected)
     assert_is(IsoC(power), models(3, kind), expected, [1.0, 2.0, 0.5])
-
-
-def test_power_1_is_task_arithmetic():
-    assert_is(IsoC(1.0), models(3), mixed)
-
-
-def test_a_low_rank_stays_low():
-    deltas = models(2, "rank 1")
-    assert np.linalg.matrix_rank(merge(IsoC(), deltas)["square"], tol=1e-9) == 2
 
 
 def cts(matrices: list[np.ndarray], p: np.ndarray, share: float) -> np.ndarray:

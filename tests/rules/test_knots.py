@@ -16,40 +16,27 @@ def ties(rows: np.ndarray, p: np.ndarray, density: float) -> np.ndarray:
     return (p @ (kept * agree)) / np.maximum(p @ agree, 1e-12)
 
 
-def in_the_shared_basis(matrices, p, inner):
-    """`inner` of S V_i^T = U^T delta_i, which of a zero delta is exactly 0."""
-    u, s, _ = svd(np.hstack(matrices))
-    parts = np.array([u.T @ matrix for matrix in matrices])
-    return (
-        u @ inner(parts.reshape(len(parts), -1), p).reshape(parts.shape[1:])
-        if len(s)
-        else 0 * matrices[0]
-    )
+def in_the_shared_basis(inner):
+    """The formula: `inner` of S V_i^T = U^T delta_i, which of a zero delta is exactly 0."""
+
+    def formula(matrices, p):
+        u, s, _ = svd(np.hstack(matrices))
+        parts = np.array([u.T @ matrix for matrix in matrices])
+        found = inner(parts.reshape(len(parts), -1), p).reshape(parts.shape[1:])
+        return u @ found if len(s) else 0 * matrices[0]
+
+    return formula
 
 
 @pytest.mark.parametrize("weights", [None, [1.0, 2.0, 0.5]])
 @pytest.mark.parametrize("density", [0.2, 1.0])
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "equal"])
 def test_is_ties_in_the_shared_basis(kind, density, weights):
-    def inner(rows, p):
-        return ties(rows, p, density)
-
-    assert_is(
-        Knots(Ties(density)),
-        models(3, kind),
-        lambda m, p: in_the_shared_basis(m, p, inner),
-        weights,
-    )
+    wanted = in_the_shared_basis(lambda rows, p: ties(rows, p, density))
+    assert_is(Knots(Ties(density)), models(3, kind), wanted, weights)
 
 
-def test_another_rule_in_the_shared_basis():
-    assert_is(
-        Knots(Median()),
-        models(3),
-        lambda m, p: in_the_shared_basis(m, p, lambda rows, _: np.median(rows, 0)),
-    )
-
-
-@pytest.mark.parametrize("n", [1, 3])
-def test_equal_deltas_come_back(n):
-    assert_is(Knots(Ties(1.0)), models(n, "equal"), lambda m, p: m[0])
+def test_another_rule_in_the_shared_basis_and_equal_deltas():
+    assert_is(Knots(Median()), models(3), in_the_shared_basis(lambda rows, _: np.median(rows, 0)))
+    for n in (1, 3):
+        assert_is(Knots(Ties(1.0)), models(n, "equal"), lambda m, p: m[0])

@@ -21,37 +21,28 @@ def solve(cross, gram, prior, ridge):
 
 
 @pytest.mark.parametrize("ridge", [0.0, 1e-3, 1.0, 1e6])
-def test_solves_the_normal_equations(ridge):
-    deltas, grams = problem()
-    cross, gram, prior = (deltas @ grams).sum(0), grams.sum(0), deltas.mean(0)
-    size = ridge * np.trace(gram) / IN
-    expected = (cross + size * prior) @ np.linalg.inv(gram + size * np.eye(IN))
-    found, fell_back = solve(cross, gram, prior, ridge)
-    np.testing.assert_allclose(found, expected, rtol=1e-9)
-    assert not fell_back
-
-
-def test_a_batch_is_its_matrices_one_by_one():
+def test_solves_the_normal_equations_of_each_matrix_of_a_batch(ridge):
     deltas, grams = problem(batch=(2, 3))
     cross, gram, prior = (deltas @ grams).sum(0), grams.sum(0), deltas.mean(0)
-    found, _ = solve(cross, gram, prior, 0.1)
+    found, fell_back = solve(cross, gram, prior, ridge)
     for at in np.ndindex(2, 3):
-        np.testing.assert_allclose(found[at], solve(cross[at], gram[at], prior[at], 0.1)[0])
+        size = ridge * np.trace(gram[at]) / IN
+        wanted = (cross[at] + size * prior[at]) @ np.linalg.inv(gram[at] + size * np.eye(IN))
+        np.testing.assert_allclose(found[at], wanted, rtol=1e-9)
+    assert not fell_back
 
 
 @pytest.mark.parametrize("ridge", [0.0, 1e-3])
-def test_nothing_to_go_by_gives_the_prior(ridge):
-    prior = problem()[0][0]
+def test_where_there_is_nothing_to_go_by_the_prior_stays(ridge):
+    """With no input at all everywhere, with a dead one in its column."""
+    deltas, grams = problem()
+    prior = deltas.mean(0)
     found, fell_back = solve(0 * prior, np.zeros((IN, IN)), prior, ridge)
     np.testing.assert_allclose(found, prior)
     assert not fell_back
-
-
-def test_a_dead_input_keeps_the_column_of_the_prior():
-    deltas, grams = problem()
     grams[:, 2] = grams[:, :, 2] = 0
-    found, fell_back = solve((deltas @ grams).sum(0), grams.sum(0), deltas.mean(0), 1e-3)
-    np.testing.assert_allclose(found[:, 2], deltas.mean(0)[:, 2])
+    found, fell_back = solve((deltas @ grams).sum(0), grams.sum(0), prior, 1e-3)
+    np.testing.assert_allclose(found[:, 2], prior[:, 2])
     assert not fell_back
 
 

@@ -17,10 +17,7 @@ def expected(matrices: list[np.ndarray], p: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("kind", KINDS)
 def test_is_the_formula(kind, n):
     assert_is(TSVMerge(), models(n, kind), expected)
-
-
-def test_weights_scale_the_deltas():
-    assert_is(TSVMerge(), models(3), expected, [1.0, 2.0, 0.5])
+    assert_is(TSVMerge(), models(n, kind), expected, [1.0, 2.0, 0.5, *[1.0] * 5][:n])
 
 
 def test_equal_deltas_give_their_leading_directions_once():

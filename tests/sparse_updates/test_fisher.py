@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from checkpoint_files import fails
-from deltafl.models import HeadRecipe, Net
+from deltafl.models import Net
 from deltafl.sparse.eligible import trained
 from deltafl.sparse.fisher import FisherScorer
 from deltafl.tasks import ImageInput, load_task
 from deltafl.tasks.recipe import DataRecipe
 from deltafl.tasks.task import Batch, Task, drawn
-from tiny_models import tiny_images, tiny_llama, tiny_net, write_lines
+from tiny_models import classifier, tiny_llama, write_lines
 
 PIXELS = (
     torch.rand(50, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -314,8 +314,7 @@ def test_the_model_is_left_as_it_was():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scores_of_a_classifier_are_float32_in_the_names_of_the_net(dtype):
     """Of a model in 16 bits they are those of the same values in 32."""
-    net, task = tiny_net(), tiny_images()
-    net.prepare(task, HeadRecipe(head="linear"))
+    net, task = classifier()
     net.module.to(dtype).float()
     expected = FisherScorer(net, task)(IDS, generator())
     net.module.to(dtype)

@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 from deltafl.algebra.tensors import BLOCK
-from deltafl.models import HeadRecipe, Net
+from deltafl.models import Net
 from deltafl.sparse.packed import kept_index
 from deltafl.sparse.sgdm import SparseSGDM
 from deltafl.tasks import ImageInput
-from tiny_models import tiny_images, tiny_net
+from tiny_models import classifier
 
 COMBINATIONS = [
     {"momentum": m, "weight_decay": wd, "nesterov": n}
@@ -36,12 +36,6 @@ def large() -> Net:
     return Net(module, ImageInput(8, 1, (0.5,), (0.5,)))
 
 
-def small() -> Net:
-    net = tiny_net()
-    net.prepare(tiny_images(), HeadRecipe(head="linear"))
-    return net
-
-
 def sgdm(net: Net, mask, lr: float = 0.1, **options) -> SparseSGDM:
     index = None if mask is None else kept_index(mask, net.slices)
     return SparseSGDM(net.flat, index, lr, **options)
@@ -63,7 +57,7 @@ def torch_sgd(weights: torch.Tensor, gradients, lr: float, **options) -> torch.T
 
 
 @pytest.mark.parametrize("options", COMBINATIONS, ids=str)
-@pytest.mark.parametrize("make", [small, large])
+@pytest.mark.parametrize("make", [lambda: classifier()[0], large])
 @pytest.mark.parametrize("density", [None, 0.1, 2.0])
 def test_kept_coordinates_are_torchs_sgd_bit_for_bit_and_frozen_ones_stay(options, make, density):
     """The reference trains the kept coordinates, or all, as a vector of their own; so large is the state."""

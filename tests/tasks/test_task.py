@@ -11,7 +11,6 @@ from deltafl.tasks import Task, load_task
 from deltafl.tasks.lines import WORST, tokenised
 from deltafl.tasks.recipe import DataRecipe, TrainingDataRecipe
 from deltafl.tasks.task import check_task
-from tiny_models import tiny_llama, write_lines
 
 N = 5
 
@@ -76,12 +75,12 @@ def test_some_rows_are_a_task_with_the_head_of_the_whole():
 
 
 @pytest.fixture
-def language(tmp_path):
-    return tiny_llama(tmp_path / "model"), write_lines(tmp_path / "text")
+def text(language, tmp_path):
+    return language[0], tmp_path / "lines"
 
 
 @pytest.mark.parametrize("prefix", ["", "lines:"])
-def test_lines_are_found_by_themselves_or_by_name(language, prefix):
+def test_lines_are_found_by_themselves_or_by_name(text, prefix):
     net, folder = language
     task = load_task(f"{prefix}{folder}", net.inputs)
     again = load_task(DataRecipe.of(data=f"{prefix}{folder}", limit=4), net.inputs)
@@ -101,12 +100,12 @@ def test_lines_are_found_by_themselves_or_by_name(language, prefix):
         ("lines:nowhere", r'"lines:nowhere" has no line of text in nowhere/train\*.txt'),
     ],
 )
-def test_what_is_no_text_is_one_line(language, data, message):
-    fails(message, load_task, data, language[0].inputs)
+def test_what_is_no_text_is_one_line(text, data, message):
+    fails(message, load_task, data, text[0].inputs)
 
 
-def test_lines_are_cut_blank_ones_left_out_and_other_files_and_models_refused(language):
-    net, folder = language
+def test_lines_are_cut_blank_ones_left_out_and_other_files_and_models_refused(text):
+    net, folder = text
     lines = tokenised(["a line", "", "  ", "x" * 5000], net.inputs)
     assert [len(line) for line in lines] == [7, net.inputs.max_length]
     fails("holds lines of text, and the model takes images", load, f"lines:{folder}")
@@ -116,8 +115,8 @@ def test_lines_are_cut_blank_ones_left_out_and_other_files_and_models_refused(la
     fails(r'test-bad\.txt" cannot be read as UTF-8', load_task, str(folder), net.inputs)
 
 
-def test_labels_are_drawn_from_the_model_and_one_that_gives_no_number_scores_worst(language):
-    net, folder = language
+def test_labels_are_drawn_from_the_model_and_one_that_gives_no_number_scores_worst(text):
+    net, folder = text
     task = load_task(str(folder), net.inputs)
     batch = task.batch("train", torch.arange(4))
     with torch.no_grad():

@@ -30,6 +30,7 @@ from deltafl.training.record import read_rows
 from deltafl.training.step import batches, scores
 from tiny_models import (
     NAMES,
+    saved,
     tiny_images,
     tiny_llama,
     tiny_net,
@@ -178,9 +179,7 @@ def test_a_run_is_a_plain_loop(nesterov: bool, tmp_path: Path):
 def test_what_fine_tuning_leaves(tmp_path: Path):
     from transformers import AutoModel
 
-    base = tmp_path / "base"
-    base.mkdir()
-    tiny_net().save(base)
+    base = saved(tiny_net(), tmp_path / "base")
     (base / "preprocessor_config.json").write_text('{"image_mean": [0.4], "image_std": [0.3]}')
     net, task = load_net(base), tiny_images()
     before = {n: p.detach().clone() for n, p in net.module.named_parameters()}
@@ -342,9 +341,8 @@ def test_a_finished_run_is_returned_and_another_refused(whole: Path):
 
 
 def test_resuming_with_other_settings_names_them(tmp_path: Path):
-    base, out, recipe = tmp_path / "base", tmp_path / "out", FINE.replace(save_every=5)
-    base.mkdir()
-    tiny_net().save(base)
+    base = saved(tiny_net(), tmp_path / "base")
+    out, recipe = tmp_path / "out", FINE.replace(save_every=5)
     stopped(recipe, out, "steps", 6, net=load_net(base))
     other = FINE.replace(lr=1e-3, few_shot=1, head="ridge")
     differences = r"head.few_shot = None, now it is 1(.|\n)*lr = 0.01, now it is 0.001"

@@ -7,32 +7,16 @@ import pytest
 import torch
 from torch import nn
 
-from deltafl.models import HeadRecipe, Net
 from deltafl.seeding import keyed_generator
-from deltafl.tasks import LineTask, load_task
 from deltafl.training.step import batches, keyed_dropout, lr_at, scores, train_step
-from tiny_models import tiny_images, tiny_llama, tiny_net, write_lines
-
-
-def classifier(train_head: bool = False) -> Net:
-    net = tiny_net()
-    net.prepare(tiny_images(), HeadRecipe(head="linear", train_head=train_head))
-    return net
-
-
-@pytest.fixture
-def language(tmp_path) -> tuple[Net, LineTask]:
-    net = tiny_llama(tmp_path / "llama")
-    task = load_task(str(write_lines(tmp_path / "lines")), net.inputs)
-    assert isinstance(task, LineTask)
-    return net, task
+from tiny_models import classifier
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 @pytest.mark.parametrize("train_head", [False, True])
 def test_steps_are_those_of_torch_on_ordinary_parameters(kind: str, train_head: bool):
     """The reference shares no code but the network: mean cross-entropy, clip, optimiser on a list of parameters."""
-    net, plain, task = classifier(train_head), classifier(train_head).module, tiny_images()
+    (net, task), plain = classifier(train_head), classifier(train_head)[0].module
     start = {n: p.detach().clone() for n, p in plain.named_parameters()}
 
     def optimiser(parameters):
@@ -79,7 +63,7 @@ def test_a_step_on_lines_is_that_of_transformers_loss(language):
 @pytest.mark.parametrize("kind", ["images", "language"])
 def test_parts_of_a_batch_sum_to_the_batch(kind: str, language):
     """Processes: each sees a part, one an empty one; what they sum is the whole batch's loss and gradient."""
-    net, task = (classifier(), tiny_images()) if kind == "images" else language
+    net, task = classifier() if kind == "images" else language
     batch = task.batch("train", torch.arange(7))
 
     def seen(part: slice, *sums: torch.Tensor) -> list[torch.Tensor]:
@@ -153,7 +137,7 @@ def test_generators_and_dropout_are_keyed_and_the_global_state_stays():
 
 @pytest.mark.parametrize("batch_size", [1, 7, 100])
 def test_scores_are_those_of_a_plain_loop(batch_size: int):
-    net, task = classifier(), tiny_images()
+    net, task = classifier()
     net.module.train()
     found = scores(net, task, "test", batch_size=batch_size)
     assert not net.module.training
