@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from checkpoint_files import files_in, make_world, python, succeed
+from checkpoint_files import python
 from deltafl.algebra import streaming
 from deltafl.algebra.aggregate import Aggregate, Stepped
 from deltafl.algebra.deltas import Update
@@ -52,16 +52,6 @@ def test_a_tensor_is_combined_once_however_it_is_read(monkeypatch: pytest.Monkey
         pass
     assert sorted(rule.seen) == sorted((3, *s) for n, s in SHAPES.items() if n != "none")
     assert_same(out, {n: t.reshape(-1) for n, t in dict(aggregate).items()})
-
-
-@pytest.mark.parametrize("rule", ["iso_c", "knots", "wudi"])
-def test_a_merge_from_files_is_the_same_by_any_number_of_processes(tmp_path, rule, monkeypatch):
-    monkeypatch.setattr(streaming, "can_fork", lambda: True)
-    world = make_world(tmp_path, 3, torch.bfloat16)
-    succeed(*world.args, "--method", rule, "--threads", 1)
-    wanted = files_in(world.out)
-    succeed(*world.args, "--method", rule, "--threads", 3, "--overwrite")
-    assert files_in(world.out) == wanted
 
 
 def test_a_result_of_another_shape_is_refused() -> None:

@@ -5,10 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from deltafl.federated.setup import make_shards
-from deltafl.merge.plan import plan_merge
-from deltafl.merge.recipe import MergeRecipe
-from deltafl.merge.run import run_merge
 from deltafl.models import load_net
 from deltafl.training.step import scores
 from federated.worlds import RECIPE, federate, language
@@ -35,20 +31,3 @@ def test_a_run_gets_better_and_its_best_model_is_tested_and_saved(tmp_path: Path
         mean = scores(saved, task, split).double().mean().item()
         assert mean == pytest.approx(run.result[f"{split}_score"], rel=1e-6)
     assert torch.equal(net.flat, before)
-
-
-def test_a_round_is_the_merge_of_the_clients_models(tmp_path: Path) -> None:
-    recipe = LINES.replace(
-        num_rounds=1, local_steps_spread=3.0, server_lr=0.7, aggregator="fednova"
-    )
-    federate(*language(), recipe, tmp_path / "run", save_client_updates=("all",))
-    folder = tmp_path / "run" / "updates" / "round-0001"
-    clients = [str(folder / f"client-{k}") for k in range(4)]
-    merge = MergeRecipe.of(
-        base=str(folder / "base"), models=clients, method="fednova", server_lr=0.7,
-        weights=[float(len(rows)) for rows in make_shards(language()[1], recipe)],
-    )  # fmt: skip
-    run_merge(plan_merge(merge), tmp_path / "merged")
-    merged, final = load_net(tmp_path / "merged"), load_net(tmp_path / "run" / "model")
-    assert torch.equal(merged.flat, final.flat)
-    assert not torch.equal(merged.flat, load_net(folder / "base").flat)

@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from checkpoint_files import succeed
 from deltafl.federated import FederatedRecipe
 from deltafl.federated.server import ServerState
 from deltafl.merge.plan import plan_merge
@@ -43,7 +42,7 @@ def after_one_round(net: Net, recipe: FederatedRecipe, out: Path) -> tuple[Serve
 
 
 def clients(folder: Path) -> list[Path]:
-    return [folder / f"client-{k}" for k in range(RECIPE.sharding.num_clients)]
+    return sorted(folder.glob("client-*"))
 
 
 def sizes(folder: Path) -> list[int]:
@@ -122,13 +121,14 @@ def test_running_statistics_are_averaged_and_counters_are_not(tmp_path: Path) ->
     )
 
 
-def test_through_the_command_line(tmp_path: Path) -> None:
-    recipe = RECIPE.replace(aggregator="cclip", rho=0.5, unit="quantile")
-    state, folder = after_one_round(plain(), recipe, tmp_path / "run")
-    rule = ("--method", "cclip", "--rho", 0.5, "--unit", "quantile", "--server-lr", 0.7)
-    models = ("--models", *clients(folder), "--weights", *sizes(folder))
-    succeed("merge", "--base", folder / "base", *models, *rule, "--out", tmp_path / "merged")
-    assert_is_merge(state, files_of(tmp_path / "merged"))
+def test_of_a_language_model(tmp_path: Path) -> None:
+    net, task = worlds.language()
+    recipe = RECIPE.replace(num_clients=4, nc=1, head="ridge", aggregator="fednova", lr=0.3)
+    federate(net, task, recipe, tmp_path / "run", save_client_updates=("all",))
+    folder = tmp_path / "run" / "updates" / "round-0001"
+    found = merged(folder, recipe, tmp_path / "merged")
+    assert_same(found, files_of(tmp_path / "run" / "model"))
+    assert not torch.equal(load_net(tmp_path / "merged").flat, load_net(folder / "base").flat)
 
 
 def test_a_rule_that_draws_draws_anew_in_each_round() -> None:

@@ -23,7 +23,7 @@ from deltafl.merge.search import Goal, Problem, SearchResult, search
 from deltafl.merge.search_recipe import LAMBDAS, SearchRecipe
 from deltafl.merge.updates import UpdateCache
 from deltafl.models import Net
-from deltafl.progress import OnProgress, Progress, ignore
+from deltafl.progress import Progress
 from deltafl.rules.rule import build_rule
 from deltafl.rules.weights import as_weights
 from deltafl.tasks import ImageInput, Task
@@ -108,11 +108,6 @@ def make_problem(
     return Problem(Opened(CachedBlocks(base), updates, as_weights(None, n), {}), goals)
 
 
-def changed(problem: Problem, **changes: Any) -> Problem:
-    """The problem with other updates or weights."""
-    return replace(problem, opened=replace(problem.opened, **changes))
-
-
 def with_tasks(problem: Problem, *tasks: Near) -> Problem:
     """The problem with other tasks, the last of them for all that follow."""
     goals = []
@@ -137,11 +132,14 @@ def recipe_of(
     )
 
 
-def run(
-    problem: Problem, *methods_and_lambdas: Any, on_progress: OnProgress = ignore, **settings: Any
-) -> SearchResult:
-    """The search of a recipe whose files are not read."""
-    return search(problem, recipe_of(*methods_and_lambdas, **settings), on_progress)
+def run(problem: Problem, *methods_and_lambdas: Any, **settings: Any) -> SearchResult:
+    """The search of a recipe whose files are not read; progress never falls, and ends with every row."""
+    told: list[Progress] = []
+    found = search(problem, recipe_of(*methods_and_lambdas, **settings), told.append)
+    done = [p.done for p in told]
+    assert done == sorted(done)
+    assert (done[-1], {p.total for p in told}) == (len(found.rows), {len(found.rows)})
+    return found
 
 
 def evaluated(found: SearchResult) -> list[Row]:
@@ -171,20 +169,16 @@ def brute_force(problem: Problem, metric: str, paper: bool) -> list[tuple[str, f
     deltas = torch.stack([u.delta["w"].double() for u in problem.opened.updates])
     steps = [u.source.num_steps or 0 for u in problem.opened.updates]
     base, n, norms = problem.opened.base["w"].double(), len(deltas), deltas.norm(dim=1)
-    rhos = {
-        "fedgma": [i / 10 for i in range(1, 10)],
-        "cclip": torch.linspace(*norms.aminmax(), 10, dtype=torch.float64).tolist(),
-    }
+    clips = torch.linspace(*norms.aminmax(), 10, dtype=torch.float64).tolist()
+    rhos = {"fedgma": [i / 10 for i in range(1, 10)], "cclip": clips}
+
+    def score(w: Tensor, goal: Goal) -> float:
+        target = goal.task.targets["val"].double()  # type: ignore[attr-defined]
+        return float(torch.exp(-(((w - target) / 2) ** 2)).mean())
 
     def value(w: Tensor) -> float:
-        found = []
-        for goal in problem.goals:
-            target = goal.task.targets["val"].double()  # type: ignore[attr-defined]
-            score, own = (
-                float(torch.exp(-(((x - target) / 2) ** 2)).mean()) for x in (w, goal.tuned["w"])
-            )
-            found.append(score / own if metric == "normalized" else score)
-        return sum(found) / n
+        own = [score(g.tuned["w"], g) if metric == "normalized" else 1.0 for g in problem.goals]
+        return sum(score(w, g) / o for g, o in zip(problem.goals, own, strict=True)) / n
 
     found = [("base", 0.0, value(base))]
     for method, _ in ALL:
@@ -201,9 +195,7 @@ def brute_force(problem: Problem, metric: str, paper: bool) -> list[tuple[str, f
 @pytest.mark.parametrize("n", [2, 3, 5])
 def test_every_row_is_that_of_a_brute_force(metric: Any, paper: bool, n: int) -> None:
     problem = make_problem(n, seed=n)
-    told: list[Progress] = []
-    grid = "paper" if paper else "default"
-    found = run(problem, metric=metric, grid=grid, on_progress=told.append)
+    found = run(problem, metric=metric, grid="paper" if paper else "default")
     wanted = brute_force(problem, metric, paper)
     assert [r.method for r in found.rows] == [m for m, _, _ in wanted]
     for row, (_, server_lr, value) in zip(found.rows, wanted, strict=True):
@@ -213,31 +205,22 @@ def test_every_row_is_that_of_a_brute_force(metric: Any, paper: bool, n: int) ->
     for method, row in found.best_of.items():
         mine = [r for r in found.rows if r.method == method]
         assert row is max(mine, key=lambda r: r.value)
-        curve = found.curves[method]
-        assert curve[0] == [0.0, found.base.value]
-        assert sorted({r.scaling_coef for r in mine}) == [x for x, _ in curve[1:]]
-        for coef, best in curve[1:]:
+        start, *curve = found.curves[method]
+        assert start == [0.0, found.base.value]
+        assert [x for x, _ in curve] == sorted({r.scaling_coef for r in mine})
+        for coef, best in curve:
             assert best == max(r.value for r in mine if r.scaling_coef == coef)
     deltas = torch.stack([u.delta["w"].double() for u in problem.opened.updates])
     torch.testing.assert_close(found.gram, deltas @ deltas.T)
-    assert_progress(told, found)
-
-
-def assert_progress(told: Sequence[Progress], found: SearchResult) -> None:
-    """It never falls, and ends with every row."""
-    done = [p.done for p in told]
-    assert done == sorted(done)
-    assert (done[-1], {p.total for p in told}) == (len(found.rows), {len(found.rows)})
 
 
 def test_test_data_are_looked_at_once_for_each_reported_row() -> None:
     problem = make_problem()
     found, tasks = run(problem), [goal.task for goal in problem.goals]
     assert [task.asked["test"] for task in tasks] == [0] * 3  # type: ignore[attr-defined]
-    swapped = with_tasks(
-        problem,
-        *(Near(t.name, t.targets["val"], t.targets["val"]) for t in tasks),  # type: ignore[attr-defined]
-    )  # on validation data the same call gives the row's own scores, bit for bit
+    targets = [task.targets["val"] for task in tasks]  # type: ignore[attr-defined]
+    # on validation data the same call gives the row's own scores, bit for bit
+    swapped = with_tasks(problem, *(Near("t", target, target) for target in targets))
     assert swapped.own_scores("test") == found.single
     for count, row in enumerate([found.base, *found.best_of.values()], 1):
         problem.test_scores(row)
@@ -322,8 +305,9 @@ def test_a_given_parameter_takes_the_place_of_its_grid_and_lists_are_crossed() -
 
 
 def test_weights_change_the_scale_and_the_rules() -> None:
-    problem = changed(make_problem(2), weights=as_weights((1.0, 3.0), 2))
-    found = run(problem, [("task_arithmetic", {})], [0.2])
+    problem = make_problem(2)
+    weighted = replace(problem.opened, weights=as_weights((1.0, 3.0), 2))
+    found = run(replace(problem, opened=weighted), [("task_arithmetic", {})], [0.2])
     a, b = (u.delta["w"] for u in problem.opened.updates)
     loaded = torch.tensor(problem.goals[0].net.seen[-1])  # type: ignore[attr-defined]
     torch.testing.assert_close(loaded, problem.opened.base["w"] + 0.2 * a + 0.6 * b)
@@ -364,21 +348,12 @@ def test_every_reason_why_methods_cannot_be_searched_is_told() -> None:
 # Racing
 
 
-def both(seed: int, **settings: object) -> tuple[SearchResult, SearchResult]:
+def both(seed: int, **settings: object) -> list[SearchResult]:
     """What an exhaustive search finds, and a race."""
-    told: list[Progress] = []
-    whole, raced = (
-        run(
-            make_problem(seed=seed, kind=Answers),
-            ALL[:4],
-            LAMBDAS[::2],
-            on_progress=tell,
-            **changes,
-        )
-        for tell, changes in ((ignore, {}), (told.append, {"strategy": "racing", **settings}))
-    )
-    assert_progress(told, raced)
-    return whole, raced
+    problems = [make_problem(seed=seed, kind=Answers) for _ in range(2)]
+    how = ({}, {"strategy": "racing", **settings})
+    pairs = zip(problems, how, strict=True)
+    return [run(problem, ALL[:4], LAMBDAS[::2], **changes) for problem, changes in pairs]
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -16,6 +16,7 @@ from deltafl.merge.search_recipe import SearchRecipe
 from deltafl.merge.search_run import SINGLE, UNMERGED, run_search
 from deltafl.models import HEAD_FILE, load_net
 from deltafl.tasks import DataRecipe, load_task, loading
+from deltafl.tasks.task import Split
 from deltafl.training import TrainingRecipe, finetune
 from deltafl.training.step import scores
 from tiny_models import judged, tiny_llama, vit_file
@@ -157,12 +158,15 @@ def test_language_models_are_searched_by_the_likelihood_of_lines(tmp_path, monke
     assert result["metric"] == "log-likelihood"
     assert base["value"] < best["value"] < 0
     assert all(row["normalized"] is None for row in result["rows"])
-    net = load_net(tmp_path / "merged")
+
+    def mean(model: Path, name: str, split: Split) -> float:
+        net = load_net(model)
+        found = scores(net, load_task(str(spoken / name), net.inputs), split)
+        return float(found.double().mean())
+
     for name in result["tasks"]:
-        task = load_task(str(spoken / name), net.inputs)
-        assert float(scores(net, task, "val").double().mean()) == best["val"][name]
-        own = load_net(spoken / f"on-{name}")
-        assert float(scores(own, task, "test").double().mean()) == result["single"][name]
+        assert mean(tmp_path / "merged", name, "val") == best["val"][name]
+        assert mean(spoken / f"on-{name}", name, "test") == result["single"][name]
     raced = run(language_recipe(spoken, strategy="racing", each_method=True))
     assert raced["rows"] == result["rows"]
 

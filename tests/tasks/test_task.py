@@ -81,7 +81,7 @@ def text(language, tmp_path):
 
 @pytest.mark.parametrize("prefix", ["", "lines:"])
 def test_lines_are_found_by_themselves_or_by_name(text, prefix):
-    net, folder = language
+    net, folder = text
     task = load_task(f"{prefix}{folder}", net.inputs)
     again = load_task(DataRecipe.of(data=f"{prefix}{folder}", limit=4), net.inputs)
     assert (task.metric, task.ratio_scaled) == ("log-likelihood", False)
