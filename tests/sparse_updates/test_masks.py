@@ -86,7 +86,7 @@ def test_each_strategy_against_a_sort(strategy, key):
     assert (flat(mask_of(strategy)).astype(bool) == expected).all()
 
 
-def test_ties_are_drawn_by_the_generator():
+def test_ties_and_random_masks_are_drawn_by_the_generator():
     scores = {n: torch.zeros(s) for n, s in SHAPES.items()}
     first, again, other = (mask_of("least_sensitive", scores, seed=s) for s in (0, 0, 1))
     assert same(first, again)
@@ -94,9 +94,6 @@ def test_ties_are_drawn_by_the_generator():
     # Taking the first ones would leave the last tensors empty: 30 % of 40 + 50 + 1 fit into the first.
     assert first["b"].any()
     assert other["b"].any()
-
-
-def test_random_masks_are_uniform():
     counts = sum(mask_of("random", sparsity=0.5, seed=s)["a"].int() for s in range(400))
     # 400 draws with probability 1/2: five standard deviations are 50.
     assert ((counts - 200).abs() < 50).all()

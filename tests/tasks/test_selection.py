@@ -1,5 +1,4 @@
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -36,22 +35,16 @@ def test_held_out_rows_divide_train_and_empty_no_class(labels, fraction):
     assert set(labels[train]) == set(labels)
 
 
-@pytest.mark.parametrize(
-    ("rows", "fraction", "expected"), [(1000, 0.1, 100), (60000, 0.1, 5000), (4, 0.1, 1)]
-)
-def test_val_is_a_part_of_train_or_5000(rows, fraction, expected):
-    labels = {"train": np.arange(rows) % 2, "test": np.arange(4)}
-    assert len(select(labels, 0, fraction)["val"][1]) == expected
-
-
 def test_own_val_is_kept_and_limits_hold_for_each_split():
     labels = {"train": np.arange(40) % 4, "val": np.arange(8) % 4, "test": np.arange(20) % 4}
     assert select(labels, 0)["val"][0] == "val"
     limited = select(labels, 0, limit=8)
     assert [len(limited[split][1]) for split in ("train", "val", "test")] == [8, 8, 8]
     assert np.array_equal(np.bincount(limited["train"][1] % 4), [2, 2, 2, 2])
-    # A limit moves no row between train and val.
     del labels["val"]
     whole, limited = select(labels, 3), select(labels, 3, limit=2)
-    for split in ("train", "val"):
+    for split in ("train", "val"):  # a limit moves no row between train and val
         assert set(limited[split][1]) <= set(whole[split][1])
+    for rows, expected in ((1000, 100), (60000, 5000), (4, 1)):
+        labels = {"train": np.arange(rows) % 2, "test": np.arange(4)}
+        assert len(select(labels, 0, 0.1)["val"][1]) == expected
