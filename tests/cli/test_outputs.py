@@ -17,7 +17,6 @@ TRAINING = {
     "suite": ("heterogeneity", *MODEL, "--nc-values", 2, 5),
     "quickstart": ("--seed", 3),
 }
-OTHERS = ("merge", "inspect", "search", "shards")
 
 
 @pytest.mark.parametrize("command", TRAINING)
@@ -38,28 +37,26 @@ def test_a_dry_run_finds_mistakes(command: str, tmp_path: Path):
     assert "no/such/model" in refusal(tmp_path, command, *wrong, *steps, "--dry-run")
 
 
-@pytest.mark.parametrize("command", [*TRAINING, *OTHERS])
+def others(root: Path) -> dict[str, tuple[object, ...]]:
+    """The options of commands that take fine-tunes, which are made, or no model."""
+    world = make_world(root)
+    data = zip(("m0", "m1"), ("digits:thick", "digits:thin"), strict=True)
+    entries = [{"path": str(root / name), "data": d} for name, d in data]
+    recipe = {"base": str(root / "base"), "models": entries}
+    (root / "r.yaml").write_text(yaml.safe_dump(recipe))
+    merged = tuple(world.args[1:-2])
+    search, shards = (root / "r.yaml",), ("digits", "--num-clients", 3)
+    return {"merge": merged, "inspect": merged, "search": search, "shards": shards}
+
+
+@pytest.mark.parametrize("command", [*TRAINING, "merge", "inspect", "search", "shards"])
 def test_a_folder_that_is_there_is_left_as_it_is(command: str, tmp_path: Path):
     """Without --overwrite any folder, and with it one that is no output of ours."""
-    options, out = TRAINING.get(command, ()), tmp_path / "out"
-    if command in OTHERS[:3]:
-        make_world(tmp_path)
-        base, models = str(tmp_path / "base"), [str(tmp_path / name) for name in ("m0", "m1")]
-        options = ("--base", base, "--models", *models)
-    if command == "search":
-        entries = [
-            {"path": m, "data": f"digits:{d}"}
-            for m, d in zip(models, ("thick", "thin"), strict=True)
-        ]
-        (tmp_path / "r.yaml").write_text(yaml.safe_dump({"base": base, "models": entries}))
-        options = (tmp_path / "r.yaml",)
-    if command == "shards":
-        options = ("digits", "--num-clients", 3)
+    options, out = (TRAINING | others(tmp_path))[command], tmp_path / "out"
     out.mkdir()
     (out / "config.json").write_text("precious")
     called = (command, *options, "--out", out)
     problem = refusal(tmp_path, *called)
-    if command == "suite":
-        return
-    assert problem == f'"{out}" exists; choose another --out, or replace it with --overwrite'
-    assert "does not look like a model or a run" in refusal(tmp_path, *called, "--overwrite")
+    if command != "suite":
+        assert problem == f'"{out}" exists; choose another --out, or replace it with --overwrite'
+        assert "does not look like a model or a run" in refusal(tmp_path, *called, "--overwrite")
