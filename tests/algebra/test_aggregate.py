@@ -120,12 +120,3 @@ def test_the_first_matching_pattern_gives_the_weights(rule):
 )
 def test_weights_are_checked(weights, message):
     fails(message, as_weights, weights, 3)
-
-
-def test_the_report_holds_what_the_rule_found():
-    world = make(4, seed=6)
-    found = Aggregate(MEAN, world.updates, [1, 1, 2, 4]).report["coefficients"]
-    assert found == [0.125, 0.125, 0.25, 0.5]
-    kept = Aggregate(Ties(0.5), world.updates).report["kept_fraction"]
-    # 35 + 33 + 1 elements, and round(69 / 2) = 34 (to even) of them are kept.
-    assert kept == {f"model{i}": 34 / 69 for i in range(4)}

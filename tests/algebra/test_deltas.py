@@ -26,13 +26,3 @@ def test_a_difference_is_tuned_minus_base_in_its_precision(dtype):
             narrow = torch.empty(want.numel(), dtype=torch.bfloat16)
             delta.read(name, 0, want.numel(), narrow)
             assert torch.equal(narrow, want.reshape(-1).bfloat16())
-
-
-def test_the_block_read_last_is_read_once():
-    counted = ByBlocks(toy(dtype=torch.bfloat16))
-    cached = CachedBlocks(counted)
-    for _ in range(4):
-        cached.block("embed.weight", 0, 8, torch.float32)
-    assert counted.reads == 1
-    cached.block("embed.weight", 8, 16, torch.float32)
-    assert counted.reads == 2

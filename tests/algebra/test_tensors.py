@@ -6,7 +6,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from deltafl.algebra.tensors import BLOCK, Joined, Lazy, Spec, blocks, lazy, round_once
+from deltafl.algebra.tensors import BLOCK, Joined, Lazy, Spec, lazy, round_once
 from laws.worlds import ByBlocks
 
 # dtype -> (bits of precision, least exponent of a normal number): IEEE 754 and bfloat16.
@@ -57,13 +57,6 @@ def test_values_beside_a_midpoint_are_rounded_once(dtype, cut):
         "torch rounds twice; if it no longer does, drop this"
     )
     assert_rounds_once([*values.tolist(), *(-values).tolist()], dtype)
-
-
-@pytest.mark.parametrize("numel", [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 5])
-def test_blocks_cover_a_tensor_in_order(numel):
-    pairs = list(blocks(numel))
-    assert [i for span in pairs for i in range(*span)] == list(range(numel))
-    assert all(stop - start == BLOCK for start, stop in pairs[:-1])
 
 
 def test_a_part_of_a_tensor_is_read_alone():

@@ -1,6 +1,5 @@
 """A command made from a recipe: its options, its help, its file, and what it says of mistakes."""
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 import click
@@ -61,15 +60,6 @@ def test_every_option_reaches_its_setting():
     )  # fmt: skip
     assert seen == [(wanted, True)]
     assert not result.output
-
-
-def test_options_go_before_the_file(tmp_path: Path):
-    (tmp_path / "r.yaml").write_text("model: m\nnum_clients: 3\nserver: {rule: ties, density: 0.3}")
-    for given in ([tmp_path / "r.yaml"], ["--config", tmp_path / "r.yaml"]):
-        result, [(recipe, _)] = run(*given, "--num-clients", "4")
-        server = Server(rule="ties", density=0.3)
-        assert recipe == Whole(model="m", num_clients=4, server=server)
-        assert result.output == "done\n"
 
 
 def test_help_says_range_default_and_section():

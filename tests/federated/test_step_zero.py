@@ -12,7 +12,6 @@ from deltafl.federated import setup as step_zero
 from deltafl.federated.setup import calibration_clients, make_shards, prepare
 from deltafl.sparse.fisher import FisherScorer
 from deltafl.sparse.masks import load_mask, model_hash, save_mask
-from deltafl.sparse.strategies import MASK_STRATEGIES
 from federated.worlds import RECIPE, assert_same, begin, federate, halves, plain
 
 SHARDINGS: list[dict[str, Any]] = [
@@ -91,14 +90,6 @@ def test_fisher_sums_are_added_over_examples_and_not_averaged_over_clients(tmp_p
     assert_same(many, one)
     kept, all_of_them = (sum(int(f(m)) for m in many.values()) for f in (torch.sum, torch.numel))
     assert kept == round(0.4 * all_of_them)
-
-
-@pytest.mark.parametrize("strategy", [n for n in MASK_STRATEGIES if not MASK_STRATEGIES[n].scored])
-def test_a_strategy_without_scores_asks_no_client_and_ignores_the_rounds(strategy: str, tmp_path):
-    recipe = CALIBRATED.replace(mask_strategy=strategy, calibration_rounds=5)
-    assert calibration_clients(recipe) == []
-    rounds = recipe, recipe.replace(calibration_rounds=1)
-    assert_same(*(begin(tmp_path, one).federation.mask for one in rounds))
 
 
 def test_a_mask_from_a_file_is_used_and_one_of_another_model_refused(tmp_path: Path) -> None:

@@ -98,6 +98,7 @@ def test_a_classifier_gets_the_head_of_its_recipe(kind: str, tmp_path: Path):
     if kind == "file":
         assert torch.equal(heads[0].weight, given.weight)
         assert torch.equal(heads[0].bias, given.bias)
+        assert not heads[0].normalised
     if kind == "few":
         nets[1].prepare(task, HeadRecipe())
         assert not torch.equal(nets[1].head.weight, heads[0].weight)

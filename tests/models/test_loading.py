@@ -75,15 +75,6 @@ def test_an_encoder_is_float32_and_a_mask_token_that_features_do_not_use_is_froz
     assert [n for n, p in parameters.items() if not p.requires_grad] == ["embeddings.mask_token"]
 
 
-def test_a_new_vit_is_a_model_of_transformers(tmp_path: Path):
-    from transformers import AutoModel
-
-    net = tiny_net()
-    plain = AutoModel.from_pretrained(saved(net, tmp_path / "a"), add_pooling_layer=False)
-    for name, tensor in encoder(net).state_dict().items():
-        assert torch.equal(plain.state_dict()[name], tensor)
-
-
 @pytest.mark.parametrize("kind", ["vit", "dinov2"])
 def test_a_new_model_depends_on_its_seed_alone(kind: str, tmp_path: Path):
     before, found, file = torch.get_rng_state(), [], tmp_path / "config.json"

@@ -7,8 +7,7 @@ from safetensors.torch import load_file
 from checkpoint_files import fails
 from deltafl.errors import DeltaflError
 from deltafl.models import HeadRecipe, load_net
-from deltafl.training.step import scores
-from tiny_models import classifier, own_net, saved, tiny_net
+from tiny_models import classifier, own_net, tiny_net
 
 
 @pytest.mark.parametrize("make", [tiny_net, lambda: load_net("tiny_models:tied_net"), own_net])
@@ -105,17 +104,3 @@ def test_loading_refuses_what_does_not_fit_and_changes_nothing():
     fails("the model needs", lambda: net.load({n: t for n, t in given.items() if n != name}))
     fails("the model has", net.load, given | {name: torch.zeros(1)})
     assert torch.equal(net.flat, before)
-
-
-def test_a_language_model_is_scored_by_its_likelihood_and_saved(language, tmp_path):
-    net, task = language
-    batch = task.batch("test", torch.arange(task.size("test")))
-    sums, weights = task.loss(net, batch)
-    for i in range(task.size("test")):
-        ids = task.splits["test"].ids[i]
-        logits = net(input_ids=ids[None]).logits[0, :-1]
-        expected = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum")
-        torch.testing.assert_close(sums[i], expected, rtol=1e-4, atol=1e-4)
-        assert weights[i] == len(ids) - 1
-    assert (scores(net, task, "test") < 0).all()
-    assert torch.equal(load_net(saved(net, tmp_path / "saved")).flat, net.flat)

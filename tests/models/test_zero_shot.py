@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from checkpoint_files import fails
 from deltafl.errors import DeltaflError
 from deltafl.models import HeadRecipe, load_net, zero_shot
-from deltafl.models.head import Head, load_head, save_head
+from deltafl.models.head import Head, load_head
 from deltafl.models.zero_shot import zero_shot_head
 from deltafl.sparse.fisher import FisherScorer
 from deltafl.tasks import Images, ImageTask
@@ -111,18 +111,6 @@ def test_a_head_is_computed_once_for_each_model_task_and_templates(clip, monkeyp
         file.write_bytes(b"broken")
     head()
     assert len(made_for) == 5
-
-
-def test_a_normalised_head_is_saved_as_one(clip, tmp_path):
-    head = head_of(clip)
-    save_head(head, tmp_path / "head.safetensors")
-    loaded = load_head(tmp_path / "head.safetensors")
-    features = 7 * torch.randn(4, 12, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(loaded(features), head(features))
-    torch.testing.assert_close(loaded(10 * features), loaded(features))
-    plain = Head(head.weight, head.bias, NAMES)
-    save_head(plain, tmp_path / "plain.safetensors")
-    assert not load_head(tmp_path / "plain.safetensors").normalised
 
 
 def test_fine_tuning_evaluating_and_resuming_with_it(clip, tmp_path):
