@@ -34,7 +34,7 @@ from tiny_models import tiny_llama
 COPIED = {
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "preprocessor_config.json", "merges.txt", "spiece.model",
-    "chat_template.jinja",
+    "chat_template.jinja", "added_tokens.json",
 }  # fmt: skip
 
 
