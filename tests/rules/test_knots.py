@@ -21,9 +21,10 @@ def in_the_shared_basis(inner):
 
     def formula(matrices, p):
         u, s, _ = svd(np.hstack(matrices))
+        if not len(s):
+            return 0 * matrices[0]
         parts = np.array([u.T @ matrix for matrix in matrices])
-        found = inner(parts.reshape(len(parts), -1), p).reshape(parts.shape[1:])
-        return u @ found if len(s) else 0 * matrices[0]
+        return u @ inner(parts.reshape(len(parts), -1), p).reshape(parts.shape[1:])
 
     return formula
 
