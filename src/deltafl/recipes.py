@@ -295,14 +295,22 @@ def _path(tree: Any, item: ErrorDetails) -> Keys:
     return (*keys, *map(str, item["loc"][-1:] if item["type"] == "missing" else ()))
 
 
+def _meant(kind: type[Recipe], keys: Keys) -> str:
+    """What an unknown key may have meant: in its own section, then anywhere; else what is known."""
+    section = re.sub(r"\.\d+", "[]", ".".join(keys[:-1]))
+    every = {".".join(leaf.path): leaf.name for leaf in every_leaf(kind)}
+    own = {path: name for path, name in every.items() if path.rpartition(".")[0] == section}
+    for paths in (own, every):
+        for name in difflib.get_close_matches(keys[-1], paths.values(), 1):
+            return f'did you mean "{next(path for path in paths if paths[path] == name)}"?'
+    return did_you_mean(keys[-1], (own or every).values())
+
+
 def _lines(kind: type[Recipe], keys: Keys, item: ErrorDetails) -> list[str]:
     path = ".".join(keys)
     match item["type"]:
         case "extra_forbidden":
-            names = {leaf.name: ".".join(leaf.path) for leaf in every_leaf(kind)}
-            close = difflib.get_close_matches(keys[-1], names, 1)
-            hint = f'did you mean "{names[close[0]]}"?' if close else did_you_mean(keys[-1], names)
-            return [f'unknown key "{path}"; {hint}']
+            return [f'unknown key "{path}"; {_meant(kind, keys)}']
         case "missing":
             flags = [leaf.flags[0] for leaf in leaves(kind).values() if leaf.path == keys]
             return [f"{path} is missing; name it{''.join(f' with {flag}' for flag in flags)}"]

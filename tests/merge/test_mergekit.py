@@ -156,7 +156,7 @@ def test_every_key_that_is_not_supported_is_one_line(folder: Path) -> None:
         'unknown key "models.0.parameters.gamma"; known: density, weight',
         "models.1.parameters.weight: must be a valid number, not 'much'",
         'unknown key "models.1.parameters.normalize"; did you mean "parameters.normalize"?',
-        'unknown key "models.1.layer_range"; known: model, parameters',
+        'unknown key "models.1.layer_range"; did you mean "slices[].sources[].layer_range"?',
         "parameters.density: must be a number, a list of such over the layers, or a list of {filter",
         "parameters.lambda.1: must be a valid number, not 'x'",
         "parameters.rescale: must be a valid boolean, not 1",
