@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 import deltafl
 from checkpoint_files import python
 from deltafl.algebra import aggregate
-from deltafl.merge import task_vector
+from deltafl.merge import modules, task_vector
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -193,7 +193,8 @@ def test_starts_without_heavy_imports(code: str) -> None:
     assert modules_after(code).isdisjoint(HEAVY)
 
 
-PUBLIC = "Source TaskVector Update __version__ aggregate cclip fedavg fedgma fednova median step task_arithmetic"
+PUBLIC = "Source TaskVector Update __version__ aggregate cclip fedavg fedgma fednova median sequential_regression"
+PUBLIC += " step task_arithmetic"
 
 
 def test_the_public_names_are_these_and_no_more():
@@ -203,4 +204,5 @@ def test_the_public_names_are_these_and_no_more():
     held: dict[str, object] = {}
     exec("from deltafl import *", held)
     homes = vars(task_vector) | {name: vars(aggregate)[name] for name in ("aggregate", "step")}
+    homes["sequential_regression"] = modules.sequential_regression
     assert all(held[name] is homes[name] for name in {*deltafl.__all__} - {"__version__"})

@@ -10,6 +10,7 @@ from checkpoint_files import cli, problems_of, refused, succeed
 from deltafl.experiments import SUITES, SuiteRecipe
 from deltafl.rules.rule import delta_rules
 from deltafl.sparse.strategies import MASK_STRATEGIES
+from report_samples import comparison_result
 from tiny_models import vit_file
 
 MODEL = vit_file(num_hidden_layers=1)
@@ -30,10 +31,14 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list:
-    """(names of suites, recipe) of each call of `run_suites`, which does nothing."""
+    """(names of suites, recipe) of each call of `run_suites`, which runs none of them."""
     calls = []
-    told = "deltafl.cli.suite.run_suites"
-    monkeypatch.setattr(told, lambda names, recipe, *_, **__: calls.append((names, recipe)) or {})
+
+    def run(names, recipe, *_, **__):
+        calls.append((names, recipe))
+        return comparison_result()
+
+    monkeypatch.setattr("deltafl.cli.suite.run_suites", run)
     return calls
 
 

@@ -67,10 +67,10 @@ def test_a_language_model_is_fine_tuned_and_evaluated(tmp_path: Path):
     tune = ("--out", out, "--epochs", 2, "--lr", 1e-2, "--batch-size", 8)
     said = succeed("finetune", "--model", tmp_path / "llama" / "config.json", *data, *tune).out
     facts = json.loads((out / "training.json").read_text())
-    assert f"log-likelihood {facts['val_score']:.4f} of" in said
+    assert f"log-likelihood {facts['val_score']:.4g} of" in said
     said = succeed("evaluate", "--models", out, *data, "--split", "val").out
     assert "val log-likelihood" in said
-    assert f"{facts['val_score']:.4f}" in said
+    assert f"{facts['val_score']:.4g}" in said
 
 
 MISTAKES = {
@@ -90,9 +90,7 @@ def test_a_mistake_is_one_line_and_nothing_is_written(options, told, base, tmp_p
 
 def test_old_keys_in_the_file_are_told_their_names(tmp_path: Path):
     config = tmp_path / "c.yaml"
-    config.write_text("model: b\ndata: d\nout: o\nsteps: 1\nbatchsize: 3\nlr: fast\nschedule: step")
+    config.write_text("base: b\ndata: d\nout: o\nsteps: 1\nschedule: step")
     problems = "\n".join(refused(tmp_path, "finetune", "--config", config))
-    pairs = {"batchsize": "batch_size", "schedule": "lr_schedule"}
-    hints = (f'unknown key "{wrong}"; did you mean "{right}"' for wrong, right in pairs.items())
-    for told in (*hints, "'fast'"):
+    for told in ('"base" is now "model"', '"schedule" is now "lr_schedule"'):
         assert told in problems

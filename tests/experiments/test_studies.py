@@ -47,6 +47,7 @@ def small(*names: str, **changes: Any) -> list[str]:
         "model": MODEL, "tasks": ["digits:mirrored", "digits:thick", "digits:textured"],
         "control": "digits", "domains": ["digits:mirrored", "digits:thick"], "split": "digits:thick",
         "lr-values": [2e-3, 1e-3], "steps-values": [4, 40], "draws": 1, "batch-size": 32, "few-shot": 3,
+        "examples-values": [8, 32], "rival-steps": 4,
         "methods": ["fednova", "median", "krum"], "scaling-coefs": [0.1, 0.3, 1.0], "val-limit": 60,
         "test-limit": 80, "jobs": 1,
     }  # fmt: skip
