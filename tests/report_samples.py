@@ -194,6 +194,10 @@ def study_results() -> dict[str, dict[str, Any]]:
         "scaling-coef": {
             "rows": rows(accuracy=0.7, scaling_coef=0.3), "by_lambda": curves, "notes": [],
         },
+        "examples": {
+            "rows": [r for n in (8, 32) for r in rows(examples=n, accuracy=0.7, worst=0.6)],
+            "by_examples": {"median": [(8, 0.7), (32, 0.8)]}, "notes": [],
+        },
         "negation": {**forgotten, "control": "digits"},
         "analogy": ways(["base", "C + (B - A)", "fine-tuned on D"], test=0.5),
     }  # fmt: skip

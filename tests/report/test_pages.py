@@ -122,8 +122,8 @@ def test_pages_are_the_same_byte_for_byte_in_another_process():
 
 CHARTS = {
     "heterogeneity": ("by_round", "by_bytes"), "training-heterogeneity": ("gain_by_steps", "gain_by_norm"),
-    "data-heterogeneity": ("by_size",), "scaling-coef": ("by_lambda",), "negation": ("by_task",),
-    "analogy": ("by_task",),
+    "data-heterogeneity": ("by_size",), "scaling-coef": ("by_lambda",), "examples": ("by_examples",),
+    "negation": ("by_task",), "analogy": ("by_task",),
 }  # fmt: skip
 
 
