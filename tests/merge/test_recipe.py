@@ -42,7 +42,10 @@ def test_what_is_said_of_a_model_beside_it_or_in_a_list() -> None:
     [
         ({"modles": ["a"]}, 'unknown key "modles"; did you mean "models"?'),
         ({"rh": 0.5}, 'unknown key "rh"; did you mean "rho"?'),
-        ({"models": [{"path": "a", "stps": 3}]}, 'unknown key "models.0.stps"; did you mean "num'),
+        (
+            {"models": [{"path": "a", "stps": 3}]},
+            'unknown key "models.0.stps"; did you mean "models[].num',
+        ),
         ({"models": [{"path": "a", "string": 3}]}, 'unknown key "models.0.string"; '),
         ({"models": [{"weight": 3}]}, "models.0.path is missing"),
         ({"models": [{"path": "a", "weight": "3"}]}, "models.0.weight: "),
