@@ -57,7 +57,7 @@ class Rival(Merging):
             teachers += nets_for(base.copy_to(self.study.device), [one.task], [head])
             teachers[-1].load(one.tuned)
             single.append(_mean_score(teachers[-1], one.task, "test"))
-        mean = {n: sum(t[n].double() for t in tuned) / count for n in tuned[0]}
+        mean = {n: torch.stack([t[n] for t in tuned]).double().mean(0) for n in tuned[0]}
         tried = []
         for lr in LRS if self.way != AVERAGE else (0.0,):
             nets[0].load(mean)
@@ -137,15 +137,17 @@ def examples_rows(found: Found) -> Result:
     over task arithmetic on the same models; curves by the number of examples.
     """
     points = points_of(found)
-    reference = points[points["rule"] == REFERENCE].drop_duplicates("seed").set_index("seed")
+    first = points[points["rule"] == REFERENCE].groupby("seed")["normalized"].first()
     by_examples = [name for name in load_rules() if issubclass(load_rules()[name], ExampleRule)]
     given = points["rule"].isin([*by_examples, DISTILLED, LABELLED])
-    points = points[given == (points["examples"] != "")].copy()
-    gains = points["normalized"] - points["seed"].map(reference["normalized"])
-    points["gain"] = gains.mask(points["rule"] == REFERENCE)
-    rows = tabulate(points, ["rule", "examples"], "normalized", "accuracy", "worst")
-    lines: dict[str, list[tuple[int, float]]] = {}
-    for row in rows:
-        if isinstance(row["examples"], int):
-            lines.setdefault(row["rule"], []).append((row["examples"], row["mean"]))
-    return {"rows": rows, "by_examples": lines}
+    points = points.loc[given == (points["examples"] != "")]
+    gain = points["normalized"] - points["seed"].map(first.to_dict())
+    points = points.assign(gain=gain.where(points["rule"] != REFERENCE))
+    counted = points[~points["examples"].isin(["", "all"])]
+    means = counted.groupby(["rule", "examples"], sort=False)["normalized"].mean()
+    return {
+        "rows": tabulate(points, ["rule", "examples"], "normalized", "accuracy", "worst"),
+        "by_examples": {
+            rule: [[x, y] for (_, x), y in own.items()] for rule, own in means.groupby(level=0)
+        },
+    }
