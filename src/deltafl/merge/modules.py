@@ -10,7 +10,7 @@ from deltafl.algebra.aggregate import Stepped
 from deltafl.algebra.tensors import Tensors, lazy
 from deltafl.errors import DeltaflError
 from deltafl.merge.layerwise import Examples, Start, merge_layerwise
-from deltafl.merge.task_vector import ModelLike, TaskVector, task_arithmetic
+from deltafl.merge.task_vector import ModelLike, TaskVector
 from deltafl.models.net import Net
 from deltafl.rules.sequential_regression import SequentialRegression
 from deltafl.tasks import ImageInput
@@ -59,20 +59,22 @@ def sequential_regression(
     Raises:
         DeltaflError: none to merge, other tensors in one, inputs of another number.
     """
-    if len(inputs) != len(finetuned):
+    if len(inputs) != len(finetuned) or not finetuned:
         raise DeltaflError(f"{len(inputs)} inputs for {len(finetuned)} fine-tunes")
     vectors = [TaskVector.from_checkpoints(base, one) for one in finetuned]
-    mean = task_arithmetic(vectors).tensors
+    mean = sum(vectors[1:], vectors[0]) * (1 / len(vectors))
     net = Net(copy.deepcopy(base).eval(), ImageInput(1))
     held = dict(net.module.state_dict())
-    start = Start(held, mean, mean.spec(next(iter(mean))).dtype)
-    rows = [one if isinstance(one, Mapping) else {"": one} for one in inputs]
-    all_examples = [
-        Examples(net, task, Stepped(lazy(held), vector.tensors, 1.0), 1 / len(vectors))
-        for task, vector in zip([_Rows("inputs", {"train": r}) for r in rows], vectors, strict=True)
-    ]
+    start = Start(held, mean.tensors, next(iter(mean.tensors.values())).dtype)
+    all_examples = []
+    for one, vector in zip(inputs, vectors, strict=True):
+        rows = dict(one) if isinstance(one, Mapping) else {"": one}
+        rows = {n: r.to(start.dtype) if r.is_floating_point() else r for n, r in rows.items()}
+        tuned = Stepped(lazy(held), vector.tensors, 1.0)
+        task = _Rows("inputs", {"train": rows})
+        all_examples.append(Examples(net, task, tuned, 1 / len(vectors)))
     count = min(one.task.size("train") for one in all_examples)
     rule = SequentialRegression(examples=count, ridge=ridge)
     merged, _ = merge_layerwise(rule, start, all_examples)
-    delta = {n: (t - held[n].double()).to(start.dtype) for n, t in merged.items() if n in mean}
-    return TaskVector({name: delta.get(name, mean[name]) for name in mean})
+    changed = {n: (t - held[n].double()).to(start.dtype) for n, t in merged.items()}
+    return TaskVector({**mean.tensors, **changed})
