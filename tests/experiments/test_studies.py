@@ -126,6 +126,21 @@ def test_a_merge_in_the_table_is_what_merge_and_evaluate_give(done: Path) -> Non
     assert row["runs"] == 2
 
 
+def test_merges_by_examples_stand_beside_training_on_the_same(done: Path) -> None:
+    rows = {(r["rule"], r["examples"]): r for r in study(done, "examples")["rows"]}
+    trained = {(way, n) for way in ("distillation", "training on labels") for n in (8, 32)}
+    merged = {(rule, n) for rule in ("sequential_regression", "regmean") for n in (8, 32)}
+    others = {("average", ""), ("fednova", ""), ("training on labels", "all")}
+    assert trained | merged | others <= rows.keys()
+    assert {rule for rule, n in rows if n == ""} & {"fisher", "learned", "distillation"} == set()
+    reference = rows["task_arithmetic", ""]
+    assert reference["gain"] is None or reference["gain"] != reference["gain"]
+    for row in rows.values():
+        assert row["runs"] == 2 and row["worst"] <= row["accuracy"]
+        if row is not reference:
+            assert row["gain"] == pytest.approx(row["mean"] - reference["mean"])
+
+
 def test_gains_are_differences_on_the_same_models(done: Path) -> None:
     rows = table(done, "training-heterogeneity")
     kinds = {"alike", "steps differ", "lr differs", "both differ"}
