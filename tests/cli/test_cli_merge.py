@@ -260,7 +260,7 @@ OPTIONS: dict[str, str] = {
     "--server-lr 1 --scaling-coef 0.3": "server_lr and scaling_coef",
     "--server-lr nan": "server_lr: must be a finite number",
     "--scaling-coef inf": "scaling_coef: must be a finite number",
-    "--weights 1 2 3": "weights: 3 numbers for 2 models",
+    "--weights 1 2 3": "weights: 3 given for 2 models",
     "--num-steps 1 2 3": "num_steps: 3 numbers for 2 models",
     "--num-examples 1 2 3": "num_examples: 3 numbers for 2 models",
     "--weights nan 1 --dry-run": "weights.0: must be a finite number",

@@ -201,7 +201,7 @@ def test_scores_of_language_models_are_shown_as_they_are(tmp_path: Path):
         ("confidence: 1.0", "confidence: must be less than 1"),
         ("confidence: 0.0", "confidence: must be greater than 0"),
         ("batch_size: 0", "batch_size: "),
-        ("weights: [1.0]", "weights: 1 numbers for 2 models"),
+        ("weights: [1.0]", "weights: 1 given for 2 models"),
         ("base: no/such/base", '"no/such/base": no such file or folder'),
         ("models: []", "models: "),
     ],

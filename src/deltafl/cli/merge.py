@@ -43,7 +43,7 @@ def merge_command(recipe: MergeRecipe) -> None:
     if flag("dry_run"):
         click.echo(render("plan.txt", plan=plan))
         return
-    if recipe.out is None:
+    if not recipe.out:
         raise DeltaflError("no output; name a folder with --out")
     check_output(recipe.out, overwrite=recipe.overwrite)
     with reading_ahead(plan.files):

@@ -26,7 +26,7 @@ KINDS = {"regmean": "gram", "fisher": "fisher"}
 class ModelEntry(Recipe):
     """A fine-tuned model; None: as training.json beside it says, and a weight of 1."""
 
-    path: str = Field(description="Folder, file or hub id.")
+    path: str = Field(min_length=1, description="Folder, file or hub id.")
     name: str | None = Field(None, description="Default: the last part of the path.")
     weight: float | None = Field(None, description="Of its delta. Negative: the delta is negated.")
     num_steps: int | None = Field(None, description="Local steps of its training.")
@@ -79,7 +79,8 @@ class DeltaRecipe(Recipe):
         two share it the path, and at worst a number.
         """
         plain = [m if isinstance(m, ModelEntry) else ModelEntry.of(path=m) for m in self.models]
-        last = [Path(entry.path).name for entry in plain]
+        paths = [Path(entry.path) for entry in plain]
+        last = [path.name or path.absolute().name for path in paths]  # of "." too
         found: dict[str, ModelEntry] = {}
         for i, entry in enumerate(plain):
             short = last[i] if last.count(last[i]) == 1 else ""
@@ -100,7 +101,7 @@ class DeltaRecipe(Recipe):
         n = len(self.models)
         for key, numbers in self._listed().items():
             if len(numbers) != n:
-                yield f"{key}: {len(numbers)} numbers for {n} models"
+                yield f"{key}: {len(numbers)} given for {n} models"
         beside = any(isinstance(m, ModelEntry) and m.weight is not None for m in self.models)
         if self.weights is not None and beside:
             yield "weights: given both as a list and beside the models; give one of them"
