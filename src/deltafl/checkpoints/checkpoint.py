@@ -94,8 +94,8 @@ def _state_dict(file: Path) -> dict[str, Tensor]:
         held: Any = torch.load(file, "cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception:  # the unpickler raises whatever damaged bytes lead to
         raise DeltaflError(
-            f'"{file}": truncated, corrupt, or holds more than tensors, so that reading it could run '
-            "code; download it again, or save the state dict alone, best as .safetensors"
+            f'"{file}": truncated, corrupt, or holds more than tensors, so that reading it could '
+            "run code; download it again, or save the state dict alone, best as .safetensors"
         ) from None
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(held, Mapping) and isinstance(held.get(key), Mapping):

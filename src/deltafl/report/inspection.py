@@ -29,8 +29,8 @@ def inspect_page(result: Record) -> Page:
     known = pd.DataFrame(result["overlap_layers"], ["two deltas", "by chance"])
     shared = known.T.reindex(layers.index, fill_value=inf)
     spaces = (
-        "Of the leading input directions of each matrix, what two deltas share, and what random ones "
-        "would: the more above that, the more sums interfere. A dash: no matrix."
+        "Of the leading input directions of each matrix, what two deltas share, and what random "
+        "ones would: the more above that, the more sums interfere. A dash: no matrix."
     )
     values = {
         "result": result,
