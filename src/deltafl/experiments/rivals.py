@@ -117,16 +117,19 @@ def _said(net: Net, task: Task, batch: Batch) -> Tensor:
 
 def examples(study: Study, sweep: Sweep) -> list[Cell]:
     """All tasks merged by rules of deltas; by rules that need examples, with more and more of
-    them; and trained on the same examples, and on all.
+    them (`learned` with no more than there are for validation); and trained on the same, and on
+    all.
     """
     recipe = study.recipe
     models = tuple(study.tuned(Data(spec)) for spec in recipe.tasks)
     deltas = tuple(name for name in recipe.compared if name in delta_rules())
     others = (REFERENCE, *(name for name in load_rules() if name not in delta_rules()))
+    labelled = min(judged(study, model.data).size("val") for model in models)
     cells = [Cell({"examples": ""}, Search(models, recipe.search_strategy, deltas))]
     for count in recipe.examples_values:
         labels = {"examples": count}
-        cells.append(Cell(labels, Search(models, recipe.search_strategy, others, count)))
+        rules = tuple(name for name in others if name != "learned" or count <= labelled)
+        cells.append(Cell(labels, Search(models, recipe.search_strategy, rules, count)))
         cells += [Cell(labels, Rival(models, way, count)) for way in (DISTILLED, LABELLED)]
     average = Cell({"examples": ""}, Rival(models, AVERAGE))
     return [*cells, average, Cell({"examples": "all"}, Rival(models, LABELLED))]
