@@ -99,6 +99,8 @@ def test_a_language_model_keeps_its_dtype_and_its_tokenizer(tmp_path: Path, capl
     assert again.flat.dtype == torch.bfloat16
     assert torch.equal(again.flat, net.flat)
     assert again.inputs.tokenizer("ab").input_ids == net.inputs.tokenizer("ab").input_ids
+    assert not again.module.config.use_cache  # which holds the keys of every layer
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["use_cache"]
 
 
 def test_a_head_comes_with_its_folder_frozen(tmp_path: Path):

@@ -236,9 +236,10 @@ def merge_layerwise(
     on_progress: OnProgress = ignore,
     state: Path | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, object]]:
-    """The merged tensors of every map (see `LayerRule`), in the base's names, float64; and what to
-    report: `fallbacks`, weights whose sums were singular, and which are the mean; `averaged`,
-    matrices that are no maps; `bytes_up`, `bytes_down` between each client and the server.
+    """The merged tensors of every map (see `LayerRule`), in the base's names and the dtype of
+    `start`; and what to report: `fallbacks`, weights whose sums were singular, and which are the
+    mean; `averaged`, matrices that are no maps; `bytes_up`, `bytes_down` between each client and
+    the server.
 
     state: a folder that keeps the maps that are solved; those that it holds already, of a merge of
     the same that was killed, are taken as they are.
@@ -268,7 +269,8 @@ def merge_layerwise(
                     for parts in zip(*sent, strict=True)
                 )
                 matrix, fell_back = regressed(cross, gram, prior, ridge)
-                merged = m.tensors(matrix, start.base)
+                made = m.tensors(matrix, start.base)
+                merged = {name: tensor.to(start.dtype) for name, tensor in made.items()}
                 if state:
                     name = f"{done:05d}{FALLBACK * fell_back}.safetensors"
                     write_atomically(state / name, save(merged))
@@ -278,7 +280,10 @@ def merge_layerwise(
             fallbacks += [m.weight] * fell_back
             numel = sum(tensor.numel() for tensor in merged.values())
             width = merged[m.weight][0].numel() + bool(m.bias)
-            up, down = up + 8 * (2 * numel + m.groups * width**2), down + 8 * numel
+            up, down = (
+                up + 8 * (2 * numel + m.groups * width**2),
+                down + start.dtype.itemsize * numel,
+            )
             on_progress(Progress("layers", done, len(maps)))
     finally:
         for client in clients:

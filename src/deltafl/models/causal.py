@@ -1,9 +1,10 @@
 """Causal language models of transformers, with their tokenizer."""
 
-from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from deltafl.models.net import Net
 from deltafl.models.pretrained import build_module, read_tokenizer, write_pretrained
@@ -29,5 +30,14 @@ def causal(ref: str, config: "PretrainedConfig", generator: torch.Generator | No
     limit = config.to_dict().get("max_position_embeddings") or MOST_TOKENS
     inputs = TextInput(tokenizer, min(limit, tokenizer.model_max_length, MOST_TOKENS))
     origin = "" if generator else ref
-    write = partial(write_pretrained, beside=tokenizer.save_pretrained)
+    cached = bool(config.to_dict().get("use_cache"))
+
+    def write(module: nn.Module, folder: Path) -> None:
+        """As the files say, with the cache of keys and values that only generation needs."""
+        assert isinstance(module, transformers.PreTrainedModel)
+        module.config.use_cache = cached
+        write_pretrained(module, folder, beside=tokenizer.save_pretrained)
+        module.config.use_cache = False
+
+    module.config.use_cache = False
     return Net(module.eval(), inputs, origin, write)
