@@ -125,14 +125,14 @@ def examples(study: Study, sweep: Sweep) -> list[Cell]:
     deltas = tuple(name for name in recipe.compared if name in delta_rules())
     others = (REFERENCE, *(name for name in load_rules() if name not in delta_rules()))
     labelled = min(judged(study, model.data).size("val") for model in models)
-    cells = [Cell({"examples": ""}, Search(models, recipe.search_strategy, deltas))]
+    merges = Rival(models, AVERAGE), Search(models, recipe.search_strategy, deltas)
+    cells = [Cell({"examples": ""}, work) for work in merges]
     for count in recipe.examples_values:
         labels = {"examples": count}
         rules = tuple(name for name in others if name != "learned" or count <= labelled)
         cells.append(Cell(labels, Search(models, recipe.search_strategy, rules, count)))
         cells += [Cell(labels, Rival(models, way, count)) for way in (DISTILLED, LABELLED)]
-    average = Cell({"examples": ""}, Rival(models, AVERAGE))
-    return [*cells, average, Cell({"examples": "all"}, Rival(models, LABELLED))]
+    return [*cells, Cell({"examples": "all"}, Rival(models, LABELLED))]
 
 
 def examples_rows(found: Found) -> Result:
