@@ -238,8 +238,8 @@ def merge_layerwise(
 ) -> tuple[dict[str, Tensor], dict[str, object]]:
     """The merged tensors of every map (see `LayerRule`), in the base's names and the dtype of
     `start`; and what to report: `fallbacks`, weights whose sums were singular, and which are the
-    mean; `averaged`, matrices that are no maps; `bytes_up`, `bytes_down` between each client and
-    the server.
+    mean; `averaged`, matrices that are no maps; `bytes_up`, `bytes_down` between each client, if one
+    runs, and the server.
 
     state: a folder that keeps the maps that are solved; those that it holds already, of a merge of
     the same that was killed, are taken as they are.
@@ -253,7 +253,7 @@ def merge_layerwise(
     clients = [
         one if isinstance(one, Statistics) else Client(one, start, rule, maps) for one in evidence
     ]
-    shares = [one.weight for one in evidence]
+    weighed = [(one.weight, client) for one, client in zip(evidence, clients, strict=True)]
     tensors, fallbacks, up, down = dict[str, Tensor](), list[str](), 0, 0
     try:
         for done, m in enumerate(maps, 1):
@@ -263,10 +263,9 @@ def merge_layerwise(
             if kept:
                 merged, fell_back = load_file(kept[0]), FALLBACK in kept[0].name
             else:
-                sent = [client.moments(m) for client in clients]
+                sent = [[p * part for part in client.moments(m)] for p, client in weighed]
                 cross, gram, prior = (
-                    sum((p * part for p, part in zip(shares, parts, strict=True)), torch.zeros(()))
-                    for parts in zip(*sent, strict=True)
+                    sum(parts, torch.zeros(())) for parts in zip(*sent, strict=True)
                 )
                 matrix, fell_back = regressed(cross, gram, prior, ridge)
                 made = m.tensors(matrix, start.base)
@@ -280,14 +279,14 @@ def merge_layerwise(
             fallbacks += [m.weight] * fell_back
             numel = sum(tensor.numel() for tensor in merged.values())
             width = merged[m.weight][0].numel() + bool(m.bias)
-            up, down = (
-                up + 8 * (2 * numel + m.groups * width**2),
-                down + start.dtype.itemsize * numel,
-            )
+            up += 8 * (2 * numel + m.groups * width**2)
+            down += start.dtype.itemsize * numel
             on_progress(Progress("layers", done, len(maps)))
     finally:
         for client in clients:
             client.leave()
     averaged = [n for n in start.mean if n not in tensors and len(start.base[n].shape) > 1]
-    report = {"fallbacks": fallbacks, "averaged": averaged, "bytes_up": up, "bytes_down": down}
+    report: dict[str, object] = {"fallbacks": fallbacks, "averaged": averaged}
+    if any(isinstance(client, Client) for client in clients):
+        report |= {"bytes_up": up, "bytes_down": down}
     return tensors, report
