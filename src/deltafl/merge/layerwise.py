@@ -264,9 +264,8 @@ def merge_layerwise(
                 merged, fell_back = load_file(kept[0]), FALLBACK in kept[0].name
             else:
                 sent = [[p * part for part in client.moments(m)] for p, client in weighed]
-                cross, gram, prior = (
-                    sum(parts, torch.zeros(())) for parts in zip(*sent, strict=True)
-                )
+                added = zip(*sent, strict=True)
+                cross, gram, prior = (sum(parts, torch.zeros(())) for parts in added)
                 matrix, fell_back = regressed(cross, gram, prior, ridge)
                 made = m.tensors(matrix, start.base)
                 merged = {name: tensor.to(start.dtype) for name, tensor in made.items()}
