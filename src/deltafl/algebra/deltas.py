@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -37,7 +36,7 @@ class CachedBlocks(Lazy):
     ) -> None:
         self._tensors, self.dtype, self.device = lazy(tensors), dtype, torch.device(device)
         self.names = self._tensors.names
-        self._last = lru_cache(1)(super().block)
+        self._key, self._block = ("", 0, 0), torch.empty(0)
 
     def spec(self, name: str) -> Spec:
         return self._tensors.spec(name)._replace(device=self.device)
@@ -46,8 +45,15 @@ class CachedBlocks(Lazy):
         self._tensors.read(name, start, stop, out)
 
     def block(self, name: str, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
-        block = self._last if dtype == self.dtype else super().block
-        return block(name, start, stop, dtype)
+        if dtype != self.dtype:
+            return super().block(name, start, stop, dtype)
+        if self._key != (name, start, stop):
+            self._key = "", 0, 0  # while it is being filled
+            if len(self._block) != stop - start:
+                self._block = torch.empty(stop - start, dtype=dtype, device=self.device)
+            self.read(name, start, stop, self._block)
+            self._key = name, start, stop
+        return self._block
 
 
 class Difference(Lazy):

@@ -2,8 +2,8 @@
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +14,8 @@ from deltafl.algebra.streaming import Unit, chunks, visit
 from deltafl.progress import OnProgress, ignore
 from deltafl.rules.weights import PerModel, numbers_of
 
+T = TypeVar("T")
+
 BITS = 18
 BINS = 1 << BITS
 """Bins of a histogram of magnitudes."""
@@ -23,8 +25,8 @@ SAMPLE = 1 << 18
 
 INFINITY_BITS = 0x7F800000
 
-NONE = INFINITY_BITS, 0
-"""A magnitude as a bit pattern, and how many are not below it: where none is to be kept."""
+Found: TypeAlias = tuple[int, int]
+"""A magnitude as a bit pattern, and how many are not below it."""
 
 Window: TypeAlias = tuple[int, int]
 """The bit pattern where `BINS` bins begin, and how many low bits they leave out."""
@@ -76,53 +78,56 @@ def magnitude_thresholds(
     """
     specs, n = deltas.specs, len(deltas.updates)
     size = sum(spec.numel for spec in specs.values())
-    passed = functools.partial(
-        visit,
-        specs,
-        threads=threads,
-        whole=per_tensor,
-        name="thresholds",
-        width=4 * n,
-        on_progress=on_progress,
-    )
 
     def ranks(name: str, numel: int) -> list[int]:
         shares = numbers_of(density, name, n)
         return [max(1, int(d * numel)) if d > 0 and numel else 0 for d in shares]
 
-    def of_each(unit: Unit) -> dict[str, np.ndarray]:
+    def of_each(unit: Unit) -> dict[str, list[Found]]:
         numels = {name: specs[name].numel for name, _, _ in unit}
         return {name: _held(deltas, name, ranks(name, k)) for name, k in numels.items()}
 
+    def passed(work: Callable[[Unit], T]) -> Iterable[T]:
+        return visit(
+            specs,
+            work,
+            threads,
+            whole=per_tensor,
+            name="thresholds",
+            width=4 * n,
+            on_progress=on_progress,
+        )
+
     if per_tensor:
-        found = dict.fromkeys(specs, np.array([NONE] * n))
-        for part in passed(of_each):
-            found |= part
-        counts = np.sum([*found.values()], 0)[:, 1]
+        parts = [dict.fromkeys(specs, [(INFINITY_BITS, 0)] * n), *passed(of_each)]
+        found = {name: row for part in parts for name, row in part.items()}
+        counts = [sum(count for _, count in rows) for rows in zip(*found.values(), strict=True)]
     else:
         one = _streamed(deltas, ranks(next(iter(specs), ""), size), passed)
-        found, counts = dict.fromkeys(specs, one), one[:, 1]
-    bits = {name: rows[:, 0].astype(np.int32) for name, rows in found.items()}
-    thresholds = {name: own.view(np.float32).tolist() for name, own in bits.items()}
-    return thresholds, (counts / max(1, size)).tolist()
+        found, counts = dict.fromkeys(specs, one), [count for _, count in one]
+    thresholds = {
+        name: np.array([bits for bits, _ in row], np.int32).view(np.float32).tolist()
+        for name, row in found.items()
+    }
+    return thresholds, [count / max(1, size) for count in counts]
 
 
-def _held(deltas: Deltas, name: str, ks: Sequence[int]) -> np.ndarray:
-    """The ks[i]-th largest magnitude of one tensor of delta i, and how many are not below it."""
+def _held(deltas: Deltas, name: str, ks: Sequence[int]) -> list[Found]:
+    """The ks[i]-th largest magnitude of one tensor of delta i."""
     found, numel = [], deltas.specs[name].numel
     for i, k in enumerate(ks):
         bits = _magnitude_bits(deltas.stack(name, 0, numel, [i])[0])
         value = int(bits.kthvalue(numel - k + 1).values) if k else INFINITY_BITS
         found.append((value, int((bits >= value).sum())))
-    return np.array(found)
+    return found
 
 
 def _streamed(
     deltas: Deltas,
     ks: Sequence[int],
-    passed: functools.partial,
-) -> np.ndarray:
-    """The ks[i]-th largest magnitude of delta i over all tensors, and how many are not below it.
+    passed: Callable[[Callable[[Unit], dict[int, Histogram]]], Iterable[dict[int, Histogram]]],
+) -> list[Found]:
+    """The ks[i]-th largest magnitude of delta i over all tensors.
 
     A pass counts the magnitudes above a window of bit patterns, and those in each bin of it. A
     sample guesses the first window, which is most often right, and its bins single patterns; then
@@ -130,7 +135,7 @@ def _streamed(
     its bins. (Two passes by radix, without a guess, make a merge by ties take 1.27 times the CPU
     time.)
     """
-    windows, found = _guess(deltas, ks) if any(ks) else {}, np.array([NONE] * len(ks))
+    windows, found = _guess(deltas, ks) if any(ks) else {}, dict[int, Found]()
     while windows:
         totals = {i: np.zeros(BINS + 1, np.int64) for i in windows}
         for part in passed(functools.partial(_count, deltas, windows)):
@@ -146,7 +151,7 @@ def _streamed(
                 windows[i] = low, 0
             else:
                 found[i] = low, int(reached[place])
-    return found
+    return [found.get(i, (INFINITY_BITS, 0)) for i in range(len(ks))]
 
 
 def _count(deltas: Deltas, windows: Mapping[int, Window], unit: Unit) -> dict[int, Histogram]:
