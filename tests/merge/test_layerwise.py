@@ -286,3 +286,29 @@ def test_rows_of_language_models_are_tokens_and_no_padding(tmp_path: Path) -> No
         prior = (tuned[0][name] + tuned[1][name]) / 2
         wanted = torch.linalg.solve(gram / 2 + lam / 2, cross / 2 + prior @ lam / 2, left=False)
         torch.testing.assert_close(tensor, wanted, rtol=1e-6, atol=1e-8)
+
+
+class Sums(nn.Module):
+    """Additions that are no skip connections: of a number, a broadcast row, a share of a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maps = nn.ModuleList(nn.Linear(64, 64) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (x.to(self.maps[0].bias.dtype) / 255).flatten(1)
+        x = self.maps[0](x) + x.dim()
+        x = self.maps[1](x) + x.mean(0, keepdim=True)
+        x = torch.add(self.maps[2](x), x, alpha=0.5)
+        last = self.maps[3]
+        return nn.functional.linear(x, weight=last.weight, bias=last.bias) + x
+
+
+def test_only_a_tensor_of_the_same_shape_is_a_skip_connection() -> None:
+    torch.manual_seed(0)
+    made = [Sums().double().eval() for _ in range(3)]
+    start, examples = world(made, (0.5, 0.5))
+    assert [m.skip for m in find_maps(start, examples[0])] == [0, 0, 0, 0]
+    found, report = merge_layerwise(SequentialRegression(examples=12), start, examples)
+    assert len(found) == 8
+    assert not report["averaged"]

@@ -105,13 +105,16 @@ def find_maps(start: Start, examples: Examples) -> list[Map]:
 
     def saw(func: Callable[..., object], given: Sequence[object], made: object) -> None:
         seen.append(made)  # as long as it lives nothing else has its id
-        weight = places.get(id(given[1])) if func in (LINEAR, CONV) else None
+        if not isinstance(made, Tensor):
+            return
+        weight = places.get(id(given[1])) if func in (LINEAR, CONV) and given else None
         if weight:
             results[id(made)] = weight, len(seen)
         elif func.__name__.strip("_") in ADDS:
             for ours, other in zip(given, reversed(given), strict=True):
                 weight, call = results.get(id(ours), ("", 0))
-                if weight and calls.get(id(other), call) < call:
+                whole = isinstance(other, Tensor) and other.shape == made.shape
+                if weight and whole and calls.get(id(other), call) < call:
                     skips[weight] = calls[id(other)]
         calls.setdefault(id(made), len(seen))
 
@@ -238,8 +241,8 @@ def merge_layerwise(
 ) -> tuple[dict[str, Tensor], dict[str, object]]:
     """The merged tensors of every map (see `LayerRule`), in the base's names and the dtype of
     `start`; and what to report: `fallbacks`, weights whose sums were singular, and which are the
-    mean; `averaged`, matrices that are no maps; `bytes_up`, `bytes_down` between each client, if one
-    runs, and the server.
+    mean; `averaged`, matrices that are no maps; `bytes_up`, `bytes_down` between the server and
+    each client, if one runs.
 
     state: a folder that keeps the maps that are solved; those that it holds already, of a merge of
     the same that was killed, are taken as they are.

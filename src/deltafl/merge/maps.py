@@ -76,7 +76,7 @@ See: TypeAlias = Callable[[object, Mapping[str, Any], Sequence[str]], None]
 """Told before a function uses tensors: which, its arguments if it is a map, the tensors' names."""
 
 Saw: TypeAlias = Callable[[Callable[..., object], Sequence[object], object], None]
-"""Told after every function: which, its arguments, its result."""
+"""Told after every function: which, its arguments, () if any is by keyword, its result."""
 
 
 class Reading(TorchFunctionMode):
@@ -97,7 +97,7 @@ class Reading(TorchFunctionMode):
         if used := [name for name in names if name]:
             self.see(func, dict(zip(ARGUMENTS, args, strict=False)) | kwargs, used)
         made = func(*map(self._given, args), **{k: self._given(v) for k, v in kwargs.items()})
-        self.saw(func, args, made)
+        self.saw(func, () if kwargs else args, made)
         return made
 
     def _given(self, value: Any) -> Any:
