@@ -298,7 +298,8 @@ class Sums(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = (x.to(self.maps[0].bias.dtype) / 255).flatten(1)
         x = self.maps[0](x) + x.dim()
-        x = self.maps[1](x) + x.mean(0, keepdim=True)
+        row = x.mean(0, keepdim=True)
+        x = self.maps[1](x) + row
         x = torch.add(self.maps[2](x), x, alpha=0.5)
         last = self.maps[3]
         return nn.functional.linear(x, weight=last.weight, bias=last.bias) + x

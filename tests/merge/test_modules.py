@@ -15,13 +15,16 @@ from tiny_models import tiny_llama
 
 def small(seed: int) -> nn.Sequential:
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3, bias=False)).double()
+    norm = nn.LayerNorm(5)
+    nn.init.normal_(norm.weight)
+    return nn.Sequential(nn.Linear(6, 5), norm, nn.Linear(5, 3, bias=False)).double()
 
 
 def test_every_map_is_asked_for_what_the_fine_tunes_compute() -> None:
     base, tuned = small(0), [small(1), small(2)]
     inputs = [torch.randn(40, 6, dtype=torch.float64) for _ in tuned]
     merged = sequential_regression(base, tuned, inputs, ridge=0.01).apply_to(base)
+    torch.testing.assert_close(merged[1].weight, (tuned[0][1].weight + tuned[1][1].weight) / 2)
     left = right = [np.pad(x.numpy(), ((0, 0), (0, 1)), constant_values=1.0) for x in inputs]
     for at in (0, 2):
         cross = gram = prior = 0.0
