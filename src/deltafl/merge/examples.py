@@ -9,6 +9,7 @@ from pathlib import Path
 
 from safetensors.torch import save
 
+from deltafl.algebra.deltas import Difference
 from deltafl.algebra.tensors import Joined, Lazy, Tensors, device_named
 from deltafl.checkpoints.layout import fingerprint
 from deltafl.errors import DeltaflError, attempt
@@ -74,8 +75,8 @@ def example_update(
         assert isinstance(rule, LayerRule)
         merged, found = merge_layerwise(rule, start, some, on_progress, state)
         report |= found
-    wanted = {n: t for n, t in merged.items() if n in mean}
-    delta = {n: (t.cpu().double() - base[n].double()).to(base.dtype) for n, t in wanted.items()}
+    wanted = {name: tensor for name, tensor in merged.items() if name in mean}
+    delta = Difference(base, wanted, base.dtype)
     return Joined({name: (delta if name in delta else mean, name) for name in mean}), report
 
 
@@ -153,7 +154,7 @@ def merge_by_examples(
         found = [*read_statistics(plan)]
         known = [partial(Statistics, files) for _, files in found]
         notes = [note.model_dump(include={"task", "examples", "seed"}) for note, _ in found]
-        prints, told = [repr(found)], {"statistics": notes}
+        nets, prints, told = [], [repr(found)], {"statistics": notes}
         rule = replace(rule, examples=min(note["examples"] for note in notes))
     else:
         nets, tasks = load_nets(plan)
@@ -164,6 +165,8 @@ def merge_by_examples(
     state = out.with_name(f"{out.name}.layers")
 
     def make(opened: Opened) -> tuple[Lazy, Facts]:
+        if isinstance(rule, LayerRule) and nets:
+            nets[0].empty(opened.base)
         update, report = example_update(rule, opened, known, on_progress, state / key[:16])
         return update, report | told
 

@@ -121,8 +121,11 @@ def find_maps(start: Start, examples: Examples) -> list[Map]:
     batch = task.batch("train", torch.arange(min(2, task.size("train"))), net.device)
     with torch.no_grad(), Reading(places, start.read(start.base, net.device), see, saw):
         task.score(net, batch)
-    once = [m for m in maps.values() if uses[m.weight] == 1 and m.weight in start.mean]
-    return [replace(m, skip=skips.get(m.weight, 0)) for m in once]
+    return [
+        replace(m, skip=skips.get(m.weight, 0))
+        for m in maps.values()
+        if uses[m.weight] == uses[m.bias or m.weight] == 1 and m.weight in start.mean
+    ]
 
 
 class Client:
@@ -133,7 +136,7 @@ class Client:
     ) -> None:
         net, task = examples.net, examples.task
         self._examples, self._start, self._rule = examples, start, rule
-        self._merged: dict[str, Tensor] = {}
+        self._merged: Tensors = {}
         batch = task.batch("train", examples.drawn(rule.examples, rule.seed), net.device)
         self._mask = batch.get("attention_mask")
         reads = {"tuned": start.read(examples.tuned, net.device), "merged": self._read_merged}
@@ -150,7 +153,7 @@ class Client:
     def _read_merged(self, name: str) -> Tensor:
         start, device = self._start, self._examples.net.device
         if name in self._merged:
-            return self._merged[name]
+            return start.read(self._merged, device)(name)
         tensor = start.read(start.base, device)(name)
         return tensor + start.read(start.mean, device)(name) if name in start.mean else tensor
 
@@ -162,7 +165,7 @@ class Client:
         """What is sent for the map that the passes have come to: the means over rows of
         (W_t L_t^T + E_t^T) R_t and R_t^T R_t, and W_t.
         """
-        matrix = m.matrix(self._examples.tuned)
+        matrix = m.matrix(self._examples.tuned).to(self._examples.net.device)
         left, right = (self._given[side] for side in self._rule.inputs)
         shape, error = self._start.base[m.weight].shape, None
         if m.skip and len(self._passes) > 1:
@@ -185,9 +188,8 @@ class Client:
             self.leave()
 
     def take(self, tensors: Tensors) -> None:
-        """The merged tensors of the map that was asked for."""
-        read = self._start.read(tensors, self._examples.net.device)
-        self._merged |= {name: read(name) for name in tensors}
+        """The merged tensors of the map that was asked for, which is applied next and only once."""
+        self._merged = tensors
 
     def leave(self) -> None:
         """No more maps."""
@@ -266,15 +268,17 @@ def merge_layerwise(
             if kept:
                 merged, fell_back = load_file(kept[0]), FALLBACK in kept[0].name
             else:
-                sent = [[p * part for part in client.moments(m)] for p, client in weighed]
-                added = zip(*sent, strict=True)
-                cross, gram, prior = (sum(parts, torch.zeros(())) for parts in added)
-                matrix, fell_back = regressed(cross, gram, prior, ridge)
+                added = [torch.zeros(())] * 3
+                for p, client in weighed:
+                    sent = client.moments(m)
+                    added = [total + p * part for total, part in zip(added, sent, strict=True)]
+                matrix, fell_back = regressed(*added, ridge)
                 made = m.tensors(matrix, start.base)
                 merged = {name: tensor.to(start.dtype) for name, tensor in made.items()}
                 if state:
-                    name = f"{done:05d}{FALLBACK * fell_back}.safetensors"
-                    write_atomically(state / name, save(merged))
+                    file = state / f"{done:05d}{FALLBACK * fell_back}.safetensors"
+                    write_atomically(file, save(merged))
+                    merged = load_file(file)  # which is no memory of ours
             for client in clients:
                 client.take(merged)
             tensors |= merged

@@ -178,6 +178,14 @@ class Net:
         used = set(pairs.values())
         return tuple(n for n in tensors if n not in used)
 
+    def empty(self, tensors: Collection[str]) -> None:
+        """Free the memory of the tensors of these names (see `names_in`), which keep their shapes:
+        for a model that runs with values from elsewhere.
+        """
+        state = self.module.state_dict(keep_vars=True)
+        for name in self.names_in(tensors):
+            state[name].data = state[name].new_zeros(()).expand(state[name].shape)
+
     def file_name(self, name: str) -> str:
         """The name that the model's files have for the module's tensor `name`."""
         return name.removeprefix(self.inner)
