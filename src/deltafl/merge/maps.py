@@ -192,4 +192,4 @@ def sums(
         cross = cross + (m.rows(ours, shape).mT @ rows).double()
         pull = pull if e is None else pull + (m.results(e).mT @ rows).double()
         count = count + rows.shape[1]
-    return (matrix @ cross + pull) / count, gram / count
+    return (matrix @ cross + pull) / count, gram.div_(count)

@@ -17,12 +17,12 @@ def regressed(cross: Tensor, gram: Tensor, prior: Tensor, ridge: float) -> tuple
     """
     import torch
 
-    cross, gram, prior = cross.double(), gram.double(), prior.double()
-    scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
-    ridges = (ridge * scale).clamp_min(1e-30)[..., None, None]
-    weighed = gram + ridges * torch.eye(gram.shape[-1]).to(gram)
+    cross, prior, weighed = cross.double(), prior.double(), gram.double().clone()
+    diagonal = weighed.diagonal(dim1=-2, dim2=-1)
+    ridges = (ridge * diagonal.mean(-1)).clamp_min(1e-30)[..., None]
+    diagonal.add_(ridges)
     factor, failed = torch.linalg.cholesky_ex(weighed)
-    solution = torch.cholesky_solve((cross + ridges * prior).mT, factor).mT
+    solution = torch.cholesky_solve((cross + ridges[..., None] * prior).mT, factor).mT
     pivots = factor.diagonal(dim1=-2, dim2=-1).square()
-    sound = (pivots > 1e-12 * weighed.diagonal(dim1=-2, dim2=-1)).all(-1) & (failed == 0)
+    sound = (pivots > 1e-12 * diagonal).all(-1) & (failed == 0)
     return torch.where(sound[..., None, None], solution, prior), not sound.all()
