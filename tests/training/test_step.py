@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from deltafl.errors import DeltaflError
+from deltafl.models.pretrained import recompute_activations
 from deltafl.seeding import keyed_generator
 from deltafl.training.step import batches, keyed_dropout, lr_at, scores, train_step
 from tiny_models import classifier
@@ -84,6 +86,34 @@ def test_parts_of_a_batch_sum_to_the_batch(kind: str, language):
     count = sum(seen(part)[0] for part in parts)
     summed = sum(torch.cat([seen(p, count)[1], seen(p, count)[2].view(1)]) for p in parts)
     torch.testing.assert_close(summed, whole, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["images", "language"])
+def test_a_step_in_small_parts_or_with_activations_computed_again_is_the_step(kind: str, language):
+    """Also of lines, whose parts hold different numbers of tokens."""
+    net, task = classifier() if kind == "images" else language
+    batch, sizes = task.batch("train", torch.arange(7)), list[int]()
+
+    def step(**options) -> torch.Tensor:
+        loss = train_step(net, task, batch, torch.optim.SGD([net.flat]), lr=0.0, **options)
+        return torch.cat([net.flat.grad, loss.view(1)])
+
+    whole = step()
+    handle = net.module.register_forward_pre_hook(
+        lambda _, args, given: sizes.append(len(next(iter([*args, *given.values()])))),
+        with_kwargs=True,
+    )
+    torch.testing.assert_close(step(micro=3), whole, rtol=1e-4, atol=1e-6)
+    assert sizes == [3, 3, 1]
+    handle.remove()
+    layers = (net.module.encoder if kind == "images" else net.module.model).layers
+    calls = list[int]()
+    layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    recompute_activations(net.module)
+    assert torch.equal(step(), whole)
+    assert len(calls) == 2
+    with pytest.raises(DeltaflError, match="Linear has no gradient checkpointing"):
+        recompute_activations(nn.Linear(2, 2))
 
 
 def test_schedules_are_those_of_torch():

@@ -100,6 +100,7 @@ class LocalTraining:
                     optimiser,
                     lr=round.lr,
                     autocast=self.recipe.autocast,
+                    micro=local.micro_batch_size,
                     on_gradients=adjust,
                 )
         for buffer, value in self._counters:

@@ -18,6 +18,7 @@ from deltafl.federated.server import ServerState
 from deltafl.federated.sharding import shard
 from deltafl.files import atomic_folder, write_atomically
 from deltafl.models import HEAD_FILE, HeadFit, Net
+from deltafl.models.pretrained import recompute_activations
 from deltafl.seeding import keyed_generator
 from deltafl.sparse.eligible import eligible
 from deltafl.sparse.fisher import FisherScorer
@@ -178,6 +179,8 @@ def prepare(
     if begun is not None and (file := begun / "state" / HEAD_FILE).is_file():
         head = head.replace(head=str(file), few_shot=None, templates=None)
     net.prepare(task, head, HeadFit(seed, shards, recipe.autocast))
+    if recipe.gradient_checkpointing:
+        recompute_activations(net.module)
     if not sparse.is_sparse:
         return None
     found = sparse.mask_file if begun is None else begun / MASK_FILE

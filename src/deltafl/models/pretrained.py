@@ -1,6 +1,7 @@
 """What transformers reads: configurations, modules and tokenizers, its complaints in our words."""
 
 import difflib
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -102,6 +103,26 @@ def write_pretrained(
     with quiet():
         module.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
         beside(folder)
+
+
+def recompute_activations(module: nn.Module) -> None:
+    """Let a module of transformers, or the one in it, keep no activations between the layers while
+    it trains: a third more work for a fraction of the memory.
+
+    Raises:
+        DeltaflError: it cannot.
+    """
+    from transformers import PreTrainedModel
+
+    parts = [m for m in module.modules() if isinstance(m, PreTrainedModel)]
+    if not parts or not parts[0].supports_gradient_checkpointing:
+        raise DeltaflError(
+            f"{type(module).__name__} has no gradient checkpointing; leave gradient_checkpointing "
+            "out, or lower micro_batch_size"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # its new name is not in 5.17
+        parts[0].gradient_checkpointing_enable({"use_reentrant": False})
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch import Tensor
 from deltafl.algebra.tensors import device_named
 from deltafl.errors import DeltaflError
 from deltafl.models import HeadFit, Net
+from deltafl.models.pretrained import recompute_activations
 from deltafl.progress import OnProgress, Progress
 from deltafl.seeding import keyed_generator
 from deltafl.tasks import Task
@@ -70,6 +71,8 @@ class Run:
             self.net.restore(state["net"])
         else:
             self.net.prepare(task, recipe.head, HeadFit(recipe.seed, autocast=recipe.autocast))
+        if recipe.gradient_checkpointing:
+            recompute_activations(self.net.module)
         broadcast(self.net.module.state_dict())  # prepared apart, last bits may differ
         self.optimiser = _optimiser(self.net, recipe)
         self.total = recipe.num_steps(self.examples)
@@ -120,6 +123,7 @@ class Run:
                 lr=self.lr,
                 grad_clip=recipe.grad_clip,
                 autocast=recipe.autocast,
+                micro=recipe.micro_batch_size,
                 reduce=(lambda t: cast(Tensor, reduce(t, "sum"))) if world > 1 else None,
             )
         self.step += 1

@@ -25,6 +25,9 @@ class RunRecipe(Recipe):
     mixed_precision: Literal["no", "bf16"] = Field(
         "no", description="the arithmetic of the model's forward pass"
     )
+    gradient_checkpointing: bool = Field(
+        False, description="compute activations again in the backward pass, to save memory"
+    )
     seed: int = Field(0, description="of everything that is random")
     device: Annotated[str | None, Incidental] = Field(
         None, description="cpu, cuda or cuda:1 (default: the GPU where there is one)"
@@ -54,6 +57,9 @@ class StepRecipe(Recipe):
 
     batch_size: int = Field(
         64, ge=1, description="examples in a step, over all processes of a run together"
+    )
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="examples in memory at a time; gradients of a step add up (all)"
     )
     lr: float = Field(0.01, gt=0, description="learning rate; its peak, where a schedule is given")
     lr_schedule: Literal["constant", "cosine", "linear", "step"] = Field(

@@ -56,13 +56,15 @@ def train_step(
     lr: float,
     grad_clip: float | None = None,
     autocast: torch.dtype | None = None,
+    micro: int | None = None,
     reduce: Callable[[Tensor], Tensor] | None = None,
     on_gradients: Callable[[], None] | None = None,
 ) -> Tensor:
     """One optimiser step on the mean loss of the batch; the module is left in training mode.
 
     loss = sum_i sums_i / sum_i weights_i of `task.loss`; the gradient's 2-norm over all trained
-    tensors is scaled down to `grad_clip`. `optimiser` holds `net.flat`. `reduce` sums a tensor over
+    tensors is scaled down to `grad_clip`. `optimiser` holds `net.flat`. `micro`: so many examples
+    are in memory at a time, and their gradients add up. `reduce` sums a tensor over
     the processes that share a batch, of which each is given a part, perhaps none of it.
     `on_gradients` may change the gradients before they are clipped. Returns the loss, a detached
     scalar on the device.
@@ -72,17 +74,24 @@ def train_step(
     flat.grad.zero_()
     if not net.module.training:
         net.module.train()
-    if len(next(iter(batch.values()))):
+    size = len(next(iter(batch.values())))
+    step = min(micro or size, size)
+    total = count = flat.new_zeros(())
+    for start in range(0, size, step or 1):
+        part = {name: tensor[start : start + step] for name, tensor in batch.items()}
         with nullcontext() if autocast is None else torch.autocast(flat.device.type, autocast):
-            sums, weights = task.loss(net, batch)
-        total, count = sums.sum(), weights.sum()
-    else:
-        total = count = flat.new_zeros(())
+            sums, weights = task.loss(net, part)
+        total, count = total + sums.sum(), count + weights.sum()
+        if step < size:
+            sums.sum().backward()
+            total = total.detach()
     if reduce is not None:
         count = reduce(count)
     loss = total / count
     if loss.requires_grad:
         loss.backward()
+    elif step < size:
+        flat.grad.div_(count)
     loss = loss.detach()
     if reduce is not None:
         flat.grad.copy_(reduce(flat.grad))
