@@ -49,6 +49,8 @@ class Vector(Net):
 class Near(Task):
     """Scores fall with the distance of a coordinate from its target; batches are counted."""
 
+    ratio_scaled = True
+
     def __init__(
         self, name: str, val: Tensor, test: Tensor, width: float = 2.0, constant: bool = False
     ) -> None:
@@ -223,9 +225,9 @@ def test_test_data_are_looked_at_once_for_each_reported_row() -> None:
     swapped = with_tasks(problem, *(Near("t", target, target) for target in targets))
     assert swapped.own_scores("test") == found.single
     for count, row in enumerate([found.base, *found.best_of.values()], 1):
-        problem.test_scores(row)
+        problem.scores(row, "test")
         assert [task.asked["test"] for task in tasks] == [count] * 3  # type: ignore[attr-defined]
-        assert swapped.test_scores(row) == row.val
+        assert swapped.scores(row, "val") == row.val
 
 
 def test_each_distinct_candidate_is_evaluated_once() -> None:

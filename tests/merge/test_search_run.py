@@ -157,7 +157,11 @@ def test_language_models_are_searched_by_the_likelihood_of_lines(tmp_path, monke
     best, base = result["best"], result["candidates"][0]
     assert result["metric"] == "log-likelihood"
     assert base["value"] < best["value"] < 0
-    assert all(row["normalized"] is None for row in result["rows"])
+    own, zero = (result["rows"][i]["test"] for i in (0, 1))
+    for row in result["rows"]:
+        gained = [(row["test"][t] - zero[t]) / (own[t] - zero[t]) for t in result["tasks"]]
+        assert row["normalized"] == pytest.approx(sum(gained) / 2)
+    assert [row["normalized"] for row in result["rows"][:2]] == [1, 0]
 
     def mean(model: Path, name: str, split: Split) -> float:
         net = load_net(model)
@@ -171,11 +175,19 @@ def test_language_models_are_searched_by_the_likelihood_of_lines(tmp_path, monke
     assert raced["rows"] == result["rows"]
 
     monkeypatch.setattr(Goal, "scores", lambda *rest: pytest.fail("scored before it was refused"))
-    for change, why in (
-        ({"metric": "normalized"}, "divided by that of the task's own model; give --metric absolute"),
-        ({"reference": {"theirs": 70.0}}, "compared in percent; leave reference out"),
-    ):  # fmt: skip
-        with pytest.raises(DeltaflError) as error:
-            run(language_recipe(spoken, **change))
-        said = 'task "{}": log-likelihood is no ratio, so that it cannot be ' + why
-        assert error.value.problems == tuple(map(said.format, ("sums", "days")))
+    with pytest.raises(DeltaflError, match="no ratio, so that it cannot be compared in percent"):
+        run(language_recipe(spoken, reference={"theirs": 70.0}))
+
+
+def test_a_log_likelihood_is_normalised_as_the_share_of_what_the_own_model_gained(tmp_path):
+    spoken = tune_on_lines(tmp_path)
+    absolute = run(language_recipe(spoken))
+    result = run(language_recipe(spoken, metric="normalized"))
+    own, zero = absolute["single_val"], absolute["candidates"][0]["val"]
+    for row, plain in zip(result["candidates"], absolute["candidates"], strict=True):
+        assert row["val"] == plain["val"]
+        gained = [(row["val"][t] - zero[t]) / (own[t] - zero[t]) for t in zero]
+        assert row["value"] == pytest.approx(sum(gained) / 2, abs=1e-12)
+    with pytest.raises(DeltaflError, match="its own model scores .*, not above .*metric: absolute"):
+        spoilt = [{"path": str(spoken / "base"), "data": str(spoken / "sums")}]
+        run(language_recipe(spoken, metric="normalized", models=spoilt))

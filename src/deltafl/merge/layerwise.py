@@ -272,7 +272,8 @@ def merge_layerwise(
                 for p, client in weighed:
                     sent = client.moments(m)
                     added = [total + p * part for total, part in zip(added, sent, strict=True)]
-                matrix, fell_back = regressed(*added, ridge)
+                cross, gram, prior = added
+                matrix, fell_back = regressed(cross, gram, prior, ridge)
                 made = m.tensors(matrix, start.base)
                 merged = {name: tensor.to(start.dtype) for name, tensor in made.items()}
                 if state:

@@ -36,6 +36,10 @@ from deltafl.tasks.task import Split, Task
 from deltafl.training.step import scores
 
 
+Scale: TypeAlias = tuple[float, float]
+"""Zero and unit of a task's scores."""
+
+
 @dataclass(frozen=True)
 class Goal:
     """A task, the net that does it, and its own fine-tune.
@@ -87,13 +91,33 @@ class Problem:
             found[goal.task.name] = _mean(goal.scores(split))
         return found
 
-    def test_scores(self, row: Row) -> dict[str, float]:
-        """Task -> test score of a chosen candidate. Call it once for each row that is reported."""
+    def scores(self, row: Row, split: Split) -> dict[str, float]:
+        """Task -> mean score of a candidate. Of test once for each row that is reported."""
         update = None
         if row.method != BASE.method:
             update = self.update(build_rule(row.method, row.params))
         self.load(update, row.server_lr)
-        return {goal.task.name: _mean(goal.scores("test")) for goal in self.goals}
+        return {goal.task.name: _mean(goal.scores(split)) for goal in self.goals}
+
+    def scales(self, own: Mapping[str, float], base: Mapping[str, float]) -> list[Scale]:
+        """Of each task, from the mean scores of its own model and of the base, what scores are
+        normalised by: 0 and the model's, if they are ratios, else the base's and what the model
+        gained.
+
+        Raises:
+            DeltaflError: the model does not score above that.
+        """
+        scales = []
+        for task in (goal.task for goal in self.goals):
+            zero, score = 0.0 if task.ratio_scaled else base[task.name], own[task.name]
+            if not score > zero:
+                raise DeltaflError(
+                    f'task "{task.name}": its own model scores {score:g}, not above {zero:g}, so '
+                    "scores cannot be normalised by it; use metric: absolute, or check model, head "
+                    "and data"
+                )
+            scales.append((zero, score - zero))
+        return scales
 
 
 def _mean(values: Tensor) -> float:
@@ -163,7 +187,7 @@ def search(
 
     grid "paper": coefficients in each method's own convention: a rule whose paper averages has
     server_lr = value; "default": they are lambda, on the sum, for all. metric "normalized": mean
-    over tasks of score / score of the task's own model; "absolute": mean score.
+    over tasks of (score - zero) / unit (see `Problem.scales`); "absolute": mean score.
 
     strategy "exhaustive": every candidate on all validation data. "racing": see `race`, which
     `confidence` and `seed` (of the subsets) are for; rows that are dropped hold estimates and are
@@ -171,7 +195,7 @@ def search(
     memory: bytes of updates that a race holds; those above it are computed again at every look.
 
     Raises:
-        DeltaflError: a task's own model does not score above 0 under "normalized".
+        DeltaflError: as `Problem.scales`, under "normalized".
     """
     opened, apart = problem.opened, recipe.each_method or recipe.strategy == "exhaustive"
     gram = gram_matrix(Deltas(opened.updates, opened.weights), opened.threads)
@@ -181,24 +205,17 @@ def search(
     if recipe.strategy == "exhaustive":
         contests = [[point] for point in points]
     single = problem.own_scores("val")
-    units = [_unit(task, score, recipe.metric) for task, score in single.items()]
-    tried = _Tried(problem, recipe, units, 1 + len(points) * len(recipe.scaling_coefs), on_progress)
+    scales = [(0.0, 1.0)] * len(single)
+    if recipe.metric == "normalized":
+        ratios = all(goal.task.ratio_scaled for goal in problem.goals)
+        scales = problem.scales(single, {} if ratios else problem.scores(BASE, "val"))
+    tried = _Tried(
+        problem, recipe, scales, 1 + len(points) * len(recipe.scaling_coefs), on_progress
+    )
     for contest in ([], *contests) if apart else (points,):  # the base with none, or with all
         tried.race(contest)
     rows, kept = tried.results()
     return SearchResult(rows, single, kept, gram, sum(tried.looks[-1]))
-
-
-def _unit(task: str, score: float, metric: str) -> float:
-    """What scores of a task are divided by. Raises DeltaflError."""
-    if metric == "absolute":
-        return 1.0
-    if score > 0:
-        return score
-    raise DeltaflError(
-        f'task "{task}": its own model scores {score:g} on validation data, so scores cannot be '
-        "normalised by it; use metric: absolute, or check model, head and data"
-    )
 
 
 Model: TypeAlias = tuple[str, float]
@@ -208,18 +225,18 @@ Model: TypeAlias = tuple[str, float]
 class _Tried:
     """The rows tried so far, and the scores of their models, each of which is evaluated once.
 
-    units: what scores of each task are divided by. total: rows at the end, for progress.
+    scales: of each task. total: rows at the end, for progress.
     """
 
     def __init__(
         self,
         problem: Problem,
         recipe: SearchRecipe,
-        units: Sequence[float],
+        scales: Sequence[Scale],
         total: int,
         on_progress: OnProgress,
     ) -> None:
-        self.problem, self.recipe, self.units = problem, recipe, units
+        self.problem, self.recipe, self.scales = problem, recipe, scales
         self.tell = lambda done: on_progress(Progress("search on validation", done, total))
         self.updates = UpdateCache(recipe.memory, problem.opened.threads)
         self.rows: list[tuple[Row, Model]] = [(BASE, ("", 0.0))]
@@ -263,7 +280,8 @@ class _Tried:
                 for table, count in zip(tables, counts, strict=True)
             ]
 
-        race(judge, len(runners), self.looks, [1 / u for u in self.units], self.recipe.confidence)
+        worth = [1 / unit for _, unit in self.scales]
+        race(judge, len(runners), self.looks, worth, self.recipe.confidence)
         self.tell(len(self.rows))
 
     def evaluate(self, model: Model, counts: Sequence[int]) -> None:
@@ -286,7 +304,8 @@ class _Tried:
                 for name, scores, order in zip(names, self.seen[model], self.orders, strict=True)
             }
             val = {name: _mean(scores) for name, scores in seen.items()}
-            values = [mean / unit for mean, unit in zip(val.values(), self.units, strict=True)]
+            scaled = zip(val.values(), self.scales, strict=True)
+            values = [(mean - zero) / unit for mean, (zero, unit) in scaled]
             look = 1 + self.looks.index([*map(len, seen.values())])
             dropped_at = look if look < len(self.looks) else None
             row = replace(row, val=val, value=fmean(values), dropped_at=dropped_at)

@@ -60,7 +60,9 @@ class SearchRecipe(DeltaRecipe):
     )
     metric: Literal["normalized", "absolute"] = Field(
         "normalized",
-        description="Mean over tasks of scores, divided by that of the task's own model or not.",
+        description="Mean over tasks of scores, divided by that of the task's own model or not; "
+        "what is no ratio (log-likelihood) is normalised as the share of that model's gain over "
+        "the base.",
     )
     strategy: Literal["exhaustive", "racing"] = Field(
         "exhaustive", description="Evaluate all, or race: drop early what cannot win."

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -18,7 +19,7 @@ from deltafl.merge.inputs import open_updates
 from deltafl.merge.inspect import cosines, named_matrix, trainings
 from deltafl.merge.plan import Facts, Plan, plan_merge
 from deltafl.merge.run import VERSIONS, run_merge
-from deltafl.merge.search import Goal, Problem, SearchResult, search
+from deltafl.merge.search import Goal, Problem, Scale, SearchResult, search
 from deltafl.merge.search_recipe import SearchRecipe
 from deltafl.models import HEAD_FILE, HeadRecipe, Net, load_net
 from deltafl.progress import OnProgress, ignore
@@ -86,21 +87,15 @@ def _heads(recipe: SearchRecipe, plan: Plan, net: Net, tasks: Sequence[Task]) ->
     """The head of each model.
 
     Raises:
-        DeltaflError: tasks do not fit one another, or the metric.
+        DeltaflError: tasks do not fit one another, or published scores.
     """
     if len({task.name for task in tasks}) < len(tasks):
         raise DeltaflError("two models have one task; a search wants one model for each task")
-    problems = list[str]()
-    for task in (task for task in tasks if not task.ratio_scaled):
-        no_ratio = f'task "{task.name}": {task.metric} is no ratio, so that it cannot be'
-        if recipe.metric == "normalized":
-            problems.append(
-                f"{no_ratio} divided by that of the task's own model; give --metric absolute"
-            )
-        if recipe.reference:
-            problems.append(f"{no_ratio} compared in percent; leave reference out")
-    if problems:
-        raise DeltaflError(*problems)
+    for task in (task for task in tasks if recipe.reference and not task.ratio_scaled):
+        raise DeltaflError(
+            f'task "{task.name}": {task.metric} is no ratio, so that it cannot be compared in '
+            "percent; leave reference out"
+        )
     heads = []
     for layout, entry in zip(plan.layouts.values(), recipe.models, strict=True):
         own = str(layout.folder / HEAD_FILE) if net.takes_head else HeadRecipe.of().head
@@ -112,12 +107,17 @@ def _heads(recipe: SearchRecipe, plan: Plan, net: Net, tasks: Sequence[Task]) ->
 def _describe(recipe: SearchRecipe, plan: Plan, problem: Problem, found: SearchResult) -> Facts:
     """The result as plain values; the test split is looked at here, once for each reported row."""
     single, tasks = problem.own_scores("test"), [goal.task for goal in problem.goals]
-    ratios = all(task.ratio_scaled and single[task.name] > 0 for task in tasks)
+    base, scales = problem.scores(found.base, "test"), list[Scale]()
+    with suppress(DeltaflError):
+        scales = problem.scales(single, base)
 
     def row_of(name: str, row: Row | None) -> Facts:
         """A row of the table."""
-        test = problem.test_scores(row) if row else single
-        normalized = [score / single[task] for task, score in test.items()] if ratios else []
+        test = single
+        if row:
+            test = base if row is found.base else problem.scores(row, "test")
+        pairs = zip(test.values(), scales, strict=bool(scales))
+        normalized = [(score - zero) / unit for score, (zero, unit) in pairs]
         known = asdict(row) if row else {"params": {}}
         return {
             "rule": name,
@@ -125,7 +125,7 @@ def _describe(recipe: SearchRecipe, plan: Plan, problem: Problem, found: SearchR
             "val": row.value if row and row.val else None,
             "test": test,
             "mean": fmean(test.values()),
-            "normalized": fmean(normalized) if ratios else None,
+            "normalized": fmean(normalized) if normalized else None,
         }
 
     named = [(SINGLE, None), (UNMERGED, found.base), *found.best_of.items()]
