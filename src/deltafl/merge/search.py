@@ -35,7 +35,6 @@ from deltafl.rules.weights import total_weight
 from deltafl.tasks.task import Split, Task
 from deltafl.training.step import scores
 
-
 Scale: TypeAlias = tuple[float, float]
 """Zero and unit of a task's scores."""
 
