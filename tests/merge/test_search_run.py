@@ -182,7 +182,10 @@ def test_language_models_are_searched_by_the_likelihood_of_lines(tmp_path, monke
 def test_a_log_likelihood_is_normalised_as_the_share_of_what_the_own_model_gained(tmp_path):
     spoken = tune_on_lines(tmp_path)
     absolute = run(language_recipe(spoken))
-    result = run(language_recipe(spoken, metric="normalized"))
+    also = [{"data": str(spoken / "days")}]
+    result = run(language_recipe(spoken, metric="normalized", also=also))
+    for row in result["rows"]:  # the best single model on days is its own
+        assert row["also"] == {"days, log-likelihood": row["test"]["days"]}
     own, zero = absolute["single_val"], absolute["candidates"][0]["val"]
     for row, plain in zip(result["candidates"], absolute["candidates"], strict=True):
         assert row["val"] == plain["val"]

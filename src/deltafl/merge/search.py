@@ -87,7 +87,7 @@ class Problem:
         found = {}
         for goal in self.goals:
             goal.net.load(goal.tuned)
-            found[goal.task.name] = _mean(goal.scores(split))
+            found[goal.task.name] = mean(goal.scores(split))
         return found
 
     def scores(self, row: Row, split: Split) -> dict[str, float]:
@@ -96,7 +96,7 @@ class Problem:
         if row.method != BASE.method:
             update = self.update(build_rule(row.method, row.params))
         self.load(update, row.server_lr)
-        return {goal.task.name: _mean(goal.scores(split)) for goal in self.goals}
+        return {goal.task.name: mean(goal.scores(split)) for goal in self.goals}
 
     def scales(self, own: Mapping[str, float], base: Mapping[str, float]) -> list[Scale]:
         """Of each task, from the mean scores of its own model and of the base, what scores are
@@ -119,7 +119,8 @@ class Problem:
         return scales
 
 
-def _mean(values: Tensor) -> float:
+def mean(values: Tensor) -> float:
+    """In float64."""
     return float(values.double().mean())
 
 
@@ -302,9 +303,9 @@ class _Tried:
                 name: scores[order[: len(scores)].argsort()]
                 for name, scores, order in zip(names, self.seen[model], self.orders, strict=True)
             }
-            val = {name: _mean(scores) for name, scores in seen.items()}
+            val = {name: mean(scores) for name, scores in seen.items()}
             scaled = zip(val.values(), self.scales, strict=True)
-            values = [(mean - zero) / unit for mean, (zero, unit) in scaled]
+            values = [(score - zero) / unit for score, (zero, unit) in scaled]
             look = 1 + self.looks.index([*map(len, seen.values())])
             dropped_at = look if look < len(self.looks) else None
             row = replace(row, val=val, value=fmean(values), dropped_at=dropped_at)

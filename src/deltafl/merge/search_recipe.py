@@ -94,6 +94,10 @@ class SearchRecipe(DeltaRecipe):
     fixed: dict[str, FixedEntry] = Field(
         {}, description="Row of the table: a candidate that is tested as it is, not searched."
     )
+    also: tuple[DataSource, ...] = Field(
+        (),
+        description="Tasks that the rows of the table are tested on too; nothing is chosen by them.",
+    )
     reference: dict[str, Annotated[float, Field(ge=0, le=100)]] = Field(
         {}, description="Row of the table: published mean test score in percent, shown beside ours."
     )

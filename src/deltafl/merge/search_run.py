@@ -19,13 +19,13 @@ from deltafl.merge.inputs import open_updates
 from deltafl.merge.inspect import cosines, named_matrix, trainings
 from deltafl.merge.plan import Facts, Plan, plan_merge
 from deltafl.merge.run import VERSIONS, run_merge
-from deltafl.merge.search import Goal, Problem, Scale, SearchResult, search
+from deltafl.merge.search import Goal, Problem, Scale, SearchResult, mean, search
 from deltafl.merge.search_recipe import SearchRecipe
 from deltafl.models import HEAD_FILE, HeadRecipe, Net, load_net
 from deltafl.progress import OnProgress, ignore
 from deltafl.rules.rule import ExampleRule, build_rule
 from deltafl.rules.weights import total_weight
-from deltafl.tasks import Task
+from deltafl.tasks import DataRecipe, Task, load_task
 
 SINGLE, UNMERGED = "single-task models", "base (unmerged)"
 """Rows of the table that are no merges."""
@@ -57,11 +57,15 @@ def run_search(
     if tasks is None:
         tasks = load_tasks(plan, recipe.models, net, recipe.data_dir, recipe.seed)
     nets = nets_for(net, tasks, _heads(recipe, plan, net, tasks))
+    sources = [DataRecipe.of(**dict(one), data_dir=recipe.data_dir) for one in recipe.also]
+    others = [load_task(source, net.inputs, recipe.seed or 0) for source in sources]
+    doing = zip(others, nets_for(net, others, [HeadRecipe.of()] * len(others)), strict=True)
+    also = [Goal(task, own, {}, recipe.batch_size) for task, own in doing]
     opened = open_updates(plan, recipe.memory)
     judged = zip(tasks, nets, opened.tuned.values(), strict=True)
     problem = Problem(opened, [Goal(*parts, recipe.batch_size) for parts in judged])
     found = search(problem, recipe, on_progress)
-    result = _describe(recipe, plan, problem, found)
+    result = _describe(recipe, plan, problem, found, also)
     if scores is not None:
         save_scores(found, scores)
     best = found.best
@@ -104,18 +108,38 @@ def _heads(recipe: SearchRecipe, plan: Plan, net: Net, tasks: Sequence[Task]) ->
     return heads
 
 
-def _describe(recipe: SearchRecipe, plan: Plan, problem: Problem, found: SearchResult) -> Facts:
+def _describe(
+    recipe: SearchRecipe,
+    plan: Plan,
+    problem: Problem,
+    found: SearchResult,
+    also: Sequence[Goal],
+) -> Facts:
     """The result as plain values; the test split is looked at here, once for each reported row."""
-    single, tasks = problem.own_scores("test"), [goal.task for goal in problem.goals]
-    base, scales = problem.scores(found.base, "test"), list[Scale]()
+    tasks = [goal.task for goal in problem.goals]
+
+    def others() -> dict[str, float]:
+        """What the net as it is scores on the other tasks."""
+        return {f"{g.task.name}, {g.task.metric}": mean(g.scores("test")) for g in also}
+
+    def tested(row: Row) -> tuple[dict[str, float], dict[str, float]]:
+        return problem.scores(row, "test"), others()
+
+    single, apart = dict[str, float](), list[dict[str, float]]()
+    for goal in problem.goals:
+        goal.net.load(goal.tuned)
+        single[goal.task.name] = mean(goal.scores("test"))
+        apart.append(others())
+    best = {name: max(one[name] for one in apart) for name in apart[0]}
+    base, scales = tested(found.base), list[Scale]()
     with suppress(DeltaflError):
-        scales = problem.scales(single, base)
+        scales = problem.scales(single, base[0])
 
     def row_of(name: str, row: Row | None) -> Facts:
         """A row of the table."""
-        test = single
+        test, more = single, best
         if row:
-            test = base if row is found.base else problem.scores(row, "test")
+            test, more = base if row is found.base else tested(row)
         pairs = zip(test.values(), scales, strict=bool(scales))
         normalized = [(score - zero) / unit for score, (zero, unit) in pairs]
         known = asdict(row) if row else {"params": {}}
@@ -124,6 +148,7 @@ def _describe(recipe: SearchRecipe, plan: Plan, problem: Problem, found: SearchR
             **{key: known.get(key) for key in ("params", "scaling_coef", "server_lr")},
             "val": row.value if row and row.val else None,
             "test": test,
+            "also": more,
             "mean": fmean(test.values()),
             "normalized": fmean(normalized) if normalized else None,
         }

@@ -43,6 +43,7 @@ def results_table(result: Record) -> Table:
     rows = [
         {**row, "published": published.get(row["rule"]), "setting": _setting(row)}
         | {f"test {task}": score for task, score in row["test"].items()}
+        | {f"also {task}": score for task, score in row.get("also", {}).items()}
         for row in result["rows"]
     ]
     others = published.keys() - {row["rule"] for row in rows}
@@ -50,12 +51,20 @@ def results_table(result: Record) -> Table:
     tasks, show = result["tasks"], score_format(metric)
     columns = columns_of("search", metric)
     columns |= {f"test {task}": Column(task, show, best=True) for task in tasks}
+    also = [*result["rows"][0].get("also", {})]
+    columns |= {
+        f"also {name}": Column(name, show if name.endswith(f", {metric}") else ".1%", best=True)
+        for name in also
+    }
     columns |= {"val": Column("validation", _judged(result)[1]), "setting": Column("setting")}
     caption = f"Test {metric}; the best merged model of each column is bold."
     if any(row["normalized"] is not None for row in rows):
         caption += (
-            " “Normalised” divides each task's score by that of its own model before averaging."
+            " “Normalised” divides each task's score by that of its own model before averaging;"
+            " a log-likelihood is the share of what that model gained over the base."
         )
+    if also:
+        caption += f" By {', '.join(also)} nothing was chosen; of single models the best counts."
     if published:
         caption += " “Published” is the mean that others report; it was not run here."
     return Table([*unseen, *rows], columns, caption, (*REFERENCES, *others), "table")
