@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from deltafl.algebra.tensors import device_named
-from deltafl.errors import DeltaflError
+from deltafl.errors import DeltaflError, attempt
 from deltafl.merge.candidates import Row, check_methods
 from deltafl.merge.examples import load_tasks, nets_for
 from deltafl.merge.inputs import open_updates
@@ -25,6 +25,7 @@ from deltafl.progress import OnProgress, ignore
 from deltafl.rules.rule import ExampleRule, build_rule
 from deltafl.rules.weights import total_weight
 from deltafl.tasks import Task
+from deltafl.tasks.task import require_examples
 
 SINGLE, UNMERGED = "single-task models", "base (unmerged)"
 """Rows of the table that are no merges."""
@@ -91,6 +92,8 @@ def _heads(recipe: SearchRecipe, plan: Plan, net: Net, tasks: Sequence[Task]) ->
     if len({task.name for task in tasks}) < len(tasks):
         raise DeltaflError("two models have one task; a search wants one model for each task")
     problems = list[str]()
+    for task in tasks:
+        attempt(problems, require_examples, task, "val", "test")
     for task in (task for task in tasks if not task.ratio_scaled):
         no_ratio = f'task "{task.name}": {task.metric} is no ratio, so that it cannot be'
         if recipe.metric == "normalized":
