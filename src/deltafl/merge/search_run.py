@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from deltafl.algebra.tensors import device_named
-from deltafl.errors import DeltaflError
+from deltafl.errors import DeltaflError, attempt
 from deltafl.merge.candidates import Row, check_methods
 from deltafl.merge.examples import load_tasks, nets_for
 from deltafl.merge.inputs import open_updates
@@ -26,6 +26,7 @@ from deltafl.progress import OnProgress, ignore
 from deltafl.rules.rule import ExampleRule, build_rule
 from deltafl.rules.weights import total_weight
 from deltafl.tasks import DataRecipe, Task, load_task
+from deltafl.tasks.task import require_examples
 
 SINGLE, UNMERGED = "single-task models", "base (unmerged)"
 """Rows of the table that are no merges."""
@@ -95,11 +96,16 @@ def _heads(recipe: SearchRecipe, plan: Plan, net: Net, tasks: Sequence[Task]) ->
     """
     if len({task.name for task in tasks}) < len(tasks):
         raise DeltaflError("two models have one task; a search wants one model for each task")
-    for task in (task for task in tasks if recipe.reference and not task.ratio_scaled):
-        raise DeltaflError(
-            f'task "{task.name}": {task.metric} is no ratio, so that it cannot be compared in '
-            "percent; leave reference out"
-        )
+    problems = list[str]()
+    for task in tasks:
+        attempt(problems, require_examples, task, "val", "test")
+        if recipe.reference and not task.ratio_scaled:
+            problems.append(
+                f'task "{task.name}": {task.metric} is no ratio, so that it cannot be compared in '
+                "percent; leave reference out"
+            )
+    if problems:
+        raise DeltaflError(*problems)
     heads = []
     for layout, entry in zip(plan.layouts.values(), recipe.models, strict=True):
         own = str(layout.folder / HEAD_FILE) if net.takes_head else HeadRecipe.of().head
