@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from deltafl.checkpoints.adapter import CONFIG, read_adapter
+from deltafl.checkpoints.layout import read_layout, split_ref
 from deltafl.errors import DeltaflError
 from deltafl.files import WEIGHTS
+from deltafl.models.adapter import load_lora
 from deltafl.models.causal import causal
 from deltafl.models.net import MODEL_JSON, Net
 from deltafl.models.pretrained import explained, new_config, read_config
@@ -36,10 +39,10 @@ that of what belongs to the model beside its weights (tokenizer, normalisation).
 
 
 def load_net(ref: str | Path, kwargs: Mapping[str, Any] | None = None) -> Net:
-    """A model from a folder (Hugging Face layout, or saved by `Net.save`), a hub id or
-    `module:attr`, whose callable is given `kwargs`; or a new one from a config.json, or a folder
-    with one and no weights, keyed by the `seed` in it. What the folder holds of heads comes with
-    it, frozen.
+    """A model from a folder (Hugging Face layout, or saved by `Net.save`), a hub id, an adapter's
+    folder or `BASE+ADAPTER`, or `module:attr`, whose callable is given `kwargs`; or a new one from
+    a config.json, or a folder with one and no weights, keyed by the `seed` in it. What the folder
+    holds of heads comes with it, frozen.
 
     Raises:
         DeltaflError: what is wrong with the model, in one line.
@@ -49,6 +52,12 @@ def load_net(ref: str | Path, kwargs: Mapping[str, Any] | None = None) -> Net:
         return user_net(ref, kwargs or {})
     if kwargs:
         raise DeltaflError(f'model "{ref}" takes no keyword arguments, only module:attr does')
+    if split_ref(ref)[0] or (path / CONFIG).is_file():
+        layout = read_layout(ref)
+        if adapter := read_adapter(layout):
+            net = load_net(adapter.base)
+            load_lora(net, layout, adapter)
+            return net
     if (path / MODEL_JSON).is_file():
         return load_user(path)
     if path.is_dir() and not any(next(path.glob(pattern), None) for pattern in WEIGHTS):

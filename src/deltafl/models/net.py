@@ -48,12 +48,19 @@ def write_module(
         (folder / MODEL_JSON).write_text(json.dumps(about, indent=2) + "\n")
 
 
+def fingerprint_of(origin: str) -> str | None:
+    """Of the files of a model; None for a new one, "", and for one's own code."""
+    from_code = ":" in origin and not Path(origin).is_dir()
+    return fingerprint(read_layout(origin)) if origin and not from_code else None
+
+
 class Net:
     """A module with its head inside, whose trained parameters are views of one vector.
 
     What trains is what requires a gradient: freeze or release parameters before the first use of
     `flat`. `inputs`: what the module takes. `origin`: the folder, hub id or `module:attr` that it
     came from, "" for a new one. `write` writes the module into a folder as `load_net` reads it.
+    `base`: of a model with an adapter, which trains and is written alone, what that is added to.
     """
 
     inner = ""
@@ -68,8 +75,10 @@ class Net:
         inputs: ImageInput | TextInput,
         origin: str = "",
         write: Callable[[nn.Module, Path], None] = write_module,
+        base: str = "",
     ) -> None:
         self.module, self.inputs, self.origin, self.write = module, inputs, origin, write
+        self.base = base
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the module gives."""
@@ -83,8 +92,7 @@ class Net:
     @property
     def fingerprint(self) -> str | None:
         """Of the files that the model came from; None for a new one and for one's own code."""
-        from_code = ":" in self.origin and not Path(self.origin).is_dir()
-        return fingerprint(read_layout(self.origin)) if self.origin and not from_code else None
+        return fingerprint_of(self.origin)
 
     @property
     def device(self) -> torch.device:
@@ -217,15 +225,18 @@ class Net:
         """
         return 0, 0
 
+    @property
+    def values(self) -> Mapping[str, Tensor]:
+        """All values of the module, of a model with an adapter the adapter's; views."""
+        return self.trained if self.base else self.module.state_dict()
+
     def snapshot(self) -> dict[str, object]:
-        """All values of the module, and what else `restore` needs, as torch.save can hold them;
-        views.
-        """
-        return {"tensors": self.module.state_dict()}
+        """The values, and what else `restore` needs, as torch.save can hold them; views."""
+        return {"tensors": self.values}
 
     def restore(self, snapshot: Mapping) -> None:
         """Take over the values of a snapshot of the same model, prepared or not."""
-        self.module.load_state_dict(snapshot["tensors"])
+        self.module.load_state_dict(snapshot["tensors"], strict=not self.base)
 
     def save(self, folder: Path) -> None:
         """Write the model into the existing `folder`, so that `load_net(folder)` gives it back."""
@@ -247,4 +258,4 @@ class Net:
         return self._of(copy.deepcopy(self.module).to(device))
 
     def _of(self, module: nn.Module) -> Self:
-        return type(self)(module, self.inputs, self.origin, self.write)
+        return type(self)(module, self.inputs, self.origin, self.write, self.base)
