@@ -21,6 +21,7 @@ from deltafl.tasks.inputs import TextInput
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+    from peft.tuners.lora import Linear
 
 
 class LoraRecipe(Recipe):
@@ -67,6 +68,14 @@ def add_lora(net: Net, recipe: LoraRecipe, seed: int) -> None:
         key = keyed_generator(seed, "lora").initial_seed()
         torch.random.default_generator.manual_seed(key)
         _inject(net, config)
+
+
+def lora_layers(net: Net) -> "dict[str, Linear]":
+    """Name of each linear module with a LoRA -> peft's layer."""
+    from peft.tuners.lora import Linear
+
+    named = net.module.named_modules()
+    return {name: layer for name, layer in named if isinstance(layer, Linear)}
 
 
 def load_lora(net: Net, layout: Layout, adapter: Adapter) -> None:

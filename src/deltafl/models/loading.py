@@ -13,7 +13,7 @@ from deltafl.checkpoints.adapter import CONFIG, read_adapter
 from deltafl.checkpoints.layout import read_layout, split_ref
 from deltafl.errors import DeltaflError
 from deltafl.files import WEIGHTS
-from deltafl.models.adapter import load_lora
+from deltafl.models.adapter import load_lora, lora_layers
 from deltafl.models.causal import causal
 from deltafl.models.net import MODEL_JSON, Net
 from deltafl.models.pretrained import explained, new_config, read_config
@@ -70,6 +70,22 @@ def load_net(ref: str | Path, kwargs: Mapping[str, Any] | None = None) -> Net:
     if not isinstance(seed, int):
         raise DeltaflError(f'model "{path}": must be a JSON object, its seed a whole number')
     return new_net(settings, folder=path.parent, ref=str(path))
+
+
+@torch.no_grad()
+def without_lora(net: Net) -> Net:
+    """The model with its LoRA added to its weights, which are read anew from the base's files."""
+    plain, state = load_net(net.base), dict[str, torch.Tensor]()
+    layers = lora_layers(net)
+    for name, tensor in net.module.state_dict().items():
+        module, base, own = name.rpartition(".base_layer.")
+        if base:
+            delta = layers[module].get_delta_weight("default") if own == "weight" else 0
+            state[f"{module}.{own}"] = tensor + delta
+        elif ".lora_" not in name:
+            state[name] = tensor
+    plain.module.to(net.device, next(iter(state.values())).dtype).load_state_dict(state)
+    return plain
 
 
 def new_net(

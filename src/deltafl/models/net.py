@@ -63,6 +63,9 @@ class Net:
     `base`: of a model with an adapter, which trains and is written alone, what that is added to.
     """
 
+    moved: tuple[str, ...] = ()
+    """Frozen parameters that a federation changes all the same."""
+
     inner = ""
     """Prefix of the module's tensors that the model's files hold, without it in their names."""
 
@@ -141,13 +144,15 @@ class Net:
         return {n: p.data for n, p in self._training().items()}
 
     def state(self) -> dict[str, Tensor]:
-        """All that training changes: trained parameters and float buffers that are saved; views.
+        """All that training changes: trained parameters, those that are `moved`, and float buffers
+        that are saved; views.
 
         Buffers that are not float (counters of batches) are nobody's training.
         """
         saved = self.module.state_dict().keys()
         buffers = {n: b for n, b in self.module.named_buffers() if n in saved}
-        return self.trained | {n: b for n, b in buffers.items() if b.is_floating_point()}
+        moved = {n: self.module.get_parameter(n).data for n in self.moved}
+        return self.trained | moved | {n: b for n, b in buffers.items() if b.is_floating_point()}
 
     def names_in(self, tensors: Collection[str]) -> dict[str, str]:
         """Name in the module -> the name of that tensor among those given, which are the module's
