@@ -24,7 +24,10 @@ def test_one_file_goes_before_an_index_and_safetensors_before_pickles(tmp_path: 
 @pytest.mark.parametrize(
     ("files", "line"),
     [
-        (["adapter_model"], "holds an adapter and not a model; merge it into its base first (peft"),
+        (
+            ["adapter_model"],
+            'adapter_config.json": missing, or not what peft writes; save it again',
+        ),
         (["a", "b"], 'the folder holds "a.safetensors", "b.safetensors"'),
         ([], "the folder holds no weights"),
     ],

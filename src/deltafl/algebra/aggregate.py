@@ -5,6 +5,7 @@ aggregate. Whoever consumes it (a file writer, a dict, the federated server) ask
 streaming, in-memory and federated results are the same bits by construction.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -80,6 +81,17 @@ class Aggregate(Lazy):
 
     def spec(self, name: str) -> Spec:
         return self._deltas.specs[name]
+
+    def terms(self, name: str) -> list[tuple[float, Lazy]] | None:
+        """Of a linear rule c_i and delta_i, whose products it adds up; None for another."""
+        deltas, weights = self._deltas, self._deltas.weights_of[name]
+        if not isinstance(self._core, LinearRule) or deltas.transforms:
+            return None
+        c = self._coefficients[weights] if any(weights) else [0.0] * len(weights)
+        return [
+            (math.copysign(one, weight * one), lazy(update.delta))
+            for one, weight, update in zip(c, weights, deltas.updates, strict=True)
+        ]
 
     def read(self, name: str, start: int, stop: int, out: Tensor) -> None:
         weights, spec = self._deltas.weights_of[name], self.spec(name)

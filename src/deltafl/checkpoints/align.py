@@ -5,7 +5,7 @@ anything is read.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import filter as matching
 from typing import TypeAlias
@@ -79,12 +79,14 @@ def align(
     scope: str = "",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    adapters: Collection[str] = (),
 ) -> Alignment:
     """Compare all names, shapes and dtypes of all models with the base; decide what is merged.
 
     scope: prefix of base names. include, exclude: globs on base names. A part that is a head or a
     tower (HEADS, TOWERS) and absent from a model, and a head of another shape, is copied from the
-    base; any other difference is a problem. Nothing is raised: problems are collected.
+    base; any other difference is a problem. Nothing is raised: problems are collected. adapters:
+    models of which only the weights that they change are given; what none changes is copied.
     """
     out, copied, coded = Alignment(), Reasons(), list[str]()
     prefix = scope and scope.removesuffix(".") + "."
@@ -111,12 +113,15 @@ def align(
     wanted = [name for name in base if name not in copied]
     for label, model in models.items():
         try:
-            lost, notes, problems = _add(out, label, base, model, prefix, wanted)
+            lost, notes, problems = _add(out, label, base, model, prefix, wanted, label in adapters)
         except DeltaflError as error:
             lost, notes, problems = Reasons(), [], [str(error)]
         copied = lost | copied
         out.notes += [f'model "{label}": {note}' for note in notes]
         out.problems += [f'model "{label}": {problem}' for problem in problems]
+    if adapters and models.keys() <= {*adapters}:
+        changed = {name for pairs in out.names.values() for name in pairs}
+        copied = {n: "no adapter changes it" for n in wanted if n not in changed} | copied
     out.copied, out.merged = _by_reason(copied), tuple(n for n in wanted if n not in copied)
     if not out.merged and not out.problems:
         out.problems.append(
@@ -139,16 +144,23 @@ def part_of(name: str, prefix: str) -> str:
 
 
 def _add(
-    out: Alignment, label: str, base: Entries, model: Entries, prefix: str, wanted: Sequence[str]
+    out: Alignment,
+    label: str,
+    base: Entries,
+    model: Entries,
+    prefix: str,
+    wanted: Sequence[str],
+    partial: bool,
 ) -> tuple[Reasons, list[str], list[str]]:
     """Pair a model's tensors with the base's; what it wants copied from the base, notes, problems.
+    One that is partial may hold few.
 
     Raises:
         DeltaflError: several pairings are equally good.
     """
     pairs, ours, theirs = match(base, model, prefix)
     out.names[label], out.tied[label], ignored, told = pairs, {}, Reasons(), []
-    for name, twins in TIED.items():
+    for name, twins in () if partial else TIED.items():
         twin = next((t for t in twins if t in model and t in base), "")
         if twin and name in wanted and name not in pairs:
             out.tied[""][name] = pairs[name] = twin
@@ -157,13 +169,14 @@ def _add(
             ignored[name] = f"tied to {twin}"
             if twin in wanted:
                 out.tied[label][name] = twin
-    copied, notes, problems = _differences(base, model, pairs, ours, wanted)
+    compared = [name for name in wanted if name in pairs] if partial else wanted
+    copied, notes, problems = _differences(base, model, pairs, ours, compared)
     known, extra, used = {canonical(name) for name in base}, [], {*pairs.values(), *ignored}
     for name in (name for name in model if name not in used):
         part = part_of(name, theirs)
         if name.startswith(theirs) and ours + canonical(name)[len(theirs) :] in known:
             ignored[name] = "outside --scope"
-        elif part in PARTS:
+        elif part in PARTS and not partial:
             ignored[name] = f"{part}: not in the base"
         elif not model[name].floating:
             ignored[name] = "not a float tensor"

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltafl.algebra.low_rank import LowRank
 from deltafl.algebra.tensors import Lazy, Spec, Tensors, blocks, lazy, memory_like
+from deltafl.checkpoints.adapter import Adapter
 from deltafl.checkpoints.align import Alignment
 from deltafl.checkpoints.layout import CODES, DTYPES, Entry, Layout, read_layout
 from deltafl.errors import DeltaflError, shorten
@@ -87,6 +89,24 @@ def open_tensors(ref: str | os.PathLike[str] | Layout) -> Tensors:
             )
         tensors |= held
     return tensors
+
+
+def low_rank(
+    adapter: Adapter, held: Tensors, names: Mapping[str, str], specs: Mapping[str, Spec]
+) -> LowRank:
+    """The delta of an adapter: of the tensors in `specs`, zeros where it changes none.
+
+    held: the tensors of its file. names: of the base -> of the adapter's weights.
+    """
+
+    def product(name: str) -> tuple[Tensor, Tensor] | None:
+        found, spec = adapter.products.get(names.get(name, "")), specs[name]
+        if found is None:
+            return None
+        a, b = (held[side].flatten(1).to(spec.device, spec.dtype) for side in (found.a, found.b))
+        return (found.scale * a.mT, b.mT) if found.transposed else (found.scale * b, a)
+
+    return LowRank(specs, product)
 
 
 def _state_dict(file: Path) -> dict[str, Tensor]:

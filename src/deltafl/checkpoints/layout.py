@@ -51,6 +51,9 @@ COMPANIONS = (".json", ".txt", ".model", ".tiktoken", ".jinja", ".py")
 SINGLES = ("model.safetensors", "pytorch_model.bin")
 """Names of weights in one file, in the order in which transformers looks."""
 
+ADAPTER = "adapter_model.safetensors"
+"""Name of peft's weights, which are a model's only together with a base's."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -107,11 +110,20 @@ class Layout:
         return digest.hexdigest()
 
 
+def split_ref(ref: str) -> tuple[str, str]:
+    """Base and adapter of `BASE+ADAPTER`; of anything else "", and the reference as it is."""
+    base, _, adapter = ref.rpartition("+")
+    return ("", ref) if Path(ref).exists() else (base, adapter)
+
+
 def read_layout(ref: str | os.PathLike[str]) -> Layout:
-    """The layout of a local path or, if there is none, of a hub id. Raises DeltaflError."""
-    path, revision = Path(ref), None
+    """The layout of a local path or, if there is none, of a hub id; of `BASE+ADAPTER` that of the
+    adapter. Raises DeltaflError.
+    """
+    _, own = split_ref(str(ref))
+    path, revision = Path(own), None
     if not path.exists():
-        path, revision = _download(str(ref))
+        path, revision = _download(own)
     folder = path.parent if path.is_file() else path
     files, index = _weight_files(str(ref), path)
     if any(f.suffix != ".safetensors" for f in files):
@@ -136,11 +148,10 @@ def _weight_files(ref: str, path: Path) -> tuple[tuple[Path, ...], Mapping[str, 
         if (path / f"{single}.index.json").is_file():
             index = _read_index(path / f"{single}.index.json")
             return tuple(path / name for name in sorted(set(index.values()))), index
-    if any(path.glob("adapter_model.*")):
-        raise DeltaflError(
-            f'"{ref}": holds an adapter and not a model; merge it into its base first '
-            "(peft: merge_and_unload, then save_pretrained)"
-        )
+    if (path / ADAPTER).is_file():
+        return (path / ADAPTER,), None
+    if (path / "adapter_model.bin").is_file():
+        raise DeltaflError(f'"{ref}": holds a pickled adapter; save it as {ADAPTER} with peft')
     found = sorted(f for f in path.iterdir() if f.suffix in (".safetensors", ".bin", ".pt", ".pth"))
     if len(found) == 1:
         return (found[0],), None

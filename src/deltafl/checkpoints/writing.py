@@ -19,6 +19,7 @@ from deltafl.algebra.streaming import Unit, visit
 from deltafl.algebra.tensors import Tensors, lazy
 from deltafl.checkpoints.checkpoint import bytes_of, torch_dtype
 from deltafl.checkpoints.layout import COMPANIONS, DTYPES, SIZES, Entry
+from deltafl.checkpoints.tokenizer import TEXT
 from deltafl.errors import DeltaflError
 from deltafl.progress import OnProgress, ignore
 
@@ -169,12 +170,13 @@ def _reserved(shards: Sequence[Shard], folder: Path) -> Iterator[dict[Path, int]
 
 
 def copy_companions(source: Path, target: Path, dtype: str | None) -> None:
-    """Copy configuration, tokenizer, processor and code of a model beside new weights.
+    """Copy configuration, processor and code of a model beside new weights (text: `copy_text`).
 
     A new dtype is written wherever config.json names one, by transformers 4's key or 5's.
     """
     for file in source.iterdir():
-        if file.is_file() and file.suffix in COMPANIONS and file.name not in NOT_COPIED:
+        left = file.name in NOT_COPIED or TEXT.fullmatch(file.name)
+        if file.is_file() and file.suffix in COMPANIONS and not left:
             shutil.copyfile(file, target / file.name)
     file = target / "config.json"
     if dtype and file.exists():

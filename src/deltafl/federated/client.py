@@ -51,6 +51,8 @@ class LocalTraining:
     def __init__(self, net: Net, task: Task, recipe: FederatedRecipe) -> None:
         self.net, self.task, self.recipe = net, task, recipe
         self._state = state_of(net)
+        moved = {*map(net.file_name, net.moved)}
+        self._sent = {n: t for n, t in self._state.items() if n not in moved}
         shapes = [(n, tuple(t.shape)) for n, t in self._state.items()]
         self._shapes = dict(shapes[: len(net.slices)])
         buffers = [b for b in net.module.buffers() if not b.is_floating_point()]
@@ -109,10 +111,10 @@ class LocalTraining:
             buffer.copy_(value)
         source = local.source(f"client {round.client}", len(round.ids), round.num_steps, round.lr)
         if index is None:
-            delta = Difference(params, {n: t.clone() for n, t in self._state.items()})
+            delta = Difference(params, {n: t.clone() for n, t in self._sent.items()})
         else:
             packed = PackedDelta(kept.float() - before, index, self._shapes)
-            rest = {n: t.clone() for n, t in self._state.items() if n not in packed}
+            rest = {n: t.clone() for n, t in self._sent.items() if n not in packed}
             parts = packed, Difference(params, rest)
             delta = Joined({n: (part, n) for part in parts for n in part}) if rest else packed
         return ClientUpdate(delta, source, float(loss) / round.num_steps, algorithm.control())

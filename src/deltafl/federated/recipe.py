@@ -1,7 +1,7 @@
 """What decides a federated run."""
 
 from collections.abc import Iterator
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -9,6 +9,7 @@ from pydantic import Field
 from deltafl.federated.local import LocalRecipe
 from deltafl.federated.server import ServerRecipe
 from deltafl.federated.sharding import ShardingRecipe
+from deltafl.models.adapter import LoraRecipe
 from deltafl.recipes import Incidental
 from deltafl.rules.rule import check_rule
 from deltafl.seeding import keyed_generator
@@ -48,7 +49,7 @@ class ClientsRecipe(RunRecipe):
         return round(self.participation_rate * self.sharding.num_clients)
 
 
-class FederatedRecipe(ClientsRecipe):
+class FederatedRecipe(LoraRecipe, ClientsRecipe):
     """A federated run: K clients, a fraction C of them in each round, J local steps each, then one
     server step.
     """
@@ -71,11 +72,18 @@ class FederatedRecipe(ClientsRecipe):
     save_client_updates: Annotated[tuple[str | int, ...], Incidental] = Field(
         (), description="rounds (or all) whose clients' models are written to OUT/updates"
     )
+    lora_down: Literal["residual", "svd", "frozen_a"] = Field(
+        "residual",
+        description="what clients with a LoRA are sent: that nearest to what was learnt, the rest "
+        "going to the weights (residual) or lost (svd); or B alone, A being fixed (frozen_a)",
+    )
     local: LocalRecipe = LocalRecipe.of()
     server: ServerRecipe = ServerRecipe.of()
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
+        if self.lora_rank and self.lora_down != "frozen_a" and self.local.algorithm.has_control:
+            yield f"{self.local.local_algorithm} with a LoRA needs lora_down frozen_a"
         known = {"all", *map(str, range(1, self.num_rounds + 1))}
         if wrong := [n for n in self.save_client_updates if str(n) not in known]:
             yield (

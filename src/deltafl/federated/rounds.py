@@ -14,6 +14,7 @@ from deltafl.algebra.deltas import Deltas, Update
 from deltafl.errors import DeltaflError
 from deltafl.federated.client import ClientUpdate, LocalTraining
 from deltafl.federated.local import Round
+from deltafl.federated.lora import as_products, lora_step, naive_error
 from deltafl.federated.recipe import FederatedRecipe
 from deltafl.federated.server import ServerState, server_step
 from deltafl.federated.setup import Federation
@@ -75,8 +76,16 @@ def run_round(
             "use a smaller lr"
         )
     started = time.perf_counter()
-    total = combined(list(updates.values()), recipe, number)
-    stepped = server_step(state, total, recipe.server, federation.trained)
+    given, loras, lost = list[Update](updates.values()), federation.loras, Row()
+    if loras:
+        given = [as_products(loras, state.params, update) for update in given]
+    total = combined(given, recipe, number)
+    if loras:
+        naive = naive_error(loras, state, total, [*updates.values()])
+        stepped, lost = lora_step(state, total, recipe.server, federation.trained, loras)
+        lost["naive_lora_error"] = naive
+    else:
+        stepped = server_step(state, total, recipe.server, federation.trained)
     stepped = replace(stepped, round=number)
     stepped = federation.controls.step(stepped, updates, recipe.sharding.num_clients)
     losses = [u.loss for u in updates.values() if u.loss is not None]
@@ -87,6 +96,7 @@ def run_round(
         "loss": sum(losses) / len(losses) if losses else None,
         "client_seconds": client_seconds,
         "server_seconds": time.perf_counter() - started,
+        **lost,
     }
     return stepped, RoundResult(updates, numbers)
 
@@ -112,7 +122,7 @@ class Workers(Pool[Job, Trained]):
             self._train,
             count,
             slots=federation.recipe.clients_per_round,
-            like=[*_told(state).values()],
+            like=[t for n, t in _told(state).items() if n not in federation.net.moved],
             known=known,
         )
 

@@ -25,7 +25,8 @@ from deltafl.federated.setup import (
     make_shards,
     new_record,
 )
-from deltafl.models.net import Net
+from deltafl.models.loading import without_lora
+from deltafl.models.net import Net, fingerprint_of
 from deltafl.progress import OnProgress, Progress, ignore
 from deltafl.sparse.eligible import eligible
 from deltafl.sparse.masks import load_mask
@@ -74,8 +75,8 @@ class Traffic:
     over.
 
     A client gets and sends 4 bytes for each kept coordinate and each value of float buffers;
-    scaffold doubles the trained ones. The mask's bits go to a client once. The pre-trained model
-    is at the clients already.
+    scaffold doubles the trained ones. Weights that take up what a LoRA lacks are sent down whole.
+    The mask's bits go to a client once. The pre-trained model is at the clients already.
 
     first: of step 0, of all clients together; no round counts it. Up: what fitting the head needs
     (`Net.head_bytes`); of each client of a calibration a float32 Fisher sum for each eligible
@@ -86,7 +87,8 @@ class Traffic:
     def __init__(self, federation: Federation, done: int) -> None:
         net, recipe, kept = federation.net, federation.recipe, federation.kept
         trained = net.flat.numel()
-        extra = sum(t.numel() for t in net.state().values()) - trained
+        moved = sum(net.module.get_parameter(name).numel() for name in net.moved)
+        extra = sum(t.numel() for t in net.state().values()) - trained - moved
         times = 1 + recipe.local.algorithm.has_control
         up, head = net.head_bytes(recipe.head, federation.shards)
         asked = sum(map(len, calibration_clients(recipe)))
@@ -99,18 +101,20 @@ class Traffic:
             * (asked if recipe.head.train_head else recipe.sharding.num_clients),
         }
         self._payload, self._dense = (4 * (times * n + extra) for n in (kept, trained))
+        self._moved = 4 * moved
         self._mask = 0 if federation.mask is None else -(-trained // 8)
         self._seen = {k for n in range(done) for k in recipe.clients_in(n + 1)}
 
     def after(self, number: int, clients: Sequence[int]) -> Row:
         """Of a round in which these clients took part."""
         before, up = len(self._seen), self._payload * len(clients)
+        down = up + self._moved * len(clients)
         self._seen.update(clients)
         return {
             "bytes_up": up,
-            "bytes_down": up + self._mask * (len(self._seen) - before),
+            "bytes_down": down + self._mask * (len(self._seen) - before),
             "bytes_up_total": up * number,
-            "bytes_down_total": up * number + self._mask * len(self._seen),
+            "bytes_down_total": down * number + self._mask * len(self._seen),
             "dense_bytes_up_total": self._dense * len(clients) * number,
         }
 
@@ -236,7 +240,7 @@ def _finished(best: Best, federation: Federation, record: RunRecord, config: Row
         "seed": recipe.seed,
         "federated": recipe.content(),
     }
-    write_model(out / "model", federation.net, facts)
+    write_model(out / "model", _written(federation.net), facts)
     write_json(out / "result.json", result)
     return record.finished()
 
@@ -247,6 +251,11 @@ def score_of(federation: Federation, params: Mapping[str, Tensor], split: Split)
     load_state(state_of(net), params)
     found = scores(net, federation.task, split, autocast=federation.recipe.autocast)
     return found.double().mean().item()
+
+
+def _written(net: Net) -> Net:
+    """The model as it is written: with a LoRA that alone, unless the weights have moved too."""
+    return without_lora(net) if net.moved else net
 
 
 def peak_memory() -> int:
@@ -269,11 +278,14 @@ def save_update(
     start, net, delta = folder / "base", federation.net, update.delta
     state = state_of(net)
     facts = {"task": federation.task.name, "seed": federation.recipe.seed}
-    if not start.is_dir():
-        load_state(state, base)
-        write_model(start, net, facts)
+    origin = {"id": net.base, "fingerprint": fingerprint_of(net.base)}
+    if not net.base or net.moved:
+        if not start.is_dir():
+            load_state(state, base)
+            write_model(start, _written(net), facts)
+        origin = {"id": str(start), "fingerprint": fingerprint(read_layout(start))}
     whole = isinstance(delta, Difference)
-    load_state(state, delta.tuned if whole else {n: base[n] + delta[n] for n in base})
+    tuned = delta.tuned if whole else {n: base[n] + delta[n] for n in delta}
+    load_state(state, {**base, **tuned})
     known = {n: v for n, v in asdict(update.source).items() if n != "name" and v is not None}
-    origin = {"id": str(start), "fingerprint": fingerprint(read_layout(start))}
-    write_model(folder / f"client-{client}", net, {"base": origin, **facts, **known})
+    write_model(folder / f"client-{client}", _written(net), {"base": origin, **facts, **known})

@@ -13,11 +13,13 @@ from torch import Tensor
 from deltafl.algebra.tensors import Tensors
 from deltafl.errors import DeltaflError
 from deltafl.federated.client import Client, ClientUpdate, LocalTraining, state_of
+from deltafl.federated.lora import Factors, factors_of
 from deltafl.federated.recipe import ClientsRecipe, FederatedRecipe
 from deltafl.federated.server import ServerState
 from deltafl.federated.sharding import shard
 from deltafl.files import atomic_folder, write_atomically
 from deltafl.models import HEAD_FILE, HeadFit, Net
+from deltafl.models.adapter import add_lora, lora_layers
 from deltafl.models.pretrained import recompute_activations
 from deltafl.seeding import keyed_generator
 from deltafl.sparse.eligible import eligible
@@ -93,7 +95,7 @@ class Federation:
     """What stays the same from round to round.
 
     net: the one working net, whose values are those of whoever used it last. shards: ids of each
-    client's training examples. mask None: all coordinates train.
+    client's training examples. mask None: all coordinates train. loras: of which products count.
     """
 
     recipe: FederatedRecipe
@@ -103,6 +105,7 @@ class Federation:
     mask: Mask | None
     client: Client
     controls: Controls
+    loras: Mapping[str, Factors]
 
     @cached_property
     def trained(self) -> set[str]:
@@ -128,10 +131,26 @@ def begin(
 ) -> Federation:
     """Net, mask and client; of a run that has begun those that it keeps in its folder."""
     out, own = recipe.output, recipe.local.client
+    loras = dict[str, Factors]()
+    if recipe.lora_rank:
+        loras = _add_lora(net, recipe)
     mask = prepare(net, task, recipe, shards, out if begun else None)
     client = (LocalTraining if own is None else find_callable(own, "client"))(net, task, recipe)
     controls = Controls(out / "state" / "controls")
-    return Federation(recipe, net, task, tuple(shards), mask, client, controls)
+    return Federation(recipe, net, task, tuple(shards), mask, client, controls, loras)
+
+
+def _add_lora(net: Net, recipe: FederatedRecipe) -> dict[str, Factors]:
+    """Give the net a LoRA; the factors of which the server combines products."""
+    add_lora(net, recipe, recipe.seed)
+    names, down = [*lora_layers(net)], recipe.lora_down
+    if down == "residual":
+        net.moved = tuple(f"{name}.base_layer.weight" for name in names)
+    if down != "frozen_a":
+        return factors_of(net)
+    for name in names:
+        net.module.get_parameter(f"{name}.lora_A.default.weight").requires_grad_(False)
+    return {}
 
 
 def new_record(federation: Federation, config: Row) -> None:

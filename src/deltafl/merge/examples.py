@@ -11,6 +11,7 @@ from safetensors.torch import save
 
 from deltafl.algebra.deltas import Difference
 from deltafl.algebra.tensors import Joined, Lazy, Tensors, device_named
+from deltafl.checkpoints.adapter import read_adapter
 from deltafl.checkpoints.layout import fingerprint
 from deltafl.errors import DeltaflError, attempt
 from deltafl.files import atomic_folder, check_output, write_atomically
@@ -184,7 +185,9 @@ def write_statistics(recipe: StatisticsRecipe, on_progress: OnProgress = ignore)
         DeltaflError: bad input; the folder exists.
     """
     layout = read_model(recipe.model)
-    itself = {"base": recipe.model, "models": (recipe.model,), "tasks": (recipe.task,)}
+    adapter = read_adapter(layout)
+    base = adapter.base if adapter else recipe.model
+    itself = {"base": base, "models": (recipe.model,), "tasks": (recipe.task,)}
     plan = plan_merge(MergeRecipe.of(**itself, device=recipe.device, allow_other_base=True))
     if recipe.out is None and layout.revision:
         raise DeltaflError(f'model "{recipe.model}" is no folder here; name one with --out')

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from deltafl.algebra.aggregate import Aggregate
+from deltafl.algebra.aggregate import Aggregate, Stepped
 from deltafl.algebra.deltas import CachedBlocks, Difference, Update
 from deltafl.algebra.tensors import Joined, Lazy, Tensors, device_named, lazy
-from deltafl.checkpoints.checkpoint import open_tensors, refuse_untied
+from deltafl.checkpoints.checkpoint import low_rank, open_tensors, refuse_untied
 from deltafl.merge.plan import Plan
 from deltafl.progress import OnProgress, ignore
 from deltafl.rules.rule import Rule
@@ -56,8 +56,14 @@ def open_updates(plan: Plan, memory: int = 0) -> Opened:
     wide = recipe.exact or any(entry.dtype == "F64" for entry in plan.base.entries.values())
     dtype = torch.float64 if wide else torch.float32
     base, updates = CachedBlocks(files, dtype, device_named(recipe.device)), []
+    specs = {name: base.spec(name)._replace(dtype=dtype) for name in plan.alignment.merged}
     for source in plan.sources:
         model, names = tuned[source.name], plan.alignment.names[source.name]
+        if adapter := plan.adapters.get(source.name):
+            delta = low_rank(adapter, model, names, specs)
+            updates.append(Update(delta, source))
+            tuned[source.name] = Stepped(files, delta, 1.0, dtype=dtype)
+            continue
         merged = Joined({name: (model, names[name]) for name in plan.alignment.merged})
         updates.append(Update(Difference(base, merged, dtype), source))
         there = {name: names.get(name, name) for name in files}

@@ -14,9 +14,10 @@ from typing import Any, TypeAlias
 
 from pydantic import ConfigDict
 
+from deltafl.checkpoints.adapter import Adapter, read_adapter
 from deltafl.checkpoints.align import Alignment, align
 from deltafl.checkpoints.layout import SIZES, Layout, fingerprint, read_layout
-from deltafl.errors import DeltaflError, attempt
+from deltafl.errors import DeltaflError, attempt, did_you_mean
 from deltafl.merge.recipe import MergeRecipe, ModelEntry
 from deltafl.recipes import R, Recipe, read_recipe
 from deltafl.rules.rule import Rule, Source, TensorRule, build_rule, check_rule
@@ -50,15 +51,18 @@ class Training(Recipe):
 class Plan:
     """A merge that has passed the preflight.
 
-    layouts: of the models, by name. training: what the training.json of each says.
+    layouts: of the models, by name. adapters: those that are one. training: what the training.json
+    of each says. text: the folder whose tokenizer is written.
     """
 
     recipe: MergeRecipe
     rule: Rule
     base: Layout
     layouts: Mapping[str, Layout]
+    adapters: Mapping[str, Adapter]
     training: Mapping[str, Training]
     alignment: Alignment
+    text: Path
     sources: tuple[Source, ...]
     notes: tuple[str, ...]
 
@@ -92,6 +96,9 @@ class Plan:
     def bytes_written(self) -> int:
         """Of the output's weights."""
         stored = self.recipe.stored_dtype
+        if rank := self.recipe.as_adapter:
+            shapes = (self.base.entries[name].shape for name in self.alignment.merged)
+            return rank * SIZES[stored or "F32"] * sum(sum(s) for s in shapes if len(s) == 2)
         return sum(
             entry.numel * SIZES[stored if stored and entry.floating else entry.dtype]
             for entry in self.base.entries.values()
@@ -130,25 +137,34 @@ def plan_merge(recipe: MergeRecipe) -> Plan:
     """
     problems, notes = list[str](), list[str]()
     rule = attempt(problems, build_rule, recipe.method, recipe.params)
-    base = attempt(problems, read_model, recipe.base)
+    base = attempt(problems, read_base, recipe.base)
     sources, layouts, training = [], dict[str, Layout](), dict[str, Training]()
+    adapters, folders = dict[str, Adapter](), dict[str, Path]()
     for name, model in recipe.entries.items():
-        if layout := attempt(problems, read_model, model.path):
-            layouts[name] = layout
-            training[name] = attempt(problems, read_training, layout) or Training()
-            if base and (warning := other_base(name, training[name], base)):
+        if found := attempt(problems, read_model_or_adapter, model.path):
+            layouts[name], adapter = found
+            if adapter:
+                adapters[name] = adapter
+            training[name] = attempt(problems, read_training, layouts[name]) or Training()
+            if base and (warning := other_base(name, training[name], base, adapter)):
                 (notes if recipe.allow_other_base else problems).append(warning)
+            folders |= dict.fromkeys((name, model.path), layouts[name].folder)
         sources.append(source_of(name, model, training.get(name, Training())))
     if rule:
         attempt(problems, check_rule, rule, sources)
     if base is None:
         raise DeltaflError(*problems)
+    wanted, folders = recipe.tokenizer_from or recipe.base, {recipe.base: base.folder} | folders
+    if wanted not in folders:
+        known = did_you_mean(wanted, layouts)
+        problems.append(f'--tokenizer-from "{wanted}" is no model of this merge; {known}')
     alignment = align(
         base.entries,
-        {name: layout.entries for name, layout in layouts.items()},
+        {name: adapters.get(name, layout).entries for name, layout in layouts.items()},
         scope=recipe.scope,
         include=recipe.include,
         exclude=recipe.exclude,
+        adapters=adapters,
     )
     problems += alignment.problems
     for key in ("weight_patterns", "scale_patterns"):
@@ -158,7 +174,18 @@ def plan_merge(recipe: MergeRecipe) -> Plan:
     if problems or not rule:
         raise DeltaflError(*problems)
     told = (*alignment.notes, *notes)
-    return Plan(recipe, rule, base, layouts, training, alignment, tuple(sources), told)
+    return Plan(
+        recipe,
+        rule,
+        base,
+        layouts,
+        adapters,
+        training,
+        alignment,
+        folders[wanted],
+        tuple(sources),
+        told,
+    )
 
 
 def read_model(ref: str) -> Layout:
@@ -169,6 +196,23 @@ def read_model(ref: str) -> Layout:
     from deltafl.checkpoints.checkpoint import entries_of, open_tensors
 
     return dataclasses.replace(layout, entries=entries_of(open_tensors(layout)))
+
+
+def read_model_or_adapter(ref: str) -> tuple[Layout, Adapter | None]:
+    """The layout of a model, or of an adapter and what that is."""
+    layout = read_model(ref)
+    return layout, read_adapter(layout)
+
+
+def read_base(ref: str) -> Layout:
+    """The layout of a model that is no adapter."""
+    layout, adapter = read_model_or_adapter(ref)
+    if adapter:
+        raise DeltaflError(
+            f'base "{ref}" is an adapter; make it a model: '
+            f"deltafl merge --base {adapter.base} --models {ref} --out DIR"
+        )
+    return layout
 
 
 def read_training(layout: Layout) -> Training:
@@ -196,12 +240,17 @@ def source_of(name: str, model: ModelEntry, trained: Training) -> Source:
     return Source(**{field.name: known[field.name] for field in dataclasses.fields(Source)})
 
 
-def other_base(name: str, trained: Training, base: Layout) -> str | None:
-    """A line if training.json records a base with another fingerprint than this one."""
+def other_base(
+    name: str, trained: Training, base: Layout, adapter: Adapter | None = None
+) -> str | None:
+    """A line if training.json records a base with another fingerprint than this one, or an adapter
+    is one of another base.
+    """
     recorded = trained.base or {}
-    if recorded.get("fingerprint") in (None, fingerprint(base)):
+    if adapter.fits(base) if adapter else recorded.get("fingerprint") in (None, fingerprint(base)):
         return None
+    known = adapter.base if adapter else recorded.get("id", "unknown")
     return (
-        f'model "{name}": was fine-tuned from another base ("{recorded.get("id", "unknown")}") '
+        f'model "{name}": was fine-tuned from another base ("{known}") '
         f'than "{base.ref}"; give that base, or insist with --allow-other-base'
     )

@@ -136,6 +136,16 @@ class MergeRecipe(RuleParameters, DeltaRecipe):
     )
     dtype: Dtype | None = Field(None, description="Of the output. Default: the base's.")
     exact: bool = Field(False, description="Compute in float64, round once.")
+    as_adapter: int | None = Field(
+        None,
+        ge=1,
+        description="Write the update as a LoRA of this rank for the base, not as a model.",
+    )
+    tokenizer_from: str | None = Field(
+        None,
+        description="The model, by name or path, whose tokenizer, chat template and generation "
+        "config are written. Default: the base's.",
+    )
     max_shard_size: ByteSize = Field(
         "5GB",
         validate_default=True,

@@ -14,8 +14,10 @@ from deltafl.algebra.aggregate import Stepped
 from deltafl.algebra.tensors import Lazy
 from deltafl.checkpoints.checkpoint import torch_dtype
 from deltafl.checkpoints.layout import identity
+from deltafl.checkpoints.tokenizer import copy_text, text_differences
 from deltafl.checkpoints.writing import copy_companions, plan_shards, write_tensors
 from deltafl.files import atomic_folder
+from deltafl.merge.as_adapter import write_lora
 from deltafl.merge.inputs import Opened, large_deltas, open_updates
 from deltafl.merge.plan import Facts, Plan
 from deltafl.progress import OnProgress, ignore
@@ -62,17 +64,34 @@ def run_merge(
             report: Facts = update.report
         else:
             update, report = make(opened)
-        stepped = Stepped(opened.base, update, scale, dtype=torch_dtype(dtype) if dtype else None)
-        shards = plan_shards(plan.base.entries, dtype, recipe.max_shard_size)
-        write_tensors(stepped, shards, folder, threads=threads, on_progress=on_progress)
+        if recipe.as_adapter:
+            report = report | write_lora(plan, update, scale, folder, on_progress)
+        else:
+            whole = torch_dtype(dtype) if dtype else None
+            stepped = Stepped(opened.base, update, scale, dtype=whole)
+            shards = plan_shards(plan.base.entries, dtype, recipe.max_shard_size)
+            write_tensors(stepped, shards, folder, threads=threads, on_progress=on_progress)
         marks = ("config.json", "deltafl_model.json")
         if any((plan.base.folder / mark).exists() for mark in marks):
-            copy_companions(plan.base.folder, folder, dtype)
+            if not recipe.as_adapter:
+                copy_companions(plan.base.folder, folder, dtype)
+            copy_text(plan.text, folder)
         # only now that all is in the page cache: its reads here and there would wait
-        warnings = large_deltas(opened)
+        warnings = [*large_deltas(opened), *other_texts(plan)]
         record = {**describe(plan), "warnings": warnings, **report}
         (folder / "deltafl.json").write_text(json.dumps(record, indent=2))
     return record
+
+
+def other_texts(plan: Plan) -> list[str]:
+    """A warning for each model whose text differs from that of the base, unless one was chosen."""
+    folders = () if plan.recipe.tokenizer_from else plan.layouts.items()
+    return [
+        f'model "{name}": another {" and ".join(odd)} than the base, whose are written; '
+        f"choose with --tokenizer-from {name}"
+        for name, layout in folders
+        if (odd := text_differences(plan.base.folder, layout.folder))
+    ]
 
 
 def describe(plan: Plan) -> Facts:

@@ -15,8 +15,15 @@ from deltafl.algebra.aggregate import Aggregate, Stepped
 from deltafl.algebra.deltas import Deltas, Difference, Update
 from deltafl.algebra.reductions import gram_matrix
 from deltafl.algebra.tensors import Joined, Lazy, Tensors, lazy
+from deltafl.checkpoints.adapter import read_adapter
 from deltafl.checkpoints.align import align
-from deltafl.checkpoints.checkpoint import Checkpoint, entries_of, open_tensors, refuse_untied
+from deltafl.checkpoints.checkpoint import (
+    Checkpoint,
+    entries_of,
+    low_rank,
+    open_tensors,
+    refuse_untied,
+)
 from deltafl.errors import DeltaflError
 from deltafl.rules.rule import Source, build_rule
 from deltafl.rules.weights import as_weights
@@ -50,12 +57,17 @@ class TaskVector:
             DeltaflError: they differ in anything else.
         """
         ours, theirs = _tensors_of(base), _tensors_of(finetuned)
-        found = align(entries_of(ours), {"finetuned": entries_of(theirs)})
+        adapter = read_adapter(theirs.layout) if isinstance(theirs, Checkpoint) else None
+        entries = {"finetuned": adapter.entries if adapter else entries_of(theirs)}
+        found = align(entries_of(ours), entries, adapters=entries if adapter else ())
         if found.problems:
             raise DeltaflError(*found.problems)
         refuse_untied(found, ours, {"finetuned": theirs})
         for reason, left in (*found.copied.items(), *found.ignored.get("finetuned", {}).items()):
             logger.info("left out of the task vector: %d tensors (%s)", len(left), reason)
+        if adapter:
+            specs = {n: lazy(ours).spec(n)._replace(dtype=torch.float32) for n in found.merged}
+            return cls(low_rank(adapter, theirs, found.names["finetuned"], specs))
         tuned = Joined({n: (theirs, found.names["finetuned"][n]) for n in found.merged})
         dtypes = {held.spec(n).dtype for n in found.merged for held in (lazy(ours), tuned)}
         delta = Difference(ours, tuned, torch.float64 if torch.float64 in dtypes else torch.float32)

@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from deltafl.checkpoints.adapter import CONFIG, read_adapter
+from deltafl.checkpoints.layout import read_layout, split_ref
 from deltafl.errors import DeltaflError
 from deltafl.files import WEIGHTS
+from deltafl.models.adapter import load_lora, lora_layers
 from deltafl.models.causal import causal
 from deltafl.models.net import MODEL_JSON, Net
 from deltafl.models.pretrained import explained, new_config, read_config
@@ -36,10 +39,10 @@ that of what belongs to the model beside its weights (tokenizer, normalisation).
 
 
 def load_net(ref: str | Path, kwargs: Mapping[str, Any] | None = None) -> Net:
-    """A model from a folder (Hugging Face layout, or saved by `Net.save`), a hub id or
-    `module:attr`, whose callable is given `kwargs`; or a new one from a config.json, or a folder
-    with one and no weights, keyed by the `seed` in it. What the folder holds of heads comes with
-    it, frozen.
+    """A model from a folder (Hugging Face layout, or saved by `Net.save`), a hub id, an adapter's
+    folder or `BASE+ADAPTER`, or `module:attr`, whose callable is given `kwargs`; or a new one from
+    a config.json, or a folder with one and no weights, keyed by the `seed` in it. What the folder
+    holds of heads comes with it, frozen.
 
     Raises:
         DeltaflError: what is wrong with the model, in one line.
@@ -49,6 +52,12 @@ def load_net(ref: str | Path, kwargs: Mapping[str, Any] | None = None) -> Net:
         return user_net(ref, kwargs or {})
     if kwargs:
         raise DeltaflError(f'model "{ref}" takes no keyword arguments, only module:attr does')
+    if split_ref(ref)[0] or (path / CONFIG).is_file():
+        layout = read_layout(ref)
+        if adapter := read_adapter(layout):
+            net = load_net(adapter.base)
+            load_lora(net, layout, adapter)
+            return net
     if (path / MODEL_JSON).is_file():
         return load_user(path)
     if path.is_dir() and not any(next(path.glob(pattern), None) for pattern in WEIGHTS):
@@ -61,6 +70,22 @@ def load_net(ref: str | Path, kwargs: Mapping[str, Any] | None = None) -> Net:
     if not isinstance(seed, int):
         raise DeltaflError(f'model "{path}": must be a JSON object, its seed a whole number')
     return new_net(settings, folder=path.parent, ref=str(path))
+
+
+@torch.no_grad()
+def without_lora(net: Net) -> Net:
+    """The model with its LoRA added to its weights, which are read anew from the base's files."""
+    plain, state = load_net(net.base), dict[str, torch.Tensor]()
+    layers = lora_layers(net)
+    for name, tensor in net.module.state_dict().items():
+        module, base, own = name.rpartition(".base_layer.")
+        if base:
+            delta = layers[module].get_delta_weight("default") if own == "weight" else 0
+            state[f"{module}.{own}"] = tensor + delta
+        elif ".lora_" not in name:
+            state[name] = tensor
+    plain.module.to(net.device, next(iter(state.values())).dtype).load_state_dict(state)
+    return plain
 
 
 def new_net(

@@ -48,13 +48,23 @@ def write_module(
         (folder / MODEL_JSON).write_text(json.dumps(about, indent=2) + "\n")
 
 
+def fingerprint_of(origin: str) -> str | None:
+    """Of the files of a model; None for a new one, "", and for one's own code."""
+    from_code = ":" in origin and not Path(origin).is_dir()
+    return fingerprint(read_layout(origin)) if origin and not from_code else None
+
+
 class Net:
     """A module with its head inside, whose trained parameters are views of one vector.
 
     What trains is what requires a gradient: freeze or release parameters before the first use of
     `flat`. `inputs`: what the module takes. `origin`: the folder, hub id or `module:attr` that it
     came from, "" for a new one. `store` writes the module into a folder as `load_net` reads it.
+    `base`: of a model with an adapter, which trains and is written alone, what that is added to.
     """
+
+    moved: tuple[str, ...] = ()
+    """Frozen parameters that a federation changes all the same."""
 
     inner = ""
     """Prefix of the module's tensors that the model's files hold, without it in their names."""
@@ -68,8 +78,10 @@ class Net:
         inputs: ImageInput | TextInput,
         origin: str = "",
         store: Callable[[nn.Module, Path], None] = write_module,
+        base: str = "",
     ) -> None:
         self.module, self.inputs, self.origin, self.store = module, inputs, origin, store
+        self.base = base
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the module gives."""
@@ -83,8 +95,7 @@ class Net:
     @property
     def fingerprint(self) -> str | None:
         """Of the files that the model came from; None for a new one and for one's own code."""
-        from_code = ":" in self.origin and not Path(self.origin).is_dir()
-        return fingerprint(read_layout(self.origin)) if self.origin and not from_code else None
+        return fingerprint_of(self.origin)
 
     @property
     def device(self) -> torch.device:
@@ -133,13 +144,15 @@ class Net:
         return {n: p.data for n, p in self._training().items()}
 
     def state(self) -> dict[str, Tensor]:
-        """All that training changes: trained parameters and float buffers that are saved; views.
+        """All that training changes: trained parameters, those that are `moved`, and float buffers
+        that are saved; views.
 
         Buffers that are not float (counters of batches) are nobody's training.
         """
         saved = self.module.state_dict().keys()
         buffers = {n: b for n, b in self.module.named_buffers() if n in saved}
-        return self.trained | {n: b for n, b in buffers.items() if b.is_floating_point()}
+        moved = {n: self.module.get_parameter(n).data for n in self.moved}
+        return self.trained | moved | {n: b for n, b in buffers.items() if b.is_floating_point()}
 
     def names_in(self, tensors: Collection[str]) -> dict[str, str]:
         """Name in the module -> the name of that tensor among those given, which are the module's
@@ -217,15 +230,18 @@ class Net:
         """
         return 0, 0
 
+    @property
+    def values(self) -> Mapping[str, Tensor]:
+        """All values of the module, of a model with an adapter the adapter's; views."""
+        return self.trained if self.base else self.module.state_dict()
+
     def snapshot(self) -> dict[str, object]:
-        """All values of the module, and what else `restore` needs, as torch.save can hold them;
-        views.
-        """
-        return {"tensors": self.module.state_dict()}
+        """The values, and what else `restore` needs, as torch.save can hold them; views."""
+        return {"tensors": self.values}
 
     def restore(self, snapshot: Mapping) -> None:
         """Take over the values of a snapshot of the same model, prepared or not."""
-        self.module.load_state_dict(snapshot["tensors"])
+        self.module.load_state_dict(snapshot["tensors"], strict=not self.base)
 
     def save(self, folder: Path) -> None:
         """Write the model into the existing `folder`, so that `load_net(folder)` gives it back."""
@@ -247,4 +263,4 @@ class Net:
         return self._of(copy.deepcopy(self.module).to(device))
 
     def _of(self, module: nn.Module) -> Self:
-        return type(self)(module, self.inputs, self.origin, self.store)
+        return type(self)(module, self.inputs, self.origin, self.store, self.base)

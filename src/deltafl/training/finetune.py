@@ -14,7 +14,7 @@ from accelerate import PartialState
 
 from deltafl.errors import DeltaflError
 from deltafl.files import atomic_folder, check_output
-from deltafl.models import Net
+from deltafl.models.net import Net, fingerprint_of
 from deltafl.progress import OnProgress, ignore
 from deltafl.tasks import Task
 from deltafl.tasks.task import require_examples
@@ -167,11 +167,11 @@ def _trained(
 
 def _facts(run: Run, base: Net, config: Row) -> Row:
     """The content of training.json: what a merge reads is at the top level."""
-    recipe, task = run.recipe, run.task
+    recipe, task, start = run.recipe, run.task, run.net.base or base.origin
     steps = min(run.best.after * run.per_epoch, run.step)
     return {
         **recipe.content(),
-        "base": {"id": base.origin, "fingerprint": config["base_fingerprint"]},
+        "base": {"id": start, "fingerprint": fingerprint_of(start)},
         "task": task.name,
         "num_steps": steps,
         "num_examples": run.examples,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from deltafl.algebra.tensors import device_named
 from deltafl.errors import DeltaflError
-from deltafl.models import HeadFit, Net
+from deltafl.models import HeadFit, Net, add_lora
 from deltafl.models.pretrained import recompute_activations
 from deltafl.progress import OnProgress, Progress
 from deltafl.seeding import keyed_generator
@@ -67,6 +67,8 @@ class Run:
             device = str(self.processes.device)
         self.net, self.task = net.copy_to(device), task.to(device)
         self.net.module.float()
+        if recipe.lora_rank:
+            add_lora(self.net, recipe, recipe.seed)
         if state is not None:
             self.net.restore(state["net"])
         else:
@@ -174,13 +176,13 @@ def train(
     Raises:
         DeltaflError: weights that are not finite.
     """
-    recipe, main, module = run.recipe, run.processes.is_main_process, run.net.module
+    recipe, main = run.recipe, run.processes.is_main_process
     every, started = recipe.eval_every, time.perf_counter()
 
     def tell(row: Row, validated: bool) -> None:
         row["val_score"] = score = run.validate() if validated else None
         if score is not None:
-            values = module.state_dict()
+            values = run.net.values
             run.best.see(score, run.epoch, lambda: {n: t.clone() for n, t in values.items()})
         if main and record is not None:
             record(row)
@@ -204,7 +206,7 @@ def train(
                 save(run.state())
         on_progress(Progress("steps", run.step, run.total, {"loss": loss}))
     if every:
-        module.load_state_dict(run.best.tensors)
+        run.net.restore({**run.net.snapshot(), "tensors": run.best.tensors})
     else:
         run.best = Best(run.validate(), run.epoch)
 

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 
 from deltafl.errors import DeltaflError
+from deltafl.models.adapter import LoraRecipe
 from deltafl.models.head import HeadRecipe
 from deltafl.recipes import Flags, Incidental, Recipe
 from deltafl.tasks.recipe import TrainingDataRecipe
@@ -79,7 +80,7 @@ class StepRecipe(Recipe):
             yield "nesterov needs a momentum above 0"
 
 
-class TrainingRecipe(StepRecipe, RunRecipe):
+class TrainingRecipe(LoraRecipe, StepRecipe, RunRecipe):
     """How to train a model on a task; the defaults are those of the task-arithmetic papers for CLIP
     and ViT.
     """

@@ -1,0 +1,52 @@
+"""What belongs to a language model's text: files, and in what those of two models differ."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from deltafl.errors import DeltaflError
+
+TEXT = re.compile(
+    r"(tokenizer|chat_template|vocab|spiece).*|merges\.txt|special_tokens_map\.json"
+    r"|added_tokens\.json|generation_config\.json|.*\.(model|tiktoken)"
+)
+"""Names of the files that make and read text, beside the weights."""
+
+
+def copy_text(source: Path, target: Path) -> None:
+    """Copy what makes and reads text of one model to another."""
+    for file in source.iterdir():
+        if file.is_file() and TEXT.fullmatch(file.name):
+            shutil.copyfile(file, target / file.name)
+
+
+def text_differences(folder: Path, other: Path) -> list[str]:
+    """In what two models' text differs, of what both say."""
+    ours, theirs = _facts(folder), _facts(other)
+    return [what for what in ours if what in theirs and ours[what] != theirs[what]]
+
+
+def _facts(folder: Path) -> dict[str, object]:
+    facts = dict[str, object]()
+    if config := _read(folder / "tokenizer_config.json"):
+        file, tokens = folder / "chat_template.jinja", (k for k in config if k.endswith("_token"))
+        inside = config.get("chat_template")
+        facts["chat template"] = file.read_text() if file.is_file() else inside
+        facts["special tokens"] = {key: _content(config[key]) for key in tokens if config[key]}
+    if generation := _read(folder / "generation_config.json"):
+        about = ("transformers_version", "_from_model_config")
+        facts["generation config"] = {k: v for k, v in generation.items() if k not in about}
+    return facts
+
+
+def _content(token: object) -> object:
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return {**json.loads(file.read_text())} if file.is_file() else {}
+    except (ValueError, TypeError):
+        raise DeltaflError(f'"{file}" is not a JSON object; mend or remove it') from None

@@ -1,0 +1,103 @@
+"""A merged update as a LoRA: the nearest matrices of a rank, in peft's files."""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from deltafl.algebra.aggregate import Aggregate
+from deltafl.algebra.low_rank import LowRank, nearest
+from deltafl.algebra.streaming import Unit, visit
+from deltafl.algebra.tensors import Lazy
+from deltafl.checkpoints.adapter import CONFIG, PREFIX
+from deltafl.checkpoints.checkpoint import torch_dtype
+from deltafl.checkpoints.layout import ADAPTER
+from deltafl.errors import DeltaflError, shorten
+from deltafl.merge.plan import Facts, Plan
+from deltafl.progress import OnProgress
+
+NEGLIGIBLE = 1e-3
+"""Norm of what is no linear layer's matrix, relative to the whole update's, that may be left out."""
+
+CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+"""Types of models whose matrices are (in, out)."""
+
+_MATRIX = re.compile(r"(.*\.)?(?!wte\.|wpe\.|shared\.|[^.]*embed)[^.]+\.weight")
+
+
+def write_lora(
+    plan: Plan, update: Lazy, scale: Callable[[str], float], folder: Path, on_progress: OnProgress
+) -> Facts:
+    """Write scale * update as an adapter of the recipe's rank; the errors, to be recorded.
+
+    Of adapters under a linear rule no matrix is made (see `nearest`). Each process holds one.
+
+    Raises:
+        DeltaflError: what else than matrices of linear layers changes is not negligible.
+    """
+    recipe, config, base = plan.recipe, plan.base.folder / "config.json", Path(plan.recipe.base)
+    rank, dtype = recipe.as_adapter or 0, torch_dtype(recipe.stored_dtype or "F32")
+    model_type = json.loads(config.read_text()).get("model_type") if config.is_file() else None
+    transposed = model_type in CONV1D
+    specs = {name: update.spec(name) for name in update}
+    linear = {n for n, spec in specs.items() if len(spec.shape) == 2 and _MATRIX.fullmatch(n)}
+
+    def factors(unit: Unit) -> list[tuple[str, float, float, list[Tensor]]]:
+        """Of each tensor its norm and, of a matrix, the error and A and B."""
+        found = []
+        for name in dict.fromkeys(name for name, _, _ in unit):
+            if name not in linear:
+                norm = abs(scale(name)) * float(update[name].double().norm())
+                found.append((name, norm, 0.0, []))
+                continue
+            left, right = _product(update, name)
+            b, a, norm, error = nearest(left * scale(name), right, rank)
+            sides = (b.mT, a.mT) if transposed else (a, b)
+            found.append((name, norm, error, [side.to(dtype).contiguous() for side in sides]))
+        return found
+
+    passed = visit(
+        specs, factors, plan.threads, whole=True, name="writing", on_progress=on_progress
+    )
+    names, tensors = {name: name for name in update}, dict[str, Tensor]()
+    norms, errors = dict[str, float](), dict[str, float]()
+    for label in plan.adapters:
+        names |= plan.alignment.names[label]
+    for name, norm, error, sides in (one for found in passed for one in found if one[1]):
+        norms[name] = norm
+        if sides:
+            errors[name], module = error, PREFIX + names[name].removesuffix(".weight")
+            keys = (f"{module}.lora_A.weight", f"{module}.lora_B.weight")
+            tensors |= zip(keys, sides, strict=True)
+    left_out = [name for name in norms if name not in linear]
+    if math.hypot(*map(norms.__getitem__, left_out)) > NEGLIGIBLE * math.hypot(*norms.values()):
+        raise DeltaflError(
+            f"--as-adapter: {len(left_out)} tensors change that are no matrices of linear layers "
+            f"({shorten(left_out)}); copy them from the base with --exclude, or write a whole model"
+        )
+    settings = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": str(base.absolute() if base.exists() else base),
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": [names[name].removesuffix(".weight") for name in errors],
+        "fan_in_fan_out": transposed,
+    }
+    save_file(tensors, folder / ADAPTER, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(settings, indent=2))
+    return {"adapter": {"errors": errors, "left_out": left_out}}
+
+
+def _product(update: Lazy, name: str) -> tuple[Tensor, Tensor | None]:
+    """Factors of a tensor of the update, or it itself."""
+    terms = update.terms(name) if isinstance(update, Aggregate) else None
+    deltas = [(c, delta.factors(name)) for c, delta in terms or () if isinstance(delta, LowRank)]
+    if terms is None or len(deltas) < len(terms):
+        return update[name], None
+    parts = [(c * found[0], found[1]) for c, found in deltas if found]
+    return torch.cat([left for left, _ in parts], 1), torch.cat([right for _, right in parts])
