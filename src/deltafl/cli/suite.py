@@ -26,7 +26,7 @@ from deltafl.training import TrainingRecipe
 def suite_command(recipes: tuple[SuiteRecipe, TrainingRecipe], names: tuple[str, ...]) -> None:
     """Compare federated runs: heterogeneity, local-steps, sparsity, calibration-rounds,
     mask-strategies, aggregators; and merges of fine-tunes: training-heterogeneity,
-    data-heterogeneity, scaling-coef, examples, negation, analogy.
+    data-heterogeneity, scaling-coef, examples, language, negation, analogy.
 
     Without --model, --data and --tasks a small ViT is pre-trained on scikit-learn's digits,
     offline.

@@ -15,7 +15,7 @@ from deltafl.experiments.merges import Merging
 from deltafl.experiments.study import Data, FineTune, Study, base_net, judged, task_of
 from deltafl.experiments.sweep import Cell, Found, Result, Store, Sweep, Work, points_of, tabulate
 from deltafl.merge.task_vector import TaskVector
-from deltafl.models import HeadRecipe, Net
+from deltafl.models import Net
 from deltafl.seeding import keyed_generator
 from deltafl.tasks.task import Split
 from deltafl.training.step import scores
@@ -42,7 +42,7 @@ class Bench:
         task = judged(self.study, on.data)
         if on not in self.nets:
             self.nets[on] = base_net(self.study.base).copy_to(self.study.device)
-            self.nets[on].prepare(task, HeadRecipe.of(head=on.head.file(self.store)))
+            self.nets[on].prepare(task, on.head.recipe(self.store))
         self.nets[on].load(Stepped(open_tensors(self.study.base), delta.tensors, scale))
         return scores(self.nets[on], task, split).double().mean().item()
 

@@ -33,6 +33,7 @@ from deltafl.merge.search_recipe import SearchRecipe
 from deltafl.merge.search_run import SINGLE, UNMERGED, run_search
 from deltafl.rules.rule import ExampleRule, Source, load_rules
 from deltafl.seeding import keyed_generator
+from deltafl.tasks import Task
 
 T = TypeVar("T")
 
@@ -63,13 +64,20 @@ class Merging(Work):
 class Search(Merging):
     """A search over merges; its points are the rules with their test scores.
 
-    rules: (): those of the study. examples: given to each of those that need some.
+    rules: (): those of the study. examples: given to each of those that need some. written: data
+    sets and scores that rows are tested on too.
     """
 
     strategy: str
     rules: tuple[str, ...] = ()
     examples: int = ExampleRule.examples
+    written: tuple[tuple[str, str], ...] = ()
     kind: ClassVar[str] = "searches"
+
+    @property
+    def also(self) -> list[Task]:
+        """The tasks of `written`."""
+        return [judged(self.study, Data(spec, score=score)) for spec, score in self.written]
 
     def methods(self) -> tuple[list[Method], dict[str, str]]:
         """Those that these models can be merged by, and why the others cannot."""
@@ -92,7 +100,8 @@ class Search(Merging):
     def content(self) -> Mapping[str, object]:
         good, left_out = self.methods()
         code = [inspect.getfile(load_rules()[name]) for name, _ in good]
-        return {**super().content(), "methods": good, "code": code, "left_out": left_out}
+        known = {"methods": good, "code": code, "left_out": left_out}
+        return {**super().content(), **known, "written": [t.fingerprint() for t in self.also]}
 
     def run(self, folder: Path, store: Store) -> Result:
         good, left_out = self.methods()
@@ -107,7 +116,8 @@ class Search(Merging):
             threads=1,
             device=self.study.device,
         )
-        found = run_search(recipe, None, tasks=[judged(self.study, m.data) for m in self.models])
+        tasks = [judged(self.study, model.data) for model in self.models]
+        found = run_search(recipe, None, tasks=tasks, also=self.also)
         kept = {key: found[key] for key in ("tasks", "training", "rows", "curves", "cosine")}
         return {**kept, "left_out": left_out, "points": self._points(found)}
 

@@ -96,6 +96,12 @@ class StudyRecipe(Recipe):
         None, description="at most so many validation examples of each task judge a merge"
     )
     test_limit: Limit = Field(None, description="at most so many test examples of each task")
+    written: dict[str, str] = Field(
+        {},
+        description="data sets on which what the models write is judged, by which score, as "
+        "{gsm8k: exact}; in a file: language",
+    )
+    written_limit: Limit = Field(100, description="at most so many test examples of each of them")
     control: str | None = Field(
         None, description="the task that negation must not harm (default: the last of the tasks)"
     )

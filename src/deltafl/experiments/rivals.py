@@ -15,7 +15,7 @@ from deltafl.experiments.study import Data, Study, base_net, judged
 from deltafl.experiments.sweep import Cell, Found, Result, Store, Sweep, points_of, tabulate
 from deltafl.merge.examples import nets_for
 from deltafl.merge.layerwise import Examples
-from deltafl.models import HeadRecipe, Net
+from deltafl.models import Net
 from deltafl.rules.rule import ExampleRule, delta_rules, load_rules
 from deltafl.tasks.task import Batch, Split, Task
 from deltafl.training.step import batches, scores
@@ -45,7 +45,7 @@ class Rival(Merging):
     def run(self, folder: Path, store: Store) -> Result:
         base, count = base_net(self.study.base), len(self.models)
         tasks = [judged(self.study, model.data) for model in self.models]
-        heads = [HeadRecipe.of(head=model.head.file(store)) for model in self.models]
+        heads = [model.head.recipe(store) for model in self.models]
         nets = nets_for(base.copy_to(self.study.device), tasks, heads)
         tuned = [dict(open_tensors(store.place(model))) for model in self.models]
         parts = [
@@ -53,6 +53,10 @@ class Rival(Merging):
             for task, net, tensors in zip(tasks, nets, tuned, strict=True)
         ]
         single, teachers = list[float](), list[Net]()
+        zero = [
+            0.0 if t.ratio_scaled else _mean_score(net, t, "test")
+            for net, t in zip(nets, tasks, strict=True)
+        ]
         for one, head in zip(parts, heads, strict=True):
             teachers += nets_for(base.copy_to(self.study.device), [one.task], [head])
             teachers[-1].load(one.tuned)
@@ -67,7 +71,8 @@ class Rival(Merging):
         _, lr, best = max(tried, key=lambda one: one[0])
         nets[0].flat.data.copy_(best)
         test = pd.Series([_mean_score(one.net, one.task, "test") for one in parts])
-        point = {"normalized": (test / single).mean(), "accuracy": test.mean(), "worst": test.min()}
+        shares = (test - zero) / (pd.Series(single) - zero)
+        point = {"normalized": shares.mean(), "accuracy": test.mean(), "worst": test.min()}
         return {"points": [{"rule": self.way, "seed": self.study.seed, "lr": lr, **point}]}
 
     def _train(self, parts: Sequence[Examples], teachers: Sequence[Net | None], lr: float) -> None:
@@ -103,7 +108,7 @@ def _mean_score(net: Net, task: Task, split: Split) -> float:
 
 
 def _said(net: Net, task: Task, batch: Batch) -> Tensor:
-    """The logits that a score of the batch rests on."""
+    """The logits that the loss of the batch rests on."""
     said: list[Tensor] = []
 
     def model(*args: object, **kwargs: object) -> object:
@@ -111,7 +116,7 @@ def _said(net: Net, task: Task, batch: Batch) -> Tensor:
         said.append(out if isinstance(out, Tensor) else out.logits)
         return out
 
-    task.score(model, batch)
+    task.loss(model, batch)
     return said[-1]
 
 

@@ -10,6 +10,7 @@ import torch
 
 from deltafl.errors import DeltaflError
 from deltafl.experiments.arithmetic import analogy, analogy_rows, negation, negation_rows
+from deltafl.experiments.language import language, language_rows
 from deltafl.experiments.merges import (
     data_heterogeneity,
     data_rows,
@@ -39,6 +40,7 @@ STUDIES: Mapping[str, tuple[Callable[..., list[Cell]], Callable[[Found], Result]
     "data-heterogeneity": (data_heterogeneity, data_rows),
     "scaling-coef": (scaling_coef, scaling_rows),
     "examples": (examples, examples_rows),
+    "language": (language, language_rows),
     "negation": (negation, negation_rows),
     "analogy": (analogy, analogy_rows),
 }

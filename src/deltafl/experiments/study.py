@@ -17,7 +17,7 @@ from deltafl.experiments.recipe import StudyRecipe
 from deltafl.experiments.sweep import Result, Store, Work
 from deltafl.federated import FederatedRecipe
 from deltafl.files import atomic_folder
-from deltafl.models import HEAD_FILE, HeadFit, Net, load_net
+from deltafl.models import HEAD_FILE, HeadFit, HeadRecipe, Net, load_net
 from deltafl.seeding import keyed_generator
 from deltafl.tasks import ImageInput, ImageTask, Task, TextInput, load_task
 from deltafl.tasks.selection import stratified
@@ -29,11 +29,14 @@ Inputs: TypeAlias = ImageInput | TextInput
 
 @dataclass(frozen=True)
 class Data:
-    """A data set by its spec, or one of `parts` groups of its classes, dealt by the seed."""
+    """A data set by its spec, or one of `parts` groups of its classes, dealt by the seed. score:
+    what it is judged by (see `TextSource`).
+    """
 
     spec: str
     part: int = 0
     parts: int = 1
+    score: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +102,8 @@ class Study:
 def task_of(study: Study, data: Data) -> Task:
     """A task with the validation split of the study's seed: what models and heads are made from."""
     if data.parts == 1:
-        recipe = study.training.data.replace(data=data.spec)
+        own = {"data": data.spec} | ({"score": data.score} if data.score else {})
+        recipe = study.training.data.replace(**own)
         return load_task(recipe, study.inputs, study.seed)
     whole = task_of(study, Data(data.spec))
     generator = keyed_generator(study.seed, "classes", data.parts)
@@ -112,7 +116,8 @@ def task_of(study: Study, data: Data) -> Task:
 def judged(study: Study, data: Data) -> Task:
     """The task with no more validation and test examples than merges are judged on."""
     task, rows = task_of(study, data), dict[str, Tensor]()
-    limits = (None, study.recipe.val_limit, study.recipe.test_limit)
+    recipe = study.recipe
+    limits = (None, recipe.val_limit, recipe.written_limit if data.score else recipe.test_limit)
     for split, limit in zip(SPLITS, limits, strict=True):
         groups = task.groups(split).numpy()
         most = limit or len(groups)
@@ -152,9 +157,11 @@ class FrozenHead(Work):
         """What it is fitted on."""
         return task_of(self.study, Data(self.spec))
 
-    def file(self, store: Store) -> str:
-        """Where it is kept."""
-        return str(store.place(self) / HEAD_FILE)
+    def recipe(self, store: Store) -> HeadRecipe:
+        """It as it is kept; of a language model none."""
+        if not base_net(self.study.base).takes_head:
+            return HeadRecipe.of()
+        return HeadRecipe.of(head=str(store.place(self) / HEAD_FILE))
 
     def content(self) -> Mapping[str, object]:
         return {
@@ -211,6 +218,6 @@ class FineTune(Work):
         return f"{self.task.name}-lr{self.lr:g}-steps{self.steps}-seed{self.study.seed}"
 
     def run(self, folder: Path, store: Store) -> Result:
-        own = {"head": self.head.file(store), "few_shot": None, "templates": None}
+        own = self.head.recipe(store).model_dump()
         recipe, net = self.recipe.replace(out=str(folder), **own), base_net(self.study.base)
         return finetune(net, self.task, recipe, resume=True).training

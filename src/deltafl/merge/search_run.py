@@ -37,14 +37,16 @@ def run_search(
     out: str | Path | None,
     *,
     tasks: Sequence[Task] | None = None,
+    also: Sequence[Task] = (),
     scores: Path | None = None,
     on_progress: OnProgress = ignore,
 ) -> Facts:
     """Search, test once, merge the winner into OUT, if given; returns what report and tables show.
 
     Where no candidate is better than the base, OUT is not written, and `best` in the result has the
-    method "base". tasks: those of the models, in their order; None: as their `data` says. scores: a
-    file for the validation scores of every example (see `save_scores`).
+    method "base". tasks: those of the models, in their order; None: as their `data` says. also: more
+    than the recipe's. scores: a file for the validation scores of every example (see
+    `save_scores`).
 
     Raises:
         DeltaflError: before any work, names, heads, tasks or methods do not fit.
@@ -59,14 +61,14 @@ def run_search(
         tasks = load_tasks(plan, recipe.models, net, recipe.data_dir, recipe.seed)
     nets = nets_for(net, tasks, _heads(recipe, plan, net, tasks))
     sources = [DataRecipe.of(**dict(one), data_dir=recipe.data_dir) for one in recipe.also]
-    others = [load_task(source, net.inputs, recipe.seed or 0) for source in sources]
+    others = [load_task(source, net.inputs, recipe.seed or 0) for source in sources] + [*also]
     doing = zip(others, nets_for(net, others, [HeadRecipe.of()] * len(others)), strict=True)
-    also = [Goal(task, own, {}, recipe.batch_size) for task, own in doing]
+    extra = [Goal(task, own, {}, recipe.batch_size) for task, own in doing]
     opened = open_updates(plan, recipe.memory)
     judged = zip(tasks, nets, opened.tuned.values(), strict=True)
     problem = Problem(opened, [Goal(*parts, recipe.batch_size) for parts in judged])
     found = search(problem, recipe, on_progress)
-    result = _describe(recipe, plan, problem, found, also)
+    result = _describe(recipe, plan, problem, found, extra)
     if scores is not None:
         save_scores(found, scores)
     best = found.best

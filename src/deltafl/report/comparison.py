@@ -27,6 +27,10 @@ def _part(name: str, told: Record, metric: str) -> dict[str, object]:
     kind = "suite" if labels else name
     columns = {key: Column(key) for key in labels} | columns_of("comparison", metric)
     columns |= columns_of(kind, metric)
+    columns |= {
+        name: Column(name, score_format(own) if own == metric else ".1%", best=True)
+        for name, own in told.get("scores", {}).items()
+    }
     caption = _TEXTS[kind]["caption"].format(**told)
     if any(row.get("best_round") == 0 for row in rows):
         caption += " Best round 0: no round was better than the model before training."
