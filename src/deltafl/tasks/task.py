@@ -127,8 +127,12 @@ def hash_of(*parts: Tensor | str) -> str:
     """sha256 of the bytes of tensors and texts, in order."""
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(part.encode() if isinstance(part, str) else part.cpu().numpy().tobytes())
+        digest.update(part.encode() if isinstance(part, str) else _bytes(part))
     return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def check_task(task: Task, model: Model, device: Device = "cpu") -> None:
