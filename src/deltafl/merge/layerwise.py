@@ -230,6 +230,17 @@ class Statistics:
         """Nothing runs."""
 
 
+def _solved(
+    m: Map, clients: Sequence[tuple[float, Client | Statistics]], ridge: float
+) -> tuple[Tensor, bool]:
+    """What `regressed` makes of the weighed sums of all clients."""
+    cross, gram, prior = torch.zeros(()), torch.zeros(()), torch.zeros(())
+    for p, client in clients:
+        ours = client.moments(m)
+        cross, gram, prior = cross + p * ours[0], gram + p * ours[1], prior + p * ours[2]
+    return regressed(cross, gram, prior, ridge)
+
+
 Evidence: TypeAlias = Examples | Statistics
 """What is known of a fine-tune beside its weights."""
 
@@ -268,12 +279,7 @@ def merge_layerwise(
             if kept:
                 merged, fell_back = load_file(kept[0]), FALLBACK in kept[0].name
             else:
-                added = [torch.zeros(())] * 3
-                for p, client in weighed:
-                    sent = client.moments(m)
-                    added = [total + p * part for total, part in zip(added, sent, strict=True)]
-                cross, gram, prior = added
-                matrix, fell_back = regressed(cross, gram, prior, ridge)
+                matrix, fell_back = _solved(m, weighed, ridge)
                 made = m.tensors(matrix, start.base)
                 merged = {name: tensor.to(start.dtype) for name, tensor in made.items()}
                 if state:

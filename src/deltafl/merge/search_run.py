@@ -68,7 +68,8 @@ def run_search(
     judged = zip(tasks, nets, opened.tuned.values(), strict=True)
     problem = Problem(opened, [Goal(*parts, recipe.batch_size) for parts in judged])
     found = search(problem, recipe, on_progress)
-    result = _describe(recipe, plan, problem, found, extra)
+    rows = _tested(recipe, problem, found, extra)
+    result = _describe(recipe, plan, problem, found, rows)
     if scores is not None:
         save_scores(found, scores)
     best = found.best
@@ -116,22 +117,14 @@ def _heads(recipe: SearchRecipe, plan: Plan, net: Net, tasks: Sequence[Task]) ->
     return heads
 
 
-def _describe(
-    recipe: SearchRecipe,
-    plan: Plan,
-    problem: Problem,
-    found: SearchResult,
-    also: Sequence[Goal],
-) -> Facts:
-    """The result as plain values; the test split is looked at here, once for each reported row."""
-    tasks = [goal.task for goal in problem.goals]
+def _tested(
+    recipe: SearchRecipe, problem: Problem, found: SearchResult, also: Sequence[Goal]
+) -> list[Facts]:
+    """The rows of the table; the test split is looked at here, once for each of them."""
 
     def others() -> dict[str, float]:
         """What the net as it is scores on the other tasks."""
         return {f"{g.task.name}, {g.task.metric}": mean(g.scores("test")) for g in also}
-
-    def tested(row: Row) -> tuple[dict[str, float], dict[str, float]]:
-        return problem.scores(row, "test"), others()
 
     single, apart = dict[str, float](), list[dict[str, float]]()
     for goal in problem.goals:
@@ -139,33 +132,38 @@ def _describe(
         single[goal.task.name] = mean(goal.scores("test"))
         apart.append(others())
     best = {name: max(one[name] for one in apart) for name in apart[0]}
-    base, scales = tested(found.base), list[Scale]()
-    with suppress(DeltaflError):
-        scales = problem.scales(single, base[0])
-
-    def row_of(name: str, row: Row | None) -> Facts:
-        """A row of the table."""
-        test, more = single, best
-        if row:
-            test, more = base if row is found.base else tested(row)
-        pairs = zip(test.values(), scales, strict=bool(scales))
-        normalized = [(score - zero) / unit for score, (zero, unit) in pairs]
-        known = asdict(row) if row else {"params": {}}
-        return {
-            "rule": name,
-            **{key: known.get(key) for key in ("params", "scaling_coef", "server_lr")},
-            "val": row.value if row and row.val else None,
-            "test": test,
-            "also": more,
-            "mean": fmean(test.values()),
-            "normalized": fmean(normalized) if normalized else None,
-        }
-
-    named = [(SINGLE, None), (UNMERGED, found.base), *found.best_of.items()]
+    named = [(UNMERGED, found.base), *found.best_of.items()]
     for name, entry in recipe.fixed.items():
         coef, total = entry.scaling_coef, total_weight(problem.opened.weights)
         named.append((name, Row(entry.method, entry.params, coef, coef * total)))
-    rows = [row_of(name, row) for name, row in named]
+    tested = [(SINGLE, None, single, best)]
+    tested += [(name, row, problem.scores(row, "test"), others()) for name, row in named]
+    rows, scales = list[Facts](), list[Scale]()
+    with suppress(DeltaflError):
+        scales = problem.scales(single, tested[1][2])
+    for name, row, test, more in tested:
+        pairs = zip(test.values(), scales, strict=bool(scales))
+        normalized = [(score - zero) / unit for score, (zero, unit) in pairs]
+        known = asdict(row) if row else {"params": {}}
+        rows.append(
+            {
+                "rule": name,
+                **{key: known.get(key) for key in ("params", "scaling_coef", "server_lr")},
+                "val": row.value if row and row.val else None,
+                "test": test,
+                "also": more,
+                "mean": fmean(test.values()),
+                "normalized": fmean(normalized) if normalized else None,
+            }
+        )
+    return rows
+
+
+def _describe(
+    recipe: SearchRecipe, plan: Plan, problem: Problem, found: SearchResult, rows: Sequence[Facts]
+) -> Facts:
+    """The result as plain values."""
+    tasks = [goal.task for goal in problem.goals]
     norms = found.gram.diagonal().sqrt().tolist()
     known = zip(trainings(plan, norms), tasks, strict=True)
     return {
@@ -176,7 +174,7 @@ def _describe(
         "criterion": recipe.metric,
         "strategy": recipe.strategy,
         "examples": found.examples,
-        "single": single,
+        "single": rows[0]["test"],
         "single_val": found.single,
         "rows": rows,
         "best": asdict(found.best),
