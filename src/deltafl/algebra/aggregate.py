@@ -185,14 +185,19 @@ class Stepped(Lazy):
         if name in self._update and own.is_floating_point:
             update = self._update.spec(name)
             values = memory_like(out, update.dtype, update.device)
-            self._update.read(name, start, stop, values)
-            values.mul_(self._scale(name))
+            if self.whole:  # a block is a tensor more
+                self._update.read(name, start, stop, values)
+                values.mul_(self._scale(name))
+            else:
+                block = self._update.block(name, start, stop, update.dtype)
+                torch.mul(block, self._scale(name), out=values)
             wide = torch.promote_types(update.dtype, own)
             base = self._base.block(name, start, stop, wide)
             values = values.to(wide).add_(base.to(values.device))
         else:
             values = self._base.block(name, start, stop)
-        rounded = round_once(values, dtype)
+        once = values.dtype == torch.float32 and out.dtype == dtype != torch.float16
+        rounded = values if once else round_once(values, dtype)  # `copy_` rounds as well
         if dtype == torch.float16 and not torch.isfinite(rounded).all():
             raise DeltaflError(
                 f'tensor "{name}": values do not fit into float16; '

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from deltafl.algebra.tensors import Tensors, lazy
+from deltafl.algebra.tensors import Tensors, blocks, lazy
 from deltafl.checkpoints.layout import fingerprint, read_layout
 from deltafl.checkpoints.naming import match
 from deltafl.errors import DeltaflError, shorten
@@ -186,8 +186,14 @@ class Net:
                 raise DeltaflError(
                     f'tensor "{given}" is {shape}, the model has {tuple(state[name].shape)}'
                 )
+        held = lazy(tensors)
         for name, given in pairs.items():
-            state[name].copy_(tensors[given])
+            whole = state[name].view(-1) if state[name].is_contiguous() else None
+            if whole is None or held.whole:
+                state[name].copy_(tensors[given])
+                continue
+            for start, stop in blocks(len(whole)):
+                held.read(given, start, stop, whole[start:stop])
         used = set(pairs.values())
         return tuple(n for n in tensors if n not in used)
 
