@@ -124,5 +124,6 @@ print(megabytes("VmHWM") - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="measured in /proc")
 def test_memory_is_n_times_the_largest_tensor() -> None:
-    """Twelve tensors of 8 MB of four models: 32 MB for one of them, 8 for its result, 384 for all."""
-    assert 32 <= float(python(MEMORY, check=True).stdout) <= 56
+    """Twelve tensors of 8 MB of four models: 32 MB for one of them, 8 for its result, 384 for all; the
+    system frees late."""
+    assert 32 <= float(python(MEMORY, check=True).stdout) <= 100
