@@ -185,9 +185,15 @@ def errors() -> dict[str, float]:
 
 @pytest.mark.parametrize("rule", ["task_arithmetic", "ties"])
 @pytest.mark.parametrize("rank", [1, 3, 8])
-def test_an_adapter_is_the_nearest_of_its_rank_to_the_merge(home: Path, rule: str, rank: int) -> None:
+def test_an_adapter_is_the_nearest_of_its_rank_to_the_merge(
+    home: Path, rule: str, rank: int
+) -> None:
     how = ("a", "b", "--weights", 1, -0.5, "--method", rule, "--scaling-coef", 0.7)
-    whole, theirs, before = merged(*how), as_adapter(*how, "--as-adapter", rank), load(home / "base")
+    whole, theirs, before = (
+        merged(*how),
+        as_adapter(*how, "--as-adapter", rank),
+        load(home / "base"),
+    )
     told = errors()
     assert {name.split(".")[-2] for name in told} == {"q_proj", "v_proj", "down_proj"}
     for name, tensor in before.items():
@@ -227,11 +233,17 @@ def test_what_an_adapter_cannot_hold_is_refused_unless_it_is_negligible(home: Pa
     norms = ["model.norm.weight", "model.embed_tokens.weight"]
     for by, name in ((1.0, "moved"), (1e-6, "hardly")):
         save(home / name, tensors | {n: tensors[n] + by for n in norms}, config=config)
-    problem = refusal(home, "merge", "--base", "base", "--models", "moved", "--as-adapter", 4, "--out", "x")
-    assert problem.startswith("--as-adapter: 1 matrices of linear layers change, and 2 other tensors")
+    problem = refusal(
+        home, "merge", "--base", "base", "--models", "moved", "--as-adapter", 4, "--out", "x"
+    )
+    assert problem.startswith(
+        "--as-adapter: 1 matrices of linear layers change, and 2 other tensors"
+    )
     as_adapter("moved", "--as-adapter", 4, "--exclude", *norms)
     as_adapter("hardly", "--as-adapter", 4)
-    assert sorted(json.loads(Path("low/deltafl.json").read_text())["adapter"]["left_out"]) == sorted(norms)
+    assert sorted(
+        json.loads(Path("low/deltafl.json").read_text())["adapter"]["left_out"]
+    ) == sorted(norms)
 
 
 # What is refused
@@ -298,7 +310,9 @@ def test_the_base_is_known_by_its_values_and_else_by_its_name(home: Path) -> Non
     assert 'another base ("owner/base") than "elsewhere"' in refusal(home, *asked)
     assert_near(merged("elsewhere+a", base="elsewhere"), whole, 0)
     succeed(*asked, "--allow-other-base")
-    assert 'another base ("other/base")' in refusal(home, *asked[:2], "other/base+a", *asked[3:], "--overwrite")
+    assert 'another base ("other/base")' in refusal(
+        home, *asked[:2], "other/base+a", *asked[3:], "--overwrite"
+    )
 
 
 def test_an_adapter_is_no_base_and_a_model_no_adapter(home: Path) -> None:
@@ -321,7 +335,10 @@ def test_an_adapter_of_a_tied_head_is_refused(home: Path) -> None:
 
 
 def test_another_chat_template_is_said_and_can_be_chosen(home: Path) -> None:
-    files = {"base": {"eos_token": "</s>"}, "a": {"eos_token": {"content": "</s>"}, "chat_template": "x"}}
+    files = {
+        "base": {"eos_token": "</s>"},
+        "a": {"eos_token": {"content": "</s>"}, "chat_template": "x"},
+    }
     for name, config in files.items():
         (home / name / "tokenizer_config.json").write_text(json.dumps(config))
     (home / "b" / "tokenizer_config.json").write_text('{"eos_token": "<e>"}')

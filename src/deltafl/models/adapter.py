@@ -28,15 +28,15 @@ class LoraRecipe(Recipe):
     """A LoRA (arXiv 2106.09685) that trains in place of the model."""
 
     lora_rank: int | None = Field(
-        None, ge=1, description="of an adapter that trains in place of the model, its LoRA"
+        None, ge=1, description="rank of a LoRA adapter, which trains in place of the model"
     )
     lora_alpha: int | None = Field(
-        None, ge=1, description="the LoRA's scale is alpha / rank (default: alpha = 2 rank)"
+        None, ge=1, description="the adapter is scaled by alpha / rank (default: alpha = 2 rank)"
     )
     lora_targets: tuple[str, ...] = Field(
-        (), description="modules with a LoRA, as q_proj (default: all linear ones of the blocks)"
+        (), description="names of its modules, as q_proj (default: all linear layers of the blocks)"
     )
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="of what the LoRA is given")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="of what the adapter is given")
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
