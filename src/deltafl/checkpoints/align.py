@@ -188,7 +188,7 @@ def _add(
         )
     if ignored:
         out.ignored[label] = _by_reason(ignored)
-    return copied, told + notes, problems
+    return copied, told if partial else told + notes, problems
 
 
 def _differences(
