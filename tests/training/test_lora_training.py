@@ -71,7 +71,9 @@ def test_the_adapter_trains_and_is_written_alone_with_the_name_of_its_base(home:
     assert config["base_model_name_or_path"] == training["base"]["id"] == str(home / "base")
     assert training["base"]["fingerprint"] == fingerprint(read_layout("base"))
     assert (training["num_steps"], training["lr"]) == (9, 0.01)
-    assert training["num_examples"] == load_task("lines:lines", load_net("base").inputs).size("train")
+    assert training["num_examples"] == load_task("lines:lines", load_net("base").inputs).size(
+        "train"
+    )
     held = load_file(out / FILE)
     modules = {name.split(".")[-3] for name in held}
     assert modules == {f"{p}_proj" for p in ("q", "k", "v", "o", "gate", "up", "down")}
