@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from checkpoint_files import load, refusal, refused, reloaded, succeed
+from checkpoint_files import load, refusal, reloaded, succeed
 from deltafl.checkpoints.align import align
 from deltafl.checkpoints.layout import Entry
 from deltafl.checkpoints.naming import canonical, match
@@ -191,11 +191,9 @@ def test_an_untied_base_does_not_take_embeddings_for_its_head(tmp_path: Path) ->
 def test_a_language_model_of_another_vocabulary_is_refused(tmp_path: Path, tied: bool) -> None:
     make(tmp_path, CAUSAL, "base", tie_word_embeddings=tied)
     make(tmp_path, CAUSAL, "tuned", tie_word_embeddings=tied, vocab_size=22)
-    names = [EMBEDDING] if tied else [HEAD, EMBEDDING]
-    assert sorted(refused(tmp_path, *arguments(tmp_path))) == [
-        f'model "tuned": tensor "{n}" is (22, 8), the base has (20, 8); another vocabulary?'
-        for n in names
-    ]
+    both = f'"{EMBEDDING}"' if tied else f'"{HEAD}", "{EMBEDDING}"'
+    told = f'model "tuned": {both}: 22 rows, the base has 20; another vocabulary? Give the base the'
+    assert refusal(tmp_path, *arguments(tmp_path)).startswith(told)
 
 
 @pytest.mark.parametrize(

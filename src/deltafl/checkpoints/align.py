@@ -188,7 +188,7 @@ def _add(
         )
     if ignored:
         out.ignored[label] = _by_reason(ignored)
-    return copied, told + notes, problems
+    return copied, told if partial else told + notes, problems
 
 
 def _differences(
@@ -198,6 +198,7 @@ def _differences(
     parts = {name: part_of(name, ours) for name in wanted}
     foreign = PARTS - {part_of(name, ours) for name in pairs}
     copied, missing, problems = Reasons(), [], []
+    vocabularies = defaultdict[tuple[int, int], list[str]](list)
     dtypes, coded = Counter[tuple[str, str]](), defaultdict[tuple[str, str], list[str]](list)
     for name, part in parts.items():
         if name not in pairs and part in foreign:
@@ -214,12 +215,18 @@ def _differences(
         elif part in HEADS and part != "lm_head":
             why = f"{part}: a head of another shape in a model"
             copied |= {sibling: why for sibling in wanted if parts[sibling] == part}
+        elif len(want.shape) == 2 and held.shape[1:] == want.shape[1:]:
+            vocabularies[held.shape[0], want.shape[0]].append(pairs[name])
         else:
-            rows = held.shape[1:] == want.shape[1:]
-            why = "another vocabulary?" if rows else "was it fine-tuned from another base?"
             problems.append(
-                f'tensor "{pairs[name]}" is {held.shape}, the base has {want.shape}; {why}'
+                f'tensor "{pairs[name]}" is {held.shape}, the base has {want.shape}; '
+                "was it fine-tuned from another base?"
             )
+    problems += [
+        f"{shorten(names)}: {rows} rows, the base has {want}; another vocabulary? Give the base the "
+        "same (transformers: resize_token_embeddings), or copy them from the base with --exclude"
+        for (rows, want), names in vocabularies.items()
+    ]
     if len(problems) > 6:
         problems[5:] = [f"{len(problems) - 5} more tensors have another shape than in the base"]
     problems += [

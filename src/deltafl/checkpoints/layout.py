@@ -116,6 +116,11 @@ def split_ref(ref: str) -> tuple[str, str]:
     return ("", ref) if Path(ref).exists() else (base, adapter)
 
 
+def lasting_ref(ref: str) -> str:
+    """A path that holds in any working directory, or a hub id."""
+    return str(Path(ref).absolute()) if Path(ref).exists() else ref
+
+
 def read_layout(ref: str | os.PathLike[str]) -> Layout:
     """The layout of a local path or, if there is none, of a hub id; of `BASE+ADAPTER` that of the
     adapter. Raises DeltaflError.

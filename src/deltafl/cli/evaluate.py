@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from deltafl.checkpoints.layout import split_ref
 from deltafl.cli.command import recipe_command
 from deltafl.cli.results import table_text
 from deltafl.errors import DeltaflError
@@ -47,7 +48,7 @@ def evaluate_command(recipe: EvaluationRecipe) -> None:
 
 def _trained_seed(model: str) -> int:
     """The seed in a model's training.json, which chose its validation split; 0 without one."""
-    file = Path(model) / TRAINING_JSON
+    file = Path(split_ref(model)[1]) / TRAINING_JSON
     try:
         return int(json.loads(file.read_text())["seed"]) if file.is_file() else 0
     except (ValueError, KeyError, TypeError) as error:

@@ -16,7 +16,7 @@ from deltafl.algebra.streaming import Unit, visit
 from deltafl.algebra.tensors import Lazy
 from deltafl.checkpoints.adapter import CONFIG, PREFIX
 from deltafl.checkpoints.checkpoint import torch_dtype
-from deltafl.checkpoints.layout import ADAPTER
+from deltafl.checkpoints.layout import ADAPTER, lasting_ref
 from deltafl.errors import DeltaflError, shorten
 from deltafl.merge.plan import Facts, Plan
 from deltafl.progress import OnProgress
@@ -40,7 +40,7 @@ def write_lora(
     Raises:
         DeltaflError: what else than matrices of linear layers changes is not negligible.
     """
-    recipe, config, base = plan.recipe, plan.base.folder / "config.json", Path(plan.recipe.base)
+    recipe, config = plan.recipe, plan.base.folder / "config.json"
     rank, dtype = recipe.as_adapter or 0, torch_dtype(recipe.stored_dtype or "F32")
     model_type = json.loads(config.read_text()).get("model_type") if config.is_file() else None
     transposed = model_type in CONV1D
@@ -61,31 +61,30 @@ def write_lora(
             found.append((name, norm, error, [side.to(dtype).contiguous() for side in sides]))
         return found
 
-    passed = visit(
-        specs, factors, plan.threads, whole=True, name="writing", on_progress=on_progress
-    )
-    names, tensors = {name: name for name in update}, dict[str, Tensor]()
-    norms, errors = dict[str, float](), dict[str, float]()
-    for label in plan.adapters:
-        names |= plan.alignment.names[label]
+    options = {"name": "writing", "on_progress": on_progress}
+    passed = visit(specs, factors, plan.threads, whole=True, **options)
+    tensors, norms, errors = dict[str, Tensor](), dict[str, float](), dict[str, float]()
+    named = {n: own for label in plan.adapters for n, own in plan.alignment.names[label].items()}
+    modules = {name: named.get(name, name).removesuffix(".weight") for name in specs}
     for name, norm, error, sides in (one for found in passed for one in found if one[1]):
         norms[name] = norm
-        if sides:
-            errors[name], module = error, PREFIX + names[name].removesuffix(".weight")
-            keys = (f"{module}.lora_A.weight", f"{module}.lora_B.weight")
-            tensors |= zip(keys, sides, strict=True)
+        for side, tensor in zip("AB", sides, strict=False):
+            tensors[f"{PREFIX}{modules[name]}.lora_{side}.weight"] = tensor
+            errors[name] = error
     left_out = [name for name in norms if name not in linear]
-    if math.hypot(*map(norms.__getitem__, left_out)) > NEGLIGIBLE * math.hypot(*norms.values()):
+    lost = math.hypot(*(norms[name] for name in left_out))
+    if not errors or lost > NEGLIGIBLE * math.hypot(*norms.values()):
         raise DeltaflError(
-            f"--as-adapter: {len(left_out)} tensors change that are no matrices of linear layers "
-            f"({shorten(left_out)}); copy them from the base with --exclude, or write a whole model"
+            f"--as-adapter: {len(errors)} matrices of linear layers change, and {len(left_out)} "
+            f"other tensors ({shorten(left_out)}), which an adapter cannot hold; "
+            "copy these from the base with --exclude, or write a whole model"
         )
     settings = {
         "peft_type": "LORA",
-        "base_model_name_or_path": str(base.absolute() if base.exists() else base),
+        "base_model_name_or_path": lasting_ref(recipe.base),
         "r": rank,
         "lora_alpha": rank,
-        "target_modules": [names[name].removesuffix(".weight") for name in errors],
+        "target_modules": [modules[name] for name in errors],
         "fan_in_fan_out": transposed,
     }
     save_file(tensors, folder / ADAPTER, metadata={"format": "pt"})

@@ -113,7 +113,7 @@ class Plan:
     def working_memory(self) -> int:
         """Bytes of the blocks, or of a `TensorRule` the tensors, that are in work at a time."""
         elements, width = 1 << 18, 8 if self.recipe.exact else 4
-        if isinstance(self.rule.core, TensorRule):  # which compute in float64
+        if self.recipe.as_adapter or isinstance(self.rule.core, TensorRule):  # in float64
             elements, width = max(self.base.entries[n].numel for n in self.alignment.merged), 16
         return self.threads * elements * width * (2 * len(self.layouts) + 6)
 

@@ -87,7 +87,7 @@ def other_texts(plan: Plan) -> list[str]:
     """A warning for each model whose text differs from that of the base, unless one was chosen."""
     folders = () if plan.recipe.tokenizer_from else plan.layouts.items()
     return [
-        f'model "{name}": another {" and ".join(odd)} than the base, whose are written; '
+        f'model "{name}": not the {" and ".join(odd)} of the base, which is written; '
         f"choose with --tokenizer-from {name}"
         for name, layout in folders
         if (odd := text_differences(plan.base.folder, layout.folder))

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from deltafl.checkpoints.adapter import PREFIX, Adapter
-from deltafl.checkpoints.layout import ADAPTER, Layout, read_layout
+from deltafl.checkpoints.layout import ADAPTER, Layout, lasting_ref, read_layout
 from deltafl.errors import DeltaflError, shorten
 from deltafl.models.net import Net
 from deltafl.models.pretrained import explained
@@ -28,15 +28,15 @@ class LoraRecipe(Recipe):
     """A LoRA (arXiv 2106.09685) that trains in place of the model."""
 
     lora_rank: int | None = Field(
-        None, ge=1, description="of an adapter that trains in place of the model, its LoRA"
+        None, ge=1, description="rank of a LoRA adapter, which trains in place of the model"
     )
     lora_alpha: int | None = Field(
-        None, ge=1, description="the LoRA's scale is alpha / rank (default: alpha = 2 rank)"
+        None, ge=1, description="the adapter is scaled by alpha / rank (default: alpha = 2 rank)"
     )
     lora_targets: tuple[str, ...] = Field(
-        (), description="modules with a LoRA, as q_proj (default: all linear ones of the blocks)"
+        (), description="names of its modules, as q_proj (default: all linear layers of the blocks)"
     )
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="of what the LoRA is given")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="of what the adapter is given")
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
@@ -55,10 +55,10 @@ def add_lora(net: Net, recipe: LoraRecipe, seed: int) -> None:
     if not isinstance(net.inputs, TextInput) or net.base or not net.origin:
         what = "has a LoRA, which trains" if net.base else "is no language model with weights"
         raise DeltaflError(f'model "{net.origin}" {what}; leave out --lora-rank')
-    rank, local = recipe.lora_rank or 0, Path(net.origin).exists()
+    rank = recipe.lora_rank or 0
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
-        base_model_name_or_path=str(Path(net.origin).absolute()) if local else net.origin,
+        base_model_name_or_path=lasting_ref(net.origin),
         r=rank,
         lora_alpha=recipe.lora_alpha or 2 * rank,
         target_modules=list(recipe.lora_targets) or "all-linear",
@@ -67,7 +67,7 @@ def add_lora(net: Net, recipe: LoraRecipe, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         key = keyed_generator(seed, "lora").initial_seed()
         torch.random.default_generator.manual_seed(key)
-        _inject(net, config)
+        explained(net.origin, _inject, net, config)
 
 
 def lora_layers(net: Net) -> "dict[str, Linear]":
