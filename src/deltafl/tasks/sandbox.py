@@ -33,11 +33,11 @@ program begins; to cut no file that is only read, which Landlock before Linux 6.
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one program: seconds of processor time, and three times as many by the clock; bytes of
+    """Of one program: seconds of processor time, and five times as many by the clock; bytes of
     memory; files, and bytes of one.
     """
 
-    seconds: int = 5
+    seconds: int = 10
     memory: int = 1 << 30
     files: int = 16
     file_bytes: int = 1 << 20
@@ -105,7 +105,7 @@ def _status(program: str, limits: Limits) -> int:
             env={"PYTHONHASHSEED": "0"},
         )
         try:
-            last = time.monotonic() + 3 * limits.seconds
+            last = time.monotonic() + 5 * limits.seconds
             while process.poll() is None:
                 if time.monotonic() > last or len(os.listdir(folder)) > limits.files:
                     process.kill()
