@@ -36,7 +36,7 @@ docs: $(VENV)/installed-docs
 ci:
 	.ci/run
 
-pins: $(VENV)/installed-dev $(VENV)/installed-docs
+pins: $(VENV)/installed-dev $(VENV)/installed-docs $(VENV)/installed-harness
 	$(BIN)/python .ci/pin.py
 
 clean:

@@ -1,7 +1,7 @@
 """Run program.py of the working directory, confined; `sandbox.passes` starts this as a script.
 
-Arguments: a seccomp filter in hex; the most bytes of memory, seconds of processor time and bytes of
-a file; the folders that may be read.
+Arguments: the exit status of a program that runs to its end; the most bytes of memory, seconds of
+processor time and bytes of a file; a seccomp filter in hex; the folders that may be read.
 """
 
 import ctypes
@@ -11,9 +11,6 @@ import struct
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
-
-ENDED = 47
-"""The exit status of a program that ran to its end; one that leaves early has its own, or 1."""
 
 _SIGKILL, _PDEATHSIG, _SECCOMP, _NO_NEW_PRIVS = 9, 1, 22, 38
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
@@ -25,7 +22,7 @@ _PRCTL, _SYSCALL = _LIBC.prctl, _LIBC.syscall
 _PRCTL.argtypes = _SYSCALL.argtypes = [ctypes.c_long] + [ctypes.c_void_p] * 4
 
 
-def confine(code: bytes, limits: Sequence[int], readable: Sequence[str]) -> None:
+def confine(limits: Sequence[int], code: bytes, readable: Sequence[str]) -> None:
     """Forbid this process for good whatever `passes` says, before anything of the program is run.
 
     Raises:
@@ -64,20 +61,20 @@ def _call(function: Callable[..., int], *arguments: int | bytes | None) -> int:
 
 
 def main() -> None:
-    """End with `ENDED`, or with 1 if the program raised anything, SystemExit included."""
+    """Run it; one that raises anything, SystemExit included, ends with 1."""
     _call(_PRCTL, _PDEATHSIG, _SIGKILL)
     with open("program.py", "rb") as file:
         program = file.read()
     os.unlink("program.py")
-    code, *limits = sys.argv[1:5]
-    confine(bytes.fromhex(code), [*map(int, limits)], sys.argv[5:])
+    ended, *limits = map(int, sys.argv[1:5])
+    confine(limits, bytes.fromhex(sys.argv[5]), sys.argv[6:])
     sys.argv[1:] = []
     module = sys.modules["__main__"] = ModuleType("__main__")
     try:
         exec(compile(program, "program.py", "exec"), vars(module))
     except BaseException:
         os._exit(1)
-    os._exit(ENDED)
+    os._exit(ended)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from deltafl.errors import DeltaflError
 from deltafl.tasks.cache import Made, kept
 from deltafl.tasks.digits import digits
 from deltafl.tasks.find import Found, find
+from deltafl.tasks.harness import load_harness
 from deltafl.tasks.images import Images, ImageTask
 from deltafl.tasks.inputs import ImageInput, TextInput
 from deltafl.tasks.lines import load_lines
@@ -41,9 +42,11 @@ def load_task(data: DataRecipe | str, inputs: ImageInput | TextInput, seed: int 
     recipe = DataRecipe.of(data=data) if isinstance(data, str) else data
     spec = recipe.data
     kind, _, target = spec.partition(":")
-    builtin = kind in ("hub", "parquet", "folder", "lines", "digits")
+    builtin = kind in ("hub", "parquet", "folder", "lines", "digits", "harness")
     if re.fullmatch(MODULE_ATTR, spec) and not builtin and not Path(spec).exists():
         task = _user_task(spec, inputs, seed)
+    elif isinstance(inputs, TextInput) and kind == "harness":
+        task = load_harness(target, inputs, recipe.val_fraction, seed)
     elif isinstance(inputs, TextInput):
         lines = kind == "lines" or any(Path(spec).expanduser().glob("train*.txt"))
         if lines or (source := find(recipe, text=True)) is None:

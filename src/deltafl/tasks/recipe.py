@@ -96,6 +96,7 @@ class DataRecipe(DataSource):
     - `parquet:PATH` or `folder:PATH`, the same as PATH, for names that look like something else,
       and
       `lines:PATH`, a folder with lines of plain text, `train*.txt` and `test*.txt`;
+    - `harness:NAME` or `harness:FILE.yaml`, a task of lm-eval, which judges and trains nothing;
     - `digits` or `digits:VARIANT`;
     - PATH, a folder with `train*.parquet` and `test*.parquet`, with `train/CLASS/*.png` and
       `test/CLASS/*.png`, or with lines of text; `PATH/NAME` takes `NAME_train.parquet`,
