@@ -13,7 +13,7 @@ import pytest
 from deltafl.errors import DeltaflError
 from deltafl.forking import can_fork, fork
 from deltafl.tasks import sandbox
-from deltafl.tasks.sandbox import Limits, check_confinement, passes
+from deltafl.tasks.sandbox import Limits, check_allowed, check_confinement, passes
 
 try:
     check_confinement()
@@ -262,3 +262,9 @@ def test_where_a_program_cannot_be_confined_none_is_run(where, value, tmp_path, 
     with pytest.raises(DeltaflError, match=r"cannot confine .* none is run: .*Landlock"):
         passes("")
     check_confinement.cache_clear()
+
+
+def test_programs_are_run_only_where_that_is_allowed():
+    with pytest.raises(DeltaflError, match=r'task "mbpp" .* --allow-code-execution \(data\.allow_'):
+        check_allowed(False, 'task "mbpp"')
+    check_allowed(True, 'task "mbpp"')

@@ -58,6 +58,19 @@ def passes(program: str, limits: Limits = LIMITS) -> bool:
     return _status(program, limits) == confined.ENDED
 
 
+def check_allowed(allowed: bool, what: str) -> None:
+    """Raise DeltaflError unless programs that a model writes may be run, and can be confined.
+
+    what: the beginning of the line, such as `task "mbpp"`.
+    """
+    if not allowed:
+        raise DeltaflError(
+            f"{what} is judged by running programs that the model writes, each confined; allow that "
+            "with --allow-code-execution (data.allow_code_execution: true)"
+        )
+    check_confinement()
+
+
 @cache
 def check_confinement() -> None:
     """Raise DeltaflError where a program cannot be confined."""
