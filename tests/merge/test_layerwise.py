@@ -18,8 +18,9 @@ from deltafl.rules.regmean import RegMean
 from deltafl.rules.regmean_plus import RegMeanPlus
 from deltafl.rules.rule import LayerRule
 from deltafl.rules.sequential_regression import SequentialRegression
-from deltafl.tasks import ImageInput, ImageTask, LineTask, TextInput
-from deltafl.tasks.lines import Lines, tokenised
+from deltafl.tasks import ImageInput, ImageTask, TextInput, TextTask
+from deltafl.tasks.lines import tokenised
+from deltafl.tasks.text import Texts
 from tiny_models import tiny_images, tiny_llama
 
 RULES = {
@@ -257,8 +258,8 @@ def test_rows_of_language_models_are_tokens_and_no_padding(tmp_path: Path) -> No
     inputs = net.inputs
     assert isinstance(inputs, TextInput)
     ids = tokenised(["ab", "a longer line", "four", "the fifth one is it"], inputs)
-    lines = Lines(ids, torch.zeros(4, dtype=torch.int64))
-    task = LineTask("lines", {"train": lines, "val": lines, "test": lines})
+    lines = Texts(ids, torch.ones(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int64))
+    task = TextTask("lines", {"train": lines, "val": lines, "test": lines})
     base = {n: t.double() for n, t in net.module.state_dict().items()}
     tuned = [{n: t * (1.1 + i / 10) for n, t in base.items()} for i in range(2)]
     mean = {n: (tuned[0][n] + tuned[1][n]) / 2 - t for n, t in base.items()}

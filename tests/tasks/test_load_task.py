@@ -77,7 +77,7 @@ def test_one_set_of_a_folder_with_its_sidecar(tmp_path, kind):
     assert load(f"{kind}{tmp_path}/boats").class_names == ("0", "1")
     for name, message in (
         ("", r'holds several data sets; name one of them: ".*birds", ".*boats"'),
-        ("/bird", 'bird" .* and no Parquet file of that name; did you mean "birds"'),
+        ("/bird", 'bird" .* and no file of that name; did you mean "birds"'),
     ):
         fails(message, load, f"{kind}{tmp_path}{name}")
 

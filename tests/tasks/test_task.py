@@ -8,9 +8,10 @@ from dataset_files import load, sizes
 
 from checkpoint_files import fails
 from deltafl.tasks import Task, load_task
-from deltafl.tasks.lines import WORST, tokenised
+from deltafl.tasks.lines import tokenised
 from deltafl.tasks.recipe import DataRecipe, TrainingDataRecipe
 from deltafl.tasks.task import check_task
+from deltafl.tasks.text import WORST
 
 N = 5
 
@@ -95,8 +96,8 @@ def test_lines_are_found_by_themselves_or_by_name(text, prefix):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ("digits", r'"digits" has no line of text in digits/train\*.txt, and the model takes text'),
-        ("cifar100", '"cifar100" has no line of text in .*, and the model takes text'),
+        ("digits", 'data "digits" holds images, and the model takes text'),
+        ("cifar100", 'data "cifar100" holds images, and the model takes text'),
         ("lines:nowhere", r'"lines:nowhere" has no line of text in nowhere/train\*.txt'),
     ],
 )
@@ -108,7 +109,7 @@ def test_lines_are_cut_blank_ones_left_out_and_other_files_and_models_refused(te
     net, folder = text
     lines = tokenised(["a line", "", "  ", "x" * 5000], net.inputs)
     assert [len(line) for line in lines] == [7, net.inputs.max_length]
-    fails("holds lines of text, and the model takes images", load, f"lines:{folder}")
+    fails("holds text, and the model takes images", load, f"lines:{folder}")
     recipe = TrainingDataRecipe.of(data=str(folder), augment="flip")
     fails("augment and label_smoothing are for images", load_task, recipe, net.inputs)
     (folder / "test-bad.txt").write_bytes(b"\xff\xfe\xfa")

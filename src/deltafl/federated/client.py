@@ -87,7 +87,9 @@ class LocalTraining:
                 nn.utils.clip_grad_norm_([kept], local.grad_clip)
 
         purpose = f"round {round.number} client {round.client}"
-        rows = batches(round.ids, local.batch_size, seed, round.num_steps, purpose)
+        lengths = self.task.lengths("train")
+        size, steps = local.batch_size, round.num_steps
+        rows = batches(round.ids, size, seed, steps, purpose, lengths=lengths)
         drawn, device = keyed_generator(seed, "augment", purpose), net.device
         loss = torch.zeros((), device=device)
         dropout = keyed_dropout(device, seed, round.number, round.client)

@@ -29,8 +29,8 @@ from deltafl.models.net import Net
 from deltafl.progress import OnProgress, Progress, ignore
 from deltafl.sparse.eligible import eligible
 from deltafl.sparse.masks import load_mask
-from deltafl.tasks.task import Split, Task
-from deltafl.training.finetune import require_examples, write_model
+from deltafl.tasks.task import Split, Task, require_examples
+from deltafl.training.finetune import write_model
 from deltafl.training.loop import Best
 from deltafl.training.record import (
     FinishedRun,

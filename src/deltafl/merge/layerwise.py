@@ -120,7 +120,7 @@ def find_maps(start: Start, examples: Examples) -> list[Map]:
 
     batch = task.batch("train", torch.arange(min(2, task.size("train"))), net.device)
     with torch.no_grad(), Reading(places, start.read(start.base, net.device), see, saw):
-        task.score(net, batch)
+        task.loss(net, batch)
     return [
         replace(m, skip=skips.get(m.weight, 0))
         for m in maps.values()
@@ -142,7 +142,7 @@ class Client:
         reads = {"tuned": start.read(examples.tuned, net.device), "merged": self._read_merged}
         self._passes = {
             side: Pass(
-                lambda: task.score(net, batch),
+                lambda: task.loss(net, batch),
                 start.places(net),
                 reads[side],
                 maps,

@@ -26,6 +26,7 @@ from deltafl.progress import OnProgress, ignore
 from deltafl.rules.rule import ExampleRule, build_rule
 from deltafl.rules.weights import total_weight
 from deltafl.tasks import DataRecipe, Task, load_task
+from deltafl.tasks.task import require_examples
 
 SINGLE, UNMERGED = "single-task models", "base (unmerged)"
 """Rows of the table that are no merges."""
@@ -95,6 +96,8 @@ def _heads(recipe: SearchRecipe, plan: Plan, net: Net, tasks: Sequence[Task]) ->
     """
     if len({task.name for task in tasks}) < len(tasks):
         raise DeltaflError("two models have one task; a search wants one model for each task")
+    for task in tasks:
+        require_examples(task, "val", "test")
     for task in (task for task in tasks if recipe.reference and not task.ratio_scaled):
         raise DeltaflError(
             f'task "{task.name}": {task.metric} is no ratio, so that it cannot be compared in '

@@ -53,7 +53,7 @@ class Net:
 
     What trains is what requires a gradient: freeze or release parameters before the first use of
     `flat`. `inputs`: what the module takes. `origin`: the folder, hub id or `module:attr` that it
-    came from, "" for a new one. `write` writes the module into a folder as `load_net` reads it.
+    came from, "" for a new one. `store` writes the module into a folder as `load_net` reads it.
     """
 
     inner = ""
@@ -67,9 +67,9 @@ class Net:
         module: nn.Module,
         inputs: ImageInput | TextInput,
         origin: str = "",
-        write: Callable[[nn.Module, Path], None] = write_module,
+        store: Callable[[nn.Module, Path], None] = write_module,
     ) -> None:
-        self.module, self.inputs, self.origin, self.write = module, inputs, origin, write
+        self.module, self.inputs, self.origin, self.store = module, inputs, origin, store
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the module gives."""
@@ -229,7 +229,7 @@ class Net:
 
     def save(self, folder: Path) -> None:
         """Write the model into the existing `folder`, so that `load_net(folder)` gives it back."""
-        self.write(self.core, folder)
+        self.store(self.core, folder)
         self.save_head(folder)
 
     def save_head(self, folder: Path) -> None:
@@ -247,4 +247,4 @@ class Net:
         return self._of(copy.deepcopy(self.module).to(device))
 
     def _of(self, module: nn.Module) -> Self:
-        return type(self)(module, self.inputs, self.origin, self.write)
+        return type(self)(module, self.inputs, self.origin, self.store)

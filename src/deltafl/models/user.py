@@ -52,7 +52,7 @@ def user_net(
             f'model "{ref}" returned a {type(made).__name__}, '
             "not a torch.nn.Module or a deltafl Net"
         )
-    made.origin, made.write = origin, partial(write_module, about=about)
+    made.origin, made.store = origin, partial(write_module, about=about)
     return made
 
 

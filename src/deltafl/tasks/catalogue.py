@@ -1,4 +1,4 @@
-"""Published classification tasks by name, and the words that prompts use for their classes."""
+"""Published tasks by name, and the words that prompts use for classes."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -7,9 +7,11 @@ from importlib.resources import files
 from typing import TypeVar
 
 import yaml
+from pydantic import Field
 
 from deltafl.errors import DeltaflError
 from deltafl.recipes import Recipe
+from deltafl.tasks.recipe import TextSource
 
 T = TypeVar("T")
 
@@ -61,11 +63,31 @@ class NamedTask(Recipe):
         return splits, names
 
 
+class NamedText(TextSource):
+    """One task of texts.yaml, where the names are.
+
+    hub: as of a `NamedTask`. rows: split -> first and last row, from 0, of data without a test
+    split.
+    """
+
+    hub: str
+    rows: Mapping[str, list[int]] = Field({})
+
+
+def _entries(file: str) -> dict[str, dict]:
+    return yaml.safe_load((files("deltafl.tasks") / file).read_text(encoding="utf-8"))
+
+
 @cache
 def catalogue() -> Mapping[str, NamedTask]:
-    """Name -> task."""
-    text = (files("deltafl.tasks") / "catalogue.yaml").read_text(encoding="utf-8")
-    return {name: NamedTask.model_validate(task) for name, task in yaml.safe_load(text).items()}
+    """Name -> task of images."""
+    return {n: NamedTask.model_validate(task) for n, task in _entries("catalogue.yaml").items()}
+
+
+@cache
+def text_catalogue() -> Mapping[str, NamedText]:
+    """Name -> task of text."""
+    return {n: NamedText.model_validate(task) for n, task in _entries("texts.yaml").items()}
 
 
 def prompt_names(task: str, class_names: Sequence[str]) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from deltafl.tasks.lines import load_lines
 from deltafl.tasks.recipe import DataRecipe, TrainingDataRecipe
 from deltafl.tasks.selection import select
 from deltafl.tasks.task import SPLITS, Task
+from deltafl.tasks.texts import HELD_OUT, load_text
 from deltafl.usercode import find_callable, importable
 
 MODULE_ATTR = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
@@ -44,7 +45,11 @@ def load_task(data: DataRecipe | str, inputs: ImageInput | TextInput, seed: int 
     if re.fullmatch(MODULE_ATTR, spec) and not builtin and not Path(spec).exists():
         task = _user_task(spec, inputs, seed)
     elif isinstance(inputs, TextInput):
-        task = load_lines(spec, inputs, recipe.val_fraction, seed)
+        lines = kind == "lines" or any(Path(spec).expanduser().glob("train*.txt"))
+        if lines or (source := find(recipe, text=True)) is None:
+            task = load_lines(spec, inputs, recipe.val_fraction or HELD_OUT, seed)
+        else:
+            task = load_text(source, recipe, inputs, seed)
     elif inputs.channels not in (1, 3):
         raise DeltaflError(f"images have 1 or 3 channels, not {inputs.channels}")
     elif source := find(recipe):
@@ -84,19 +89,20 @@ def _user_task(spec: str, inputs: ImageInput | TextInput, seed: int) -> Task:
 
 def _images(source: Found, inputs: ImageInput, recipe: DataRecipe, seed: int) -> ImageTask:
     shape, columns = (inputs.channels, inputs.image_size, inputs.image_size), recipe.columns()
+    fraction = recipe.val_fraction or 0.1
 
     def make(scratch: Path) -> Made:
         from deltafl.tasks.tables import decoded, open_source
 
         splits, names = open_source(source, columns, scratch)
         groups = {split: own.labels for split, own in splits.items()}
-        rows = select(groups, seed, recipe.val_fraction, recipe.limit)
+        rows = select(groups, seed, fraction, recipe.limit)
         chosen = [(splits[origin], some) for origin, some in rows.values()]
         labels = [own.labels[some].tolist() for own, some in chosen]
         parts = chain.from_iterable(decoded(own, some, inputs) for own, some in chosen)
         return Made([names, labels], (sum(map(len, labels)), *shape), parts)
 
-    how = [shape, columns, seed, recipe.val_fraction, recipe.limit, PIL.__version__]
+    how = [shape, columns, seed, fraction, recipe.limit, PIL.__version__]
     (names, labels), images = kept([source.key, repr(source.named), how], make)
     parts = map(Images, images.split([*map(len, labels)]), map(torch.tensor, labels))
     return ImageTask(source.name, dict(zip(SPLITS, parts, strict=True)), tuple(names))

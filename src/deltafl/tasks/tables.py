@@ -1,4 +1,4 @@
-"""What the `datasets` library reads, Parquet files, sets of the hub and lists of images, as raw
+"""What the `datasets` library reads, tables in files, sets of the hub and lists of images, as raw
 splits.
 
 To be imported where data are opened: `datasets` takes a second.
@@ -28,7 +28,8 @@ from datasets.exceptions import DatasetsError
 from pydantic import TypeAdapter
 
 from deltafl.errors import DeltaflError, did_you_mean, shorten
-from deltafl.tasks.find import SPLIT_NAMES, Found
+from deltafl.tasks.catalogue import NamedTask
+from deltafl.tasks.find import SPLIT_NAMES, TEXT_SUFFIXES, Found
 from deltafl.tasks.images import check_labels
 from deltafl.tasks.inputs import ImageInput
 
@@ -82,11 +83,13 @@ def open_source(
         DeltaflError: a column is missing, labels are not integers or not below the number of
             classes, there are too many or too few names of classes, or a split is missing or empty.
     """
-    tables, splits = source.tables or _read_files(source, scratch), {}
+    tables, splits = open_tables(source, scratch), {}
     names = _class_names(source.sidecar) if source.sidecar else ()
     for key in filter(tables.__contains__, SPLIT_NAMES):
         table, where = tables[key], f'split "{key}" of {source.where}'
-        image, label = (_present(table, *column, where) for column in columns.items())
+        image, label = (
+            present(table, f"{kind}_column", own, where) for kind, own in columns.items()
+        )
         if isinstance(feature := table.features[label], ClassLabel):
             names = names or feature.names
         labels = np.asarray(table.with_format("numpy")[label][:])
@@ -100,7 +103,7 @@ def open_source(
     if not names:
         most = max((split.labels.max(initial=0) for split in splits.values()), default=0)
         names = [*map(str, range(most + 1))]
-    if source.named:
+    if isinstance(source.named, NamedTask):
         splits, names = source.named.of(source.name, splits, names)
     if missing := sorted({"train", "test"} - splits.keys()):
         raise DeltaflError(
@@ -116,15 +119,18 @@ def open_source(
     return splits, names
 
 
-def _read_files(source: Found, scratch: Path) -> DatasetDict:
-    """Parquet files from a copy that `datasets` makes under `scratch`: what stays on disk is the
-    pixels. Images by their paths: `load_dataset("imagefolder")` takes 0.4 ms a file, more than a
-    small image's decoding.
+def open_tables(source: Found, scratch: Path) -> DatasetDict:
+    """Tables by the splits' own names: files from a copy that `datasets` makes under `scratch`, for
+    what stays on disk are pixels and tokens. Images by their paths: `load_dataset("imagefolder")`
+    takes 0.4 ms a file, more than a small image's decoding.
     """
+    if source.tables:
+        return source.tables
     every = [*chain(*source.files.values())]
-    if every[0].suffix == ".parquet":
+    if (suffix := every[0].suffix) in TEXT_SUFFIXES:
         paths = {split: [*map(str, own)] for split, own in source.files.items()}
-        return read_tables("parquet", source.where, data_files=paths, cache_dir=str(scratch))
+        kind = "parquet" if suffix == ".parquet" else "json"
+        return read_tables(kind, source.where, data_files=paths, cache_dir=str(scratch))
     classes = ClassLabel(names=sorted({path.parent.name for path in every}))
     features, tables = Features({"image": Image(decode=False), "label": classes}), DatasetDict()
     for split, images in source.files.items():
@@ -148,12 +154,17 @@ def _class_names(sidecar: Path) -> list[str]:
         ) from error
 
 
-def _present(table: Dataset, kind: str, wanted: Sequence[str], where: str) -> str:
+def present(table: Dataset, setting: str, wanted: Sequence[str], where: str) -> str:
+    """The first of the columns `wanted` that a table has; `setting` names another.
+
+    Raises:
+        DeltaflError: there is none.
+    """
     if found := [column for column in wanted if column in table.column_names]:
         return found[0]
     raise DeltaflError(
         f'{where} has no column "{wanted[0]}"; {did_you_mean(wanted[0], table.column_names)} '
-        f"Name it with --{kind}-column ({kind}_column)."
+        f"Name it with --{setting.replace('_', '-')} ({setting})."
     )
 
 

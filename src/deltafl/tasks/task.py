@@ -64,6 +64,14 @@ class Task(ABC):
     def score(self, model: Model, batch: Batch) -> Tensor:
         """For each example how well it is done, (B,), larger is better; may be negative."""
 
+    def lengths(self, split: Split) -> Tensor | None:
+        """int64 (N,): what each example takes beside others of a batch; None: all the same."""
+        return None
+
+    def quick(self) -> "Task":
+        """The task as `check_task` tries it: itself, or one whose score costs less."""
+        return self
+
     def groups(self, split: Split) -> Tensor:
         """int64 (N,): the class, source or author of each example, which shards go by."""
         return torch.zeros(self.size(split), dtype=torch.int64)
@@ -107,7 +115,7 @@ class HeldTask(Task):
 
     def only(self, rows: Mapping[str, Tensor], name: str) -> Self:
         """What there is to tell apart stays, so that one head fits all parts."""
-        if empty := [split for split in SPLITS if not len(rows[split])]:
+        if empty := [s for s in SPLITS if self.size(s) and not len(rows[s])]:
             raise DeltaflError(
                 f'task "{name}" has no example in {", ".join(empty)}; take fewer parts or more data'
             )
@@ -124,14 +132,15 @@ def hash_of(*parts: Tensor | str) -> str:
 
 
 def check_task(task: Task, model: Model, device: Device = "cpu") -> None:
-    """Let `model`, in eval mode, do two training examples, so that a task of a user's own that
-    breaks a promise is found before anything trains.
+    """Let `model`, in eval mode, do two examples, of training where there are some, so that a task
+    of a user's own that breaks a promise is found before anything trains.
 
     Raises:
         DeltaflError: which field of the task is of another shape or dtype, or not finite.
     """
-    ids = torch.arange(min(2, task.size("train")))
-    batch = task.batch("train", ids, device)
+    split = max(SPLITS, key=lambda s: task.size(s) > 0)
+    ids, task = torch.arange(min(2, task.size(split))), task.quick()
+    batch = task.batch(split, ids, device)
     wrong = [f"batch[{name}]" for name, tensor in batch.items() if len(tensor) != len(ids)]
     wrong += [f"groups({s})" for s in SPLITS if task.groups(s).shape != (task.size(s),)]
     if wrong:
@@ -144,6 +153,13 @@ def check_task(task: Task, model: Model, device: Device = "cpu") -> None:
         ("the sums of loss", "the weights of loss", "score"), found, strict=True
     ):
         check_values(task, field, values, len(ids))
+
+
+def require_examples(task: Task, *splits: Split) -> None:
+    """Raise DeltaflError where a split of the task is empty."""
+    if any(not task.size(split) for split in splits):
+        counts = " and ".join(f"{task.size(split)} {split}" for split in splits)
+        raise DeltaflError(f'task "{task.name}" has {counts} examples; all splits need some')
 
 
 def check_values(

@@ -11,7 +11,7 @@ from deltafl.algebra.tensors import device_named
 from deltafl.models import Net
 from deltafl.recipes import Flags, Incidental, Recipe
 from deltafl.tasks import DataRecipe, Task
-from deltafl.tasks.task import Split
+from deltafl.tasks.task import Split, require_examples
 from deltafl.training.recipe import PRECISIONS
 from deltafl.training.step import scores
 
@@ -72,8 +72,9 @@ def evaluate(
     """How well a model does on a split of a task; `device` None: the GPU where there is one.
 
     Raises:
-        DeltaflError: a model without a head for the task, no such device.
+        DeltaflError: a split without examples, a model without a head for the task, no such device.
     """
+    require_examples(task, split)
     net.check(task)
     where = device_named(device)
     autocast = PRECISIONS[mixed_precision]

@@ -17,7 +17,7 @@ from deltafl.files import atomic_folder, check_output
 from deltafl.models import Net
 from deltafl.progress import OnProgress, ignore
 from deltafl.tasks import Task
-from deltafl.tasks.task import Split
+from deltafl.tasks.task import require_examples
 from deltafl.training.loop import Run, train
 from deltafl.training.recipe import TrainingRecipe
 from deltafl.training.record import (
@@ -163,13 +163,6 @@ def _trained(
     run.processes.wait_for_everyone()
     state.unlink(missing_ok=True)
     return json.loads(file.read_text())
-
-
-def require_examples(task: Task, *splits: Split) -> None:
-    """Raise DeltaflError where a split of the task is empty."""
-    if any(not task.size(split) for split in splits):
-        counts = " and ".join(f"{task.size(split)} {split}" for split in splits)
-        raise DeltaflError(f'task "{task.name}" has {counts} examples; all splits need some')
 
 
 def _facts(run: Run, base: Net, config: Row) -> Row:

@@ -83,8 +83,14 @@ class Run:
             self.step, self.best = state["step"], Best(**state["best"])
             self.losses = state["losses"].to(self.net.device)
             self.optimiser.load_state_dict(state["optimiser"])
-        ids = torch.arange(self.examples)
-        self._batches = batches(ids, recipe.batch_size, recipe.seed, self.total, first=self.step)
+        self._batches = batches(
+            torch.arange(self.examples),
+            recipe.batch_size,
+            recipe.seed,
+            self.total,
+            first=self.step,
+            lengths=task.lengths("train"),
+        )
 
     def state(self) -> Row:
         """All that a resumed run needs."""

@@ -12,19 +12,42 @@ from deltafl.seeding import keyed_generator
 from deltafl.sparse.sgdm import SparseSGDM
 from deltafl.tasks.task import Batch, Split, Task, check_values
 
+POOL = 32
+"""Batches within which examples are put together by length."""
+
 
 def batches(
-    ids: Tensor, batch_size: int, seed: int, steps: int, purpose: str = "train", first: int = 0
+    ids: Tensor,
+    batch_size: int,
+    seed: int,
+    steps: int,
+    purpose: str = "train",
+    first: int = 0,
+    lengths: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """The batches, int64 (B,), of steps `first` .. steps - 1: epoch e is a permutation of `ids`,
     (N,), keyed by (seed, purpose, e) and cut into ceil(N / B) batches, the last one shorter. A
     batch is a function of its step alone, so resuming needs no generator state.
+
+    lengths: of all examples, by id; of each `POOL` batches in a row, the examples are then dealt
+    anew, so that those of a batch are alike in length, and the batches shuffled.
     """
     per_epoch = math.ceil(len(ids) / batch_size)
     for epoch in range(first // per_epoch, math.ceil(steps / per_epoch)):
-        order = torch.randperm(len(ids), generator=keyed_generator(seed, purpose, epoch))
+        generator = keyed_generator(seed, purpose, epoch)
+        order = ids[torch.randperm(len(ids), generator=generator).to(ids.device)]
+        if lengths is not None:
+            whole = len(ids) // batch_size * batch_size
+            pools, sizes = order[:whole].split(POOL * batch_size), lengths.to(ids.device)
+            alike = (_alike(pool, sizes, batch_size, generator) for pool in pools)
+            order = torch.cat([*alike, order[whole:]])
         begin, past = first - epoch * per_epoch, steps - epoch * per_epoch
-        yield from ids[order.to(ids.device)].split(batch_size)[max(0, begin) : past]
+        yield from order.split(batch_size)[max(0, begin) : past]
+
+
+def _alike(pool: Tensor, lengths: Tensor, batch_size: int, generator: torch.Generator) -> Tensor:
+    rows = pool[lengths[pool].argsort(stable=True)].view(-1, batch_size)
+    return rows[torch.randperm(len(rows), generator=generator).to(rows.device)].flatten()
 
 
 SCHEDULES: Mapping[str, Callable[[float], float]] = {
@@ -138,11 +161,12 @@ def scores(
     ids = torch.arange(task.size(split)) if ids is None else ids.cpu()
     if net.module.training:  # it takes as long as a small batch
         net.module.eval()
-    parts = []
-    for part in ids.split(batch_size) if len(ids) else ():
+    lengths, parts = task.lengths(split), []
+    order = torch.arange(len(ids)) if lengths is None else lengths[ids].argsort(stable=True)
+    for part in ids[order].split(batch_size) if len(ids) else ():
         batch = task.batch(split, part, net.device)
         with nullcontext() if autocast is None else torch.autocast(net.device.type, autocast):
             parts.append(task.score(net, batch).float().cpu())
     found = torch.cat(parts) if parts else torch.empty(0)
     check_values(task, "score", found, len(ids), finite=False)
-    return found
+    return found[order.argsort()]
