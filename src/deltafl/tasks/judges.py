@@ -63,9 +63,8 @@ def code(text: str) -> str:
 
 
 def passed(program: Sequence[str], text: str) -> float:
-    """1 where the code, between the two parts of a program, passes its tests."""
-    before, after = program
-    return float(passes(before + code(text) + after))
+    """1 where the code, between the parts of a program, passes its tests."""
+    return float(passes(code(text).join(program)))
 
 
 JUDGES: Mapping[str, Judge] = {
