@@ -29,7 +29,7 @@ def final(text: str) -> str:
         text = text.rpartition("####")[2]
         found = re.findall(numbers, text)
         text = found[-1] if found else text
-    text = re.sub(r"\\(?:left|right|[!,;: ])|[\s$]|\\?%|(?<=\d),(?=\d{3})", "", text)
+    text = re.sub(r"\\(?:left|right|[!,;: ])|\s|\\?[$%]|(?<=\d)\{?,\}?(?=\d{3})", "", text)
     return re.sub(r"\\[dt]frac", r"\\frac", text).rstrip(".")
 
 

@@ -59,26 +59,25 @@ def load_text(source: Found, recipe: DataRecipe, inputs: TextInput, seed: int) -
     def make(scratch: Path) -> Made:
         from deltafl.tasks.tables import open_tables
 
-        about, flat = [], [np.empty(0, "int32")]
+        about, flat = [], []
         for split, table, first, where in _divided(open_tables(source, scratch), source, rows):
             examples, counts = prompts.tokens([*prompts.examples(table, first, where)])
+            told = "".join(f"; {count} {what}" for what, count in counts.items() if count)
+            if not examples:
+                raise DeltaflError(f"{where} has no example to learn from or to judge{told}")
             flat += [np.asarray(ids, "int32") for ids, *_ in examples]
-            about.append([split, where, [(len(ids), *rest) for ids, *rest in examples], counts])
+            kept_rows = [(len(ids), *rest) for ids, *rest in examples]
+            about.append([split, f"{where}: {len(examples)} kept{told}", bool(told), kept_rows])
         tokens = np.concatenate(flat)
         return Made(about, tokens.shape, [tokens], "int32")
 
     made_of = [source.key, how.content(), rows, prompts.most, _stamp(inputs)]
     about, tokens = kept([made_of, version("transformers")], make)
-    every = iter(tokens.split([size for _, _, examples, _ in about for size, *_ in examples]))
-    names = sorted({name for _, _, examples, _ in about for _, _, name, _ in examples})
+    every = iter(tokens.split([size for *_, examples in about for size, *_ in examples]))
+    names = sorted({name for *_, examples in about for _, _, name, _ in examples})
     read = dict[str, Texts]()
-    for split, where, examples, counts in about:
-        told = "".join(f"; {count} {what}" for what, count in counts.items() if count)
-        log.log(
-            logging.WARNING if told else logging.INFO, "%s: %d kept%s", where, len(examples), told
-        )
-        if not examples:
-            raise DeltaflError(f"{where} has no example to learn from or to judge{told}")
+    for split, told, warned, examples in about:
+        log.log(logging.WARNING if warned else logging.INFO, told)
         _, starts, sources, facts = zip(*examples, strict=True)
         codes = torch.tensor([names.index(name) for name in sources])
         ids = [*islice(every, len(examples))]
@@ -143,6 +142,8 @@ def _divided(
 ) -> "Iterator[tuple[str, Dataset, int, str]]":
     """Our name of each split, its table, the number of its first row and its place in errors."""
     known = {SPLIT_NAMES[key]: key for key in map(str, tables) if key in SPLIT_NAMES}
+    if not known.keys() & {"train", "test"}:
+        raise DeltaflError(f"{source.where} has neither a train nor a test split")
     for split, key in known.items():
         files = source.files.get(key, ())
         where = f'"{files[0]}"' if len(files) == 1 else f'split "{key}" of {source.where}'
