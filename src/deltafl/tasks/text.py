@@ -186,7 +186,9 @@ class WrittenTask(TextTask):
                 "models of transformers; take score likelihood"
             )
         prompts, facts = zip(*self.told(batch), strict=True)
-        written = model.write(prompts, self.most)
-        decode = self.inputs.tokenizer.decode
-        texts = (str(decode(ids.tolist(), skip_special_tokens=True)) for ids in written)
+        written = zip(prompts, model.write(prompts, self.most), strict=True)
+        texts = (self._text(torch.cat(both))[len(self._text(both[0])) :] for both in written)
         return torch.tensor([*map(self.judge.judge, facts, texts)], dtype=torch.float32)
+
+    def _text(self, ids: Tensor) -> str:
+        return str(self.inputs.tokenizer.decode(ids.tolist(), skip_special_tokens=True))
