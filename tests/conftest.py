@@ -97,6 +97,15 @@ def realdata() -> Path:
 
 
 @pytest.fixture
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct, which DELTAFL_SMOLLM2 names."""
+    folder = os.environ.get("DELTAFL_SMOLLM2")
+    if not folder:
+        pytest.skip("DELTAFL_SMOLLM2 is not set (what models/prepare.py smollm2-135m makes)")
+    return Path(folder)
+
+
+@pytest.fixture
 def chromium() -> str:
     """The path of a Chromium, for tests of the marker `browser`."""
     return _chromium() or ""

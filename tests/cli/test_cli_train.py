@@ -73,6 +73,40 @@ def test_a_language_model_is_fine_tuned_and_evaluated(tmp_path: Path):
     assert f"{facts['val_score']:.4g}" in said
 
 
+def test_answers_to_prompts_are_learnt_and_judged_by_name(tmp_path: Path):
+    tiny_llama(tmp_path / "llama")
+    for split, count in (("train", 40), ("test", 6)):
+        some = [{"question": f"{i}+1?", "answer": f"#### {i + 1}"} for i in range(count)]
+        file = tmp_path / "in" / f"gsm8k_{split}.jsonl"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("\n".join(map(json.dumps, some)))
+    data = ("--data", "gsm8k", "--data-dir", tmp_path / "in", "--device", "cpu")
+    out = tmp_path / "out"
+    tune = ("--out", out, "--steps", 5, "--batch-size", 4, "--max-length", 40)
+    succeed("finetune", "--model", tmp_path / "llama" / "config.json", *data, *tune)
+    facts = json.loads((out / "training.json").read_text())
+    assert (facts["num_examples"], facts["task"], facts["val_examples"]) == (38, "gsm8k", 2)
+    assert "test log-likelihood" in succeed("evaluate", "--models", out, *data).out
+    exact = ("--score", "exact", "--max-new-tokens", 8)
+    said = succeed("evaluate", "--models", out, *data, *exact).out
+    assert "test exact match" in said
+    assert "0.0%" in said
+    message = 'task "humaneval" has 0 val examples'
+    stubs = [{"prompt": "def f():", "canonical_solution": " 1"}] * 9
+    (tmp_path / "in" / "humaneval.jsonl").write_text("\n".join(map(json.dumps, stubs)))
+    stub = ("--data", tmp_path / "in" / "humaneval", "--split", "val")
+    assert message in refusal(tmp_path, "evaluate", "--models", out, *stub)
+    search = {
+        "base": str(out),
+        "models": [{"path": str(out), "data": str(tmp_path / "in" / "gsm8k")}],
+    }
+    (tmp_path / "s.yaml").write_text(
+        json.dumps(search | {"methods": ["median"], "metric": "absolute"})
+    )
+    grid = ("--scaling-coefs", 0.5, 1.0, "--allow-other-base")
+    assert "gsm8k" in succeed("search", tmp_path / "s.yaml", *grid).out
+
+
 MISTAKES = {
     f"--steps 1 --data {TASK} --base no/such": "cannot be loaded",
     "--steps 1 --data no_such_data": "no_such_data",

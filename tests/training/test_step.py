@@ -136,10 +136,12 @@ def test_schedules_are_those_of_torch():
             reference.step()
 
 
+@pytest.mark.parametrize("alike", [False, True])
 @pytest.mark.parametrize(("count", "size"), [(50, 16), (48, 16), (5, 16)])
-def test_an_epoch_is_a_permutation_and_a_batch_a_function_of_its_step(count: int, size: int):
+def test_an_epoch_is_a_permutation_and_a_batch_a_function_of_its_step(count, size, alike):
     ids, per_epoch = torch.arange(count) * 3 + 1, math.ceil(count / size)
-    drawn = list(batches(ids, size, 3, 3 * per_epoch, "client 2"))
+    lengths = torch.arange(3 * count + 1) % 7 if alike else None
+    drawn = list(batches(ids, size, 3, 3 * per_epoch, "client 2", lengths=lengths))
     epochs = [torch.cat(drawn[e * per_epoch : (e + 1) * per_epoch]) for e in range(3)]
     assert all(torch.equal(order.sort().values, ids) for order in epochs)
     others = [next(batches(ids, size, 4, 1, "client 2")), next(batches(ids, size, 3, 1))]
@@ -147,9 +149,30 @@ def test_an_epoch_is_a_permutation_and_a_batch_a_function_of_its_step(count: int
     assert not torch.equal(epochs[0], epochs[1])
     for first in range(3 * per_epoch):
         for steps in (first + 1, 3 * per_epoch):
-            part = list(batches(ids, size, 3, steps, "client 2", first))
+            part = list(batches(ids, size, 3, steps, "client 2", first, lengths))
             assert len(part) == steps - first
             assert all(map(torch.equal, part, drawn[first:steps]))
+
+
+def test_a_batch_holds_examples_of_like_length_and_an_epoch_all_lengths():
+    lengths = torch.randint(1, 500, (1000,), generator=torch.Generator().manual_seed(0))
+    drawn = [lengths[rows] for rows in batches(torch.arange(1000), 8, 0, 125, lengths=lengths)]
+    plain = [lengths[rows] for rows in batches(torch.arange(1000), 8, 0, 125)]
+    padded, before = (sum(len(own) * int(own.max()) for own in e) for e in (drawn, plain))
+    assert padded < 1.1 * lengths.sum() < before / 1.5
+    # Short and long ones are mixed: no run of 20 batches is far from the mean.
+    means = torch.tensor([own.float().mean() for own in drawn])
+    assert (means.unfold(0, 20, 1).mean(1) / lengths.float().mean() - 1).abs().max() < 0.5
+    assert means.std() > 100
+
+
+def test_scores_of_language_are_in_the_order_of_the_examples(language):
+    net, task = language
+    expected = [scores(net, task, "train", torch.tensor([i])) for i in range(9)]
+    found = scores(net, task, "train", torch.arange(9), batch_size=4)
+    torch.testing.assert_close(found, torch.cat(expected), rtol=1e-5, atol=1e-5)
+    shuffled = torch.tensor([5, 0, 5, 8])
+    torch.testing.assert_close(scores(net, task, "train", shuffled, 3), found[shuffled])
 
 
 def test_generators_and_dropout_are_keyed_and_the_global_state_stays():

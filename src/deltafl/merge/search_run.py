@@ -99,16 +99,13 @@ def _heads(recipe: SearchRecipe, plan: Plan, net: Net, tasks: Sequence[Task]) ->
     """
     if len({task.name for task in tasks}) < len(tasks):
         raise DeltaflError("two models have one task; a search wants one model for each task")
-    problems = list[str]()
     for task in tasks:
-        attempt(problems, require_examples, task, "val", "test")
-        if recipe.reference and not task.ratio_scaled:
-            problems.append(
-                f'task "{task.name}": {task.metric} is no ratio, so that it cannot be compared in '
-                "percent; leave reference out"
-            )
-    if problems:
-        raise DeltaflError(*problems)
+        require_examples(task, "val", "test")
+    for task in (task for task in tasks if recipe.reference and not task.ratio_scaled):
+        raise DeltaflError(
+            f'task "{task.name}": {task.metric} is no ratio, so that it cannot be compared in '
+            "percent; leave reference out"
+        )
     heads = []
     for layout, entry in zip(plan.layouts.values(), recipe.models, strict=True):
         own = str(layout.folder / HEAD_FILE) if net.takes_head else HeadRecipe.of().head

@@ -121,9 +121,12 @@ def to_latex(table: Table) -> str:
     return cells.to_latex(index=False, caption=caption, column_format=sides)
 
 
+SHARES = {"accuracy", "exact match", "pass@1", "instructions followed"}
+
+
 def score_format(metric: str) -> str:
-    """How a score is written: accuracy in percent, what has no such scale with four digits."""
-    return ".1%" if metric == "accuracy" else "#.4g"
+    """How a score is written: a share of examples in percent, what is none with four digits."""
+    return ".1%" if metric in SHARES else "#.4g"
 
 
 _MARKDOWN = str.maketrans({letter: f"\\{letter}" for letter in "\\`*_[]<>|"} | {"\n": " "})

@@ -11,9 +11,7 @@ import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from importlib import import_module
 from importlib.resources import files
-from importlib.util import find_spec
 from typing import Any, TypeAlias
 
 import yaml
@@ -24,8 +22,7 @@ Instruction: TypeAlias = tuple[str, Mapping[str, Any]]
 """Its name, and its settings."""
 
 LANGUAGE = "language:response_language"
-CAN_TELL_LANGUAGES = find_spec("langdetect") is not None
-"""The one instruction whose check takes a package, and whether that is here."""
+"""The one instruction that cannot be checked here: that takes langdetect, as lm-eval has it."""
 
 RELATIONS = {"less than": operator.lt, "at least": operator.ge, "exactly": operator.eq}
 
@@ -33,12 +30,12 @@ RELATIONS = {"less than": operator.lt, "at least": operator.ge, "exactly": opera
 def instructions(
     names: Sequence[str], settings: Sequence[Mapping[str, Any] | None]
 ) -> list[Instruction] | None:
-    """Those of a row; None if one cannot be checked here.
+    """Those of a row; None if one is of a language.
 
     Raises:
         DeltaflError: an unknown instruction, or settings that do not go with it.
     """
-    if LANGUAGE in names and not CAN_TELL_LANGUAGES:
+    if LANGUAGE in names:
         return None
     given = [{k: v for k, v in (own or {}).items() if v is not None} for own in settings]
     wanted: list[Instruction] = [*zip(names, given, strict=False)]
@@ -121,15 +118,6 @@ def _is_json(text: str) -> bool:
     return True
 
 
-def _is_language(text: str, language: str) -> bool:
-    detector = import_module("langdetect")
-    detector.DetectorFactory.seed = 0
-    try:
-        return detector.detect(text) == language
-    except detector.LangDetectException:  # says nothing in any language
-        return True
-
-
 CHECKS: Mapping[str, Callable[..., bool]] = {
     "change_case:english_capital": lambda text: text.isupper(),
     "change_case:english_lowercase": lambda text: text.islower(),
@@ -137,7 +125,6 @@ CHECKS: Mapping[str, Callable[..., bool]] = {
     "detectable_content:postscript": _postscript,
     "detectable_format:json_format": _is_json,
     "detectable_format:number_highlighted_sections": _highlights,
-    LANGUAGE: _is_language,
     "length_constraints:nth_paragraph_first_word": _first_word,
     "length_constraints:number_paragraphs": _paragraphs,
 }

@@ -29,7 +29,7 @@ def final(text: str) -> str:
         text = text.rpartition("####")[2]
         found = re.findall(numbers, text)
         text = found[-1] if found else text
-    text = re.sub(r"\\(?:left|right|[!,;: ])|[\s$]|\\?%|(?<=\d),(?=\d{3})", "", text)
+    text = re.sub(r"\\(?:left|right|[!,;: ])|\s|\\?[$%]|(?<=\d)\{?,\}?(?=\d{3})", "", text)
     return re.sub(r"\\[dt]frac", r"\\frac", text).rstrip(".")
 
 
@@ -63,9 +63,8 @@ def code(text: str) -> str:
 
 
 def passed(program: Sequence[str], text: str) -> float:
-    """1 where the code, between the two parts of a program, passes its tests."""
-    before, after = program
-    return float(passes(before + code(text) + after))
+    """1 where the code, between the parts of a program, passes its tests."""
+    return float(passes(code(text).join(program)))
 
 
 JUDGES: Mapping[str, Judge] = {

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from string import Formatter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from jinja2 import TemplateError
 
@@ -36,16 +36,8 @@ class Example(NamedTuple):
     facts: Any
 
 
-class Tokens(NamedTuple):
-    """Of each example that is kept the ids, the first position that is answer, source and facts;
-    and reasons for which others were left out or cut, with their number.
-    """
-
-    ids: list[list[int]]
-    starts: list[int]
-    sources: list[str]
-    facts: list[Any]
-    counts: Counter[str]
+Kept: TypeAlias = tuple[list[int], int, str, Any]
+"""Ids, the first position that is answer, source and facts."""
 
 
 @dataclass(frozen=True)
@@ -82,34 +74,28 @@ class Prompts:
 
     def _example(self, row: Mapping[str, Any], fields: Mapping[str, str]) -> Example:
         texts = {
-            key: "\n".join(map(str, value)) if isinstance(value, list) else str(value)
-            for key, value in row.items()
+            k: "\n".join(map(str, v)) if isinstance(v, list) else str(v) for k, v in row.items()
         }
-        found = {
-            key: [
-                texts[part] if part in texts else part.format_map(texts)
-                for part in spec.split("{answer}")
-            ]
-            for key, spec in fields.items()
-        }
+
+        def filled(key: str) -> str:
+            spec = fields.get(key, "")
+            return texts[spec] if spec in texts else spec.format_map(texts)
+
+        asked, answer = [{"role": "user", "content": filled("prompt")}], filled("response")
         if "messages" in fields:
             asked = [{key: m[key] for key in ("role", "content")} for m in row[fields["messages"]]]
             answer = asked.pop()["content"] if asked[-1]["role"] == "assistant" else ""
-        else:
-            asked = [{"role": "user", "content": "".join(found["prompt"])}]
-            answer = "".join(found.get("response", ()))
         answers, right, facts = [answer], 0, answer
         match self.how.score:
             case "choice":
-                answers, given = row[fields["choices"]], row.get(fields.get("response", ""))
+                answers, given = [*row[fields["choices"]]], row.get(fields.get("response", ""))
                 right = given if isinstance(given, int) else answers.index(answer)
             case "pass@1":
-                facts = found["program"]
+                facts = fields["program"].format_map(texts | {"answer": "\0"}).split("\0")
             case "ifeval":
                 facts = instructions(row["instruction_id_list"], row["kwargs"])
-        prompt, wholes = self._rendered(asked, answers)
-        source = "".join(found.get("groups", ()))
-        return Example(prompt, wholes, right, bool(answers[right].strip()), source, facts)
+        says = bool(answers[right].strip())
+        return Example(*self._rendered(asked, answers), right, says, filled("groups"), facts)
 
     def _rendered(
         self, asked: Sequence[dict[str, str]], answers: Sequence[str]
@@ -128,9 +114,9 @@ class Prompts:
         rest = [whole[len(prompt) :] for whole in wholes]
         return prompt, [own[: own.rfind(end) + len(end)] if end in own else own for own in rest]
 
-    def tokens(self, examples: Sequence[Example]) -> Tokens:
-        """Those of examples. The tokens of the prompt alone are those of the whole text, or the
-        answer is made tokens apart.
+    def tokens(self, examples: Sequence[Example]) -> tuple[list[Kept], Counter[str]]:
+        """Those of examples, and reasons for which some were left out or cut, with their number.
+        Where the tokens of the prompt alone are not those of the whole, the answer's are made apart.
         """
         texts = [(example.prompt, own) for example in examples for own in example.answers]
         asked = encoded([prompt for prompt, _ in texts], self.inputs)
@@ -139,25 +125,23 @@ class Prompts:
             (len(a), w if w[: len(a)] == a else a + encoded([answer], self.inputs)[0])
             for a, w, (_, answer) in zip(asked, whole, texts, strict=True)
         )
-        made, choosing = Tokens([], [], [], [], Counter()), self.how.score == "choice"
+        kept, counts, most = list[Kept](), Counter[str](), self.most
         for example in examples:
             choices = [*islice(pairs, len(example.answers))]
             start, ids = choices[example.right]
+            facts, longest = example.facts, 0
+            if self.how.score == "choice":
+                facts, longest = [example.right, choices], max(len(own) for _, own in choices)
             if not example.says and self.how.score not in JUDGES:
-                made.counts["without an answer"] += 1
-            elif example.facts is None:
-                made.counts["for langdetect, which is not installed, to judge"] += 1
-            elif start > self.room or (
-                choosing and any(len(own) > self.most for _, own in choices)
-            ):
-                made.counts[f"too long for {self.most} tokens"] += 1
+                counts["without an answer"] += 1
+            elif facts is None:
+                counts["in a language that only lm-eval can tell"] += 1
+            elif longest > most or start > self.room:
+                counts[f"too long for {most} tokens"] += 1
             else:
-                made.counts["with a cut answer"] += len(ids) > self.most
-                made.ids.append(ids[: self.most])
-                made.starts.append(start)
-                made.sources.append(example.source)
-                made.facts.append([example.right, choices] if choosing else example.facts)
-        return made
+                counts["with a cut answer"] += len(ids) > most
+                kept.append((ids[:most], start, example.source, facts))
+        return kept, counts
 
 
 def _fields(how: TextSource, columns: Sequence[str]) -> dict[str, str]:
@@ -176,9 +160,7 @@ def _columns(setting: str, spec: str, known: Sequence[str]) -> list[str]:
     if spec in known or "{" not in spec:
         return [spec]
     try:
-        names = [name for _, name, _, _ in Formatter().parse(spec) if name is not None]
+        names = {name for _, name, _, _ in Formatter().parse(spec) if name is not None}
     except ValueError as error:
         raise DeltaflError(f'{setting} "{spec}" is no template: {error}') from error
-    if setting == "program" and names.count("answer") != 1:
-        raise DeltaflError(f'program "{spec}" must hold {{answer}} once, where the code goes')
-    return [name for name in names if (setting, name) != ("program", "answer")]
+    return [*names - {"answer" if setting == "program" else None}]

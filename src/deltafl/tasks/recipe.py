@@ -9,6 +9,31 @@ from deltafl.recipes import Incidental, Recipe
 Augmentation = Literal["none", "flip", "crop_flip"]
 
 
+class ImageSource(Recipe):
+    """Which data, and what of a table is image and class."""
+
+    data: str = Field(
+        description="a folder, the name of a task (cifar100), digits:VARIANT, hub:OWNER/NAME, "
+        "a file or folder of text, lines:FOLDER, or your own function MODULE:ATTR"
+    )
+    image_column: str | None = Field(
+        None,
+        description="the column of images, of Parquet files and hub sets "
+        "(default: image, else img)",
+    )
+    label_column: str | None = Field(
+        None, description="the column of class numbers (default: label, else fine_label)"
+    )
+    revision: str | None = Field(None, description="the version of a hub data set")
+
+    def columns(self) -> dict[str, tuple[str, ...]]:
+        """Names for the columns "image" and "label"; the first that a table has counts."""
+        return {
+            "image": (self.image_column,) if self.image_column else ("image", "img"),
+            "label": (self.label_column,) if self.label_column else ("label", "fine_label"),
+        }
+
+
 class TextSource(Recipe):
     """What of a table is text, and what it is judged by; None: what the catalogue says of the task,
     else the default.
@@ -62,29 +87,8 @@ class TextSource(Recipe):
     )
 
 
-class DataSource(TextSource):
+class DataSource(TextSource, ImageSource):
     """Which data: what they are, and which of their columns."""
-
-    data: str = Field(
-        description="a folder, the name of a task (cifar100), digits:VARIANT, hub:OWNER/NAME, "
-        "a file or folder of text, lines:FOLDER, or your own function MODULE:ATTR"
-    )
-    image_column: str | None = Field(
-        None,
-        description="the column of images, of Parquet files and hub sets "
-        "(default: image, else img)",
-    )
-    label_column: str | None = Field(
-        None, description="the column of class numbers (default: label, else fine_label)"
-    )
-    revision: str | None = Field(None, description="the version of a hub data set")
-
-    def columns(self) -> dict[str, tuple[str, ...]]:
-        """Names for the columns "image" and "label"; the first that a table has counts."""
-        return {
-            "image": (self.image_column,) if self.image_column else ("image", "img"),
-            "label": (self.label_column,) if self.label_column else ("label", "fine_label"),
-        }
 
 
 class DataRecipe(DataSource):
@@ -96,7 +100,6 @@ class DataRecipe(DataSource):
     - `parquet:PATH` or `folder:PATH`, the same as PATH, for names that look like something else,
       and
       `lines:PATH`, a folder with lines of plain text, `train*.txt` and `test*.txt`;
-    - `harness:NAME` or `harness:FILE.yaml`, a task of lm-eval, which judges and trains nothing;
     - `digits` or `digits:VARIANT`;
     - PATH, a folder with `train*.parquet` and `test*.parquet`, with `train/CLASS/*.png` and
       `test/CLASS/*.png`, or with lines of text; `PATH/NAME` takes `NAME_train.parquet`,

@@ -36,6 +36,7 @@ from deltafl.tasks.inputs import ImageInput
 log = logging.getLogger(__name__)
 
 disable_progress_bars()
+logging.getLogger("datasets").setLevel(logging.CRITICAL)  # our errors say what is wrong
 
 BATCH = 512
 """Images decoded between two writes."""

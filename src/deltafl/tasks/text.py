@@ -68,9 +68,9 @@ def padded(ids: Sequence[Tensor], starts: Tensor, device: Device) -> Batch:
 class TextTask(HeldTask):
     """Next-token cross-entropy; `model(input_ids=, attention_mask=).logits` is (B, T, V).
 
-    A batch is what `padded` says. Loss of an example: the sum over the tokens of its answer, of a
-    line over all but the first; weight: their number. Score: the mean log-likelihood of these
-    tokens, in nats, below 0.
+    A batch is what `padded` says, and {"rows"}, int64 (B,): 3 id + the number of the split. Loss
+    of an example: the sum over the tokens of its answer, of a line over all but the first; weight:
+    their number. Score: the mean log-likelihood of these tokens, in nats, below 0.
     """
 
     splits: Mapping[str, Texts]
@@ -93,7 +93,17 @@ class TextTask(HeldTask):
         generator: torch.Generator | None = None,
     ) -> Batch:
         texts, rows = self.splits[split], ids.cpu()
-        return padded([texts.ids[row] for row in rows.tolist()], texts.starts[rows], device)
+        batch = padded([texts.ids[row] for row in rows.tolist()], texts.starts[rows], device)
+        return {**batch, "rows": len(SPLITS) * ids.to(device) + SPLITS.index(split)}
+
+    def told(self, batch: Batch) -> list[tuple[Tensor, Any]]:
+        """Prompt, int64 (T,), and facts of each example of a batch."""
+        found = []
+        for place in batch["rows"].tolist():
+            row, split = divmod(place, len(SPLITS))
+            texts = self.splits[SPLITS[split]]
+            found.append((texts.ids[row][: texts.starts[row]].long(), texts.facts[row]))
+        return found
 
     def loss(self, model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
         labels = batch["labels"][:, 1:]
@@ -130,52 +140,18 @@ def _logits(model: Model, batch: Batch) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class FactTask(TextTask):
-    """Judged by the facts of each example; a batch holds also {"rows": int64 (B,)}, the places of
-    its examples in all splits end to end.
-    """
-
-    ratio_scaled = True
-
-    def batch(
-        self,
-        split: Split,
-        ids: Tensor,
-        device: Device = "cpu",
-        generator: torch.Generator | None = None,
-    ) -> Batch:
-        before = sum(self.size(other) for other in SPLITS[: SPLITS.index(split)])
-        return {**super().batch(split, ids, device), "rows": ids.to(device) + before}
-
-    def examples(self, batch: Batch) -> list[tuple[Tensor, Any]]:
-        """Prompt, int64 (T,), and facts of each example of a batch."""
-        found = []
-        for row in batch["rows"].tolist():
-            split, row = self._place(row)
-            texts = self.splits[split]
-            found.append((texts.ids[row][: texts.starts[row]].long(), texts.facts[row]))
-        return found
-
-    def _place(self, row: int) -> tuple[Split, int]:
-        for split in SPLITS[:-1]:
-            if row < self.size(split):
-                return split, row
-            row -= self.size(split)
-        return SPLITS[-1], row
-
-
-@dataclass(frozen=True, eq=False)
-class ChoiceTask(FactTask):
+class ChoiceTask(TextTask):
     """Score: 1 where of all choices the right one has the largest log-likelihood, else 0.
 
     Facts: the number of the right choice, and of each choice its first position and its ids.
     """
 
     metric = "accuracy"
+    ratio_scaled = True
 
     def score(self, model: Model, batch: Batch) -> Tensor:
         device = batch["labels"].device
-        return torch.stack([self._one(model, facts, device) for _, facts in self.examples(batch)])
+        return torch.stack([self._one(model, facts, device) for _, facts in self.told(batch)])
 
     def _one(self, model: Model, facts: Any, device: Device) -> Tensor:
         right, choices = facts
@@ -185,7 +161,7 @@ class ChoiceTask(FactTask):
 
 
 @dataclass(frozen=True, eq=False)
-class WrittenTask(FactTask):
+class WrittenTask(TextTask):
     """Score: what `judge` says of an example's facts and of the text, at most `most` tokens, that
     the model writes after its prompt.
     """
@@ -193,6 +169,8 @@ class WrittenTask(FactTask):
     inputs: TextInput
     judge: Judge
     most: int
+
+    ratio_scaled = True
 
     def quick(self) -> "WrittenTask":
         return replace(self, most=1)
@@ -207,8 +185,10 @@ class WrittenTask(FactTask):
                 f'task "{self.name}": {self.metric} is for models that write, causal language '
                 "models of transformers; take score likelihood"
             )
-        prompts, facts = zip(*self.examples(batch), strict=True)
-        written = model.write(prompts, self.most)
-        decode = self.inputs.tokenizer.decode
-        texts = (str(decode(ids.tolist(), skip_special_tokens=True)) for ids in written)
+        prompts, facts = zip(*self.told(batch), strict=True)
+        written = zip(prompts, model.write(prompts, self.most), strict=True)
+        texts = (self._text(torch.cat(both))[len(self._text(both[0])) :] for both in written)
         return torch.tensor([*map(self.judge.judge, facts, texts)], dtype=torch.float32)
+
+    def _text(self, ids: Tensor) -> str:
+        return str(self.inputs.tokenizer.decode(ids.tolist(), skip_special_tokens=True))

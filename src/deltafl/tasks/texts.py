@@ -16,13 +16,12 @@ from deltafl.errors import DeltaflError
 from deltafl.tasks.cache import Made, kept
 from deltafl.tasks.catalogue import NamedText, text_catalogue
 from deltafl.tasks.find import SPLIT_NAMES, Found
-from deltafl.tasks.ifeval import CAN_TELL_LANGUAGES
 from deltafl.tasks.inputs import TextInput
 from deltafl.tasks.judges import JUDGES
 from deltafl.tasks.prompts import Prompts
 from deltafl.tasks.recipe import DataRecipe, TextSource
 from deltafl.tasks.sandbox import check_allowed
-from deltafl.tasks.selection import MOST_HELD_OUT, select, stratified
+from deltafl.tasks.selection import select
 from deltafl.tasks.text import ChoiceTask, Texts, TextTask, WrittenTask
 
 if TYPE_CHECKING:
@@ -34,7 +33,6 @@ DEFAULTS = {
     "prompt": "prompt",
     "response": "response",
     "choices": "choices",
-    "program": "program",
     "score": "likelihood",
     "template": "auto",
     "max_new_tokens": 256,
@@ -61,31 +59,34 @@ def load_text(source: Found, recipe: DataRecipe, inputs: TextInput, seed: int) -
     def make(scratch: Path) -> Made:
         from deltafl.tasks.tables import open_tables
 
-        about, flat = [], [np.empty(0, "int32")]
+        about, flat = [], []
         for split, table, first, where in _divided(open_tables(source, scratch), source, rows):
-            made = prompts.tokens([*prompts.examples(table, first, where)])
-            flat += [np.asarray(ids, "int32") for ids in made.ids]
-            about.append([split, where, [*map(len, made.ids)], *made[1:]])
+            examples, counts = prompts.tokens([*prompts.examples(table, first, where)])
+            told = "".join(f"; {count} {what}" for what, count in counts.items() if count)
+            if not examples:
+                raise DeltaflError(f"{where} has no example to learn from or to judge{told}")
+            flat += [np.asarray(ids, "int32") for ids, *_ in examples]
+            kept_rows = [(len(ids), *rest) for ids, *rest in examples]
+            about.append([split, f"{where}: {len(examples)} kept{told}", bool(told), kept_rows])
         tokens = np.concatenate(flat)
         return Made(about, tokens.shape, [tokens], "int32")
 
-    made_of = [source.key, how.content(), rows, prompts.most, _stamp(inputs), CAN_TELL_LANGUAGES]
+    made_of = [source.key, how.content(), rows, prompts.most, _stamp(inputs)]
     about, tokens = kept([made_of, version("transformers")], make)
-    names = sorted({name for part in about for name in part[4]})
-    read, every = dict[str, Texts](), iter(tokens.split([n for part in about for n in part[2]]))
-    for split, where, sizes, starts, sources, facts, counts in about:
-        told = "".join(f"; {count} {what}" for what, count in counts.items() if count)
-        log.log(logging.WARNING if told else logging.INFO, "%s: %d kept%s", where, len(sizes), told)
-        if not sizes:
-            raise DeltaflError(f"{where} has no example to learn from or to judge{told}")
+    every = iter(tokens.split([size for *_, examples in about for size, *_ in examples]))
+    names = sorted({name for *_, examples in about for _, _, name, _ in examples})
+    read = dict[str, Texts]()
+    for split, told, warned, examples in about:
+        log.log(logging.WARNING if warned else logging.INFO, told)
+        _, starts, sources, facts = zip(*examples, strict=True)
         codes = torch.tensor([names.index(name) for name in sources])
-        read[split] = Texts([*islice(every, len(sizes))], torch.tensor(starts), codes, facts)
-    splits = _selected(read, recipe.val_fraction or HELD_OUT, seed, source.where)
+        ids = [*islice(every, len(examples))]
+        read[split] = Texts(ids, torch.tensor(starts), codes, facts)
+    splits = _selected(read, recipe.val_fraction or HELD_OUT, seed)
     if how.score == "choice":
         return ChoiceTask(source.name, splits)
     if judge := JUDGES.get(how.score or ""):
-        most = how.max_new_tokens or 0
-        return WrittenTask(source.name, splits, inputs, judge, most)
+        return WrittenTask(source.name, splits, inputs, judge, how.max_new_tokens or 0)
     return TextTask(source.name, splits)
 
 
@@ -98,11 +99,15 @@ def _settings(source: Found, recipe: DataRecipe) -> tuple[TextSource, Mapping[st
     )
     fields = {*TextSource.model_fields}
     said = recipe.model_dump(include=fields, exclude_none=True)
-    known = named.model_dump(include=fields, exclude_none=True) if named else {}
-    known |= {"allow_code_execution": False}
+    known = named.model_dump(include=fields, exclude_unset=True) if named else {}
     how = TextSource.of(**DEFAULTS | known | said)
     if how.score == "pass@1":
         check_allowed(how.allow_code_execution, f'task "{source.name}"')
+        if "{answer}" not in (how.program or ""):
+            raise DeltaflError(
+                "pass@1 needs a program, a template of columns with {answer} where the code goes; "
+                "give --program (program)"
+            )
     return how, named.rows if named else {}
 
 
@@ -137,38 +142,33 @@ def _divided(
 ) -> "Iterator[tuple[str, Dataset, int, str]]":
     """Our name of each split, its table, the number of its first row and its place in errors."""
     known = {SPLIT_NAMES[key]: key for key in map(str, tables) if key in SPLIT_NAMES}
+    if not known.keys() & {"train", "test"}:
+        raise DeltaflError(f"{source.where} has neither a train nor a test split")
     for split, key in known.items():
         files = source.files.get(key, ())
         where = f'"{files[0]}"' if len(files) == 1 else f'split "{key}" of {source.where}'
         parts = {} if "test" in known else rows
-        if parts and (last := max(map(max, parts.values()))) >= len(tables[key]):
-            raise DeltaflError(
-                f'{where} has {len(tables[key])} rows, the "{source.name}" of the catalogue has '
-                f"{last + 1} or more; complete it, or rename a set that is another"
-            )
         for part, (first, last) in parts.items():
-            yield part, tables[key].select(range(first, last + 1)), first, f"{where} ({part})"
+            some = range(first, min(last + 1, len(tables[key])))
+            yield part, tables[key].select(some), first, f"{where} ({part})"
         if not parts:
             yield split, tables[key], 0, where
 
 
-def _selected(
-    read: dict[str, Texts], fraction: float, seed: int, where: str
-) -> Mapping[str, Texts]:
-    """Train, val and test; of data with a test split only, the others are empty."""
+def _selected(read: dict[str, Texts], fraction: float, seed: int) -> Mapping[str, Texts]:
+    """Train, val and test; where there is a test split only, the others are empty."""
     none = torch.empty(0, dtype=torch.int64)
-    if "test" not in read:
-        if "train" not in read:
-            raise DeltaflError(f"{where} has neither a train nor a test split")
-        whole, rng = read["train"], np.random.default_rng(0)
-        count = max(1, min(round(fraction * len(whole)), MOST_HELD_OUT))
-        held = stratified(np.zeros(len(whole)), count, rng, leave=1)
-        rest = np.setdiff1d(np.arange(len(whole)), held)
-        read |= {
-            "train": whole.at(torch.from_numpy(rest)),
-            "test": whole.at(torch.from_numpy(held)),
-        }
-    read.setdefault("train", read["test"].at(none))
+    if "test" in read:
+        read.setdefault("train", read["test"].at(none))
+    else:
+        whole = read["train"]
+        read |= {"test": whole.at(none)}
+        read |= {"train": (parts := _held_out(read, fraction, 0))["train"], "test": parts["val"]}
+    return _held_out(read, fraction, seed)
+
+
+def _held_out(read: Mapping[str, Texts], fraction: float, seed: int) -> dict[str, Texts]:
+    """The splits, with val out of train where there is none."""
     alike = {split: np.zeros(len(own)) for split, own in read.items()}
     chosen = select(alike, seed, fraction)
     return {s: read[origin].at(torch.from_numpy(rows)) for s, (origin, rows) in chosen.items()}
