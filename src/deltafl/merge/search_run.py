@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from deltafl.algebra.tensors import device_named
-from deltafl.errors import DeltaflError, attempt
+from deltafl.errors import DeltaflError
 from deltafl.merge.candidates import Row, check_methods
 from deltafl.merge.examples import load_tasks, nets_for
 from deltafl.merge.inputs import open_updates
