@@ -46,7 +46,7 @@ def load_task(data: DataRecipe | str, inputs: ImageInput | TextInput, seed: int 
     if re.fullmatch(MODULE_ATTR, spec) and not builtin and not Path(spec).exists():
         task = _user_task(spec, inputs, seed)
     elif isinstance(inputs, TextInput) and kind == "harness":
-        task = load_harness(target, inputs, recipe.val_fraction, seed)
+        task = load_harness(target, inputs, recipe.val_fraction or HELD_OUT, seed)
     elif isinstance(inputs, TextInput):
         lines = kind == "lines" or any(Path(spec).expanduser().glob("train*.txt"))
         if lines or (source := find(recipe, text=True)) is None:
