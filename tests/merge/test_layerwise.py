@@ -289,6 +289,26 @@ def test_rows_of_language_models_are_tokens_and_no_padding(tmp_path: Path) -> No
         torch.testing.assert_close(tensor, wanted, rtol=1e-6, atol=1e-8)
 
 
+def test_skip_connections_are_found_again_where_padding_makes_a_mask(tmp_path: Path) -> None:
+    """By two lines of one length, without a mask, which others have: the same as from any two."""
+    net = tiny_llama(tmp_path)
+    inputs = net.inputs
+    assert isinstance(inputs, TextInput)
+    ids = tokenised(["as long", "as this", "but not the third line", "four"], inputs)
+    base = {n: t.double() for n, t in net.module.state_dict().items()}
+    tuned = [{n: t * (1.1 + i / 10) for n, t in base.items()} for i in range(2)]
+    mean = {n: (tuned[0][n] + tuned[1][n]) / 2 - t for n, t in base.items()}
+    start, found = Start(base, mean, torch.float64), []
+    for order in ([0, 1, 2, 3], [2, 0, 1, 3]):
+        lines = Texts([ids[i] for i in order], torch.ones(4, dtype=torch.int64), torch.zeros(4))
+        task = TextTask("lines", {"train": lines, "val": lines, "test": lines})
+        examples = [Examples(net, task, t, 0.5) for t in tuned]
+        assert all(m.skip for m in find_maps(start, examples[0]) if "o_proj" in m.weight)
+        found.append(merge_layerwise(SequentialRegression(examples=4), start, examples)[0])
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(tensor, found[1][name], rtol=1e-9, atol=1e-12)
+
+
 class Sums(nn.Module):
     """Additions that are no skip connections: of a number, a broadcast row, a share of a tensor."""
 
@@ -310,7 +330,7 @@ def test_only_a_tensor_of_the_same_shape_is_a_skip_connection() -> None:
     torch.manual_seed(0)
     made = [Sums().double().eval() for _ in range(3)]
     start, examples = world(made, (0.5, 0.5))
-    assert [m.skip for m in find_maps(start, examples[0])] == [0, 0, 0, 0]
+    assert [m.skip for m in find_maps(start, examples[0])] == [None] * 4
     found, report = merge_layerwise(SequentialRegression(examples=12), start, examples)
     assert len(found) == 8
     assert not report["averaged"]

@@ -21,7 +21,7 @@ from torch import Tensor
 from deltafl.algebra.tensors import Tensors
 from deltafl.errors import DeltaflError
 from deltafl.files import write_atomically
-from deltafl.merge.maps import ADDS, CONV, LINEAR, Map, Pass, Read, Reading, sums
+from deltafl.merge.maps import ADDS, CONV, LINEAR, Map, Pass, Place, Read, Reading, sums
 from deltafl.models.net import Net
 from deltafl.progress import OnProgress, Progress, ignore
 from deltafl.rules.regression import regressed
@@ -91,8 +91,9 @@ def find_maps(start: Start, examples: Examples) -> list[Map]:
     never runs, or that no model changes.
     """
     net, task, places = examples.net, examples.task, start.places(examples.net)
-    maps, uses, skips = dict[str, Map](), Counter[str](), dict[str, int]()
-    results, calls, seen = dict[int, tuple[str, int]](), dict[int, int](), list[object]()
+    maps, uses, skips = dict[str, Map](), Counter[str](), dict[str, Place]()
+    results, calls = dict[int, tuple[str, Place]](), dict[int, Place]()
+    seen, here = list[object](), Place()
 
     def see(func: object, given: Mapping[str, Any], names: Sequence[str]) -> None:
         uses.update(names)
@@ -104,25 +105,27 @@ def find_maps(start: Start, examples: Examples) -> list[Map]:
             maps[weight] = Map(weight, bias, window, given.get("groups", 1))
 
     def saw(func: Callable[..., object], given: Sequence[object], made: object) -> None:
+        nonlocal here
+        here = here.after(func)
         seen.append(made)  # as long as it lives nothing else has its id
         if not isinstance(made, Tensor):
             return
         weight = places.get(id(given[1])) if func in (LINEAR, CONV) and given else None
         if weight:
-            results[id(made)] = weight, len(seen)
+            results[id(made)] = weight, here
         elif func.__name__.strip("_") in ADDS:
             for ours, other in zip(given, reversed(given), strict=True):
-                weight, call = results.get(id(ours), ("", 0))
+                weight, call = results.get(id(ours), ("", here))
                 whole = isinstance(other, Tensor) and other.shape == made.shape
                 if weight and whole and calls.get(id(other), call) < call:
                     skips[weight] = calls[id(other)]
-        calls.setdefault(id(made), len(seen))
+        calls.setdefault(id(made), here)
 
     batch = task.batch("train", torch.arange(min(2, task.size("train"))), net.device)
     with torch.no_grad(), Reading(places, start.read(start.base, net.device), see, saw):
         task.loss(net, batch)
     return [
-        replace(m, skip=skips.get(m.weight, 0))
+        replace(m, skip=skips.get(m.weight))
         for m in maps.values()
         if uses[m.weight] == uses[m.bias or m.weight] == 1 and m.weight in start.mean
     ]

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -22,20 +22,33 @@ ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups
 """Of torch.conv2d; a linear map has the first three."""
 
 
+class Place(NamedTuple):
+    """Where a pass is: how many linear maps it has applied, and calls of other functions since; so
+    counted, a mask for padding moves nothing behind the first map.
+    """
+
+    maps: int = 0
+    calls: int = 0
+
+    def after(self, func: object) -> "Place":
+        """With one more call."""
+        return Place(self.maps + 1) if func in (LINEAR, CONV) else Place(self.maps, self.calls + 1)
+
+
 @dataclass(frozen=True)
 class Map:
     """A place where a weight is applied: rows x, with a 1 after them if there is a bias, to W x.
 
     weight, bias: their names. window: dilation, padding and stride of a convolution, whose rows
-    are its patches. groups: of a convolution, each with rows and a matrix of its own. skip: of the
-    function calls of a pass the one, from 1, to whose result that of the map is added; 0: none.
+    are its patches. groups: of a convolution, each with rows and a matrix of its own. skip: the
+    call of a pass to whose result that of the map is added.
     """
 
     weight: str
     bias: str | None
     window: tuple[Any, Any, Any] | None = None
     groups: int = 1
-    skip: int = 0
+    skip: Place | None = None
 
     def rows(self, given: Tensor, shape: Sequence[int]) -> Tensor:
         """What the map, with a weight of this shape, is given: (groups, rows, in)."""
@@ -112,7 +125,7 @@ class _Left(BaseException):
 class Pass:
     """A forward pass in a thread, which stops before each of the maps is applied.
 
-    skips: number of a call -> its result, as long as a map that it has come to, or will, is added
+    skips: call -> its result, as long as a map that it has come to, or will, is added
     to that.
     """
 
@@ -126,8 +139,8 @@ class Pass:
         self._work, self._ahead = work, maps
         self._stops, self._kept = {m.weight for m in maps}, {m.skip for m in maps}
         self._reading = Reading(places, read, self._see, self._saw)
-        self._input, self._calls = torch.empty(0), 0
-        self.skips: dict[int, Any] = {}
+        self._input, self._place = torch.empty(0), Place()
+        self.skips: dict[Place, Any] = {}
         self._error: BaseException | None = None
         self._left = False
         self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
@@ -155,9 +168,9 @@ class Pass:
             self._wait()
 
     def _saw(self, func: object, given: object, made: object) -> None:
-        self._calls += 1
-        if self._calls in self._kept:
-            self.skips[self._calls] = made
+        self._place = self._place.after(func)
+        if self._place in self._kept:
+            self.skips[self._place] = made
 
     def advance(self) -> Tensor:
         """Go on to the next map; what is given there. Raises what the pass raises."""
