@@ -25,6 +25,7 @@ from deltafl.rules.rule import RULES, ExampleRule, delta_rules, load_rules, para
 from deltafl.tasks.catalogue import catalogue
 from laws import laws
 from laws.worlds import make
+from tiny_models import tiny_llama
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -104,6 +105,24 @@ def test_the_recipe_of_published_checkpoints_holds_every_rule_and_task():
     assert [name.replace("-", "_") for name in names] == [model.data for model in recipe.models]
     sources = [source_of(name, model, Training()) for name, model in recipe.entries.items()]
     check_methods(recipe.grids, sources)
+
+
+def test_the_recipe_of_published_language_models_is_planned_on_small_ones_of_its_layout(
+    tmp_path, monkeypatch
+):
+    """Two of the fine-tunes have a token more."""
+    file = ROOT / "configs" / "llama-2-13b.yaml"
+    recipe = read_recipe(SearchRecipe, file)
+    for seed, name in enumerate((recipe.base, *(model.path for model in recipe.models))):
+        folder = tmp_path / name
+        tiny_llama(folder, seed, vocab_size=384 + (seed in (1, 2))).save(folder)
+    monkeypatch.chdir(tmp_path)
+    said = succeed("search", file, "--dry-run").out
+    assert "merge 3 models into meta-llama/Llama-2-13b-hf" in said
+    assert "2 tensors (left out by --include/--exclude)" in said
+    rho = next(params["rho"] for name, params in recipe.grids if name == "fedgma")
+    assert (rho[0], rho[-1], len(rho)) == (0.1, 1.0, 10)
+    assert (recipe.scaling_coefs[0], recipe.scaling_coefs[-1]) == (0.05, 2.0)
 
 
 STUDY = ROOT / "configs" / "realdata-study.yaml"

@@ -139,13 +139,19 @@ def tiny_clip(folder: Path, seed: int = 0):
     return t.CLIPModel.from_pretrained(folder).eval(), t.AutoTokenizer.from_pretrained(folder)
 
 
-def tiny_llama(folder: Path, seed: int = 0) -> Net:
+def tiny_llama(folder: Path, seed: int = 0, **changes: int) -> Net:
     """A Llama with random weights on bytes; `folder` gets its configuration and tokenizer."""
     import transformers as t
 
     t.ByT5Tokenizer().save_pretrained(folder)
     sizes = SIZES | {"vocab_size": 384, "hidden_size": 32, "intermediate_size": 64}
-    settings = {"model_type": "llama", "max_position_embeddings": 64, "seed": seed, **sizes}
+    settings = {
+        "model_type": "llama",
+        "max_position_embeddings": 64,
+        "seed": seed,
+        **sizes,
+        **changes,
+    }
     (folder / "config.json").write_text(json.dumps(settings))
     return load_net(folder / "config.json")
 
