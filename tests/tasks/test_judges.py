@@ -134,14 +134,21 @@ def test_an_instruction_is_followed_or_not(name):
     assert (follows(wanted, good), follows(wanted, bad), follows(wanted, " ")) == (1, 0, 0)
 
 
-def test_one_instruction_not_followed_is_enough_and_bad_ones_are_one_line():
+def test_one_instruction_not_followed_is_enough_and_bad_ones_are_one_line(parrot, tmp_path):
     both = instructions(["punctuation:no_comma", "startend:quotation"], [{}, None])
     assert both is not None
     assert [follows(both, text) for text in ('"a b"', '"a, b"', "a b")] == [1, 0, 0]
     assert instructions(["language:response_language"], [{"language": "de"}]) is None
-    fails('instructions "a:b" cannot be checked', instructions, ["a:b"], [{}])
-    for settings in ({}, {"keyword": "a", "frequency": 1, "relation": "about"}):
-        fails("cannot be checked", instructions, ["keywords:frequency"], [settings])
+    file, settings = tmp_path / "t.jsonl", {"keyword": "a", "frequency": 1, "relation": "about"}
+    for name, given, message in (
+        ("a:b", {"x": 1}, "'a:b'"),
+        ("keywords:frequency", {"keyword": "a"}, "'relation'|'frequency'"),
+        ("keywords:frequency", settings, "'about'"),
+    ):
+        row = {"prompt": "x", "instruction_id_list": [name], "kwargs": [given]}
+        file.write_text(json.dumps(row))
+        message = f"row 0 of .* is no example: .*{message}.*; correct it"
+        fails(message, load, parrot, file, score="ifeval")
 
 
 @pytest.mark.realdata

@@ -16,8 +16,6 @@ from typing import Any, TypeAlias
 
 import yaml
 
-from deltafl.errors import DeltaflError, shorten
-
 Instruction: TypeAlias = tuple[str, Mapping[str, Any]]
 """Its name, and its settings."""
 
@@ -32,18 +30,15 @@ def instructions(
 ) -> list[Instruction] | None:
     """Those of a row; None if one is of a language.
 
-    Raises:
-        DeltaflError: an unknown instruction, or settings that do not go with it.
+    Raises LookupError, TypeError or ValueError for an unknown instruction, or settings that do not
+    go with it.
     """
     if LANGUAGE in names:
         return None
     given = [{k: v for k, v in (own or {}).items() if v is not None} for own in settings]
     wanted: list[Instruction] = [*zip(names, given, strict=False)]
-    try:
-        for one in wanted:
-            _follows("...", *one)
-    except (LookupError, TypeError, ValueError) as error:
-        raise DeltaflError(f"instructions {shorten(names)} cannot be checked: {error}") from error
+    for one in wanted:
+        _follows("...", *one)
     return wanted
 
 

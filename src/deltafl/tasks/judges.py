@@ -9,10 +9,9 @@ from deltafl.tasks.sandbox import passes
 
 
 class Judge(NamedTuple):
-    """What a score is called, the columns that it needs, and how it judges facts and a text."""
+    """What a score is called, and how it judges facts and a text."""
 
     metric: str
-    columns: Sequence[str]
     judge: Callable[[Any, str], float]
 
 
@@ -68,8 +67,8 @@ def passed(program: Sequence[str], text: str) -> float:
 
 
 JUDGES: Mapping[str, Judge] = {
-    "exact": Judge("exact match", (), exact),
-    "pass@1": Judge("pass@1", (), passed),
-    "ifeval": Judge("instructions followed", ("instruction_id_list", "kwargs"), follows),
+    "exact": Judge("exact match", exact),
+    "pass@1": Judge("pass@1", passed),
+    "ifeval": Judge("instructions followed", follows),
 }
 """Score -> what judges a text that a model wrote."""

@@ -59,10 +59,12 @@ class Prompts:
         """
         from deltafl.tasks.tables import present
 
-        fields, score = _fields(self.how, table.column_names), str(self.how.score)
-        needed = {"score": JUDGES[score].columns} if score in JUDGES else {}
-        needed |= {key: _columns(key, spec, table.column_names) for key, spec in fields.items()}
-        columns = {present(table, key, [n], where) for key, names in needed.items() for n in names}
+        fields = _fields(self.how, table.column_names)
+        columns = {
+            present(table, setting, [name], where)
+            for setting, spec in fields.items()
+            for name in _columns(setting, spec, table.column_names)
+        }
         for number, row in enumerate(table.select_columns(sorted(columns)).to_list(), first):
             place = f"row {number} of {where}"
             if absent := sorted(name for name in columns if row[name] is None):
@@ -150,7 +152,7 @@ def _fields(how: TextSource, columns: Sequence[str]) -> dict[str, str]:
     if how.messages or (how.prompt == "prompt" not in columns and "messages" in columns):
         said["messages"], names = how.messages or "messages", ["messages", "groups"]
     elif how.score == "ifeval":
-        names.remove("response")
+        said["score"], names = "{instruction_id_list}{kwargs}", ["prompt", "groups", "score"]
     names += [name for s, name in (("choice", "choices"), ("pass@1", "program")) if s == how.score]
     return {name: said[name] for name in names if said[name]}
 
