@@ -162,7 +162,7 @@ def _columns(setting: str, spec: str, known: Sequence[str]) -> list[str]:
     if spec in known or "{" not in spec:
         return [spec]
     try:
-        names = {name for _, name, _, _ in Formatter().parse(spec) if name is not None}
+        names = [name for _, name, _, _ in Formatter().parse(spec) if name is not None]
     except ValueError as error:
         raise DeltaflError(f'{setting} "{spec}" is no template: {error}') from error
-    return [*names - {"answer" if setting == "program" else None}]
+    return [name for name in names if (setting, name) != ("program", "answer")]
