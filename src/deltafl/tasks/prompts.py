@@ -118,7 +118,8 @@ class Prompts:
 
     def tokens(self, examples: Sequence[Example]) -> tuple[list[Kept], Counter[str]]:
         """Those of examples, and reasons for which some were left out or cut, with their number.
-        Where the tokens of the prompt alone are not those of the whole, the answer's are made apart.
+        Where the tokens of the prompt alone are not those of the whole, the answer's are made
+        apart.
         """
         texts = [(example.prompt, own) for example in examples for own in example.answers]
         asked = encoded([prompt for prompt, _ in texts], self.inputs)
