@@ -118,7 +118,8 @@ class Prompts:
 
     def tokens(self, examples: Sequence[Example]) -> tuple[list[Kept], Counter[str]]:
         """Those of examples, and reasons for which some were left out or cut, with their number.
-        Where the tokens of the prompt alone are not those of the whole, the answer's are made apart.
+        Where the tokens of the prompt alone are not those of the whole, the answer's are made
+        apart.
         """
         texts = [(example.prompt, own) for example in examples for own in example.answers]
         asked = encoded([prompt for prompt, _ in texts], self.inputs)
@@ -162,7 +163,7 @@ def _columns(setting: str, spec: str, known: Sequence[str]) -> list[str]:
     if spec in known or "{" not in spec:
         return [spec]
     try:
-        names = {name for _, name, _, _ in Formatter().parse(spec) if name is not None}
+        names = [name for _, name, _, _ in Formatter().parse(spec) if name is not None]
     except ValueError as error:
         raise DeltaflError(f'{setting} "{spec}" is no template: {error}') from error
-    return [*names - {"answer" if setting == "program" else None}]
+    return [name for name in names if (setting, name) != ("program", "answer")]

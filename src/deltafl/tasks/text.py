@@ -1,4 +1,4 @@
-"""Language: predict the tokens of an answer, be judged by their likelihood or by what is written."""
+"""Language: predict the tokens of an answer, be judged by their likelihood or by what is said."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
