@@ -55,7 +55,7 @@ def test_the_schema_names_every_key_and_every_setting_says_what_it_is(name: str)
     for leaf in leaves(RECIPES[name]).values():
         assert leaf.field.description, leaf.path
         if not option_names(leaf) and leaf.flags:  # only what is no option may have no name of one
-            assert re.search("dict|Model", str(leaf.field.annotation)), leaf.path
+            assert re.search("dict|Model|Source", str(leaf.field.annotation)), leaf.path
     names = [leaf.name for leaf in all_leaves(RECIPES[name])]
     shared = {n for n in names if names.count(n) > 1}
     assert shared <= RuleParameters.model_fields.keys(), "only parameters of rules share a name"
