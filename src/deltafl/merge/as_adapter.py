@@ -22,7 +22,7 @@ from deltafl.merge.plan import Facts, Plan
 from deltafl.progress import OnProgress
 
 NEGLIGIBLE = 1e-3
-"""Norm of what is no linear layer's matrix, relative to the whole update's, that may be left out."""
+"""Norm of what is no linear layer's matrix, relative to the update's, that may be left out."""
 
 CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 """Types of models whose matrices are (in, out)."""

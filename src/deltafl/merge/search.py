@@ -87,7 +87,7 @@ class Problem:
         found = {}
         for goal in self.goals:
             goal.net.load(goal.tuned)
-            found[goal.task.name] = mean(goal.scores(split))
+            found[goal.task.name] = mean_score(goal.scores(split))
         return found
 
     def scores(self, row: Row, split: Split) -> dict[str, float]:
@@ -96,7 +96,7 @@ class Problem:
         if row.method != BASE.method:
             update = self.update(build_rule(row.method, row.params))
         self.load(update, row.server_lr)
-        return {goal.task.name: mean(goal.scores(split)) for goal in self.goals}
+        return {goal.task.name: mean_score(goal.scores(split)) for goal in self.goals}
 
     def scales(self, own: Mapping[str, float], base: Mapping[str, float]) -> list[Scale]:
         """Of each task, from the mean scores of its own model and of the base, what scores are
@@ -119,7 +119,7 @@ class Problem:
         return scales
 
 
-def mean(values: Tensor) -> float:
+def mean_score(values: Tensor) -> float:
     """In float64."""
     return float(values.double().mean())
 
@@ -303,7 +303,7 @@ class _Tried:
                 name: scores[order[: len(scores)].argsort()]
                 for name, scores, order in zip(names, self.seen[model], self.orders, strict=True)
             }
-            val = {name: mean(scores) for name, scores in seen.items()}
+            val = {name: mean_score(scores) for name, scores in seen.items()}
             scaled = zip(val.values(), self.scales, strict=True)
             values = [(score - zero) / unit for score, (zero, unit) in scaled]
             look = 1 + self.looks.index([*map(len, seen.values())])

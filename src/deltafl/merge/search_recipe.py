@@ -96,7 +96,7 @@ class SearchRecipe(DeltaRecipe):
     )
     also: tuple[DataSource, ...] = Field(
         (),
-        description="Tasks that the rows of the table are tested on too; nothing is chosen by them.",
+        description="Tasks that rows of the table are tested on too; nothing is chosen by them.",
     )
     reference: dict[str, Annotated[float, Field(ge=0, le=100)]] = Field(
         {}, description="Row of the table: published mean test score in percent, shown beside ours."

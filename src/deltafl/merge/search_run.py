@@ -19,7 +19,7 @@ from deltafl.merge.inputs import open_updates
 from deltafl.merge.inspect import cosines, named_matrix, trainings
 from deltafl.merge.plan import Facts, Plan, plan_merge
 from deltafl.merge.run import VERSIONS, run_merge
-from deltafl.merge.search import Goal, Problem, Scale, SearchResult, mean, search
+from deltafl.merge.search import Goal, Problem, Scale, SearchResult, mean_score, search
 from deltafl.merge.search_recipe import SearchRecipe
 from deltafl.models import HEAD_FILE, HeadRecipe, Net, load_net
 from deltafl.progress import OnProgress, ignore
@@ -44,8 +44,8 @@ def run_search(
     """Search, test once, merge the winner into OUT, if given; returns what report and tables show.
 
     Where no candidate is better than the base, OUT is not written, and `best` in the result has the
-    method "base". tasks: those of the models, in their order; None: as their `data` says. also: more
-    than the recipe's. scores: a file for the validation scores of every example (see
+    method "base". tasks: those of the models, in their order; None: as their `data` says. also:
+    more than the recipe's. scores: a file for the validation scores of every example (see
     `save_scores`).
 
     Raises:
@@ -121,12 +121,12 @@ def _tested(
 
     def others() -> dict[str, float]:
         """What the net as it is scores on the other tasks."""
-        return {f"{g.task.name}, {g.task.metric}": mean(g.scores("test")) for g in also}
+        return {f"{g.task.name}, {g.task.metric}": mean_score(g.scores("test")) for g in also}
 
     single, apart = dict[str, float](), list[dict[str, float]]()
     for goal in problem.goals:
         goal.net.load(goal.tuned)
-        single[goal.task.name] = mean(goal.scores("test"))
+        single[goal.task.name] = mean_score(goal.scores("test"))
         apart.append(others())
     best = {name: max(one[name] for one in apart) for name in apart[0]}
     named = [(UNMERGED, found.base), *found.best_of.items()]

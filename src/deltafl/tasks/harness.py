@@ -36,7 +36,8 @@ class HarnessTask(Task):
 
     A batch is {"rows": int64 (B,)}, places in `requests`, which holds what lm-eval asks of a model
     about each example; `rows` says which are in a split. Score: the metric called `metric` after
-    the task's first filter, negative where smaller is better; over a split of the task, its mean is lm-eval's number.
+    the task's first filter, negative where smaller is better; over a split of the task, its mean
+    is lm-eval's number.
     """
 
     name: str

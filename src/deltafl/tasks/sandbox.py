@@ -67,8 +67,8 @@ def check_allowed(allowed: bool, what: str) -> None:
     """
     if not allowed:
         raise DeltaflError(
-            f"{what} is judged by running programs that the model writes, each confined; allow that "
-            "with --allow-code-execution (data.allow_code_execution: true)"
+            f"{what} is judged by running programs that the model writes, each confined; allow "
+            "that with --allow-code-execution (data.allow_code_execution: true)"
         )
     check_confinement()
 
