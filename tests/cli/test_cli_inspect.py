@@ -68,7 +68,7 @@ def test_what_is_wrong_is_one_line(world: World):
     held = load(world.root / "m1")
     for change, told in (
         (torch.full((9, 8), torch.inf), 'model "m1": tensor "embed.weight" differs from the base'),
-        (torch.ones(11, 8), '"embed.weight" is (11, 8)'),
+        (torch.ones(11, 8), '"embed.weight": 11 rows, the base has 9; another vocabulary?'),
     ):
         save_file(held | {"embed.weight": change}, world.file("m1"))
         assert told in refusal(world.root, *args(world), "--out", world.out)

@@ -14,13 +14,15 @@ import torch
 
 from checkpoint_files import cli, refused, succeed
 from deltafl.checkpoints.checkpoint import open_tensors
-from deltafl.experiments import STUDIES
+from deltafl.experiments import STUDIES as ALL
 from deltafl.experiments.merges import told
 from deltafl.merge.plan import plan_merge
 from deltafl.merge.recipe import MergeRecipe
 from deltafl.merge.run import run_merge
 from deltafl.tasks import ImageInput, load_task
 from tiny_models import judged, tiny_clip, vit_file
+
+STUDIES = [name for name in ALL if name != "language"]
 
 MODEL = vit_file(num_hidden_layers=1)
 PLUG_INS = """

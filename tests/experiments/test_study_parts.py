@@ -147,7 +147,15 @@ def test_every_mistake_has_a_line(changes: dict[str, object], message: str) -> N
         (TWO | {"lr_values": (1.0, 1.0)}, "training-heterogeneity", "at least two of"),
         (TWO, "analogy", "--domains"),
         (TWO | {"domains": ("a", "b", "a")}, "analogy", "--domains"),
-        *((TWO | {"domains": ("a", "b")}, name, None) for name in STUDIES),
+        *(
+            (TWO | {"domains": ("a", "b"), "written": {"a": "exact"}}, name, None)
+            for name in STUDIES
+        ),
+        (
+            TWO,
+            "language",
+            "study.written in a file: on which data what a model writes is judged, and how",
+        ),
     ],
 )
 def test_a_study_says_what_it_needs(

@@ -127,6 +127,8 @@ class StudyRecipe(Recipe):
         spread = min(len({*self.lr_values}), len({*self.steps_values}))
         if name == "training-heterogeneity" and spread < 2:
             return "at least two of --lr-values and two of --steps-values"
+        if name == "language" and not self.written:
+            return "study.written in a file: on which data what a model writes is judged, and how"
         if name == "analogy" and not len(self.domains) == len({*self.domains}) == 2:
             return "--domains: two data sets with the same classes"
         return None
