@@ -237,10 +237,11 @@ def _solved(
     m: Map, clients: Sequence[tuple[float, Client | Statistics]], ridge: float
 ) -> tuple[Tensor, bool]:
     """What `regressed` makes of the weighed sums of all clients."""
-    cross, gram, prior = torch.zeros(()), torch.zeros(()), torch.zeros(())
+    cross, gram, prior = torch.zeros(()), torch.empty(0), torch.zeros(())
     for p, client in clients:
-        ours = client.moments(m)
-        cross, gram, prior = cross + p * ours[0], gram + p * ours[1], prior + p * ours[2]
+        ours, square, matrix = client.moments(m)
+        gram = gram.add_(square.mul_(p)) if len(gram) else square.mul_(p)  # the largest: in place
+        cross, prior = cross + p * ours, prior + p * matrix
     return regressed(cross, gram, prior, ridge)
 
 
