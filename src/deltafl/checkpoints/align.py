@@ -224,7 +224,8 @@ def _differences(
             )
     problems += [
         f"{shorten(names)}: {rows} rows, the base has {want}; another vocabulary? Give the base "
-        "the same (transformers: resize_token_embeddings), or copy them from the base with --exclude"
+        "the same (transformers: resize_token_embeddings), or copy them from the base with "
+        "--exclude"
         for (rows, want), names in vocabularies.items()
     ]
     if len(problems) > 6:
