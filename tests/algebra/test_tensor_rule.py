@@ -124,6 +124,9 @@ print(megabytes("VmHWM") - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="measured in /proc")
 def test_memory_is_n_times_the_largest_tensor() -> None:
-    """Twelve tensors of 8 MB of four models: 32 MB for one of them, 8 for its result, 384 for all; the
-    system frees late."""
-    assert 32 <= float(python(MEMORY, check=True).stdout) <= 100
+    """Twelve tensors of 8 MB of four models: 32 MB for one of them, 8 for its result, 384 for all.
+
+    Untold what is large, glibc keeps some of the blocks that were freed, or not, as time goes.
+    """
+    told = python(MEMORY, check=True, env={"MALLOC_MMAP_THRESHOLD_": str(1 << 20)})
+    assert 32 <= float(told.stdout) <= 56

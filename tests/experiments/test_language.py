@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint_files import succeed
+from checkpoint_files import cli, succeed
 from deltafl.models import load_net
 from deltafl.tasks import DataRecipe, load_task
 from deltafl.training import evaluate
@@ -60,3 +60,25 @@ def test_likelihood_chooses_and_what_models_write_is_told_beside_it(tmp_path: Pa
     single = rows["single-task models"]
     assert single["sums"] == pytest.approx(evaluate(net, task, device="cpu").score, abs=1e-6)
     assert 0 <= rows["base (unmerged)"]["sums, exact match"] <= single["sums, exact match"] <= 1
+
+
+def test_what_is_to_be_written_is_looked_at_before_anything_trains(tmp_path: Path):
+    tiny_llama(tmp_path / "base").save(tmp_path / "base")
+    questions(tmp_path / "data")
+    given = {
+        "model": str(tmp_path / "base"),
+        "data": {"data": "", "data_dir": str(tmp_path / "data")},
+    }
+    for written, why in (
+        ({"sums": "exat"}, "study.written.sums"),
+        ({"hours": "exact"}, 'no folder "'),
+        ({"sums": "pass@1"}, "--allow-code-execution"),
+    ):
+        study = {"tasks": ["sums", "days"], "written": written}
+        (tmp_path / "study.yaml").write_text(json.dumps(given | {"study": study}))
+        refused = cli(
+            "suite", "language", "--config", tmp_path / "study.yaml", "--out", tmp_path / "out"
+        )
+        assert refused.code == 2
+        assert why in refused.err, refused.err
+        assert not (tmp_path / "out").exists()

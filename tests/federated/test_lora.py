@@ -150,6 +150,22 @@ def test_any_number_of_workers_and_a_resumed_run_give_the_same_bits(root, tmp_pa
     assert all(torch.equal(one[n], two[n]) and torch.equal(one[n], three[n]) for n in one)
 
 
+def test_a_model_in_bfloat16_trains_in_float32(root, tmp_path):
+    """In bfloat16 steps this small would be lost."""
+    net = load_net(root / "base")
+    net.module.bfloat16()
+    task = load_task(str(root / "sums"), net.inputs, 0)
+    small = {"lr": 1e-4, "local_steps": 1, "lora_rank": None}
+    federation = started(recipe_of(root, tmp_path / "out", **small))
+    federation = begin(net, task, federation.recipe, federation.shards, begun=False)
+    state = federation.initial_state()
+    with Workers(federation, state) as workers:
+        after, _ = run_round(state, federation, workers)
+    changed = [after.params[n] != t for n, t in state.params.items() if "mlp" in n]
+    assert all(t.dtype == torch.float32 for t in after.params.values())
+    assert all(one.double().mean() > 0.3 for one in changed)
+
+
 def test_masks_train_a_share_of_a_lora_and_what_does_not_fit_is_refused(root, tmp_path):
     sparse = {"sparsity_ratio": 0.5, "mask_strategy": "random", "lora_down": "frozen_a"}
     net = load_net(root / "base")

@@ -12,6 +12,7 @@ from deltafl.recipe_file import load_yaml
 from deltafl.recipes import Flags, Incidental, Recipe, leaves, one_of, read_recipe
 from deltafl.rules.rule import delta_rules, load_rules
 from deltafl.sparse.recipe import SparseRecipe
+from deltafl.tasks.recipe import Score
 from deltafl.training import TrainingRecipe
 
 Limit = Annotated[int | None, Field(ge=1)]
@@ -96,7 +97,7 @@ class StudyRecipe(Recipe):
         None, description="at most so many validation examples of each task judge a merge"
     )
     test_limit: Limit = Field(None, description="at most so many test examples of each task")
-    written: dict[str, str] = Field(
+    written: dict[str, Score] = Field(
         {},
         description="data sets on which what the models write is judged, by which score, as "
         "{gsm8k: exact}; in a file: language",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from deltafl.algebra.tensors import device_named
-from deltafl.errors import DeltaflError
+from deltafl.errors import DeltaflError, attempt
 from deltafl.experiments.recipe import StudyRecipe
 from deltafl.experiments.sweep import Result, Store, Work
 from deltafl.federated import FederatedRecipe
@@ -78,11 +78,12 @@ class Study:
         recipe, tasks, problems = self.recipe, dict[str, Task](), list[str]()
         own = {"negation": [recipe.kept], "data-heterogeneity": [recipe.dealt]}
         own["analogy"] = [*recipe.domains]
+        if "language" in names:
+            for spec, score in recipe.written.items():
+                attempt(problems, task_of, self, Data(spec, score=score))
         for spec in dict.fromkeys([*recipe.tasks, *chain(*(own.get(name, ()) for name in names))]):
-            try:
-                tasks[spec] = task_of(self, Data(spec))
-            except DeltaflError as error:
-                problems += error.problems
+            if task := attempt(problems, task_of, self, Data(spec)):
+                tasks[spec] = task
         named = [(tasks[spec].name, spec) for spec in recipe.tasks if spec in tasks]
         for name in dict(named):
             same = [spec for other, spec in named if other == name]

@@ -7,7 +7,7 @@ frozen weights (residual, as FedEx-LoRA, arXiv 2410.09432). With A the same for 
 (frozen_a, FFA-LoRA, arXiv 2403.12313) the mean of B is that of the products already.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import hypot
 
@@ -109,18 +109,26 @@ def lora_step(
 
 
 def naive_error(
-    loras: Mapping[str, Factors], state: ServerState, update: Aggregate, updates: list[Update]
+    loras: Mapping[str, Factors], params: Tensors, update: Aggregate, updates: Sequence[Update]
 ) -> float:
     """How far off the mean of A times that of B would be: the norm of its difference from the mean
     of products, relative to what that has changed. The mean is the rule's, if that is linear.
     """
-    params, wrong, right = state.params, 0.0, 0.0
+    wrong, right = 0.0, 0.0
     for name, one in loras.items():
         terms = update.terms(name)
-        p = shares([c for c, _ in terms] if terms else update.weights["*"])
+        p = torch.tensor(shares([c for c, _ in terms] if terms else update.weights["*"])).double()
         sides = [one.of({n: params[n] + u.delta[n] for n in (one.a, one.b)}) for u in updates]
-        exact = sum(w * (b @ a) for w, (b, a) in zip(p, sides, strict=True))
-        b, a = (sum(w * pair[i] for w, pair in zip(p, sides, strict=True)) for i in (0, 1))
-        wrong += float((torch.as_tensor(b) @ a - exact).square().sum())
-        right += float((exact - torch.mm(*one.of(params))).square().sum())
+        b, a = (torch.stack(side).double() for side in zip(*sides, strict=True))
+        p = p.to(b.device)[:, None, None]
+        means, before = ((p * b).sum(0), (p * a).sum(0)), one.of(params)
+        wrong += _square(p * b, a, *means)
+        right += _square(p * b, a, *(side.double() for side in before))
     return (wrong / right) ** 0.5 if right else 0.0
+
+
+def _square(b: Tensor, a: Tensor, other_b: Tensor, other_a: Tensor) -> float:
+    """||sum_t B_t A_t - B A||^2, from r x r matrices: no product is made."""
+    left = torch.cat([*b, -other_b], 1)
+    right = torch.cat([*a, other_a])
+    return max(0.0, float((left.mT @ left * (right @ right.mT)).sum()))

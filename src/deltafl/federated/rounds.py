@@ -76,15 +76,13 @@ def run_round(
             "use a smaller lr"
         )
     started = time.perf_counter()
-    given, loras, lost = list[Update](updates.values()), federation.loras, Row()
-    if loras:
-        given = [as_products(loras, state.params, update) for update in given]
-    total = combined(given, recipe, number)
-    if loras:
-        naive = naive_error(loras, state, total, [*updates.values()])
+    given, lost = list[Update](updates.values()), Row()
+    if loras := federation.loras:
+        total = combined([as_products(loras, state.params, u) for u in given], recipe, number)
         stepped, lost = lora_step(state, total, recipe.server, federation.trained, loras)
-        lost["naive_lora_error"] = naive
+        lost["naive_lora_error"] = naive_error(loras, state.params, total, given)
     else:
+        total = combined(given, recipe, number)
         stepped = server_step(state, total, recipe.server, federation.trained)
     stepped = replace(stepped, round=number)
     stepped = federation.controls.step(stepped, updates, recipe.sharding.num_clients)

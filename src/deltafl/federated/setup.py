@@ -129,7 +129,8 @@ class Federation:
 def begin(
     net: Net, task: Task, recipe: FederatedRecipe, shards: Sequence[Tensor], begun: bool
 ) -> Federation:
-    """Net, mask and client; of a run that has begun those that it keeps in its folder."""
+    """Net, in float32, mask and client; of a run that has begun those that its folder keeps."""
+    net.module.float()
     out, own = recipe.output, recipe.local.client
     loras = dict[str, Factors]()
     if recipe.lora_rank:

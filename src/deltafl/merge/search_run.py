@@ -62,6 +62,8 @@ def run_search(
     nets = nets_for(net, tasks, _heads(recipe, plan, net, tasks))
     sources = [DataRecipe.of(**dict(one), data_dir=recipe.data_dir) for one in recipe.also]
     others = [load_task(source, net.inputs, recipe.seed or 0) for source in sources] + [*also]
+    for task in others:
+        require_examples(task, "test")
     doing = zip(others, nets_for(net, others, [HeadRecipe.of()] * len(others)), strict=True)
     extra = [Goal(task, own, {}, recipe.batch_size) for task, own in doing]
     opened = open_updates(plan, recipe.memory)

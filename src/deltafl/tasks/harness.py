@@ -9,11 +9,11 @@ from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import chain
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deltafl.errors import DeltaflError, did_you_mean
 from deltafl.tasks.inputs import TextInput
@@ -28,6 +28,13 @@ FEWSHOT_SEED = 1234
 
 Theirs: TypeAlias = Any
 """An object of lm-eval, which need not be installed."""
+
+
+@runtime_checkable
+class Holder(Protocol):
+    """A model around a module."""
+
+    module: nn.Module
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +72,7 @@ class HarnessTask(Task):
         return nothing, nothing + 1
 
     def score(self, model: Model, batch: Batch) -> Tensor:
-        module = vars(model).get("module")
+        module = model.module if isinstance(model, Holder) else model
         if not isinstance(module, import_module("transformers").PreTrainedModel):
             raise DeltaflError(
                 f'task "{self.name}" of lm-eval is for causal language models of transformers'

@@ -7,6 +7,7 @@ from pydantic import Field
 from deltafl.recipes import Incidental, Recipe
 
 Augmentation = Literal["none", "flip", "crop_flip"]
+Score = Literal["likelihood", "exact", "choice", "pass@1", "ifeval"]
 
 
 class ImageSource(Recipe):
@@ -68,7 +69,7 @@ class TextSource(Recipe):
     max_length: int | None = Field(
         None, ge=2, description="tokens of an example, at most (default: what the model takes)"
     )
-    score: Literal["likelihood", "exact", "choice", "pass@1", "ifeval"] | None = Field(
+    score: Score | None = Field(
         None,
         description="what text is judged by: the answer's mean log-likelihood, exact match of the "
         "final number or \\boxed{}, the likeliest of the choices, a program that passes its tests, "
