@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from deltafl.errors import DeltaflError
-from deltafl.merge.layerwise import Examples, Start, find_maps, merge_layerwise
+from deltafl.merge.layerwise import Examples, Start, maps_of, merge_layerwise
 from deltafl.models import Net
 from deltafl.progress import Progress
 from deltafl.rules.regmean import RegMean
@@ -216,7 +216,7 @@ def test_a_map_without_a_signal_is_the_mean(tmp_path: Path) -> None:
 
 def test_maps_are_found_in_the_order_in_which_they_run() -> None:
     start, examples = world(models(), (1 / 3,) * 3)
-    maps = find_maps(start, examples[0])
+    maps = maps_of(start, examples[0])
     assert [m.weight for m in maps] == [f"{at}.weight" for at in MAPS]
     assert [m.groups for m in maps] == [1, 6, 1, 1, 1]
     assert [bool(m.skip) for m in maps] == [False, True, False, True, False]
@@ -303,7 +303,7 @@ def test_skip_connections_are_found_again_where_padding_makes_a_mask(tmp_path: P
         lines = Texts([ids[i] for i in order], torch.ones(4, dtype=torch.int64), torch.zeros(4))
         task = TextTask("lines", {"train": lines, "val": lines, "test": lines})
         examples = [Examples(net, task, t, 0.5) for t in tuned]
-        assert all(m.skip for m in find_maps(start, examples[0]) if "o_proj" in m.weight)
+        assert all(m.skip for m in maps_of(start, examples[0]) if "o_proj" in m.weight)
         found.append(merge_layerwise(SequentialRegression(examples=4), start, examples)[0])
     for name, tensor in found[0].items():
         torch.testing.assert_close(tensor, found[1][name], rtol=1e-9, atol=1e-12)
@@ -330,7 +330,7 @@ def test_only_a_tensor_of_the_same_shape_is_a_skip_connection() -> None:
     torch.manual_seed(0)
     made = [Sums().double().eval() for _ in range(3)]
     start, examples = world(made, (0.5, 0.5))
-    assert [m.skip for m in find_maps(start, examples[0])] == [None] * 4
+    assert [m.skip for m in maps_of(start, examples[0])] == [None] * 4
     found, report = merge_layerwise(SequentialRegression(examples=12), start, examples)
     assert len(found) == 8
     assert not report["averaged"]

@@ -19,7 +19,8 @@ from deltafl.algebra.tensors import Tensors
 from deltafl.errors import DeltaflError
 from deltafl.merge.candidates import Row, check_methods, grid_of
 from deltafl.merge.inputs import Opened
-from deltafl.merge.search import Goal, Problem, SearchResult, search
+from deltafl.merge.problem import Goal, Problem
+from deltafl.merge.search import SearchResult, search
 from deltafl.merge.search_recipe import LAMBDAS, SearchRecipe
 from deltafl.merge.updates import UpdateCache
 from deltafl.models import Net

@@ -11,7 +11,7 @@ from checkpoint_files import fails
 from deltafl.checkpoints.checkpoint import Checkpoint
 from deltafl.errors import DeltaflError
 from deltafl.merge import examples
-from deltafl.merge.search import Goal
+from deltafl.merge.problem import Goal
 from deltafl.merge.search_recipe import SearchRecipe
 from deltafl.merge.search_run import SINGLE, UNMERGED, run_search
 from deltafl.models import HEAD_FILE, load_net

@@ -23,7 +23,7 @@ from deltafl.merge.layerwise import (
     Examples,
     Start,
     Statistics,
-    find_maps,
+    maps_of,
     merge_layerwise,
 )
 from deltafl.merge.plan import Facts, Plan, plan_merge, read_model
@@ -202,7 +202,7 @@ def write_statistics(recipe: StatisticsRecipe, on_progress: OnProgress = ignore)
         found = fisher_information(Fisher(recipe.examples, recipe.seed), start, examples)
         names, tensors = dict.fromkeys(found), found.values()
     else:
-        maps = find_maps(start, examples)
+        maps = maps_of(start, examples)
         client = Client(examples, start, RegMean(recipe.examples, recipe.seed), maps)
         names, tensors = {m.weight: m.bias for m in maps}, client.grams(maps)
     note = recipe.content() | {

@@ -8,11 +8,10 @@ The passes of all models over all examples go on side by side, from one map to t
 thread that waits before a map until it is solved, so that nothing is computed twice.
 """
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from safetensors.torch import load_file, save
@@ -21,7 +20,7 @@ from torch import Tensor
 from deltafl.algebra.tensors import Tensors
 from deltafl.errors import DeltaflError
 from deltafl.files import write_atomically
-from deltafl.merge.maps import ADDS, CONV, LINEAR, Map, Pass, Place, Read, Reading, sums
+from deltafl.merge.maps import Map, Pass, Read, find_maps, sums
 from deltafl.models.net import Net
 from deltafl.progress import OnProgress, Progress, ignore
 from deltafl.rules.regression import regressed
@@ -84,51 +83,12 @@ class Start:
         return one
 
 
-def find_maps(start: Start, examples: Examples) -> list[Map]:
-    """The maps in the order in which they are applied to two examples.
-
-    A weight that is used twice (tied, or of a module that runs twice) is none, nor is one that
-    never runs, or that no model changes.
-    """
-    net, task, places = examples.net, examples.task, start.places(examples.net)
-    maps, uses, skips = dict[str, Map](), Counter[str](), dict[str, Place]()
-    results, calls = dict[int, tuple[str, Place]](), dict[int, Place]()
-    seen, here = list[object](), Place()
-
-    def see(func: object, given: Mapping[str, Any], names: Sequence[str]) -> None:
-        uses.update(names)
-        weight, bias = (places.get(id(given.get(key))) for key in ("weight", "bias"))
-        padding, whole = given.get("padding", 0), 1 + (given.get("bias") is not None)
-        if func in (LINEAR, CONV) and weight and len(names) == whole and padding != "same":
-            window = (given.get("dilation", 1), padding, given.get("stride", 1))
-            window = window if func is CONV else None
-            maps[weight] = Map(weight, bias, window, given.get("groups", 1))
-
-    def saw(func: Callable[..., object], given: Sequence[object], made: object) -> None:
-        nonlocal here
-        here = here.after(func)
-        seen.append(made)  # as long as it lives nothing else has its id
-        if not isinstance(made, Tensor):
-            return
-        weight = places.get(id(given[1])) if func in (LINEAR, CONV) and given else None
-        if weight:
-            results[id(made)] = weight, here
-        elif func.__name__.strip("_") in ADDS:
-            for ours, other in zip(given, reversed(given), strict=True):
-                weight, call = results.get(id(ours), ("", here))
-                whole = isinstance(other, Tensor) and other.shape == made.shape
-                if weight and whole and calls.get(id(other), call) < call:
-                    skips[weight] = calls[id(other)]
-        calls.setdefault(id(made), here)
-
+def maps_of(start: Start, examples: Examples) -> list[Map]:
+    """The maps of a net, as it does two of the examples."""
+    net, task = examples.net, examples.task
     batch = task.batch("train", torch.arange(min(2, task.size("train"))), net.device)
-    with torch.no_grad(), Reading(places, start.read(start.base, net.device), see, saw):
-        task.loss(net, batch)
-    return [
-        replace(m, skip=skips.get(m.weight))
-        for m in maps.values()
-        if uses[m.weight] == uses[m.bias or m.weight] == 1 and m.weight in start.mean
-    ]
+    read = start.read(start.base, net.device)
+    return find_maps(lambda: task.loss(net, batch), start.places(net), read, start.mean)
 
 
 class Client:
@@ -269,7 +229,7 @@ def merge_layerwise(
     """
     ridge = (1e-2 if rule.examples <= 32 else 1e-4) if rule.ridge is None else rule.ridge
     first = evidence[0]
-    maps = [*first.files] if isinstance(first, Statistics) else find_maps(start, first)
+    maps = [*first.files] if isinstance(first, Statistics) else maps_of(start, first)
     clients = [
         one if isinstance(one, Statistics) else Client(one, start, rule, maps) for one in evidence
     ]

@@ -1,8 +1,9 @@
 """Linear maps of a net that runs: where they are, what they are given, passes that wait at them."""
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -116,6 +117,53 @@ class Reading(TorchFunctionMode):
     def _given(self, value: Any) -> Any:
         name = self.places.get(id(value))
         return value if name is None else self.read(name)
+
+
+def find_maps(
+    work: Callable[[], object], places: Mapping[int, str], read: Read, changed: Collection[str]
+) -> list[Map]:
+    """The maps of a forward pass, in the order in which they are applied (see `Reading`).
+
+    A weight that is used twice (tied, or of a module that runs twice) is none, nor is one that
+    never runs, or that is not among those that some model has changed.
+    """
+    maps, uses, skips = dict[str, Map](), Counter[str](), dict[str, Place]()
+    results, calls = dict[int, tuple[str, Place]](), dict[int, Place]()
+    seen, here = list[object](), Place()
+
+    def see(func: object, given: Mapping[str, Any], names: Sequence[str]) -> None:
+        uses.update(names)
+        weight, bias = (places.get(id(given.get(key))) for key in ("weight", "bias"))
+        padding, whole = given.get("padding", 0), 1 + (given.get("bias") is not None)
+        if func in (LINEAR, CONV) and weight and len(names) == whole and padding != "same":
+            window = (given.get("dilation", 1), padding, given.get("stride", 1))
+            window = window if func is CONV else None
+            maps[weight] = Map(weight, bias, window, given.get("groups", 1))
+
+    def saw(func: Callable[..., object], given: Sequence[object], made: object) -> None:
+        nonlocal here
+        here = here.after(func)
+        seen.append(made)  # as long as it lives nothing else has its id
+        if not isinstance(made, Tensor):
+            return
+        weight = places.get(id(given[1])) if func in (LINEAR, CONV) and given else None
+        if weight:
+            results[id(made)] = weight, here
+        elif func.__name__.strip("_") in ADDS:
+            for ours, other in zip(given, reversed(given), strict=True):
+                weight, call = results.get(id(ours), ("", here))
+                whole = isinstance(other, Tensor) and other.shape == made.shape
+                if weight and whole and calls.get(id(other), call) < call:
+                    skips[weight] = calls[id(other)]
+        calls.setdefault(id(made), here)
+
+    with torch.no_grad(), Reading(places, read, see, saw):
+        work()
+    return [
+        replace(m, skip=skips.get(m.weight))
+        for m in maps.values()
+        if uses[m.weight] == uses[m.bias or m.weight] == 1 and m.weight in changed
+    ]
 
 
 class _Left(BaseException):

@@ -18,8 +18,9 @@ from deltafl.merge.examples import load_tasks, nets_for
 from deltafl.merge.inputs import open_updates
 from deltafl.merge.inspect import cosines, named_matrix, trainings
 from deltafl.merge.plan import Facts, Plan, plan_merge
+from deltafl.merge.problem import Goal, Problem, Scale, mean_score
 from deltafl.merge.run import VERSIONS, run_merge
-from deltafl.merge.search import Goal, Problem, Scale, SearchResult, mean_score, search
+from deltafl.merge.search import SearchResult, search
 from deltafl.merge.search_recipe import SearchRecipe
 from deltafl.models import HEAD_FILE, HeadRecipe, Net, load_net
 from deltafl.progress import OnProgress, ignore

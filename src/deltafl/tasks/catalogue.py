@@ -64,7 +64,7 @@ class NamedTask(Recipe):
 
 
 class NamedText(TextSource):
-    """One task of texts.yaml, where the names are.
+    """One task of text_catalogue.yaml, where the names are.
 
     hub: as of a `NamedTask`. rows: split -> first and last row, from 0, of data without a test
     split.
@@ -87,7 +87,9 @@ def catalogue() -> Mapping[str, NamedTask]:
 @cache
 def text_catalogue() -> Mapping[str, NamedText]:
     """Name -> task of text."""
-    return {n: NamedText.model_validate(task) for n, task in _entries("texts.yaml").items()}
+    return {
+        n: NamedText.model_validate(task) for n, task in _entries("text_catalogue.yaml").items()
+    }
 
 
 def prompt_names(task: str, class_names: Sequence[str]) -> tuple[str, ...]:

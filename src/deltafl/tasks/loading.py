@@ -19,7 +19,7 @@ from deltafl.tasks.lines import load_lines
 from deltafl.tasks.recipe import DataRecipe, TrainingDataRecipe
 from deltafl.tasks.selection import select
 from deltafl.tasks.task import SPLITS, Task
-from deltafl.tasks.texts import HELD_OUT, load_text
+from deltafl.tasks.text_loading import HELD_OUT, load_text
 from deltafl.usercode import find_callable, importable
 
 MODULE_ATTR = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"

@@ -106,7 +106,7 @@ class DataRecipe(DataSource):
       `test/CLASS/*.png`, or with lines of text; `PATH/NAME` takes `NAME_train.parquet`,
       `NAME_test.parquet` and `NAME_classes.json` out of a folder of many; for text the files are
       also .jsonl or .json, and `PATH/NAME.jsonl`, or PATH itself, may be the only one;
-    - the name of a task in catalogue.yaml or texts.yaml, such as `cifar100`: its hub set;
+    - the name of a task in catalogue.yaml or text_catalogue.yaml, such as `cifar100`: its hub set;
     - `module:attr`, a function `(inputs, seed) -> Task` importable from the working directory.
 
     With `data_dir` a task by name is `data_dir/NAME`, a folder of Parquet files or images, or
