@@ -8,12 +8,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from deltafl.algebra.aggregate import Aggregate
+from deltafl.algebra.deltas import Update
 from deltafl.errors import DeltaflError
 from deltafl.federated import FederatedRecipe, federate
 from deltafl.federated.client import LocalTraining, state_of
+from deltafl.federated.lora import as_products, lora_step
 from deltafl.federated.rounds import Workers, run_round
 from deltafl.federated.setup import begin, make_shards
 from deltafl.models import load_net
+from deltafl.rules.rule import Source
+from deltafl.rules.task_arithmetic import TaskArithmetic
 from deltafl.tasks import load_task
 from deltafl.training import evaluate
 from merge.test_search_run import tune_on_lines
@@ -87,6 +92,27 @@ def test_a_round_is_the_rule_on_whole_products_and_the_best_lora_of_it(root, tmp
             if down != "frozen_a":
                 assert 0 < result.numbers["lora_error"] < 1
                 assert result.numbers["naive_lora_error"] > 1e-3
+
+
+def test_directions_in_which_nothing_was_learnt_can_still_learn(root, tmp_path):
+    """Where B and A were both 0, neither would have a gradient."""
+    federation = started(recipe_of(root, tmp_path / "out"))
+    state = federation.initial_state()
+    loras = federation.loras
+    nothing = {n: torch.zeros_like(t) for n, t in state.params.items() if "lora" in n}
+    one = next(iter(loras.values()))
+    nothing[one.b] = torch.zeros_like(state.params[one.b])
+    nothing[one.b][:, 0] = 1.0  # of its two directions one
+    update = as_products(loras, state.params, Update(nothing, Source("client", 1)))
+    total = Aggregate(TaskArithmetic(), [update])
+    after, told = lora_step(state, total, federation.recipe.server, federation.trained, loras)
+    for each in loras.values():
+        a, b = after.params[each.a], after.params[each.b]
+        assert a.any(1).all()
+        assert bool(b.any()) is (each is one)
+    wanted = one.scale * nothing[one.b] @ state.params[one.a]
+    torch.testing.assert_close(torch.mm(*one.of(after.params)), wanted, rtol=1e-4, atol=1e-6)
+    assert told["lora_error"] < 1e-3
 
 
 def test_a_mean_of_a_and_b_apart_is_off_by_what_is_told(root, tmp_path):

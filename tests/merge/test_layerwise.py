@@ -334,3 +334,25 @@ def test_only_a_tensor_of_the_same_shape_is_a_skip_connection() -> None:
     found, report = merge_layerwise(SequentialRegression(examples=12), start, examples)
     assert len(found) == 8
     assert not report["averaged"]
+
+
+class SharedBias(nn.Module):
+    """A bias that is added once more where no map is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first((x.to(self.first.bias.dtype) / 255).flatten(1)) * self.first.bias
+        return self.second(x)
+
+
+def test_a_map_whose_bias_is_used_elsewhere_is_none() -> None:
+    torch.manual_seed(0)
+    made = [SharedBias().double().eval() for _ in range(3)]
+    start, examples = world(made, (0.5, 0.5))
+    assert [m.weight for m in maps_of(start, examples[0])] == ["second.weight"]
+    found, report = merge_layerwise(SequentialRegression(examples=12), start, examples)
+    assert found.keys() == {"second.weight", "second.bias"}
+    assert report["averaged"] == ["first.weight"]

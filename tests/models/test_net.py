@@ -3,10 +3,12 @@
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from checkpoint_files import fails
 from deltafl.errors import DeltaflError
-from deltafl.models import HeadRecipe, load_net
+from deltafl.models import HeadRecipe, Net, load_net
+from deltafl.tasks import ImageInput
 from tiny_models import classifier, own_net, tiny_net
 
 
@@ -104,3 +106,17 @@ def test_loading_refuses_what_does_not_fit_and_changes_nothing():
     fails("the model needs", lambda: net.load({n: t for n, t in given.items() if n != name}))
     fails("the model has", net.load, given | {name: torch.zeros(1)})
     assert torch.equal(net.flat, before)
+
+
+def test_tensors_of_several_blocks_load_whole_and_their_memory_can_be_freed():
+    """A block holds 2^18 elements; a transposed weight is no contiguous one."""
+    net = Net(nn.Sequential(nn.Linear(700, 600), nn.Linear(600, 700)), ImageInput(1))
+    net.module[1].weight = nn.Parameter(torch.zeros(600, 700).T)
+    given = {n: torch.randn(t.shape) for n, t in net.module.state_dict().items()}
+    net.load(given)
+    assert all(torch.equal(t, given[n]) for n, t in net.module.state_dict().items())
+    net.empty(["0.weight", "1.bias"])
+    for name, tensor in net.module.state_dict().items():
+        freed = tensor.untyped_storage().nbytes() == 4
+        assert freed is (name in ("0.weight", "1.bias"))
+        assert tensor.shape == given[name].shape
