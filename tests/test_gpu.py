@@ -1,5 +1,6 @@
 """The same on a GPU as on a CPU: merges to rounding, training and scores nearly so."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from checkpoint_files import load, make_world, succeed
 from deltafl.rules.rule import delta_rules, load_rules
+from tiny_models import tiny_llama
 
 pytestmark = pytest.mark.gpu
 
@@ -108,3 +110,50 @@ def test_masks(base: Path, tmp_path: Path) -> None:
     told = (*DIGITS, *shared, "--fisher-labels", "empirical", "--device", "cuda")
     succeed("mask", "--model", base, *told, "--out", tmp_path / "mask")
     succeed("mask", "--describe", tmp_path / "mask/mask.safetensors", "--base", base)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama, and beside it questions that it can learn to answer."""
+    root = tmp_path_factory.mktemp("language")
+    (root / "base").mkdir()
+    tiny_llama(root / "base").save(root / "base")
+    for name, text, answer in (("sums", "{} and 1?", "#### 7"), ("days", "day {}?", "#### 3")):
+        for split, count in (("train", 60), ("test", 12)):
+            rows = [{"prompt": text.format(i % 9), "response": answer} for i in range(count)]
+            (root / f"{name}_{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return root / "base"
+
+
+LEARN = ("--batch-size", 12, "--steps", 30, "--lr", 0.01, "--quiet")
+
+
+@pytest.mark.parametrize("more", [(), ("--lora-rank", 4)], ids=["whole", "lora"])
+def test_language_models_learn_and_write(llama: Path, tmp_path: Path, more: tuple) -> None:
+    data, found = ("--data", "sums", "--data-dir", llama.parent), dict[tuple[str, str], float]()
+    for device in ("cpu", "cuda"):
+        told = (*data, "--device", device)
+        succeed("finetune", "--base", llama, *told, *LEARN, *more, "--out", tmp_path / device)
+        for score in ("likelihood", "exact"):
+            file = tmp_path / f"{device}-{score}.json"
+            how = ("--score", score, "--max-new-tokens", 8, "--json", file)
+            succeed("evaluate", "--models", tmp_path / "cpu", *told, *how)
+            found[device, score] = json.loads(file.read_text())["results"][0]["score"]
+    assert found["cpu", "likelihood"] == pytest.approx(found["cuda", "likelihood"], abs=1e-4)
+    assert found["cpu", "exact"] == found["cuda", "exact"]
+    assert more or found["cpu", "exact"] == 1
+    close(tmp_path / "cpu", tmp_path / "cuda", rtol=5e-2, atol=5e-3)
+
+
+def test_language_suites(llama: Path, tmp_path: Path) -> None:
+    study = {
+        "tasks": ["sums", "days"], "lr_values": [0.01], "steps_values": [30], "scaling_coefs": [0.3, 0.6],
+        "methods": ["ties", "wudi", "regmean", "sequential_regression"], "examples_values": [4],
+        "written": {"sums": "exact"}, "written_limit": 6,
+    }  # fmt: skip
+    data = {"data": "", "data_dir": str(llama.parent), "max_new_tokens": 8}
+    config = tmp_path / "study.yaml"
+    config.write_text(json.dumps({"model": str(llama), "data": data, "study": study}))
+    told = ("--config", config, "--batch-size", 12, "--device", "cuda", "--out", tmp_path / "out")
+    said = succeed("suite", "language", *told).out
+    assert "sums, exact match" in said

@@ -185,7 +185,9 @@ class FrozenHead(Work):
 
 @dataclass(frozen=True)
 class FineTune(Work):
-    """The base model fine-tuned on a task with a frozen head."""
+    """The base model fine-tuned on a task with a frozen head; no validation chooses, the one at the
+    end is told.
+    """
 
     study: Study
     data: Data
@@ -221,4 +223,5 @@ class FineTune(Work):
     def run(self, folder: Path, store: Store) -> Result:
         own = self.head.recipe(store).model_dump()
         recipe, net = self.recipe.replace(out=str(folder), **own), base_net(self.study.base)
-        return finetune(net, self.task, recipe, resume=True).training
+        task = judged(self.study, self.data)
+        return finetune(net, task, recipe, resume=True).training
