@@ -5,6 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from deltafl.merge.search_recipe import LAMBDAS, SearchRecipe
 from deltafl.merge.updates import UpdateCache
 from deltafl.models import Net
 from deltafl.progress import Progress
+from deltafl.rules.iso import IsoC
 from deltafl.rules.rule import build_rule
 from deltafl.rules.weights import as_weights
 from deltafl.tasks import ImageInput, Task
@@ -96,7 +98,11 @@ class Answers(Near):
 
 
 def make_problem(
-    n: int = 3, seed: int = 0, steps: Sequence[int] | None = None, kind: type[Near] = Near
+    n: int = 3,
+    seed: int = 0,
+    steps: Sequence[int] | None = None,
+    kind: type[Near] = Near,
+    scratch: Path = Path("none"),
 ) -> Problem:
     draw = torch.Generator().manual_seed(seed)
     base, net = {"w": torch.randn(12, generator=draw)}, Vector(12)
@@ -108,7 +114,7 @@ def make_problem(
         own = base["w"] + delta
         val, test = (own + 0.3 * torch.randn(12, generator=draw) for _ in range(2))
         goals.append(Goal(kind(f"task{i}", val, test), net, {"w": own}))
-    return Problem(Opened(CachedBlocks(base), updates, as_weights(None, n), {}), goals)
+    return Problem(Opened(CachedBlocks(base), updates, as_weights(None, n), {}), goals, scratch)
 
 
 def with_tasks(problem: Problem, *tasks: Near) -> Problem:
@@ -395,13 +401,25 @@ def test_updates_that_do_not_fit_are_computed_again_to_the_same_rows(monkeypatch
     problem, made, make = make_problem(), list[Aggregate](), UpdateCache.make
     rules = [build_rule(*rule) for rule in (("fedgma", {"rho": 1.0}), *ALL[:1], ("median", {}))]
     monkeypatch.setattr(UpdateCache, "make", lambda self, a: made.append(a) or make(self, a))
-    for room, wanted in ((0, 6), (48, 5), (144, 3)):  # an update has 48 bytes
+    for room, wanted in ((0, 0), (48, 5), (144, 3)):  # an update has 48 bytes
         made.clear()
         cache = UpdateCache(room)
-        a, b, c = (cache.add(problem.opened.aggregate(rule)) for rule in rules)
-        for digest in (c, a, a, b, c):
-            cache.get(digest)
+        updates = [problem.opened.aggregate(rule) for rule in rules]
+        a, b, c = map(cache.add, updates)
+        for digest, own in zip((c, a, a, b, c), (2, 0, 0, 1, 2), strict=True):
+            assert torch.equal(cache.get(digest)["w"], updates[own]["w"])
         assert len(made) == wanted
     cache.keep({b})
     cache.get(a)
     assert len(made) == 4
+
+
+def test_what_is_made_of_whole_tensors_is_made_once(monkeypatch, tmp_path):
+    problem, made, combine = make_problem(scratch=tmp_path), list[int](), IsoC.combine
+    rule = build_rule("iso_c", {})
+    update = dict(problem.opened.aggregate(rule))
+    monkeypatch.setattr(IsoC, "combine", lambda *given: made.append(1) or combine(*given))
+    for _ in range(2):
+        found = problem.update(build_rule("iso_c", {}))
+        assert all(torch.equal(found[name], update[name]) for name in update)
+    assert len(made) == len(update)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TypeAlias
 
 from torch import Tensor
@@ -15,6 +16,7 @@ from deltafl.merge.examples import example_update
 from deltafl.merge.inputs import Opened
 from deltafl.merge.layerwise import Examples
 from deltafl.merge.plan import Facts
+from deltafl.merge.updates import filed
 from deltafl.models.net import Net
 from deltafl.rules.rule import ExampleRule, Rule, build_rule
 from deltafl.tasks.task import Split, Task
@@ -45,18 +47,26 @@ class Goal:
 class Problem:
     """Base and deltas, and the goals that merges of them are judged by.
 
+    scratch: a folder for what rules of whole tensors make, which costs more than reading it again.
     found: what rules that need examples made, and what they report.
     """
 
     opened: Opened
     goals: Sequence[Goal]
+    scratch: Path
+    made: dict[Rule, Lazy] = field(default_factory=dict)
     found: dict[Rule, tuple[Lazy, Facts]] = field(default_factory=dict)
 
     def update(self, rule: Rule) -> Lazy:
-        """What a rule makes of the deltas; one that needs examples runs once."""
+        """What a rule makes of the deltas; one of whole tensors or of examples runs once."""
         core = rule.core
         if not isinstance(core, ExampleRule):
-            return self.opened.aggregate(rule)
+            if rule not in self.made:
+                update = self.opened.aggregate(rule)
+                if not update.whole:
+                    return update
+                self.made[rule] = filed(update, self.scratch, self.opened.threads)
+            return self.made[rule]
         if core not in self.found:
             known = [partial(Examples, goal.net, goal.task) for goal in self.goals]
             self.found[core] = example_update(core, self.opened, known)

@@ -94,7 +94,7 @@ def search(
     strategy "exhaustive": every candidate on all validation data. "racing": see `race`, which
     `confidence` and `seed` (of the subsets) are for; rows that are dropped hold estimates and are
     not chosen. each_method: one race for each method, so that the best of every method is exact.
-    memory: bytes of updates that a race holds; those above it are computed again at every look.
+    memory: bytes of updates that a race holds; see `UpdateCache`.
 
     Raises:
         DeltaflError: as `Problem.scales`, under "normalized".
@@ -139,8 +139,8 @@ class _Tried:
         on_progress: OnProgress,
     ) -> None:
         self.problem, self.recipe, self.scales = problem, recipe, scales
-        self.tell = lambda done: on_progress(Progress("search on validation", done, total))
         self.updates = UpdateCache(recipe.memory, problem.opened.threads)
+        self.tell = lambda done: on_progress(Progress("search on validation", done, total))
         self.rows: list[tuple[Row, Model]] = [(BASE, ("", 0.0))]
         self.seen: dict[Model, list[Tensor]] = {}
         sizes = [goal.task.size("val") for goal in problem.goals]

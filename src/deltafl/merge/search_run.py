@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
+from tempfile import TemporaryDirectory
 
 import torch
 from safetensors.torch import save_file
@@ -69,9 +70,11 @@ def run_search(
     extra = [Goal(task, own, {}, recipe.batch_size) for task, own in doing]
     opened = open_updates(plan, recipe.memory)
     judged = zip(tasks, nets, opened.tuned.values(), strict=True)
-    problem = Problem(opened, [Goal(*parts, recipe.batch_size) for parts in judged])
-    found = search(problem, recipe, on_progress)
-    rows = _tested(recipe, problem, found, extra)
+    goals = [Goal(*parts, recipe.batch_size) for parts in judged]
+    with TemporaryDirectory(prefix="deltafl-") as scratch:
+        problem = Problem(opened, goals, Path(scratch))
+        found = search(problem, recipe, on_progress)
+        rows = _tested(recipe, problem, found, extra)
     result = _describe(recipe, plan, problem, found, rows)
     if scores is not None:
         save_scores(found, scores)
