@@ -30,15 +30,24 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping. Raises DeltaflError."""
+def load_documents(path: str | Path) -> list[dict[str, Any]]:
+    """The documents of a YAML file, each a mapping. Raises DeltaflError."""
     try:
-        data = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # a SafeLoader
-        json.dumps(data, default=str)  # an alias may hold itself
+        found = [*yaml.load_all(Path(path).read_text(encoding="utf-8"), _Loader)]  # a SafeLoader
+        json.dumps(found, default=str)  # an alias may hold itself
     except OSError as error:
         raise DeltaflError(f'"{path}": {error.strerror}') from None
     except (yaml.YAMLError, ValueError, TypeError) as error:
         raise DeltaflError(f'"{path}": is not YAML: {" ".join(str(error).split())}') from None
-    if not isinstance(data, dict):
+    found = [data for data in found if data is not None] or [None]
+    if not all(isinstance(data, dict) for data in found):
         raise DeltaflError(f'"{path}": must be a mapping of keys to values')
-    return data
+    return found
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML file that holds one mapping. Raises DeltaflError."""
+    first, *others = load_documents(path)
+    if others:
+        raise DeltaflError(f'"{path}": holds {1 + len(others)} documents; give one')
+    return first

@@ -6,7 +6,8 @@ streaming, in-memory and federated results are the same bits by construction.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ from deltafl.rules.rule import (
     refuse_examples,
 )
 from deltafl.rules.weights import WeightsLike, as_weights, shares
+
+EMPTY: Mapping[str, float] = MappingProxyType({})
 
 
 class Aggregate(Lazy):
@@ -158,7 +161,8 @@ class Stepped(Lazy):
     """theta = theta0 + scale * R, rounded once to the base's dtype, or to `dtype`.
 
     scale: server_lr, or a function of the tensor's name. What the update does not
-    hold, and what is not floating-point, is the base's own.
+    hold, and what is not floating-point, is the base's own. of_base: what multiplies theta0, by the
+    tensor's name; 1 where it is not there.
     """
 
     def __init__(
@@ -168,8 +172,10 @@ class Stepped(Lazy):
         scale: float | Callable[[str], float],
         *,
         dtype: torch.dtype | None = None,
+        of_base: Mapping[str, float] = EMPTY,
     ) -> None:
         self._base, self._update, self._dtype = lazy(base), lazy(update), dtype
+        self._of_base = of_base
         self.names, self.whole = self._base.names, self._update.whole
         if missing := [n for n in self._update if n not in self.names]:
             raise DeltaflError(f"the base lacks tensors of the update: {shorten(missing)}")
@@ -193,7 +199,10 @@ class Stepped(Lazy):
                 torch.mul(block, self._scale(name), out=values)
             wide = torch.promote_types(update.dtype, own)
             base = self._base.block(name, start, stop, wide)
-            values = values.to(wide).add_(base.to(values.device))
+            values = values.to(wide).add_(base.to(values.device), alpha=self._of_base.get(name, 1))
+        elif name in self._of_base and own.is_floating_point:
+            wide = torch.promote_types(torch.float32, own)
+            values = self._base.block(name, start, stop, wide) * self._of_base[name]
         else:
             values = self._base.block(name, start, stop)
         once = values.dtype == torch.float32 and out.dtype == dtype != torch.float16

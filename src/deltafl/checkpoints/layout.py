@@ -85,7 +85,7 @@ class Layout:
     """A checkpoint on disk: `ref` as the user wrote it, its files, and its entries in their order.
 
     `pickled`: the file is a torch state dict, whose entries only torch can read; `entries` is
-    empty.
+    empty. `ranges`: of the layers that a stack takes from its parts.
     """
 
     ref: str
@@ -94,6 +94,7 @@ class Layout:
     entries: Mapping[str, Entry]
     pickled: bool = False
     revision: str | None = None
+    ranges: tuple[tuple[int, int], ...] = ()
 
     @property
     def num_bytes(self) -> int:

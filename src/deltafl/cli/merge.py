@@ -1,6 +1,9 @@
 """`deltafl merge`."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
@@ -10,35 +13,68 @@ from deltafl.cli.command import flag, recipe_command
 from deltafl.cli.progress import drawn_progress
 from deltafl.errors import DeltaflError
 from deltafl.files import check_output
+from deltafl.merge.documents import documents_of, resolved
 from deltafl.merge.mergekit import translate
 from deltafl.merge.plan import plan_merge
 from deltafl.merge.recipe import MergeRecipe
-from deltafl.recipe_file import load_yaml
+from deltafl.recipe_file import load_documents
 from deltafl.recipes import read_recipe
 from deltafl.rendering import render
 from deltafl.rules.rule import ExampleRule
 
 
+class Merges:
+    """The merges of a recipe file, ours or mergekit's; settings change the last one."""
+
+    def __init__(self, config: str | None, settings: Mapping[str, Any]) -> None:
+        self.documents = documents_of(load_documents(config) if config else [{}])
+        self.settings = settings
+
+    def recipe(self, number: int, made: Mapping[str, Path]) -> MergeRecipe:
+        """That of a document, whose names are the folders in `made`; of mergekit's, what makes no
+        difference is noted on stderr.
+        """
+        data, last = self.documents[number], number == len(self.documents) - 1
+        name = data.get("name")
+        data = resolved({key: value for key, value in data.items() if key != "name"}, made)
+        if "merge_method" in data:
+            data, notes = translate(data)
+            for note in notes:
+                click.echo(f"note: {note}", err=True)
+        return read_recipe(MergeRecipe, data, self.settings if last else {"out": str(made[name])})
+
+
 def read_merge(config: str | None, settings: Mapping[str, Any]) -> MergeRecipe:
-    """The recipe of a file, ours or mergekit's; of the latter, what makes no difference is noted on
-    stderr.
-    """
-    data = load_yaml(config) if config else {}
-    if "merge_method" in data:
-        data, notes = translate(data)
-        for note in notes:
-            click.echo(f"note: {note}", err=True)
-    return read_recipe(MergeRecipe, data, settings)
+    """The recipe of a file that is a single document."""
+    merges = Merges(config, settings)
+    if len(merges.documents) > 1:
+        raise DeltaflError(f'"{config}": holds several merges; run it with deltafl merge')
+    return merges.recipe(0, {})
 
 
-@recipe_command(MergeRecipe, "dry_run", "quiet", argument="config", read=read_merge)
-def merge_command(recipe: MergeRecipe) -> None:
+@recipe_command(MergeRecipe, "dry_run", "quiet", argument="config", read=Merges)
+def merge_command(merges: Merges) -> None:
     """Merge fine-tuned models of one base: theta = theta0 + server_lr * rule(deltas).
 
     \b
     deltafl merge --base B --models M1 M2 --method fedgma --rho 0.6 --scaling-coef 0.3 --out DIR
     deltafl merge RECIPE.yaml              ours, or mergekit's
     """
+    *before, _ = merges.documents
+    out = Path(merges.settings.get("out") or "")
+    with (
+        TemporaryDirectory(prefix=".deltafl-", dir=out.parent) if before else nullcontext("") as at
+    ):
+        made = {one["name"]: Path(at) / str(i) for i, one in enumerate(before)}
+        for number in range(len(merges.documents)):
+            if number and flag("dry_run"):
+                click.echo(f"then {merges.documents[number].get('name', out)}, of what that makes")
+                continue
+            merge(merges.recipe(number, made))
+
+
+def merge(recipe: MergeRecipe) -> None:
+    """Run one merge, or say what it would do."""
     plan = plan_merge(recipe)
     if flag("dry_run"):
         click.echo(render("plan.txt", plan=plan))

@@ -77,6 +77,8 @@ def large_deltas(opened: Opened, limit: float = 0.5) -> list[str]:
     """A warning for each model whose delta is about as large as the base, judged from a sample of
     the tensors.
     """
+    if not opened.updates:
+        return []
     held = lazy(opened.updates[0].delta)
     names = list(held)[:: max(1, len(held) // 64)]
     pieces = [(name, 0, min(held.spec(name).numel, 4096)) for name in names]

@@ -11,8 +11,9 @@ from torch import Tensor
 from deltafl.algebra.deltas import Deltas
 from deltafl.algebra.streaming import Unit, visit
 from deltafl.checkpoints.naming import canonical
+from deltafl.checkpoints.stack import LAYER
 from deltafl.merge.inputs import Opened, large_deltas
-from deltafl.merge.plan import LAYER, Facts, Plan
+from deltafl.merge.plan import Facts, Plan
 from deltafl.progress import OnProgress, ignore
 from deltafl.rules.matrices import is_matrix, triples
 from deltafl.rules.rule import Source

@@ -5,7 +5,6 @@ is read.
 import dataclasses
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -17,16 +16,19 @@ from pydantic import ConfigDict
 from deltafl.checkpoints.adapter import Adapter, read_adapter
 from deltafl.checkpoints.align import Alignment, align
 from deltafl.checkpoints.layout import SIZES, Layout, fingerprint, read_layout
+from deltafl.checkpoints.stack import split_stack, stacked
 from deltafl.errors import DeltaflError, attempt, did_you_mean
-from deltafl.merge.recipe import MergeRecipe, ModelEntry
+from deltafl.merge.recipe import PASSTHROUGH, MergeRecipe, ModelEntry
 from deltafl.recipes import R, Recipe, read_recipe
 from deltafl.rules.rule import Rule, Source, TensorRule, build_rule, check_rule
+from deltafl.rules.task_arithmetic import TaskArithmetic
 
 Facts: TypeAlias = dict[str, Any]
 """What is told or recorded, as JSON holds it."""
 
-LAYER = re.compile(r"(.*?\b(?:layers?|(?:res)?blocks?|h))\.(\d+)\.")
-"""The beginning of a tensor's name: its stack of layers, and its layer's number."""
+
+NOTHING = TaskArithmetic()
+"""In place of the rule of a merge without models."""
 
 
 class Training(Recipe):
@@ -121,8 +123,9 @@ class Plan:
         """Raise DeltaflError if writing `out` would touch an input."""
         target = Path(out).resolve()
         for layout in self.inputs:
-            source = layout.folder.resolve()
-            if target == source or target in source.parents:
+            folders = layout.folder, *(file.parent for file in layout.files)
+            sources = {folder.resolve() for folder in folders}
+            if any(target == source or target in source.parents for source in sources):
                 raise DeltaflError(
                     f'--out "{out}" is, or holds, the input "{layout.ref}"; choose another folder'
                 )
@@ -136,7 +139,8 @@ def plan_merge(recipe: MergeRecipe) -> Plan:
     problem at once.
     """
     problems, notes = list[str](), list[str]()
-    rule = attempt(problems, build_rule, recipe.method, recipe.params)
+    passed = recipe.method == PASSTHROUGH
+    rule = NOTHING if passed else attempt(problems, build_rule, recipe.method, recipe.params)
     base = attempt(problems, read_base, recipe.base)
     sources, layouts, training = [], dict[str, Layout](), dict[str, Training]()
     adapters, folders = dict[str, Adapter](), dict[str, Path]()
@@ -150,7 +154,7 @@ def plan_merge(recipe: MergeRecipe) -> Plan:
                 (notes if recipe.allow_other_base else problems).append(warning)
             folders |= dict.fromkeys((name, model.path), layouts[name].folder)
         sources.append(source_of(name, model, training.get(name, Training())))
-    if rule:
+    if rule and not passed:
         attempt(problems, check_rule, rule, sources)
     if base is None:
         raise DeltaflError(*problems)
@@ -167,7 +171,7 @@ def plan_merge(recipe: MergeRecipe) -> Plan:
         adapters=adapters,
     )
     problems += alignment.problems
-    for key in ("weight_patterns", "scale_patterns"):
+    for key in ("weight_patterns", "scale_patterns", "base_patterns"):
         for pattern in dict(recipe)[key] if alignment.merged else ():
             if not any(fnmatchcase(name, pattern) for name in alignment.merged):
                 problems.append(f'{key}: "{pattern}" matches no merged tensor')
@@ -189,7 +193,11 @@ def plan_merge(recipe: MergeRecipe) -> Plan:
 
 
 def read_model(ref: str) -> Layout:
-    """The layout of a model with its entries; a torch state dict is opened for them."""
+    """The layout of a model with its entries, or of a stack of layers, `A[0:24],B[8:32]`; a torch
+    state dict is opened for them.
+    """
+    if parts := split_stack(ref):
+        return stacked(ref, [(read_base(own), start, stop) for own, start, stop in parts])
     layout = read_layout(ref)
     if not layout.pickled:
         return layout
@@ -216,9 +224,11 @@ def read_base(ref: str) -> Layout:
 
 
 def read_training(layout: Layout) -> Training:
-    """Raises DeltaflError if it cannot be right. Without the file nothing is known."""
+    """Raises DeltaflError if it cannot be right. Without the file, and of a stack of layers,
+    nothing is known.
+    """
     file = layout.folder / "training.json"
-    return read_json(Training, file) if file.is_file() else Training()
+    return read_json(Training, file) if file.is_file() and not layout.ranges else Training()
 
 
 def read_json(kind: type[R], file: Path) -> R:

@@ -19,6 +19,9 @@ LISTS |= {"tasks": "data"}
 """What is said of all models in one list -> what says it of one."""
 
 
+PASSTHROUGH = "passthrough"
+"""The method of a merge without models: of a base made of layers of several."""
+
 KINDS = {"regmean": "gram", "fisher": "fisher"}
 """Method -> the statistics that it takes in place of examples."""
 
@@ -112,7 +115,14 @@ class MergeRecipe(RuleParameters, DeltaRecipe):
 
     alternatives: ClassVar = (("server_lr", "scaling_coef", "scale_patterns"),)
 
-    method: str = Field("task_arithmetic", description="The rule (see `deltafl rules`).")
+    models: tuple[str | ModelEntry, ...] = Field(
+        (),
+        description="The fine-tuned models: folders, files or hub ids; in a file also mappings.",
+    )
+    method: str = Field(
+        "task_arithmetic",
+        description="The rule (see `deltafl rules`); passthrough: the base alone, as it is.",
+    )
     server_lr: float | None = Field(
         None, description="The scale of the mean of deltas. Default: 1, the mean itself."
     )
@@ -133,6 +143,10 @@ class MergeRecipe(RuleParameters, DeltaRecipe):
     scale_patterns: dict[str, float] = Field(
         {},
         description="Glob on the base's tensor names: their scale, before the general one.",
+    )
+    base_patterns: dict[str, float] = Field(
+        {},
+        description="Glob on the base's tensor names: what multiplies the base's own tensor.",
     )
     dtype: Dtype | None = Field(None, description="Of the output. Default: the base's.")
     exact: bool = Field(False, description="Compute in float64, round once.")
@@ -170,7 +184,7 @@ class MergeRecipe(RuleParameters, DeltaRecipe):
     @property
     def model_weights(self) -> Weights:
         """The weights of the models. Raises DeltaflError if they are not one for each, or all 0."""
-        given = [entry.weight for entry in self.entries.values()]
+        given = [entry.weight for entry in self.entries.values()] or [None]
         rows: dict[str, Sequence[float]] = dict(self.weight_patterns)
         rows.setdefault("*", [1.0 if weight is None else weight for weight in given])
         return as_weights(rows, len(given))
@@ -179,6 +193,8 @@ class MergeRecipe(RuleParameters, DeltaRecipe):
         """What is given twice, or does not fit the models."""
         if self.server_lr is not None and self.scaling_coef is not None:
             yield "server_lr and scaling_coef are two ways to say one thing; give one of them"
+        if bool(self.models) == (self.method == PASSTHROUGH):
+            yield "models: name at least one; with passthrough, which writes the base, none"
         found = list(super().problems())
         if not found:
             attempt(found, lambda: self.model_weights)

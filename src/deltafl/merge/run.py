@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 
 from deltafl.algebra.aggregate import Stepped
-from deltafl.algebra.tensors import Lazy
+from deltafl.algebra.tensors import Lazy, Tensors
 from deltafl.checkpoints.checkpoint import torch_dtype
 from deltafl.checkpoints.layout import identity
+from deltafl.checkpoints.stack import write_depth
 from deltafl.checkpoints.tokenizer import copy_text, text_differences
 from deltafl.checkpoints.writing import copy_companions, plan_shards, write_tensors
 from deltafl.files import atomic_folder
@@ -59,22 +60,28 @@ def run_merge(
 
     with atomic_folder(out, overwrite=overwrite) as folder:
         opened, dtype = open_updates(plan), recipe.stored_dtype
-        if make is None:
-            update = opened.aggregate(plan.rule, on_progress)
-            report: Facts = update.report
-        else:
+        update: Tensors = {}
+        report: Facts = {}
+        if make is not None:
             update, report = make(opened)
+        elif plan.layouts:
+            update = made = opened.aggregate(plan.rule, on_progress)
+            report = made.report
         if recipe.as_adapter:
             report = report | write_lora(plan, update, scale, folder, on_progress)
         else:
             whole = torch_dtype(dtype) if dtype else None
-            stepped = Stepped(opened.base, update, scale, dtype=whole)
+            factors = {n: first_match(n, recipe.base_patterns, 1.0) for n in plan.base.entries}
+            of_base = {n: factor for n, factor in factors.items() if factor != 1}
+            stepped = Stepped(opened.base, update, scale, dtype=whole, of_base=of_base)
             shards = plan_shards(plan.base.entries, dtype, recipe.max_shard_size)
             write_tensors(stepped, shards, folder, threads=threads, on_progress=on_progress)
         marks = ("config.json", "deltafl_model.json")
         if any((plan.base.folder / mark).exists() for mark in marks):
             if not recipe.as_adapter:
                 copy_companions(plan.base.folder, folder, dtype)
+                if plan.base.ranges:
+                    write_depth(folder / "config.json", plan.base.ranges)
             copy_text(plan.text, folder)
         # only now that all is in the page cache: its reads here and there would wait
         warnings = [*large_deltas(opened), *other_texts(plan)]
