@@ -30,18 +30,17 @@ class Merges:
         self.documents = documents_of(load_documents(config) if config else [{}])
         self.settings = settings
 
-    def recipe(self, number: int, made: Mapping[str, Path]) -> MergeRecipe:
-        """That of a document, whose names are the folders in `made`; of mergekit's, what makes no
-        difference is noted on stderr.
+    def recipe(self, number: int, made: Mapping[str, Path], to: Path = Path()) -> MergeRecipe:
+        """That of a document, whose names are the folders in `made`; all but the last write `to`.
+        Of mergekit's, what makes no difference is noted on stderr.
         """
         data, last = self.documents[number], number == len(self.documents) - 1
-        name = data.get("name")
         data = resolved({key: value for key, value in data.items() if key != "name"}, made)
         if "merge_method" in data:
             data, notes = translate(data)
             for note in notes:
                 click.echo(f"note: {note}", err=True)
-        return read_recipe(MergeRecipe, data, self.settings if last else {"out": str(made[name])})
+        return read_recipe(MergeRecipe, data, self.settings if last else {"out": str(to)})
 
 
 def read_merge(config: str | None, settings: Mapping[str, Any]) -> MergeRecipe:
@@ -65,12 +64,14 @@ def merge_command(merges: Merges) -> None:
     with (
         TemporaryDirectory(prefix=".deltafl-", dir=out.parent) if before else nullcontext("") as at
     ):
-        made = {one["name"]: Path(at) / str(i) for i, one in enumerate(before)}
+        made = dict[str, Path]()
         for number in range(len(merges.documents)):
             if number and flag("dry_run"):
                 click.echo(f"then {merges.documents[number].get('name', out)}, of what that makes")
                 continue
-            merge(merges.recipe(number, made))
+            to = Path(at) / str(number)
+            merge(merges.recipe(number, made, to))
+            made[merges.documents[number].get("name", "")] = to
 
 
 def merge(recipe: MergeRecipe) -> None:

@@ -15,6 +15,7 @@ from deltafl.checkpoints.stack import FIRST, LAYER, depth_of, split_stack
 from deltafl.errors import DeltaflError
 from deltafl.merge.mergekit_file import Mergekit, SliceSource
 from deltafl.merge.plan import Facts, read_model
+from deltafl.merge.recipe import PASSTHROUGH
 from deltafl.recipes import read_recipe
 
 Member: TypeAlias = tuple[str, int]
@@ -117,8 +118,6 @@ def _conflicts(config: Mergekit, stacks: Stacks) -> Iterator[str]:
         count = sum(member in stacks.models for member in stacks.sources[i])
         if len({stop - start for start, stop in (s.layer_range for s in part.sources)}) > 1:
             yield f"{where}the sources must have equally many layers"
-        if kind.count is None and not count:
-            yield f"{where}there is none beside the base"
         if kind.count not in (None, count):
             yield f"{where}{name} takes {kind.count} beside the base, not {count}"
 
@@ -212,6 +211,13 @@ def _recipe(config: Mergekit, stacks: Stacks, rows: Mapping[str, Row]) -> Facts:
     def by_model(key: str) -> object:
         return {**others(key), "*": default[key]}
 
+    base = {
+        "base": stacks.base,
+        "base_patterns": {**others("base"), "*": default["base"]},
+        "dtype": config.out_dtype or config.dtype,
+    }
+    if not stacks.models:
+        return {"method": PASSTHROUGH, **base}
     name, mean = config.merge_method, bool(default["mean"])
     election = {"merge": "mean" if mean else "sum", "zero_sum": "positive"}
     inner = {"inner": "ties", "density": 1.0, **election} if name in ELECTS else {}
@@ -229,15 +235,16 @@ def _recipe(config: Mergekit, stacks: Stacks, rows: Mapping[str, Row]) -> Facts:
     if name.startswith("dare"):
         rule = {"method": "dare", "drop_rate": by_model("drop_rate"), **inner}
     patterns = {"weight_patterns": others("weights"), "scale_patterns": others("scale")}
-    return rule | {
-        "base": stacks.base,
-        "models": [*stacks.models.values()],
-        "weights": default["weights"],
-        "server_lr" if default["mean"] else "scaling_coef": default["scale"],
-        **patterns,
-        "base_patterns": {**others("base"), "*": default["base"]},
-        "dtype": config.out_dtype or config.dtype,
-    }
+    return (
+        base
+        | rule
+        | {
+            "models": [*stacks.models.values()],
+            "weights": default["weights"],
+            "server_lr" if default["mean"] else "scaling_coef": default["scale"],
+            **patterns,
+        }
+    )
 
 
 def _notes(config: Mergekit, stacks: Stacks) -> Iterator[str]:
@@ -255,6 +262,8 @@ def _notes(config: Mergekit, stacks: Stacks) -> Iterator[str]:
             f"{name}: other random numbers than mergekit's, and what is kept is divided by the "
             "density"
         )
+    if not stacks.models and name != PASSTHROUGH:
+        yield "models: there is none beside the base, which is written as it is"
     dtypes = {config.dtype, *(source.dtype for source in inputs)}
     for dtype in sorted(dtypes & {"float16", "bfloat16"}, key=str):
         yield f"dtype: computed in float32 and rounded once, where mergekit computes in {dtype}"

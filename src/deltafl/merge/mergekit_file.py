@@ -60,7 +60,8 @@ def _by_filter(value: object) -> dict[str, object]:
             forms = "a number, a list of such over the layers, or a list of {filter, value}"
             raise problem(f"must be {forms}, not {value!r}")
         key, values = str(part.get("filter") or "").replace("*", ""), part["value"]
-        found.setdefault(key, tuple(values) if isinstance(values, list | tuple) else (values,))
+        listed = values if isinstance(values, list | tuple) else (values,)
+        found.setdefault(key, tuple(float(v) if isinstance(v, bool) else v for v in listed))
     return found
 
 
