@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 
 from deltafl.checkpoints.layout import split_ref
 from deltafl.errors import DeltaflError
-from deltafl.merge.mergekit_file import reference
+from deltafl.merge.mergekit_file import model_named
 
 Document: TypeAlias = Mapping[str, Any]
 
@@ -69,8 +69,7 @@ def _adapters(document: Document) -> list[str]:
     """Those of a mergekit document that cannot stay what they are."""
     if "merge_method" not in document:
         return []
-    base = document.get("base_model")
-    own = reference(base) if base else ""
+    own = model_named(document.get("base_model")) or ""
     found = dict.fromkeys(ref for ref in _models(document) if split_ref(ref)[0])
     return [ref for ref in found if ref == own or split_ref(ref)[0] != own]
 
@@ -78,8 +77,8 @@ def _adapters(document: Document) -> list[str]:
 def _models(data: object) -> Iterator[str]:
     if isinstance(data, dict):
         for key, value in data.items():
-            if key in ("model", "base_model") and value:
-                yield reference(value)
+            if key in ("model", "base_model") and (ref := model_named(value)):
+                yield ref
             else:
                 yield from _models(value)
     elif isinstance(data, list | tuple):

@@ -34,6 +34,9 @@ WEIGHED = (*WEIGHED, "dare_linear", "della_linear", "breadcrumbs")
 NORMALIZED = ("linear", "ties", "della")
 """Methods that divide by the sum of weights where nothing is said."""
 
+SAME = ("normalize", "rescale", "filter_wise", "nuslerp_flatten", "nuslerp_row_wise", "max_iter")
+"""Parameters that no tensor may have a value of its own for."""
+
 
 @dataclass(frozen=True)
 class Stacks:
@@ -62,10 +65,14 @@ def translate(data: Mapping[str, object]) -> tuple[Facts, list[str]]:
         name: _row(config, stacks, name, number, t, problems)
         for name, (number, t) in _places(names, config).items()
     }
+    problems += [
+        f"parameters.{key}: must be the same for all tensors"
+        for key in SAME
+        if len({repr(row[key]) for row in rows.values()}) > 1
+    ]
     if problems:
         raise DeltaflError(*dict.fromkeys(problems))
-    recipe = _recipe(config, stacks, rows)
-    return recipe, list(_notes(config, stacks))
+    return _recipe(config, stacks, rows), list(_notes(config, stacks))
 
 
 def _stacks(config: Mergekit) -> Stacks:
@@ -177,7 +184,7 @@ def _row(
         "weights": [weights.get(member, 0.0) / unit for member in stacks.models],
         "scale": value("lambda_", 1.0) if "lambda_" in config.kind.uses else 1.0,
         "base": total / unit if method == "linear" else value("scale", 1.0, only),
-        "mean": elects and normalize,
+        "normalize": elects and normalize,
         "density": of_models("density", 1.0),
         "drop_rate": [1 - density for density in of_models("density", 1.0)],
         "gamma": of_models("gamma", 0.01),
@@ -186,8 +193,8 @@ def _row(
         "t": value("t", math.nan),
         "select_topk": value("select_topk", 1.0),
         "filter_wise": bool(value("filter_wise", 0)),
-        "flatten": bool(value("nuslerp_flatten", 1)),
-        "row_wise": bool(value("nuslerp_row_wise", 0)),
+        "nuslerp_flatten": bool(value("nuslerp_flatten", 1)),
+        "nuslerp_row_wise": bool(value("nuslerp_row_wise", 0)),
         "max_iter": int(value("max_iter", 10)),
         "tol": value("tol", 1e-5),
     }
@@ -218,7 +225,7 @@ def _recipe(config: Mergekit, stacks: Stacks, rows: Mapping[str, Row]) -> Facts:
     }
     if not stacks.models:
         return {"method": PASSTHROUGH, **base}
-    name, mean = config.merge_method, bool(default["mean"])
+    name, mean = config.merge_method, bool(default["normalize"])
     election = {"merge": "mean" if mean else "sum", "zero_sum": "positive"}
     inner = {"inner": "ties", "density": 1.0, **election} if name in ELECTS else {}
     flags = {key: default[key] for key in ("filter_wise", "max_iter", "tol")}
@@ -241,7 +248,7 @@ def _recipe(config: Mergekit, stacks: Stacks, rows: Mapping[str, Row]) -> Facts:
         | {
             "models": [*stacks.models.values()],
             "weights": default["weights"],
-            "server_lr" if default["mean"] else "scaling_coef": default["scale"],
+            "server_lr" if mean else "scaling_coef": default["scale"],
             **patterns,
         }
     )

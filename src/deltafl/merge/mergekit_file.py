@@ -72,21 +72,25 @@ Switches are 1 and 0.
 """
 
 
-def reference(value: object) -> str:
-    """The forms of a model's name as one."""
-    if isinstance(value, dict):
-        own = value.get("model", value.get("path"))
-        lora, revision = value.get("lora"), value.get("revision")
-        whole = reference(own) + (f"@{revision}" if revision else "")
-        odd = [key for key in value.keys() - {"model", "path", "lora", "revision"} if value[key]]
-        if not odd:
-            return f"{whole}+{reference(lora)}" if lora else whole
-    if not isinstance(value, str):
+def model_named(value: object) -> str | None:
+    """The forms of a model's name as one; None: it is none."""
+    if not isinstance(value, dict):
+        return value if isinstance(value, str) else None
+    whole, revision = model_named(value.get("model", value.get("path"))), value.get("revision")
+    adapter = model_named(value.get("lora"))
+    odd = [key for key in value.keys() - {"model", "path", "lora", "revision"} if value[key]]
+    if whole is None or odd or (value.get("lora") and not adapter):
+        return None
+    return whole + (f"@{revision}" if revision else "") + (f"+{adapter}" if adapter else "")
+
+
+def _reference(value: object) -> str:
+    if (found := model_named(value)) is None:
         raise problem(f"must name a model, not {value!r}")
-    return value
+    return found
 
 
-Reference: TypeAlias = Annotated[str, BeforeValidator(reference)]
+Reference: TypeAlias = Annotated[str, BeforeValidator(_reference)]
 
 
 class Parameters(Recipe):
