@@ -149,12 +149,12 @@ def test_every_key_that_is_wrong_is_one_line(folder: Path) -> None:
     wanted = [
         'merge_method: unknown "slurp"; did you mean "slerp"?',
         "base_model: must name a model, not {'model': {'path': 'base'}, 'tower': 'x'}",
-        'unknown key "models.0.parameters.gama"; did you mean "gamma"?',
+        'unknown key "models.0.parameters.gama"; did you mean "models[].parameters.gamma"?',
         "models.1.parameters.weight: must be a valid number, not 'much'",
         'unknown key "models.1.layer_range"; did you mean "slices[].sources[].layer_range"?',
         "parameters.density: must be a number, a list of such over the layers, or a list of {filter",
         "parameters.lambda.1: must be a valid number, not 'x'",
-        'unknown key "parameters.normalise"; did you mean "normalize"?',
+        'unknown key "parameters.normalise"; did you mean "parameters.normalize"?',
         'dtype: unknown "int8"; known: bfloat16, float16, float32, float64',
         'unknown key "merge_methods"; did you mean "merge_method"?',
     ]

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from deltafl.checkpoints.layout import split_ref
-from deltafl.errors import DeltaflError
-from deltafl.merge.mergekit_file import model_named
+from deltafl.errors import DeltaflError, attempt
+from deltafl.merge.mergekit_file import Mergekit, model_named
+from deltafl.recipes import read_recipe
 
 Document: TypeAlias = Mapping[str, Any]
 
@@ -19,8 +20,15 @@ def documents_of(found: Sequence[Document]) -> list[Document]:
     base, or on another model than the base, becomes a model by a document of its own.
 
     Raises:
-        DeltaflError: names that are missing or given twice, or that go round in a circle.
+        DeltaflError: names that are missing or given twice, or that go round in a circle; keys of
+            mergekit's that are wrong.
     """
+    problems = list[str]()
+    for one in found:
+        if "merge_method" in one:
+            attempt(problems, read_recipe, Mergekit, one)
+    if problems:
+        raise DeltaflError(*problems)
     names = [one.get("name", "") for one in found]
     if len(found) > 1 and (names.count("") > 1 or len({*names}) < len(names)):
         raise DeltaflError("several documents: give each but one a name of its own")

@@ -195,6 +195,8 @@ class MergeRecipe(RuleParameters, DeltaRecipe):
             yield "server_lr and scaling_coef are two ways to say one thing; give one of them"
         if bool(self.models) == (self.method == PASSTHROUGH):
             yield "models: name at least one; with passthrough, which writes the base, none"
+        if self.as_adapter and not self.models:
+            yield "as_adapter: there is no update to write with passthrough"
         found = list(super().problems())
         if not found:
             attempt(found, lambda: self.model_weights)

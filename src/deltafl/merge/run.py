@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from deltafl.algebra.aggregate import Stepped
-from deltafl.algebra.tensors import Lazy, Tensors
+from deltafl.algebra.tensors import Lazy, lazy
 from deltafl.checkpoints.checkpoint import torch_dtype
 from deltafl.checkpoints.layout import identity
 from deltafl.checkpoints.stack import write_depth
@@ -60,8 +60,7 @@ def run_merge(
 
     with atomic_folder(out, overwrite=overwrite) as folder:
         opened, dtype = open_updates(plan), recipe.stored_dtype
-        update: Tensors = {}
-        report: Facts = {}
+        update, report = lazy({}), Facts()
         if make is not None:
             update, report = make(opened)
         elif plan.layouts:
