@@ -76,8 +76,8 @@ class SearchRecipe(DeltaRecipe):
     memory: Annotated[ByteSize, Incidental] = Field(
         "8GB",
         validate_default=True,
-        description="Hold the checkpoints in memory if they fit into this, and the updates of rules "
-        "as far as they do; what does not is read and computed again.",
+        description="Hold the checkpoints in memory if they fit into this, and updates of rules as "
+        "far as they do; what does not is read and computed again.",
     )
     batch_size: Annotated[int, Incidental] = Field(
         256, ge=1, description="Examples in one step of an evaluation."
