@@ -82,7 +82,7 @@ def test_by_every_rule(rule: str, params: dict[str, Any], tmp_path: Path) -> Non
     assert_is_merge(state, found)
 
 
-@pytest.mark.parametrize("rule", ["fedavg", "fednova", "cclip", "median"])
+@pytest.mark.parametrize("rule", ["fedavg", "fednova", "cclip", "median", "karcher"])
 def test_of_a_transformer_whose_file_lists_its_tensors_otherwise(rule: str, tmp_path: Path) -> None:
     params = {"rho": 0.4, "unit": "quantile"} if rule == "cclip" else {}
     recipe = RECIPE.replace(aggregator=rule, **params)

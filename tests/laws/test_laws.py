@@ -31,15 +31,17 @@ def named(value: object) -> str:
 def test_every_rule_keeps_the_law(law, rule, data):
     by_distance = rule.core.needs_gram or isinstance(rule.core, TensorRule)
     exact = by_distance and law in EXACT_TIES_BY_ORDER
-    law(rule, data.draw(worlds(kinds=("normal",) if exact else ("normal", "grid", "bfloat16"))))
+    kinds = ("normal",) if exact else ("normal", "grid", "bfloat16")
+    law(rule, data.draw(worlds(kinds)).fitting(rule))
 
 
 @pytest.mark.parametrize("rule", ALL, ids=named)
 def test_blocks_memory_and_threads_give_the_same_bits(rule):
-    laws.streams(rule, replace(laws.large_world(), weights=(1.0, 2.0, 1.0, -0.5)))
+    world = replace(laws.large_world(), weights=(1.0, 2.0, 1.0, -0.5))
+    laws.streams(rule, world.fitting(rule))
 
 
 @pytest.mark.parametrize("rule", ALL, ids=named)
 def test_nan_and_inf_are_refused(rule):
     for weights in (None, (1.0, 2.0, 2.0)):
-        laws.refuses_nonfinite(rule, replace(make(3, seed=3), weights=weights))
+        laws.refuses_nonfinite(rule, replace(make(3, seed=3), weights=weights).fitting(rule))

@@ -13,7 +13,7 @@ from deltafl.algebra.aggregate import Aggregate, WeightsLike, check_rule
 from deltafl.algebra.deltas import Update
 from deltafl.algebra.tensors import BLOCK, Lazy, Spec
 from deltafl.errors import DeltaflError
-from deltafl.rules.rule import RULES, ExampleRule, Rule, Source, build_rule, load_rules
+from deltafl.rules.rule import RULES, ExampleRule, Rule, Source, TensorRule, build_rule, load_rules
 
 SHAPES = {"layer.weight": (5, 7), "layer.bias": (33,), "scale": (), "nothing": (0, 3)}
 LARGE = {"head": (3,), "embedding": (BLOCK // 4 + 1, 4), "scale": ()}
@@ -33,7 +33,12 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
     "iso_cts": [{}, {"common_fraction": 0.2}],
     "knots": [{}, {"inner": "ties", "density": 1.0}, {"inner": "median"}],
     "median": [{}, {"middle": "lower"}],
+    "model_stock": [{}, {"filter_wise": True}],
     "multi_krum": [{}, {"num_selected": 2}],
+    "multislerp": [{}, {"space": "weights"}],
+    "nuslerp": [{}, {"space": "weights"}, {"per": "row"}, {"space": "weights", "per": "column"}],
+    "sce": [{}, {"select_topk": 0.5}],
+    "slerp": [{"t": 0.3}, {"t": {"layer.*": [0.0], "*": [1.5]}}],
     "ties": [{}, {"density": 0.5, "merge": "sum"}, {"density": 0.5, "per_tensor": True},
              {"density": 1.0}, {"density": 0.5, "zero_sum": "positive"}],
     "trimmed_mean": [{"trim": 0}, {"trim": 1}],
@@ -71,10 +76,11 @@ def source(i: int) -> Source:
 
 @dataclass(frozen=True)
 class World:
-    """n deltas with sources and weights."""
+    """n deltas with sources and weights, and the base they are from."""
 
     deltas: tuple[Delta, ...]
     sources: tuple[Source, ...]
+    base: Delta
     weights: tuple[float, ...] | None = None
 
     @property
@@ -90,13 +96,26 @@ class World:
     def reordered(self, order: Sequence[int]) -> "World":
         """The same models in another order."""
         weights = None if self.weights is None else tuple(self.weights[i] for i in order)
-        return World(
-            tuple(self.deltas[i] for i in order), tuple(self.sources[i] for i in order), weights
+        return replace(
+            self,
+            deltas=tuple(self.deltas[i] for i in order),
+            sources=tuple(self.sources[i] for i in order),
+            weights=weights,
+        )
+
+    def fitting(self, rule: Rule) -> "World":
+        """As many models as the rule merges, of weights that are not negative if it asks for that."""
+        world = self.reordered(range(len(self.deltas))[: rule.core.num_models])
+        return (
+            replace(world, weights=tuple(map(abs, world.weights or ())) or None)
+            if of_weights(rule)
+            else world
         )
 
     def with_flat(self, change: Callable[[Tensor], Tensor]) -> "World":
-        """The same world with each delta changed as one flat vector."""
-        return replace(self, deltas=tuple(unflatten(change(flatten(d)), d) for d in self.deltas))
+        """The same world with the base and each delta changed as one flat vector."""
+        base, *deltas = (unflatten(change(flatten(d)), d) for d in (self.base, *self.deltas))
+        return replace(self, base=base, deltas=tuple(deltas))
 
 
 def flatten(delta: Mapping[str, Tensor]) -> Tensor:
@@ -113,8 +132,19 @@ def unflatten(flat: Tensor, like: Mapping[str, Tensor]) -> Delta:
 def result(rule: Rule, world: World, weights: WeightsLike = None, **options: Any) -> Delta:
     """R(delta_1 .. delta_n), all of it; `weights` go before the world's own."""
     return dict(
-        Aggregate(rule, world.updates, world.weights if weights is None else weights, **options)
+        Aggregate(
+            rule,
+            world.updates,
+            world.weights if weights is None else weights,
+            base=world.base,
+            **options,
+        )
     )
+
+
+def of_weights(rule: Rule) -> bool:
+    """Whether it is a rule of whole weights."""
+    return isinstance(rule.core, TensorRule) and rule.core.space == "weights"
 
 
 def refusal(rule: Rule, sources: Sequence[Source]) -> str | None:
@@ -142,8 +172,10 @@ def make(
         values = torch.randn(shape, generator=draw) * scale
         return values.bfloat16().float() if kind == "bfloat16" else values
 
-    deltas = tuple({name: tensor(tuple(shape)) for name, shape in shapes.items()} for _ in range(n))
-    return World(deltas, tuple(source(i) for i in range(n)))
+    *deltas, base = (
+        {name: tensor(tuple(shape)) for name, shape in shapes.items()} for _ in range(n + 1)
+    )
+    return World(tuple(deltas), tuple(source(i) for i in range(n)), base)
 
 
 @st.composite

@@ -7,6 +7,7 @@ streaming, in-memory and federated results are the same bits by construction.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from types import MappingProxyType
 
 import torch
@@ -36,7 +37,8 @@ class Aggregate(Lazy):
     """R(delta_1 .. delta_n), in float32, or float64 to be exact.
 
     Reductions that the rule declares are computed when it is made. `report` holds what the rule
-    found on the way (coefficients, kept fractions), for the record.
+    found on the way (coefficients, kept fractions), for the record. base: theta_0, for a rule of
+    whole weights.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Aggregate(Lazy):
         updates: Sequence[Update],
         weights: WeightsLike = None,
         *,
+        base: Tensors | None = None,
         dtype: torch.dtype = torch.float32,
         threads: int = 1,
         on_progress: OnProgress = ignore,
@@ -59,6 +62,9 @@ class Aggregate(Lazy):
         self._last: dict[str, Tensor] = {}
         self._deltas = Deltas(updates, self.weights, dtype)
         self.names = self._deltas.specs
+        self._base = lazy(base or {})
+        if isinstance(core, TensorRule) and core.space == "weights":
+            self._refuse_lacking(core.name)
         for transform in rule.transforms:
             thresholds = None
             if transform.density is not None:
@@ -81,6 +87,17 @@ class Aggregate(Lazy):
                 if any(row)
             }
             self.report["coefficients"] = self._coefficients.get(self.weights["*"])
+
+    def _refuse_lacking(self, rule: str) -> None:
+        """Raise DeltaflError for what a rule of whole weights cannot do without, or with."""
+        if missing := [name for name in self.names if name not in self._base]:
+            raise DeltaflError(
+                f"{rule} merges whole weights: it needs the base, which lacks {shorten(missing)}"
+            )
+        if min(chain.from_iterable(self.weights.values())) < 0:
+            raise DeltaflError(
+                f"{rule} merges whole weights: a model's weight must not be negative"
+            )
 
     def spec(self, name: str) -> Spec:
         return self._deltas.specs[name]
@@ -127,14 +144,19 @@ class Aggregate(Lazy):
 
     def _combined(self, name: str, start: int, stop: int, shape: tuple[int, ...]) -> Tensor:
         """What the rule makes of elements [start, stop) of the deltas, in this shape."""
-        core = self._core
+        core = self._core.at(name)
         assert isinstance(core, CoordinateRule | TensorRule)
         weights = self._deltas.weights_of[name]
         counted = [i for i, weight in enumerate(weights) if weight]
         stack = self._deltas.stack(name, start, stop, counted)
         self._deltas.check_finite(stack, name, start, stop)
-        p = shares([weights[i] for i in counted])
-        result = core.combine(stack.view(len(stack), *shape), p)
+        p, deltas = shares([weights[i] for i in counted]), stack.view(len(stack), *shape)
+        if isinstance(core, TensorRule) and core.space == "weights":
+            base = self._base.block(name, start, stop, torch.float64).to(stack.device).view(shape)
+            result = core.combine(torch.cat([base[None], base + deltas]), p)
+            result = (result - base).to(stack.dtype)
+        else:
+            result = core.combine(deltas, p)
         if result.shape != shape or result.dtype != stack.dtype:
             raise DeltaflError(
                 f"{type(core).__name__}: combine gives {tuple(result.shape)} {result.dtype} "
@@ -216,10 +238,16 @@ class Stepped(Lazy):
 
 
 def aggregate(
-    rule: Rule, updates: Sequence[Update], weights: WeightsLike = None
+    rule: Rule,
+    updates: Sequence[Update],
+    weights: WeightsLike = None,
+    base: Tensors | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Stream (name, R(delta_1 .. delta_n)) in float32, in the order of the first delta. Pure."""
-    yield from Aggregate(rule, updates, weights).items()
+    """Stream (name, R(delta_1 .. delta_n)) in float32, in the order of the first delta. Pure.
+
+    base: theta_0, for a rule of whole weights.
+    """
+    yield from Aggregate(rule, updates, weights, base=base).items()
 
 
 def step(
@@ -233,4 +261,4 @@ def step(
 
     Pure.
     """
-    yield from Stepped(base, Aggregate(rule, updates, weights), server_lr).items()
+    yield from Stepped(base, Aggregate(rule, updates, weights, base=base), server_lr).items()

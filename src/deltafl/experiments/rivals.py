@@ -128,7 +128,8 @@ def examples(study: Study, sweep: Sweep) -> list[Cell]:
     recipe = study.recipe
     models = tuple(study.tuned(Data(spec)) for spec in recipe.tasks)
     deltas = tuple(name for name in recipe.compared if name in delta_rules())
-    others = (REFERENCE, *(name for name in load_rules() if name not in delta_rules()))
+    rules = load_rules()
+    others = (REFERENCE, *(name for name in rules if issubclass(rules[name], ExampleRule)))
     labelled = min(judged(study, model.data).size("val") for model in models)
     merges = Rival(models, AVERAGE), Search(models, recipe.search_strategy, deltas)
     cells = [Cell({"examples": ""}, work) for work in merges]

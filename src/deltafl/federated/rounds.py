@@ -78,11 +78,11 @@ def run_round(
     started = time.perf_counter()
     given, lost = list[Update](updates.values()), Row()
     if loras := federation.loras:
-        total = combined([as_products(loras, state.params, u) for u in given], recipe, number)
+        total = combined([as_products(loras, state.params, u) for u in given], recipe, state)
         stepped, lost = lora_step(state, total, recipe.server, federation.trained, loras)
         lost["naive_lora_error"] = naive_error(loras, state.params, total, given)
     else:
-        total = combined(given, recipe, number)
+        total = combined(given, recipe, state)
         stepped = server_step(state, total, recipe.server, federation.trained)
     stepped = replace(stepped, round=number)
     stepped = federation.controls.step(stepped, updates, recipe.sharding.num_clients)
@@ -178,15 +178,16 @@ def count_workers(recipe: FederatedRecipe, device: torch.device) -> int:
     return min(asked, recipe.clients_per_round)
 
 
-def combined(updates: Sequence[Update], recipe: FederatedRecipe, number: int) -> Aggregate:
-    """R of the updates, weighed by examples where the recipe says so and the rule does not do it
+def combined(updates: Sequence[Update], recipe: FederatedRecipe, state: ServerState) -> Aggregate:
+    """R of the next round's updates, weighed by examples where the recipe says so and the rule does not do it
     itself.
     """
     sizes = [u.source.num_examples for u in updates]
-    rule = recipe.server.rule(recipe.seed + number)
+    rule = recipe.server.rule(recipe.seed + state.round + 1)
     by_size = recipe.server.client_weights == "examples" and not rule.core.weighs_examples
     weigh = by_size and len(set(sizes)) > 1
-    return Aggregate(rule, updates, [float(n or 0) for n in sizes] if weigh else None)
+    weights = [float(n or 0) for n in sizes] if weigh else None
+    return Aggregate(rule, updates, weights, base=state.params)
 
 
 def is_finite(update: Update) -> bool:

@@ -36,6 +36,7 @@ class Opened:
             rule,
             self.updates,
             self.weights,
+            base=self.base,
             dtype=self.base.dtype,
             threads=self.threads,
             on_progress=on_progress,

@@ -34,8 +34,10 @@ WEIGHED = (*WEIGHED, "dare_linear", "della_linear", "breadcrumbs")
 NORMALIZED = ("linear", "ties", "della")
 """Methods that divide by the sum of weights where nothing is said."""
 
-SAME = ("normalize", "rescale", "filter_wise", "nuslerp_flatten", "nuslerp_row_wise", "max_iter")
-"""Parameters that no tensor may have a value of its own for."""
+SAME = {"normalize": "normalize", "rescale": "rescale", "filter_wise": "filter_wise"}
+SAME |= {"nuslerp_flatten": "per", "max_iter": "max_iter", "tol": "tol", "epsilon": "ram"}
+SAME |= {"select_topk": "select_topk"}
+"""Parameters that no tensor may have a value of its own for -> what they are in a row."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,8 @@ def translate(data: Mapping[str, object]) -> tuple[Facts, list[str]]:
     }
     problems += [
         f"parameters.{key}: must be the same for all tensors"
-        for key in SAME
-        if len({repr(row[key]) for row in rows.values()}) > 1
+        for key, own in SAME.items()
+        if key in config.kind.uses and len({repr(row[own]) for row in rows.values()}) > 1
     ]
     if problems:
         raise DeltaflError(*dict.fromkeys(problems))
@@ -166,6 +168,8 @@ def _row(
 
     weighed = method in WEIGHED
     weights = {m: value("weight", math.nan if weighed else 1.0, s) for m, s in sources.items()}
+    if "t" in config.kind.uses and math.isnan(value("t", math.nan)):
+        problems.append(f"t: is missing; {method} has no default")
     problems += [
         f'weight: is missing for model "{model}"'
         for (model, _), weight in weights.items()
@@ -179,6 +183,7 @@ def _row(
         problems.append("weight: the weights of linear sum to 0; give others, or normalize: false")
     divided = weighed and normalize and not elects and abs(total) >= 1e-8
     unit = total if divided else 1
+    lines = "column" if value("nuslerp_row_wise", 0) else "row"
     only = part.sources[0] if method == "passthrough" else None
     return {
         "weights": [weights.get(member, 0.0) / unit for member in stacks.models],
@@ -190,11 +195,11 @@ def _row(
         "gamma": of_models("gamma", 0.01),
         "epsilon": of_models("epsilon", 0.15),
         "rescale": bool(value("rescale", float(method.startswith(("dare", "della"))))),
-        "t": value("t", math.nan),
+        "t": [value("t", math.nan)],
         "select_topk": value("select_topk", 1.0),
         "filter_wise": bool(value("filter_wise", 0)),
-        "nuslerp_flatten": bool(value("nuslerp_flatten", 1)),
-        "nuslerp_row_wise": bool(value("nuslerp_row_wise", 0)),
+        "per": "tensor" if value("nuslerp_flatten", 1) else lines,
+        "ram": value("epsilon", 1e-5),
         "max_iter": int(value("max_iter", 10)),
         "tol": value("tol", 1e-5),
     }
@@ -210,11 +215,6 @@ def _recipe(config: Mergekit, stacks: Stacks, rows: Mapping[str, Row]) -> Facts:
         found = {glob.escape(name): row[key] for name, row in rows.items()}
         return {name: value for name, value in found.items() if value != default[key]}
 
-    def by_tensor(key: str) -> object:
-        """A value for all tensors, or by globs, the default's last."""
-        apart = others(key)
-        return {**apart, "*": default[key]} if apart else default[key]
-
     def by_model(key: str) -> object:
         return {**others(key), "*": default[key]}
 
@@ -228,15 +228,19 @@ def _recipe(config: Mergekit, stacks: Stacks, rows: Mapping[str, Row]) -> Facts:
     name, mean = config.merge_method, bool(default["normalize"])
     election = {"merge": "mean" if mean else "sum", "zero_sum": "positive"}
     inner = {"inner": "ties", "density": 1.0, **election} if name in ELECTS else {}
-    flags = {key: default[key] for key in ("filter_wise", "max_iter", "tol")}
+    t = {**others("t"), "*": default["t"]}
+    space = {"space": "weights" if config.whole else "deltas"}
     known: dict[str, dict[str, object]] = {
         "linear": {"method": "task_arithmetic"},
         "ties": {"density": by_model("density"), "per_tensor": True, **election},
-        "slerp": {"t": by_tensor("t")},
-        "nearswap": {"t": by_tensor("t")},
-        "sce": {"select_topk": by_tensor("select_topk")},
-        "model_stock": {"filter_wise": flags["filter_wise"]},
-        "karcher": {"max_iter": flags["max_iter"], "tol": flags["tol"]},
+        "slerp": {"t": t},
+        "nearswap": {"t": t},
+        "nuslerp": space | {"per": default["per"]},
+        "multislerp": space,
+        "karcher": {"iterations": default["max_iter"], "tol": default["tol"]},
+        "sce": {"select_topk": default["select_topk"]},
+        "model_stock": {"filter_wise": default["filter_wise"]},
+        "ram": {"epsilon": default["ram"]},
     }
     rule = {"method": name} | known.get(name, {})
     if name.startswith("dare"):

@@ -47,6 +47,7 @@ METHODS: Mapping[str, Kind] = {
     "nearswap": _kind("t", count=1),
     "arcee_fusion": _kind("", count=1),
     "passthrough": _kind("scale", whole=True, count=0),
+    "ram": _kind("epsilon"),
 }
 
 

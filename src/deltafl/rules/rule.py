@@ -107,10 +107,11 @@ class Rule:
     """n deltas -> one update, at mean scale. A frozen dataclass, whose fields are its parameters.
 
     A rule is of one kind: a `LinearRule`, a `CoordinateRule` or a `TensorRule`; the latter two do
-    not see models of weight 0. What it does not say has a default. needs_gram: it wants the Gram
-    matrix. weighs_examples: it weighs the deltas by their numbers of examples itself. values:
-    parameters to compare where none are named, a value or a list. needs: what it works with.
-    searched: what a search tries beside those that it is given.
+    not see models of weight 0. What it does not say has a default. num_models: how many it merges,
+    where it is not any number. needs_gram: it wants the Gram matrix. weighs_examples: it weighs the
+    deltas by their numbers of examples itself. values: parameters to compare where none are named,
+    a value or a list. needs: what it works with. searched: what a search tries beside those that it
+    is given.
 
     Raises:
         DeltaflError: a parameter is not one of its type's `Literal`, or outside its `Within`.
@@ -118,6 +119,7 @@ class Rule:
 
     traits: ClassVar[Traits] = Traits()
     transforms: ClassVar[tuple[Transform, ...]] = ()
+    num_models: ClassVar[int | None] = None
     needs_gram: ClassVar[bool] = False
     weighs_examples: ClassVar[bool] = False
     needs: ClassVar[str] = "the models alone; lambda is chosen on validation data"
@@ -142,7 +144,14 @@ class Rule:
 
     def problems(self, sources: Sequence[Source]) -> list[str]:
         """Why it cannot work with these sources, as far as they alone tell, one line each."""
-        return []
+        n, wanted = len(sources), self.num_models
+        if wanted in (None, n):
+            return []
+        return [f"{self.name}: {n} models; it merges {wanted} into the base, no more and no less"]
+
+    def at(self, name: str) -> "Rule":
+        """The rule for one tensor: its parameters by tensor are those of this one."""
+        return self
 
     @classmethod
     def grid(cls, given: Mapping[str, object], norms: Sequence[float]) -> Mapping[str, object]:
@@ -184,11 +193,19 @@ class TensorRule(Rule, ABC):
 
     Rules of matrices (by SVD) and of whole directions (slerp) are of this kind; they tell matrices
     from vectors by the number of dimensions.
+
+    space: what is combined: "deltas", or "weights": theta_0, theta_1 .. theta_n to theta, from which
+    theta_0 is subtracted again. These are in float64, and weights must not be negative.
     """
+
+    space: Literal["deltas", "weights"] = "deltas"
 
     @abstractmethod
     def combine(self, tensors: Tensor, weights: Sequence[float]) -> Tensor:
-        """(n, *shape), p > 0 with sum 1 -> (*shape), same dtype; may overwrite its argument."""
+        """(n, *shape), p > 0 with sum 1 -> (*shape), same dtype; may overwrite its argument.
+
+        Of weights (1 + n, *shape), the base first.
+        """
 
 
 @dataclass(frozen=True)
@@ -257,9 +274,13 @@ def load_rules() -> Registry[type[Rule]]:
 
 
 def delta_rules() -> dict[str, type[Rule]]:
-    """Those that need nothing but deltas: for merges and for a server alike."""
+    """Those of any number of models that need no examples: for merges and for a server alike."""
     rules = load_rules()
-    return {name: rules[name] for name in rules if not issubclass(rules[name], ExampleRule)}
+    return {
+        name: rules[name]
+        for name in rules
+        if not issubclass(rules[name], ExampleRule) and rules[name].num_models is None
+    }
 
 
 def parameters(rule: type[Rule]) -> dict[str, tuple[object, object]]:
