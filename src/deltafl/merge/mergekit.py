@@ -226,6 +226,7 @@ def _recipe(config: Mergekit, stacks: Stacks, rows: Mapping[str, Row]) -> Facts:
     if not stacks.models:
         return {"method": PASSTHROUGH, **base}
     name, mean = config.merge_method, bool(default["normalize"])
+    sums = "lambda_" in config.kind.uses and not mean or name == "linear"
     election = {"merge": "mean" if mean else "sum", "zero_sum": "positive"}
     inner = {"inner": "ties", "density": 1.0, **election} if name in ELECTS else {}
     t = {**others("t"), "*": default["t"]}
@@ -252,7 +253,7 @@ def _recipe(config: Mergekit, stacks: Stacks, rows: Mapping[str, Row]) -> Facts:
         | {
             "models": [*stacks.models.values()],
             "weights": default["weights"],
-            "server_lr" if mean else "scaling_coef": default["scale"],
+            "scaling_coef" if sums else "server_lr": default["scale"],
             **patterns,
         }
     )
