@@ -167,7 +167,7 @@ def _row(
         return [value(key, default, sources.get(member)) for member in stacks.models]
 
     weighed = method in WEIGHED
-    weights = {m: value("weight", math.nan if weighed else 1.0, s) for m, s in sources.items()}
+    weights = {m: value("weight", math.nan, s) if weighed else 1.0 for m, s in sources.items()}
     if "t" in config.kind.uses and math.isnan(value("t", math.nan)):
         problems.append(f"t: is missing; {method} has no default")
     problems += [
