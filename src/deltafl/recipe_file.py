@@ -38,7 +38,10 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise DeltaflError(f'"{path}": {error.strerror}') from None
     except (yaml.YAMLError, ValueError, TypeError) as error:
-        raise DeltaflError(f'"{path}": is not YAML: {" ".join(str(error).split())}') from None
+        text = " ".join(str(error).split())
+        several = "holds several documents; give each a file of its own"
+        why = several if "expected a single document" in text else f"is not YAML: {text}"
+        raise DeltaflError(f'"{path}": {why}') from None
     if not isinstance(data, dict):
         raise DeltaflError(f'"{path}": must be a mapping of keys to values')
     return data

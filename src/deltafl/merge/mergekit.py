@@ -18,7 +18,7 @@ from typing import Annotated, Literal, TypeAlias
 import numpy as np
 from pydantic import BeforeValidator, Field
 
-from deltafl.errors import DeltaflError
+from deltafl.errors import DeltaflError, brief
 from deltafl.merge.plan import LAYER, Facts, read_model
 from deltafl.merge.recipe import Dtype
 from deltafl.recipes import Recipe, one_of, problem, read_recipe
@@ -34,7 +34,7 @@ def _by_filter(value: object) -> dict[str, object]:
     for part in parts if by_filter else ({"value": value},):
         if not isinstance(part, dict) or part.keys() - {"filter"} != {"value"}:
             forms = "a number, a list of such over the layers, or a list of {filter, value}"
-            raise problem(f"must be {forms}, not {value!r}")
+            raise problem(f"must be {forms}, not {brief(value)}")
         key, values = str(part.get("filter") or "").replace("*", ""), part["value"]
         found.setdefault(key, tuple(values) if isinstance(values, list | tuple) else (values,))
     return found
@@ -52,7 +52,9 @@ def _reference(value: object) -> str:
         whole = _reference(value.get("model", value.get("path")))
         return f"{whole}@{value['revision']}" if value.get("revision") else whole
     if not isinstance(value, str) or "+" in value:
-        raise problem(f"must name a whole model, not {value!r}; merge a LoRA into its model first")
+        raise problem(
+            f"must name a whole model, not {brief(value)}; merge a LoRA into its model first"
+        )
     return value
 
 
@@ -173,6 +175,8 @@ def translate(data: Mapping[str, object]) -> tuple[Facts, list[str]]:
     if problems:
         raise DeltaflError(*dict.fromkeys(problems))
     others = [model for model in models if model != base]
+    if all(row["weights"] == [0] * len(others) for row in rows.values()):
+        raise DeltaflError("weight: all are 0; give a model beside the base another one")
     return {"base": base, "models": others, **_recipe(config, rows)}, list(_notes(config, base))
 
 

@@ -15,9 +15,9 @@ from typing import Any, TypeAlias
 from pydantic import ConfigDict
 
 from deltafl.checkpoints.adapter import Adapter, read_adapter
-from deltafl.checkpoints.align import Alignment, align
+from deltafl.checkpoints.align import RUNNING, Alignment, align
 from deltafl.checkpoints.layout import SIZES, Layout, fingerprint, read_layout
-from deltafl.errors import DeltaflError, attempt, did_you_mean
+from deltafl.errors import DeltaflError, attempt, did_you_mean, shorten
 from deltafl.merge.recipe import MergeRecipe, ModelEntry
 from deltafl.recipes import R, Recipe, read_recipe
 from deltafl.rules.rule import Rule, Source, TensorRule, build_rule, check_rule
@@ -165,6 +165,7 @@ def plan_merge(recipe: MergeRecipe) -> Plan:
         include=recipe.include,
         exclude=recipe.exclude,
         adapters=adapters,
+        dtype=recipe.stored_dtype or ("F32" if recipe.as_adapter else None),
     )
     problems += alignment.problems
     for key in ("weight_patterns", "scale_patterns"):
@@ -173,6 +174,13 @@ def plan_merge(recipe: MergeRecipe) -> Plan:
                 problems.append(f'{key}: "{pattern}" matches no merged tensor')
     if problems or not rule:
         raise DeltaflError(*problems)
+    notes += [
+        f'"{layout.ref}": {layout.files[0].name} is read, not {shorten(layout.passed_over)}'
+        for layout in (base, *layouts.values())
+        if layout.passed_over
+    ]
+    if running := [name for name in alignment.merged if name.endswith(RUNNING)]:
+        notes.append(f"{len(running)} running statistics are averaged, never extrapolated")
     told = (*alignment.notes, *notes)
     return Plan(
         recipe,

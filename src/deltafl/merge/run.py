@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from deltafl.algebra.aggregate import Stepped
 from deltafl.algebra.tensors import Lazy
 from deltafl.checkpoints.checkpoint import torch_dtype
 from deltafl.checkpoints.layout import identity
@@ -68,7 +67,7 @@ def run_merge(
             report = report | write_lora(plan, update, scale, folder, on_progress)
         else:
             whole = torch_dtype(dtype) if dtype else None
-            stepped = Stepped(opened.base, update, scale, dtype=whole)
+            stepped = opened.stepped(update, scale, whole)
             shards = plan_shards(plan.base.entries, dtype, recipe.max_shard_size)
             write_tensors(stepped, shards, folder, threads=threads, on_progress=on_progress)
         marks = ("config.json", "deltafl_model.json")
