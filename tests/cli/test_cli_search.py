@@ -83,6 +83,11 @@ def test_the_output_holds_everything_and_the_winner_scores_what_its_row_says(tra
         assert row["rule"] in (out / "report.html").read_text()
         assert row["rule"] in said
         assert f"{100 * row['mean']:.1f}" in said
+    card = (out / "merged/README.md").read_text()
+    assert f"| | {' | '.join(result['tasks'])} | mean |" in card
+    for row in result["rows"]:
+        scores = " | ".join(f"{value:.4g}" for value in (*row["test"].values(), row["mean"]))
+        assert f"| {row['rule']} | {scores} |\n" in card + "\n"
     assert f"merged model: {out / 'merged'}\nreport: {out / 'report.html'}" in said
     assert yaml.safe_load((out / "config.yaml").read_text())["scaling_coefs"] == [0.3, 0.8]
 

@@ -181,7 +181,7 @@ def _download(ref: str) -> tuple[Path, str]:
         raise DeltaflError(f'"{ref}": no such file or folder (a hub id has the form owner/name)')
     import huggingface_hub  # heavy, and for hub ids only
 
-    wanted = ["*.safetensors", *(f"*{suffix}" for suffix in COMPANIONS)]
+    wanted = ["*.safetensors", "README.md", *(f"*{suffix}" for suffix in COMPANIONS)]
     try:
         for patterns in (wanted, ["*.bin", *wanted]):
             found = huggingface_hub.snapshot_download(

@@ -3,7 +3,7 @@
 import functools
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +17,7 @@ from deltafl.checkpoints.tokenizer import copy_text, text_differences
 from deltafl.checkpoints.writing import copy_companions, plan_shards, write_tensors
 from deltafl.files import atomic_folder
 from deltafl.merge.as_adapter import write_lora
+from deltafl.merge.card import model_card
 from deltafl.merge.inputs import Opened, large_deltas, open_updates
 from deltafl.merge.plan import Facts, Plan
 from deltafl.progress import OnProgress, ignore
@@ -37,11 +38,12 @@ def run_merge(
     overwrite: bool = False,
     on_progress: OnProgress = ignore,
     make: Callable[[Opened], tuple[Lazy, Facts]] | None = None,
+    rows: Sequence[Facts] = (),
 ) -> Facts:
     """Merge and write the directory `out`, whole or not at all; returns what deltafl.json records.
 
     on_progress: told of each pass over the models, by name. make: the update at mean scale and what
-    there is to report of it, of a rule that needs more than deltas (see `ExampleRule`).
+    there is to report of it, of a rule that needs more than deltas (see `ExampleRule`). rows: test scores for the card.
 
     Raises:
         DeltaflError: bad input that only reading shows (NaN, a file that changed); `out` exists.
@@ -79,6 +81,7 @@ def run_merge(
         warnings = [*large_deltas(opened), *other_texts(plan)]
         record = {**describe(plan), "warnings": warnings, **report}
         (folder / "deltafl.json").write_text(json.dumps(record, indent=2))
+        (folder / "README.md").write_text(model_card(plan, record, Path(out).resolve().name, rows))
     return record
 
 
