@@ -56,6 +56,12 @@ RUNNING = ("running_mean", "running_var")
 
 BUFFER, LEFT_OUT = "computed, not trained", "left out by --include/--exclude"
 
+ZERO = (
+    "no elements here, or in the base: a part that ZeRO-3 wrote without gathering it; make whole "
+    "weights with DeepSpeed's zero_to_fp32.py"
+)
+LACKS = "of the base; leave out with --exclude if that is meant"
+
 QUANTISED = ("weight", "qweight")
 """Last parts of names that hold numbers to compute with: integers there are a code for them."""
 
@@ -97,14 +103,13 @@ def align(
 ) -> Alignment:
     """Compare all names, shapes and dtypes of all models with the base; decide what is merged.
 
-    scope: prefix of base names. include, exclude: globs on base names, of exclude also on a
-    model's own. A part that is a head or a
-    tower (HEADS, TOWERS) and absent from a model, and a head of another shape, is copied from the
-    base; any other difference is a problem. Nothing is raised: problems are collected. adapters:
-    models of which only the weights that they change are given; what none changes is copied.
-    dtype: of the result, if not the base's, in safetensors' spelling.
+    scope: prefix of base names. include, exclude: globs on base names, of exclude also on a model's
+    own. A part that is a head or a tower (HEADS, TOWERS) and absent from a model, and a head of
+    another shape, is copied from the base; any other difference is a problem. Nothing is raised:
+    problems are collected. adapters: models of which only the weights that they change are given;
+    what none changes is copied. dtype: of the result, if not the base's, in safetensors' spelling.
     """
-    out, copied, coded = Alignment(dtype), Reasons(), list[str]()
+    out, copied = Alignment(dtype), Reasons()
     prefix = scope and scope.removesuffix(".") + "."
     nothing = f"matches no tensor of the base; the first are {shorten(list(base))}"
     if base and not any(name.startswith(prefix) for name in base):
@@ -120,13 +125,7 @@ def align(
             copied[name] = BUFFER
         elif not entry.floating:
             copied[name] = f"not a float tensor ({entry.dtype})"
-            if entry.dtype.startswith("F8") or name.rpartition(".")[2] in QUANTISED:
-                coded.append(name)
-    if coded:
-        out.problems.append(
-            f"the base is quantised ({base[coded[0]].dtype}): {shorten(coded)}; "
-            "merge models that are not, or copy these from the base with --exclude"
-        )
+    out.problems += _quantised({n: base[n] for n, why in copied.items() if why.startswith("not")})
     own = {m: {n for p in exclude for n in matching(held, p)} for m, held in models.items()}
     reached = {p for p in exclude for names in own.values() if matching(names, p)}
     unmatched = (p for p, names in found.items() if not names and p not in reached)
@@ -152,6 +151,20 @@ def align(
             "base and models have no float tensor in common; is this the right base?"
         )
     return out
+
+
+def _quantised(base: Entries) -> list[str]:
+    """A line for tensors, of those that are no floats, that are codes for numbers."""
+    coded = [
+        name
+        for name, entry in base.items()
+        if entry.dtype.startswith("F8") or name.rpartition(".")[2] in QUANTISED
+    ]
+    return [
+        f"the base is quantised ({base[name].dtype}): {shorten(coded)}; "
+        "merge models that are not, or copy these from the base with --exclude"
+        for name in coded[:1]
+    ]
 
 
 def _by_reason(reasons: Reasons) -> dict[str, list[str]]:
@@ -278,15 +291,8 @@ def _differences(
         f"{dtype} where the base has {want}: {shorten(names)}; merge models that are not quantised"
         for (dtype, want), names in coded.items()
     ]
-    if empty:
-        problems.append(
-            f"{shorten(empty)}: no elements here, or in the base: a part that ZeRO-3 wrote without "
-            "gathering it; make whole weights with DeepSpeed's zero_to_fp32.py"
-        )
-    if missing:
-        problems.append(
-            f"lacks {shorten(missing)} of the base; leave out with --exclude if that is meant"
-        )
+    problems += [f"{shorten(names)}: {ZERO}" for names in (empty,) if names]
+    problems += [f"lacks {shorten(names)} {LACKS}" for names in (missing,) if names]
     notes = [
         f"{count} tensors are {dtype}, the base is {want}: the result is {out.dtype or want}"
         for (dtype, want), count in dtypes.items()

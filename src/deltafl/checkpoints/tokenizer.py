@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,9 @@ TEXT = re.compile(
 """Names of the files that make and read text, beside the weights."""
 
 
-def copy_text(source: Path, target: Path) -> None:
-    """Copy what makes and reads text of one model to another."""
-    for file in source.iterdir():
-        if file.is_file() and TEXT.fullmatch(file.name):
-            shutil.copyfile(file, target / file.name)
+def text_files(folder: Path) -> list[Path]:
+    """What makes and reads the text of a model."""
+    return [file for file in folder.iterdir() if file.is_file() and TEXT.fullmatch(file.name)]
 
 
 def text_differences(folder: Path, other: Path) -> list[str]:

@@ -1,6 +1,7 @@
 """`deltafl merge`."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import click
@@ -8,6 +9,7 @@ import click
 from deltafl.checkpoints.readahead import reading_ahead
 from deltafl.cli.command import flag, recipe_command
 from deltafl.cli.progress import drawn_progress
+from deltafl.cli.push import push_merged, show_push
 from deltafl.errors import DeltaflError
 from deltafl.files import check_output
 from deltafl.merge.mergekit import translate
@@ -42,6 +44,7 @@ def merge_command(recipe: MergeRecipe) -> None:
     plan = plan_merge(recipe)
     if flag("dry_run"):
         click.echo(render("plan.txt", plan=plan))
+        show_push(plan, recipe.push)
         return
     if not recipe.out:
         raise DeltaflError("no output; name a folder with --out")
@@ -57,3 +60,4 @@ def merge_command(recipe: MergeRecipe) -> None:
     for warning in record["warnings"]:
         click.echo(f"warning: {warning}", err=True)
     click.echo(render("merge.txt", plan=plan, record=record))
+    push_merged(Path(recipe.out), recipe.push)

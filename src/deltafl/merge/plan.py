@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -174,14 +174,7 @@ def plan_merge(recipe: MergeRecipe) -> Plan:
                 problems.append(f'{key}: "{pattern}" matches no merged tensor')
     if problems or not rule:
         raise DeltaflError(*problems)
-    notes += [
-        f'"{layout.ref}": {layout.files[0].name} is read, not {shorten(layout.passed_over)}'
-        for layout in (base, *layouts.values())
-        if layout.passed_over
-    ]
-    if running := [name for name in alignment.merged if name.endswith(RUNNING)]:
-        notes.append(f"{len(running)} running statistics are averaged, never extrapolated")
-    told = (*alignment.notes, *notes)
+    told = (*alignment.notes, *notes, *_notes(alignment, (base, *layouts.values())))
     return Plan(
         recipe,
         rule,
@@ -194,6 +187,15 @@ def plan_merge(recipe: MergeRecipe) -> Plan:
         tuple(sources),
         told,
     )
+
+
+def _notes(alignment: Alignment, inputs: Iterable[Layout]) -> Iterator[str]:
+    """What a user should know beside what the alignment says itself."""
+    for layout in (layout for layout in inputs if layout.passed_over):
+        found = shorten(layout.passed_over)
+        yield f'"{layout.ref}": {layout.files[0].name} is read, not {found}'
+    if running := sum(name.endswith(RUNNING) for name in alignment.merged):
+        yield f"{running} running statistics are averaged, never extrapolated"
 
 
 def read_model(ref: str) -> Layout:

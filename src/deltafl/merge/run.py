@@ -11,10 +11,17 @@ from pathlib import Path
 import torch
 
 from deltafl.algebra.tensors import Lazy
+from deltafl.checkpoints.adapter import CONFIG
 from deltafl.checkpoints.checkpoint import torch_dtype
-from deltafl.checkpoints.layout import identity
-from deltafl.checkpoints.tokenizer import copy_text, text_differences
-from deltafl.checkpoints.writing import copy_companions, plan_shards, write_tensors
+from deltafl.checkpoints.layout import ADAPTER, identity
+from deltafl.checkpoints.tokenizer import text_differences, text_files
+from deltafl.checkpoints.writing import (
+    INDEX,
+    companions,
+    copy_files,
+    plan_shards,
+    write_tensors,
+)
 from deltafl.files import atomic_folder
 from deltafl.merge.as_adapter import write_lora
 from deltafl.merge.card import model_card
@@ -29,6 +36,9 @@ VERSIONS = {
     "python": platform.python_version(),
     "torch": torch.__version__,
 }
+
+OWN = ("deltafl.json", "README.md")
+"""What is written beside weights and what is copied: the record and the card."""
 
 
 def run_merge(
@@ -72,17 +82,31 @@ def run_merge(
             stepped = opened.stepped(update, scale, whole)
             shards = plan_shards(plan.base.entries, dtype, recipe.max_shard_size)
             write_tensors(stepped, shards, folder, threads=threads, on_progress=on_progress)
-        marks = ("config.json", "deltafl_model.json")
-        if any((plan.base.folder / mark).exists() for mark in marks):
-            if not recipe.as_adapter:
-                copy_companions(plan.base.folder, folder, dtype)
-            copy_text(plan.text, folder)
+        copy_files(copied_files(plan), folder, dtype)
         # only now that all is in the page cache: its reads here and there would wait
         warnings = [*large_deltas(opened), *other_texts(plan)]
         record = {**describe(plan), "warnings": warnings, **report}
-        (folder / "deltafl.json").write_text(json.dumps(record, indent=2))
-        (folder / "README.md").write_text(model_card(plan, record, Path(out).resolve().name, rows))
+        card = model_card(plan, record, Path(out).resolve().name, rows)
+        for name, text in zip(OWN, (json.dumps(record, indent=2), card), strict=True):
+            (folder / name).write_text(text)
     return record
+
+
+def copied_files(plan: Plan) -> list[Path]:
+    """The base's files beside its weights, and those of the chosen text."""
+    folder, marks = plan.base.folder, ("config.json", "deltafl_model.json")
+    if not any((folder / mark).exists() for mark in marks):
+        return []
+    return [*([] if plan.recipe.as_adapter else companions(folder)), *text_files(plan.text)]
+
+
+def written_files(plan: Plan) -> list[str]:
+    """Names of the files of the output."""
+    recipe, names = plan.recipe, [ADAPTER, CONFIG]
+    if not recipe.as_adapter:
+        shards = plan_shards(plan.base.entries, recipe.stored_dtype, recipe.max_shard_size)
+        names = [shard.file.name for shard in shards] + [INDEX] * (len(shards) > 1)
+    return sorted([*names, *OWN, *(file.name for file in copied_files(plan))])
 
 
 def other_texts(plan: Plan) -> list[str]:
