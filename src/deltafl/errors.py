@@ -47,6 +47,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f'did you mean "{close[0]}"?' if close else f"known: {', '.join(names)}"
 
 
+def brief(value: object) -> str:
+    """A value as Python writes it, or of a long one its beginning."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
 def shorten(names: Sequence[str], most: int = 3) -> str:
     """The first few of many names, with the count of the rest."""
     shown = ", ".join(f'"{n}"' for n in names[:most])

@@ -26,7 +26,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError
 
-from deltafl.errors import DeltaflError, did_you_mean
+from deltafl.errors import DeltaflError, brief, did_you_mean
 from deltafl.recipe_file import load_yaml
 
 R = TypeVar("R", bound="Recipe")
@@ -321,4 +321,4 @@ def _lines(kind: type[Recipe], keys: Keys, item: ErrorDetails) -> list[str]:
             return [f'{path}: unknown "{item["input"]}"; {did_you_mean(item["input"], choices)}']
     text = re.sub("(input )?should", "must", item["msg"], flags=re.IGNORECASE)
     text = re.sub(r"valid dictionary( or instance of \w+)?", "mapping of keys to values", text)
-    return [f"{path}: {text[0].lower()}{text[1:]}, not {item['input']!r}"]
+    return [f"{path}: {text[0].lower()}{text[1:]}, not {brief(item['input'])}"]

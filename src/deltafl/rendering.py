@@ -14,4 +14,4 @@ _LOOK = jinja2.Environment(
 
 def render(name: str, **values: object) -> str:
     """A template of `deltafl/templates` filled with values, which are escaped in HTML."""
-    return _LOOK.get_template(name).render(values, shorten=shorten).rstrip()
+    return _LOOK.get_template(name).render(values, shorten=shorten, zip=zip).rstrip()

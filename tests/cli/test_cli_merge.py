@@ -121,7 +121,9 @@ def test_the_record_says_what_went_in(world: World):
     assert record["versions"]["torch"] == torch.__version__
     (world.out / "notes.txt").write_text("old")
     assert succeed(*world.args, "--overwrite").err == "", "off a terminal nothing is drawn"
-    assert sorted(files_in(world.out)) == ["config.json", "deltafl.json", "model.safetensors"]
+    assert sorted(files_in(world.out)) == [
+        "README.md", "config.json", "deltafl.json", "model.safetensors"
+    ]  # fmt: skip
     assert record_of(world.out)["base"]["sha256"] is None
     outcome = succeed(*world.args, "--quiet", "--overwrite")
     assert (outcome.out, outcome.err) == ("", "")

@@ -12,6 +12,7 @@ import yaml
 from safetensors import safe_open
 
 from checkpoint_files import files_in, refusal, succeed
+from deltafl.checkpoints import hub
 from deltafl.merge.search_recipe import SearchRecipe
 from deltafl.models.fit import random_head
 from deltafl.models.head import HEAD_FILE, save_head
@@ -83,6 +84,11 @@ def test_the_output_holds_everything_and_the_winner_scores_what_its_row_says(tra
         assert row["rule"] in (out / "report.html").read_text()
         assert row["rule"] in said
         assert f"{100 * row['mean']:.1f}" in said
+    card = (out / "merged/README.md").read_text()
+    assert f"| | {' | '.join(result['tasks'])} | mean |" in card
+    for row in result["rows"]:
+        scores = " | ".join(f"{value:.4g}" for value in (*row["test"].values(), row["mean"]))
+        assert f"| {row['rule']} | {scores} |\n" in card + "\n"
     assert f"merged model: {out / 'merged'}\nreport: {out / 'report.html'}" in said
     assert yaml.safe_load((out / "config.yaml").read_text())["scaling_coefs"] == [0.3, 0.8]
 
@@ -110,6 +116,24 @@ def test_without_an_output_only_the_table_is_shown_and_quiet_says_nothing(traine
     assert (outcome.out, outcome.err) == ("", "")
     problem = refusal(trained, "search", file, "--out", trained / VARIANTS[0], "--overwrite")
     assert "is, or holds, the input" in problem
+
+
+def test_the_merged_folder_is_pushed_where_there_is_one(trained, tmp_path, monkeypatch):
+    sent = []
+    monkeypatch.setattr(hub, "push", lambda folder, name: sent.append((folder, name)) or "there")
+    push, out = ("--push", "owner/name"), tmp_path / "out"
+    file = recipe(trained, tmp_path, methods=["median"], scaling_coefs=[0.3])
+    said = succeed("search", file, *push, "--dry-run").out
+    assert "push to owner/name: " in said
+    succeed("search", file, *push)
+    assert not sent
+    assert "pushed: there" in succeed("search", file, *push, "--out", out).out
+    assert sent == [(out / "merged", "owner/name")]
+    listed = said.split("push to owner/name: ")[1].strip().split(", ")
+    assert listed == sorted(files_in(out / "merged"))
+    file = recipe(trained, tmp_path, methods=["median"], scaling_coefs=[-30.0])
+    assert "pushed" not in succeed("search", file, *push, "--out", out, "--overwrite").out
+    assert len(sent) == 1
 
 
 def test_options_go_before_the_recipe(trained: Path, tmp_path: Path):

@@ -105,12 +105,13 @@ class Aggregate(Lazy):
     def terms(self, name: str) -> list[tuple[float, Lazy]] | None:
         """Of a linear rule c_i and delta_i, whose products it adds up; None for another."""
         deltas, weights = self._deltas, self._deltas.weights_of[name]
-        if not isinstance(self._core, LinearRule) or deltas.transforms:
+        if not isinstance(self._core, LinearRule) or deltas.transforms or not any(weights):
             return None
-        c = self._coefficients[weights] if any(weights) else [0.0] * len(weights)
+        c = self._coefficients[weights]
         return [
             (math.copysign(one, weight * one), lazy(update.delta))
             for one, weight, update in zip(c, weights, deltas.updates, strict=True)
+            if weight
         ]
 
     def read(self, name: str, start: int, stop: int, out: Tensor) -> None:

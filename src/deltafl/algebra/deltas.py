@@ -60,14 +60,14 @@ class Difference(Lazy):
     """delta = tuned - base in float32 or, to be exact, float64: of the tensors that `tuned` has."""
 
     def __init__(self, base: Tensors, tuned: Tensors, dtype: torch.dtype = torch.float32) -> None:
-        self._base, self.tuned, self._dtype = lazy(base), lazy(tuned), dtype
+        self.base, self.tuned, self._dtype = lazy(base), lazy(tuned), dtype
         self.names = self.tuned.names
 
     def spec(self, name: str) -> Spec:
-        return self._base.spec(name)._replace(dtype=self._dtype)
+        return self.base.spec(name)._replace(dtype=self._dtype)
 
     def read(self, name: str, start: int, stop: int, out: Tensor) -> None:
-        base = self._base.block(name, start, stop, self._dtype)
+        base = self.base.block(name, start, stop, self._dtype)
         values = memory_like(out, self._dtype, base.device)
         self.tuned.read(name, start, stop, values)
         values.sub_(base)
@@ -108,9 +108,14 @@ class Deltas:
             raise DeltaflError(*problems)
 
     def read(self, i: int, name: str, start: int, out: Tensor) -> None:
-        """Write delta i, signed and transformed, from `start` on into `out`, of our dtype."""
+        """Write delta i, signed and transformed, from `start` on into `out`, of our dtype; zeros
+        where its weight is 0, whatever it is.
+        """
+        if not (weight := self.weights_of[name][i]):
+            out.zero_()
+            return
         self._deltas[i].read(name, start, start + len(out), out)
-        if self.weights_of[name][i] < 0:
+        if weight < 0:
             out.neg_()
         row = out
         for transform, thresholds in self.transforms:
@@ -131,14 +136,22 @@ class Deltas:
         return stack
 
     def check_finite(self, values: Tensor, name: str, start: int, stop: int) -> None:
-        """Raise DeltaflError that names tensor and model if a delta has NaN or Inf there.
+        """Raise DeltaflError that names tensor and model, or base, if a delta has NaN or Inf there.
 
         values: what was made of the deltas. They are searched only if its sum is not finite.
         """
         for i, update in enumerate(() if math.isfinite(values.sum()) else self.updates):
             bad = ~torch.isfinite(self.stack(name, start, stop, [i])[0])
             if bad.any():
-                at = start + int(bad.nonzero()[0, 0])
+                at, delta = start + int(bad.nonzero()[0, 0]), update.delta
+                if (
+                    isinstance(delta, Difference)
+                    and not delta.base.block(name, at, at + 1).isfinite()
+                ):
+                    raise DeltaflError(
+                        f'the base: tensor "{name}" holds NaN or Inf (element {at}); give another '
+                        "base, or leave the tensor out with --exclude"
+                    )
                 raise DeltaflError(
                     f'model "{update.source.name}": tensor "{name}" differs from the base by NaN or'
                     f" Inf (element {at}); leave the model or, with --exclude, the tensor out"

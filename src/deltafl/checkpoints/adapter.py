@@ -37,6 +37,8 @@ INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 _LORA = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(embedding_)?([AB])(?:\.weight)?")
 
+_SIDE = re.compile(r"\blora_(embedding_)?([AB]|down|up)\b")
+
 
 class _Config(BaseModel):
     """CONFIG, with peft's defaults."""
@@ -114,6 +116,11 @@ def read_adapter(layout: Layout) -> Adapter | None:
     if layout.files[0].name != ADAPTER:
         if base:
             raise DeltaflError(f'"{layout.ref}": "{layout.folder}" is a model and no adapter')
+        if any(_SIDE.search(name) for name in layout.entries):
+            raise DeltaflError(
+                f'"{layout.ref}": holds an adapter; give the folder that peft saved, with '
+                f"{ADAPTER} and {CONFIG}"
+            )
         return None
     file = layout.folder / CONFIG
     try:

@@ -4,6 +4,7 @@ Works on names, dtypes and shapes alone, so that every problem of every model is
 anything is read.
 """
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -45,6 +46,22 @@ TIED = {
 }
 """Tensor -> the twins, in the same model, that it may share its values with."""
 
+COMPUTED = re.compile(r".*\b(inv_freq|(cos|sin)_cached|(attn|attention)\.(masked_bias|bias))")
+"""Buffers that a model computes when it is made, which some versions of transformers saved: the
+tables of rotary embeddings, and masks of attention, which unlike a bias have not one dimension.
+"""
+
+RUNNING = ("running_mean", "running_var")
+"""Last parts of the names of what a batch norm averages while it is trained."""
+
+BUFFER, LEFT_OUT = "computed, not trained", "left out by --include/--exclude"
+
+ZERO = (
+    "no elements here, or in the base: a part that ZeRO-3 wrote without gathering it; make whole "
+    "weights with DeepSpeed's zero_to_fp32.py"
+)
+LACKS = "of the base; leave out with --exclude if that is meant"
+
 QUANTISED = ("weight", "qweight")
 """Last parts of names that hold numbers to compute with: integers there are a code for them."""
 
@@ -57,12 +74,14 @@ Reasons: TypeAlias = dict[str, str]
 class Alignment:
     """The outcome: what is merged, under which name each model holds it, what is not and why.
 
-    merged: names of the base, in its order. names: model -> base name -> the model's name. copied:
-    reason -> names copied from the base. ignored: model -> reason -> names of the model that are
-    not used. tied: model, or "" for the base -> name -> twin: its tensors that must hold the same
-    values. notes: what a user should know. problems: what stops the merge.
+    dtype: of the result, None: the base's. merged: names of the base, in its order. names: model ->
+    base name -> the model's name. copied: reason -> names copied from the base. ignored: model ->
+    reason -> names of the model that are not used. tied: model, or "" for the base -> name -> twin:
+    its tensors that must hold the same values. notes: what a user should know. problems: what stops
+    the merge.
     """
 
+    dtype: str | None = None
     merged: tuple[str, ...] = ()
     names: dict[str, dict[str, str]] = field(default_factory=dict)
     copied: dict[str, list[str]] = field(default_factory=dict)
@@ -80,15 +99,17 @@ def align(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     adapters: Collection[str] = (),
+    dtype: str | None = None,
 ) -> Alignment:
     """Compare all names, shapes and dtypes of all models with the base; decide what is merged.
 
-    scope: prefix of base names. include, exclude: globs on base names. A part that is a head or a
-    tower (HEADS, TOWERS) and absent from a model, and a head of another shape, is copied from the
-    base; any other difference is a problem. Nothing is raised: problems are collected. adapters:
-    models of which only the weights that they change are given; what none changes is copied.
+    scope: prefix of base names. include, exclude: globs on base names, of exclude also on a model's
+    own. A part that is a head or a tower (HEADS, TOWERS) and absent from a model, and a head of
+    another shape, is copied from the base; any other difference is a problem. Nothing is raised:
+    problems are collected. adapters: models of which only the weights that they change are given;
+    what none changes is copied. dtype: of the result, if not the base's, in safetensors' spelling.
     """
-    out, copied, coded = Alignment(), Reasons(), list[str]()
+    out, copied = Alignment(dtype), Reasons()
     prefix = scope and scope.removesuffix(".") + "."
     nothing = f"matches no tensor of the base; the first are {shorten(list(base))}"
     if base and not any(name.startswith(prefix) for name in base):
@@ -99,21 +120,23 @@ def align(
         if not name.startswith(prefix):
             copied[name] = f"outside --scope {scope}"
         elif name in dropped or (include and name not in chosen):
-            copied[name] = "left out by --include/--exclude"
+            copied[name] = LEFT_OUT
+        elif computed(name, entry):
+            copied[name] = BUFFER
         elif not entry.floating:
             copied[name] = f"not a float tensor ({entry.dtype})"
-            if entry.dtype.startswith("F8") or name.rpartition(".")[2] in QUANTISED:
-                coded.append(name)
-    if coded:
-        out.problems.append(
-            f"the base is quantised ({base[coded[0]].dtype}): {shorten(coded)}; "
-            "merge models that are not, or copy these from the base with --exclude"
-        )
-    out.problems += [f'pattern "{p}" {nothing}' for p, names in found.items() if not names]
+    out.problems += _quantised({n: base[n] for n, why in copied.items() if why.startswith("not")})
+    own = {m: {n for p in exclude for n in matching(held, p)} for m, held in models.items()}
+    reached = {p for p in exclude for names in own.values() if matching(names, p)}
+    unmatched = (p for p, names in found.items() if not names and p not in reached)
+    out.problems += [f'pattern "{p}" {nothing}' for p in unmatched]
     wanted = [name for name in base if name not in copied]
     for label, model in models.items():
         try:
-            lost, notes, problems = _add(out, label, base, model, prefix, wanted, label in adapters)
+            partial = label in adapters
+            lost, notes, problems = _add(
+                out, label, base, model, prefix, wanted, own[label], partial
+            )
         except DeltaflError as error:
             lost, notes, problems = Reasons(), [], [str(error)]
         copied = lost | copied
@@ -130,11 +153,30 @@ def align(
     return out
 
 
+def _quantised(base: Entries) -> list[str]:
+    """A line for tensors, of those that are no floats, that are codes for numbers."""
+    coded = [
+        name
+        for name, entry in base.items()
+        if entry.dtype.startswith("F8") or name.rpartition(".")[2] in QUANTISED
+    ]
+    return [
+        f"the base is quantised ({base[name].dtype}): {shorten(coded)}; "
+        "merge models that are not, or copy these from the base with --exclude"
+        for name in coded[:1]
+    ]
+
+
 def _by_reason(reasons: Reasons) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name in reasons:
         found.setdefault(reasons[name], []).append(name)
     return found
+
+
+def computed(name: str, entry: Entry) -> bool:
+    """Whether it is a buffer that no training changes."""
+    return bool(COMPUTED.fullmatch(name)) and (len(entry.shape) != 1 or "bias" not in name)
 
 
 def part_of(name: str, prefix: str) -> str:
@@ -150,6 +192,7 @@ def _add(
     model: Entries,
     prefix: str,
     wanted: Sequence[str],
+    excluded: Collection[str],
     partial: bool,
 ) -> tuple[Reasons, list[str], list[str]]:
     """Pair a model's tensors with the base's; what it wants copied from the base, notes, problems.
@@ -169,13 +212,19 @@ def _add(
             ignored[name] = f"tied to {twin}"
             if twin in wanted:
                 out.tied[label][name] = twin
-    compared = [name for name in wanted if name in pairs] if partial else wanted
-    copied, notes, problems = _differences(base, model, pairs, ours, compared)
+    left_out = {name: LEFT_OUT for name in wanted if pairs.get(name) in excluded}
+    kept = (name for name in wanted if name not in left_out)
+    compared = [name for name in kept if name in pairs or not partial]
+    copied, notes, problems = _differences(out, base, model, pairs, ours, compared)
     known, extra, used = {canonical(name) for name in base}, [], {*pairs.values(), *ignored}
     for name in (name for name in model if name not in used):
         part = part_of(name, theirs)
         if name.startswith(theirs) and ours + canonical(name)[len(theirs) :] in known:
             ignored[name] = "outside --scope"
+        elif name in excluded:
+            ignored[name] = LEFT_OUT
+        elif computed(name, model[name]):
+            ignored[name] = BUFFER
         elif part in PARTS and not partial:
             ignored[name] = f"{part}: not in the base"
         elif not model[name].floating:
@@ -184,20 +233,26 @@ def _add(
             extra.append(name)
     if extra:
         problems.append(
-            f"has {shorten(extra)}, which the base lacks; was it fine-tuned from another base?"
+            f"has {shorten(extra)}, which the base lacks; was it fine-tuned from another base? "
+            "Leave them out with --exclude if not"
         )
     if ignored:
         out.ignored[label] = _by_reason(ignored)
-    return copied, told if partial else told + notes, problems
+    return left_out | copied, told if partial else told + notes, problems
 
 
 def _differences(
-    base: Entries, model: Entries, pairs: Mapping[str, str], ours: str, wanted: Sequence[str]
+    out: Alignment,
+    base: Entries,
+    model: Entries,
+    pairs: Mapping[str, str],
+    ours: str,
+    wanted: Sequence[str],
 ) -> tuple[Reasons, list[str], list[str]]:
     """What of the base a model lacks or holds in another form, as `_add` returns it."""
     parts = {name: part_of(name, ours) for name in wanted}
     foreign = PARTS - {part_of(name, ours) for name in pairs}
-    copied, missing, problems = Reasons(), [], []
+    copied, missing, empty, problems = Reasons(), [], [], []
     vocabularies = defaultdict[tuple[int, int], list[str]](list)
     dtypes, coded = Counter[tuple[str, str]](), defaultdict[tuple[str, str], list[str]](list)
     for name, part in parts.items():
@@ -212,6 +267,8 @@ def _differences(
             coded[held.dtype, want.dtype].append(pairs[name])
         elif want.shape == held.shape:
             dtypes[held.dtype, want.dtype] += 1
+        elif (0,) in (want.shape, held.shape):
+            empty.append(pairs[name])
         elif part in HEADS and part != "lm_head":
             why = f"{part}: a head of another shape in a model"
             copied |= {sibling: why for sibling in wanted if parts[sibling] == part}
@@ -234,12 +291,10 @@ def _differences(
         f"{dtype} where the base has {want}: {shorten(names)}; merge models that are not quantised"
         for (dtype, want), names in coded.items()
     ]
-    if missing:
-        problems.append(
-            f"lacks {shorten(missing)} of the base; leave out with --exclude if that is meant"
-        )
+    problems += [f"{shorten(names)}: {ZERO}" for names in (empty,) if names]
+    problems += [f"lacks {shorten(names)} {LACKS}" for names in (missing,) if names]
     notes = [
-        f"{count} tensors are {dtype}, the base is {want}: the result is {want}"
+        f"{count} tensors are {dtype}, the base is {want}: the result is {out.dtype or want}"
         for (dtype, want), count in dtypes.items()
         if dtype != want
     ]

@@ -101,6 +101,12 @@ class Layout:
         """Size of all weight files."""
         return sum(f.stat().st_size for f in self.files)
 
+    @property
+    def passed_over(self) -> list[str]:
+        """Other weights in the folder, perhaps left over, that are not those of the same model."""
+        others = (f"{SINGLES[0]}.index.json", ADAPTER) if self.files[0].name == SINGLES[0] else ()
+        return [name for name in others if (self.folder / name).is_file()]
+
     @cached_property
     def header_hash(self) -> str:
         """sha256 over name, dtype and shape of every tensor, in the order of names."""
@@ -161,7 +167,9 @@ def _weight_files(ref: str, path: Path) -> tuple[tuple[Path, ...], Mapping[str, 
     found = sorted(f for f in path.iterdir() if f.suffix in (".safetensors", ".bin", ".pt", ".pth"))
     if len(found) == 1:
         return (found[0],), None
-    names = shorten([f.name for f in found]) if found else "no weights"
+    names = shorten([f.name for f in found]) + "; name one" if found else "no weights"
+    if (path / "snapshots").is_dir():
+        names = "the hub's cache of a model; give its id, or a folder in snapshots/"
     raise DeltaflError(
         f'"{ref}": expected model.safetensors, or an index of shards; the folder holds {names}'
     )
@@ -174,7 +182,7 @@ def _download(ref: str) -> tuple[Path, str]:
         raise DeltaflError(f'"{ref}": no such file or folder (a hub id has the form owner/name)')
     import huggingface_hub  # heavy, and for hub ids only
 
-    wanted = ["*.safetensors", *(f"*{suffix}" for suffix in COMPANIONS)]
+    wanted = ["*.safetensors", "README.md", *(f"*{suffix}" for suffix in COMPANIONS)]
     try:
         for patterns in (wanted, ["*.bin", *wanted]):
             found = huggingface_hub.snapshot_download(

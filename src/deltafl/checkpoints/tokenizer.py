@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +14,27 @@ TEXT = re.compile(
 """Names of the files that make and read text, beside the weights."""
 
 
-def copy_text(source: Path, target: Path) -> None:
-    """Copy what makes and reads text of one model to another."""
-    for file in source.iterdir():
-        if file.is_file() and TEXT.fullmatch(file.name):
-            shutil.copyfile(file, target / file.name)
+def text_files(folder: Path) -> list[Path]:
+    """What makes and reads the text of a model."""
+    return [file for file in folder.iterdir() if file.is_file() and TEXT.fullmatch(file.name)]
 
 
 def text_differences(folder: Path, other: Path) -> list[str]:
-    """In what two models' text differs, of what both say."""
+    """In what another model's text differs from ours, of what it says."""
     ours, theirs = _facts(folder), _facts(other)
-    return [what for what in ours if what in theirs and ours[what] != theirs[what]]
+    return [what for what, told in theirs.items() if (ours.get(what) or None) != (told or None)]
 
 
 def _facts(folder: Path) -> dict[str, object]:
     facts = dict[str, object]()
-    if config := _read(folder / "tokenizer_config.json"):
-        file, tokens = folder / "chat_template.jinja", (k for k in config if k.endswith("_token"))
+    file, config = folder / "chat_template.jinja", _read(folder / "tokenizer_config.json")
+    if config or file.is_file():
         inside = config.get("chat_template")
         facts["chat template"] = file.read_text() if file.is_file() else inside
-        facts["special tokens"] = {key: _content(config[key]) for key in tokens if config[key]}
+        tokens = {k: [v] for k, v in config.items() if k.endswith("_token") and v}
+        more = (config.get(f"{kind}_special_tokens") or () for kind in ("additional", "extra"))
+        tokens["more"] = [token for some in more for token in some]
+        facts["special tokens"] = {k: [*map(_content, v)] for k, v in tokens.items() if v}
     if generation := _read(folder / "generation_config.json"):
         about = ("transformers_version", "_from_model_config")
         facts["generation config"] = {k: v for k, v in generation.items() if k not in about}

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -169,15 +169,23 @@ def _reserved(shards: Sequence[Shard], folder: Path) -> Iterator[dict[Path, int]
             os.close(handle)
 
 
-def copy_companions(source: Path, target: Path, dtype: str | None) -> None:
-    """Copy configuration, processor and code of a model beside new weights (text: `copy_text`).
+def companions(source: Path) -> list[Path]:
+    """Configuration, processor and code of a model, not what makes its text (`text_files`)."""
+    return [
+        file
+        for file in source.iterdir()
+        if file.is_file() and file.suffix in COMPANIONS and file.name not in NOT_COPIED
+        if not TEXT.fullmatch(file.name)
+    ]
+
+
+def copy_files(files: Iterable[Path], target: Path, dtype: str | None) -> None:
+    """Copy what belongs beside new weights.
 
     A new dtype is written wherever config.json names one, by transformers 4's key or 5's.
     """
-    for file in source.iterdir():
-        left = file.name in NOT_COPIED or TEXT.fullmatch(file.name)
-        if file.is_file() and file.suffix in COMPANIONS and not left:
-            shutil.copyfile(file, target / file.name)
+    for file in files:
+        shutil.copyfile(file, target / file.name)
     file = target / "config.json"
     if dtype and file.exists():
         named = re.sub(_DTYPE, rf'\1"{DTYPES[dtype]}"', file.read_text())

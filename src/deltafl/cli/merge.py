@@ -11,6 +11,7 @@ import click
 from deltafl.checkpoints.readahead import reading_ahead
 from deltafl.cli.command import flag, recipe_command
 from deltafl.cli.progress import drawn_progress
+from deltafl.cli.push import push_merged, show_push
 from deltafl.errors import DeltaflError
 from deltafl.files import check_output
 from deltafl.merge.documents import documents_of, resolved
@@ -61,6 +62,8 @@ def merge_command(merges: Merges) -> None:
     """
     *before, _ = merges.documents
     out = Path(merges.settings.get("out") or "")
+    if before and not flag("dry_run"):
+        free(merges.settings.get("out"), bool(merges.settings.get("overwrite")))
     with (
         TemporaryDirectory(prefix=".deltafl-", dir=out.parent) if before else nullcontext("") as at
     ):
@@ -79,10 +82,9 @@ def merge(recipe: MergeRecipe) -> None:
     plan = plan_merge(recipe)
     if flag("dry_run"):
         click.echo(render("plan.txt", plan=plan))
+        show_push(plan, recipe.push)
         return
-    if not recipe.out:
-        raise DeltaflError("no output; name a folder with --out")
-    check_output(recipe.out, overwrite=recipe.overwrite)
+    out = free(recipe.out, recipe.overwrite)
     with reading_ahead(plan.files):
         if isinstance(plan.rule.core, ExampleRule):
             from deltafl.merge.examples import merge_by_examples as run_merge
@@ -90,7 +92,16 @@ def merge(recipe: MergeRecipe) -> None:
             from deltafl.merge.run import run_merge  # torch, while the files are read
 
         with drawn_progress() as show:
-            record = run_merge(plan, recipe.out, overwrite=recipe.overwrite, on_progress=show)
+            record = run_merge(plan, out, overwrite=recipe.overwrite, on_progress=show)
     for warning in record["warnings"]:
         click.echo(f"warning: {warning}", err=True)
     click.echo(render("merge.txt", plan=plan, record=record))
+    push_merged(out, recipe.push)
+
+
+def free(out: str | None, overwrite: bool) -> Path:
+    """The folder to write. Raises DeltaflError if there is none, or it is in the way."""
+    if not out:
+        raise DeltaflError("no output; name a folder with --out")
+    check_output(out, overwrite=overwrite)
+    return Path(out)

@@ -3,11 +3,13 @@
 import shlex
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import click
 
 from deltafl.cli.command import flag, recipe_command
 from deltafl.cli.progress import drawn_progress
+from deltafl.cli.push import push_merged, show_push
 from deltafl.cli.results import page_text, write_search
 from deltafl.files import atomic_folder, check_output
 from deltafl.merge.plan import plan_merge
@@ -30,6 +32,7 @@ def search_command(recipe: SearchRecipe) -> None:
         check_output(out, overwrite=recipe.overwrite)
     if flag("dry_run"):
         click.echo(render("plan.txt", plan=plan))
+        show_push(plan, recipe.push)
         return
     whole = nullcontext() if out is None else atomic_folder(out, overwrite=recipe.overwrite)
     with drawn_progress() as show, whole as folder:
@@ -40,3 +43,4 @@ def search_command(recipe: SearchRecipe) -> None:
         if folder:
             write_search(result, folder, recipe.resolved())
     click.echo(page_text(search_page(result), out=out))
+    push_merged(Path(out or "") / "merged", out and recipe.push)

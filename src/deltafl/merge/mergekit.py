@@ -72,6 +72,9 @@ def translate(data: Mapping[str, object]) -> tuple[Facts, list[str]]:
         for key, own in SAME.items()
         if key in config.kind.uses and len({repr(row[own]) for row in rows.values()}) > 1
     ]
+    nothing = [0.0] * len(stacks.models)
+    if nothing and all(row["weights"] == nothing for row in rows.values()):
+        problems.append("weight: all are 0; give a model beside the base another one")
     if problems:
         raise DeltaflError(*dict.fromkeys(problems))
     return _recipe(config, stacks, rows), list(_notes(config, stacks))
@@ -226,11 +229,11 @@ def _recipe(config: Mergekit, stacks: Stacks, rows: Mapping[str, Row]) -> Facts:
     if not stacks.models:
         return {"method": PASSTHROUGH, **base}
     name, mean = config.merge_method, bool(default["normalize"])
-    sums = "lambda_" in config.kind.uses and not mean or name == "linear"
+    sums = ("lambda_" in config.kind.uses and not mean) or name == "linear"
     election = {"merge": "mean" if mean else "sum", "zero_sum": "positive"}
     inner = {"inner": "ties", "density": 1.0, **election} if name in ELECTS else {}
     t = {**others("t"), "*": default["t"]}
-    space = {"space": "weights" if config.whole else "deltas"}
+    space: dict[str, object] = {"space": "weights" if config.whole else "deltas"}
     known: dict[str, dict[str, object]] = {
         "linear": {"method": "task_arithmetic"},
         "ties": {"density": by_model("density"), "per_tensor": True, **election},

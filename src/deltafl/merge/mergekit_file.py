@@ -8,6 +8,7 @@ from typing import Annotated, TypeAlias
 import numpy as np
 from pydantic import BeforeValidator, Field
 
+from deltafl.errors import brief
 from deltafl.merge.recipe import Dtype
 from deltafl.recipes import Recipe, one_of, problem
 
@@ -59,7 +60,7 @@ def _by_filter(value: object) -> dict[str, object]:
     for part in parts if by_filter else ({"value": value},):
         if not isinstance(part, dict) or part.keys() - {"filter"} != {"value"}:
             forms = "a number, a list of such over the layers, or a list of {filter, value}"
-            raise problem(f"must be {forms}, not {value!r}")
+            raise problem(f"must be {forms}, not {brief(value)}")
         key, values = str(part.get("filter") or "").replace("*", ""), part["value"]
         listed = values if isinstance(values, list | tuple) else (values,)
         found.setdefault(key, tuple(float(v) if isinstance(v, bool) else v for v in listed))
@@ -87,7 +88,7 @@ def model_named(value: object) -> str | None:
 
 def _reference(value: object) -> str:
     if (found := model_named(value)) is None:
-        raise problem(f"must name a model, not {value!r}")
+        raise problem(f"must name a model, not {brief(value)}")
     return found
 
 

@@ -5,7 +5,7 @@ is read.
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -14,10 +14,10 @@ from typing import Any, TypeAlias
 from pydantic import ConfigDict
 
 from deltafl.checkpoints.adapter import Adapter, read_adapter
-from deltafl.checkpoints.align import Alignment, align
+from deltafl.checkpoints.align import RUNNING, Alignment, align
 from deltafl.checkpoints.layout import SIZES, Layout, fingerprint, read_layout
 from deltafl.checkpoints.stack import split_stack, stacked
-from deltafl.errors import DeltaflError, attempt, did_you_mean
+from deltafl.errors import DeltaflError, attempt, did_you_mean, shorten
 from deltafl.merge.recipe import PASSTHROUGH, MergeRecipe, ModelEntry
 from deltafl.recipes import R, Recipe, read_recipe
 from deltafl.rules.rule import Rule, Source, TensorRule, build_rule, check_rule
@@ -169,6 +169,7 @@ def plan_merge(recipe: MergeRecipe) -> Plan:
         include=recipe.include,
         exclude=recipe.exclude,
         adapters=adapters,
+        dtype=recipe.stored_dtype or ("F32" if recipe.as_adapter else None),
     )
     problems += alignment.problems
     for key in ("weight_patterns", "scale_patterns", "base_patterns"):
@@ -177,7 +178,7 @@ def plan_merge(recipe: MergeRecipe) -> Plan:
                 problems.append(f'{key}: "{pattern}" matches no merged tensor')
     if problems or not rule:
         raise DeltaflError(*problems)
-    told = (*alignment.notes, *notes)
+    told = (*alignment.notes, *notes, *_notes(alignment, (base, *layouts.values())))
     return Plan(
         recipe,
         rule,
@@ -190,6 +191,15 @@ def plan_merge(recipe: MergeRecipe) -> Plan:
         tuple(sources),
         told,
     )
+
+
+def _notes(alignment: Alignment, inputs: Iterable[Layout]) -> Iterator[str]:
+    """What a user should know beside what the alignment says itself."""
+    for layout in (layout for layout in inputs if layout.passed_over):
+        found = shorten(layout.passed_over)
+        yield f'"{layout.ref}": {layout.files[0].name} is read, not {found}'
+    if running := sum(name.endswith(RUNNING) for name in alignment.merged):
+        yield f"{running} running statistics are averaged, never extrapolated"
 
 
 def read_model(ref: str) -> Layout:

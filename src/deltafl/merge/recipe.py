@@ -110,7 +110,17 @@ class DeltaRecipe(Recipe):
             yield "weights: given both as a list and beside the models; give one of them"
 
 
-class MergeRecipe(RuleParameters, DeltaRecipe):
+class PushedRecipe(Recipe):
+    """Where to the merged folder goes."""
+
+    push: Annotated[str | None, Incidental] = Field(
+        None,
+        pattern=r"^[\w.-]+/[\w.-]+$",
+        description="Upload the merged folder to this model repository of the hub (OWNER/NAME).",
+    )
+
+
+class MergeRecipe(RuleParameters, DeltaRecipe, PushedRecipe):
     """One server step over fine-tuned models: base + server_lr times the rule's mean update."""
 
     alternatives: ClassVar = (("server_lr", "scaling_coef", "scale_patterns"),)

@@ -3,22 +3,29 @@
 import functools
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from deltafl.algebra.aggregate import Stepped
 from deltafl.algebra.tensors import Lazy, lazy
+from deltafl.checkpoints.adapter import CONFIG
 from deltafl.checkpoints.checkpoint import torch_dtype
-from deltafl.checkpoints.layout import identity
+from deltafl.checkpoints.layout import ADAPTER, identity
 from deltafl.checkpoints.stack import write_depth
-from deltafl.checkpoints.tokenizer import copy_text, text_differences
-from deltafl.checkpoints.writing import copy_companions, plan_shards, write_tensors
+from deltafl.checkpoints.tokenizer import text_differences, text_files
+from deltafl.checkpoints.writing import (
+    INDEX,
+    companions,
+    copy_files,
+    plan_shards,
+    write_tensors,
+)
 from deltafl.files import atomic_folder
 from deltafl.merge.as_adapter import write_lora
+from deltafl.merge.card import model_card
 from deltafl.merge.inputs import Opened, large_deltas, open_updates
 from deltafl.merge.plan import Facts, Plan
 from deltafl.progress import OnProgress, ignore
@@ -31,6 +38,9 @@ VERSIONS = {
     "torch": torch.__version__,
 }
 
+OWN = ("deltafl.json", "README.md")
+"""What is written beside weights and what is copied: the record and the card."""
+
 
 def run_merge(
     plan: Plan,
@@ -39,11 +49,12 @@ def run_merge(
     overwrite: bool = False,
     on_progress: OnProgress = ignore,
     make: Callable[[Opened], tuple[Lazy, Facts]] | None = None,
+    rows: Sequence[Facts] = (),
 ) -> Facts:
     """Merge and write the directory `out`, whole or not at all; returns what deltafl.json records.
 
     on_progress: told of each pass over the models, by name. make: the update at mean scale and what
-    there is to report of it, of a rule that needs more than deltas (see `ExampleRule`).
+    there is to report of it, of a rule that needs more than deltas (see `ExampleRule`). rows: test scores for the card.
 
     Raises:
         DeltaflError: bad input that only reading shows (NaN, a file that changed); `out` exists.
@@ -72,21 +83,36 @@ def run_merge(
             whole = torch_dtype(dtype) if dtype else None
             factors = {n: first_match(n, recipe.base_patterns, 1.0) for n in plan.base.entries}
             of_base = {n: factor for n, factor in factors.items() if factor != 1}
-            stepped = Stepped(opened.base, update, scale, dtype=whole, of_base=of_base)
+            stepped = opened.stepped(update, scale, whole, of_base)
             shards = plan_shards(plan.base.entries, dtype, recipe.max_shard_size)
             write_tensors(stepped, shards, folder, threads=threads, on_progress=on_progress)
-        marks = ("config.json", "deltafl_model.json")
-        if any((plan.base.folder / mark).exists() for mark in marks):
-            if not recipe.as_adapter:
-                copy_companions(plan.base.folder, folder, dtype)
-                if plan.base.ranges:
-                    write_depth(folder / "config.json", plan.base.ranges)
-            copy_text(plan.text, folder)
+        copy_files(copied_files(plan), folder, dtype)
+        if plan.base.ranges and (folder / "config.json").exists():
+            write_depth(folder / "config.json", plan.base.ranges)
         # only now that all is in the page cache: its reads here and there would wait
         warnings = [*large_deltas(opened), *other_texts(plan)]
         record = {**describe(plan), "warnings": warnings, **report}
-        (folder / "deltafl.json").write_text(json.dumps(record, indent=2))
+        card = model_card(plan, record, Path(out).resolve().name, rows)
+        for name, text in zip(OWN, (json.dumps(record, indent=2), card), strict=True):
+            (folder / name).write_text(text)
     return record
+
+
+def copied_files(plan: Plan) -> list[Path]:
+    """The base's files beside its weights, and those of the chosen text."""
+    folder, marks = plan.base.folder, ("config.json", "deltafl_model.json")
+    if not any((folder / mark).exists() for mark in marks):
+        return []
+    return [*([] if plan.recipe.as_adapter else companions(folder)), *text_files(plan.text)]
+
+
+def written_files(plan: Plan) -> list[str]:
+    """Names of the files of the output."""
+    recipe, names = plan.recipe, [ADAPTER, CONFIG]
+    if not recipe.as_adapter:
+        shards = plan_shards(plan.base.entries, recipe.stored_dtype, recipe.max_shard_size)
+        names = [shard.file.name for shard in shards] + [INDEX] * (len(shards) > 1)
+    return sorted([*names, *OWN, *(file.name for file in copied_files(plan))])
 
 
 def other_texts(plan: Plan) -> list[str]:

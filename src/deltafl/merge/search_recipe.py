@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import ByteSize, Field
 
 from deltafl.merge.candidates import Method
-from deltafl.merge.recipe import DeltaRecipe, MergeRecipe, ModelEntry
+from deltafl.merge.recipe import DeltaRecipe, MergeRecipe, ModelEntry, PushedRecipe
 from deltafl.recipes import Incidental
 from deltafl.rules.parameters import RuleGrids, RuleParameters
 from deltafl.tasks.recipe import DataSource
@@ -40,7 +40,7 @@ class FixedEntry(RuleParameters):
     scaling_coef: float = Field(description="The scale of the sum of deltas, lambda.")
 
 
-class SearchRecipe(DeltaRecipe):
+class SearchRecipe(DeltaRecipe, PushedRecipe):
     """Methods, their parameters and coefficients, chosen on validation data."""
 
     models: tuple[TaskModel, ...] = Field(

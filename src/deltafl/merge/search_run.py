@@ -84,7 +84,7 @@ def run_search(
         rule = build_rule(best.method, best.params)
         by_examples = isinstance(rule.core, ExampleRule)
         make = (lambda opened: problem.found[rule.core]) if by_examples else None
-        run_merge(plan_merge(winner), out, make=make)
+        run_merge(plan_merge(winner), out, make=make, rows=rows)
     return {**result, "seconds": time.perf_counter() - started}
 
 
