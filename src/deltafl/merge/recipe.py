@@ -204,7 +204,7 @@ class MergeRecipe(RuleParameters, DeltaRecipe, PushedRecipe):
         if self.server_lr is not None and self.scaling_coef is not None:
             yield "server_lr and scaling_coef are two ways to say one thing; give one of them"
         if bool(self.models) == (self.method == PASSTHROUGH):
-            yield "models: name at least one; with passthrough, which writes the base, none"
+            yield "models: name at least one with --models; with passthrough, which writes the base, none"
         if self.as_adapter and not self.models:
             yield "as_adapter: there is no update to write with passthrough"
         found = list(super().problems())
