@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deltafl.algebra.tensors import Lazy, Spec, Tensors, blocks, lazy, memory_like
 from deltafl.errors import DeltaflError, shorten
-from deltafl.rules.rule import Source, Transform
+from deltafl.rules.rule import Source, Threshold, Transform
 from deltafl.rules.weights import Weights, numbers_of
 
 
@@ -93,7 +93,7 @@ class Deltas:
         first = self._deltas[0]
         self.specs = {name: first.spec(name)._replace(dtype=dtype) for name in first}
         self.weights_of = {name: numbers_of(weights, name) for name in first}
-        self.transforms: list[tuple[Transform, Mapping[str, Sequence[float]] | None]] = []
+        self.transforms: list[tuple[Transform, Mapping[str, Sequence[Threshold]] | None]] = []
         names, problems = [update.source.name for update in updates], []
         for other, delta in zip(names, self._deltas, strict=True):
             if odd := sorted(delta.keys() ^ self.specs.keys()):
@@ -114,7 +114,7 @@ class Deltas:
             out.neg_()
         row = out
         for transform, thresholds in self.transforms:
-            threshold = thresholds[name][i] if thresholds else 0.0
+            threshold = thresholds[name][i] if thresholds else Threshold()
             row = transform.apply(row, i, name, start, threshold)
         out.copy_(row)
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
-from deltafl.rules.rule import RULES, Rule, Source, Tensor, Traits, Transform, Within
+from deltafl.rules.rule import RULES, Rule, Source, Tensor, Threshold, Traits, Transform, Within
 from deltafl.rules.task_arithmetic import TaskArithmetic
 from deltafl.rules.weights import PerModel, numbers_missing, numbers_of
 
@@ -26,7 +26,9 @@ class Drop(Transform):
     drop_rate: PerModel
     seed: int
 
-    def apply(self, block: Tensor, model: int, name: str, start: int, threshold: float) -> Tensor:
+    def apply(
+        self, block: Tensor, model: int, name: str, start: int, threshold: Threshold
+    ) -> Tensor:
         import numpy as np
         import torch
 

@@ -86,11 +86,20 @@ def _refuse(what: str, hint: object, value: PerModel) -> None:
             raise DeltaflError(f"{what} is {one:g}; it must be {limits}")
 
 
+class Threshold(NamedTuple):
+    """Of magnitudes, as float32: smaller ones are dropped, and equal ones from flat element `stop`
+    of their tensor on.
+    """
+
+    value: float = 0.0
+    stop: int = 0
+
+
 class Transform(ABC):
     """A change of each delta, block by block, before anything is reduced or combined.
 
-    density: the fraction kept, whose magnitude threshold the engine finds exactly; None: no
-    threshold is needed. per_tensor: one threshold for each tensor, not for the whole delta; only
+    density: the fraction kept, exactly, whose threshold the engine finds; None: no threshold is
+    needed. per_tensor: one threshold for each tensor, not for the whole delta; only
     then may the density differ by tensor.
     """
 
@@ -98,7 +107,9 @@ class Transform(ABC):
     per_tensor: bool = False
 
     @abstractmethod
-    def apply(self, block: Tensor, model: int, name: str, start: int, threshold: float) -> Tensor:
+    def apply(
+        self, block: Tensor, model: int, name: str, start: int, threshold: Threshold
+    ) -> Tensor:
         """The changed block, (m,), of the same dtype; the argument may be overwritten."""
 
 
