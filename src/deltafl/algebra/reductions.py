@@ -59,7 +59,13 @@ def gram_matrix(deltas: Deltas, threads: int = 1, on_progress: OnProgress = igno
 
     n = len(deltas.updates)
     passed = visit(
-        deltas.specs, products, threads, name="norms", width=4 * n, on_progress=on_progress
+        deltas.specs,
+        products,
+        threads,
+        whole=deltas.whole,
+        name="norms",
+        width=4 * n,
+        on_progress=on_progress,
     )
     parts = np.concatenate([np.zeros((1, n, n)), *passed])
     sums = [math.fsum(pair) for pair in parts.reshape(-1, n * n).T.tolist()]
@@ -103,7 +109,7 @@ def magnitude_thresholds(
             specs,
             work,
             threads,
-            whole=per_tensor,
+            whole=per_tensor or deltas.whole,
             name="thresholds",
             width=4 * n,
             on_progress=on_progress,
@@ -136,7 +142,7 @@ def _streamed(
     time.)
     """
     windows, found = _guess(deltas, ks) if any(ks) else {}, dict[int, Threshold]()
-    units = list(chunks(deltas.specs))
+    units = list(chunks(deltas.specs, whole=deltas.whole))
     size = min(MOST, 1 + len(units) // GROUPS)
     groups = [units[at : at + size] for at in range(0, len(units), size)]
     while windows:

@@ -100,17 +100,21 @@ class Transform(ABC):
 
     density: the fraction kept, exactly, whose threshold the engine finds; None: no threshold is
     needed. per_tensor: one threshold for each tensor, not for the whole delta; only
-    then may the density differ by tensor.
+    then may the density differ by tensor. whole: blocks are whole tensors, in their shape.
     """
 
     density: PerModel | None = None
     per_tensor: bool = False
+    whole: bool = False
 
     @abstractmethod
     def apply(
         self, block: Tensor, model: int, name: str, start: int, threshold: Threshold
     ) -> Tensor:
-        """The changed block, (m,), of the same dtype; the argument may be overwritten."""
+        """The changed block, (m,), of the same dtype; the argument may be overwritten.
+
+        Of a whole tensor (*shape) -> (*shape).
+        """
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,33 @@ class Trim(Transform):
         return block.hardshrink(below if first else value)  # it is fast, and keeps what is greater
 
 
+@RULES.register("elect")
+@dataclass(frozen=True)
+class Elect(CoordinateRule):
+    """s = sign(sum_i p_i delta_i); merge the deltas whose sign is s: `ties` that trims nothing.
+
+    For other rules to wrap: parameters are those of `ties`.
+    """
+
+    merge: Literal["mean", "sum"] = "mean"
+    zero_sum: Literal["none", "positive"] = "none"
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(odd=self.zero_sum == "none")
+
+    def combine(self, block: Tensor, weights: Sequence[float]) -> Tensor:
+        least = min(weights)
+        elected = weighted_sum(block, [round(w / least, 9) for w in weights]).sign_()
+        if self.zero_sum == "positive":
+            elected.masked_fill_(elected == 0, 1.0)
+        agreeing = block.mul_(elected).clamp_min_(0.0)
+        merged = weighted_sum(agreeing, weights)
+        if self.merge == "mean":
+            merged /= weighted_sum(agreeing.sign_(), weights).clamp_min_(1e-12)
+        return merged.mul_(elected)
+
+
 @RULES.register("ties")
 @dataclass(frozen=True)
 class Ties(CoordinateRule):
@@ -80,12 +107,4 @@ class Ties(CoordinateRule):
         return missing + wrong * (by_tensor and not self.per_tensor)
 
     def combine(self, block: Tensor, weights: Sequence[float]) -> Tensor:
-        least = min(weights)
-        elected = weighted_sum(block, [round(w / least, 9) for w in weights]).sign_()
-        if self.zero_sum == "positive":
-            elected.masked_fill_(elected == 0, 1.0)
-        agreeing = block.mul_(elected).clamp_min_(0.0)
-        merged = weighted_sum(agreeing, weights)
-        if self.merge == "mean":
-            merged /= weighted_sum(agreeing.sign_(), weights).clamp_min_(1e-12)
-        return merged.mul_(elected)
+        return Elect(self.merge, self.zero_sum).combine(block, weights)
