@@ -8,7 +8,7 @@ from torch import Tensor
 from deltafl.algebra.deltas import Deltas, Update
 from deltafl.algebra.reductions import gram_matrix, magnitude_thresholds
 from deltafl.algebra.streaming import CHUNK
-from deltafl.rules.rule import Source
+from deltafl.rules.rule import Source, Threshold
 from deltafl.rules.weights import as_weights
 from laws.worlds import flatten, make
 
@@ -18,14 +18,14 @@ def rows_of(*deltas: Mapping[str, Tensor]) -> Deltas:
     return Deltas(updates, as_weights(None, len(updates)))
 
 
-def kth(values: Tensor, density: float) -> tuple[float, float]:
-    """(threshold, fraction that is >= it) by sorting."""
-    magnitudes = np.abs(values.float().numpy())
-    k = max(1, int(density * len(magnitudes))) if density > 0 else 0
-    if k == 0:
-        return np.inf, 0.0
-    threshold = np.sort(magnitudes)[::-1][k - 1]
-    return float(threshold), float((magnitudes >= threshold).mean())
+def assert_keeps(threshold: Threshold, values: Tensor, k: int) -> None:
+    """The k largest magnitudes by a stable sort, so of equal ones the first, are kept."""
+    magnitudes = values.abs().float().numpy()
+    kept = magnitudes > threshold.value
+    kept |= (magnitudes == threshold.value) & (np.arange(len(values)) < threshold.stop)
+    wanted = np.argsort(-magnitudes, kind="stable")[:k]
+    assert kept.sum() == k
+    assert kept[wanted].all()
 
 
 def adversarial() -> dict[str, Tensor]:
@@ -54,12 +54,34 @@ ADVERSARIAL = adversarial()
 
 @pytest.mark.parametrize("density", [0.0, 1e-3, 0.2, 0.5, 0.999, 1.0])
 @pytest.mark.parametrize("kind", ADVERSARIAL)
-def test_the_threshold_is_the_sorted_one(kind, density):
+def test_the_threshold_keeps_what_is_first_in_a_sort(kind, density):
     values = ADVERSARIAL[kind]
+    k = max(1, int(density * len(values))) if density else 0
     for per_tensor, threads in ((False, 2 if kind == "units" else 1), (True, 1)):
         deltas = rows_of({"w": values})
         thresholds, kept = magnitude_thresholds(deltas, density, per_tensor, threads)
-        assert (thresholds["w"][0], kept[0]) == kth(values, density)
+        assert_keeps(thresholds["w"][0], values, k)
+        assert kept == [k / len(values)]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("density", [0.001, 0.2, 0.6])
+def test_of_equal_values_in_many_tensors_the_first_are_kept(density, threads):
+    """Of as many units as there are groups, and more."""
+    draw = torch.Generator().manual_seed(1)
+    sizes = [5, 0, CHUNK, 3 * CHUNK + 17, 1, 15 * CHUNK]
+    values = torch.randint(-3, 4, (sum(sizes),), generator=draw, dtype=torch.int8)
+    parts = {f"t{i}": part.half() for i, part in enumerate(values.split(sizes))}
+    deltas = rows_of({n: -t for n, t in parts.items()}, parts)
+    thresholds, kept = magnitude_thresholds(deltas, density, False, threads)
+    k = int(density * len(values))
+    assert kept == [k / len(values)] * 2
+    (first, start), magnitudes = (thresholds["t0"][1], 0), values.abs()
+    above, equal = magnitudes > first.value, (magnitudes == first.value).nonzero()[:, 0]
+    assert first.stop == int(equal[k - int(above.sum()) - 1]) + 1
+    for name, part in parts.items():
+        assert thresholds[name] == [Threshold(first.value, first.stop - start)] * 2
+        start += len(part)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -67,8 +89,10 @@ def test_nan_and_inf_count_as_largest_and_end_the_search(value):
     """The rule refuses them later, with the model's name; here they must not hang or hide."""
     deltas = rows_of({"w": torch.tensor([value, 1.0, 2.0, value])})
     thresholds, kept = magnitude_thresholds(deltas, 0.75, per_tensor=False)
-    assert (thresholds["w"][0], kept[0]) == (2.0, 0.75)
-    assert magnitude_thresholds(deltas, 0.5, per_tensor=False)[0]["w"][0] == np.inf
+    assert (thresholds["w"][0], kept[0]) == (Threshold(2.0, 3), 0.75)
+    for per_tensor in (False, True):
+        found, _ = magnitude_thresholds(deltas, 0.5, per_tensor=per_tensor)
+        assert found["w"][0] == Threshold(np.inf, 4)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1e30])

@@ -44,7 +44,7 @@ def coordinate_symmetric(rule: Rule, world: World) -> None:
     if not rule.traits.coordinate_symmetric:
         return
     draw = torch.Generator().manual_seed(1)
-    if isinstance(rule.core, TensorRule) or any(t.per_tensor for t in rule.transforms):
+    if isinstance(rule.core, TensorRule) or any(t.per_tensor or t.whole for t in rule.transforms):
         sizes = [t.numel() for t in world.deltas[0].values()]
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         parts = [s + torch.randperm(n, generator=draw) for s, n in zip(starts, sizes, strict=True)]

@@ -10,7 +10,7 @@ from torch import Tensor
 from deltafl.algebra.deltas import Deltas
 from deltafl.algebra.tensors import lazy
 from deltafl.errors import DeltaflError
-from deltafl.rules.rule import CoordinateRule, LinearRule, Stats, Transform
+from deltafl.rules.rule import CoordinateRule, LinearRule, Stats, Threshold, Transform
 from laws import laws
 from laws.worlds import make, registered, rules
 
@@ -29,7 +29,9 @@ class Coordinate(CoordinateRule):
 class Forgiving(Transform):
     """A transform that hides NaN and Inf."""
 
-    def apply(self, block: Tensor, model: int, name: str, start: int, threshold: float) -> Tensor:
+    def apply(
+        self, block: Tensor, model: int, name: str, start: int, threshold: Threshold
+    ) -> Tensor:
         return block.nan_to_num_(0.0, 0.0, 0.0)
 
 

@@ -9,7 +9,7 @@ from deltafl.errors import DeltaflError
 from deltafl.rules.cclip import CClip
 from deltafl.rules.dare import LEVELS, Dare, Drop
 from deltafl.rules.median import Median
-from deltafl.rules.rule import Source
+from deltafl.rules.rule import Source, Threshold
 from deltafl.rules.task_arithmetic import TaskArithmetic
 from deltafl.rules.ties import Ties
 from rules.reference import apply, assert_close, rows
@@ -20,7 +20,7 @@ MANY = 200_000
 def dropped(
     rate: float, seed: int = 0, model: int = 0, name: str = "a", start: int = 0
 ) -> torch.Tensor:
-    return Drop(rate, seed).apply(torch.ones(MANY), model, name, start, 0.0)
+    return Drop(rate, seed).apply(torch.ones(MANY), model, name, start, Threshold())
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.9, 0.99])
@@ -51,8 +51,8 @@ def test_the_inner_rule_and_its_reductions_see_the_dropped_deltas(inner):
     drop = Drop(0.5, 7)
     seen = deltas.copy()
     for i, row in enumerate(seen):
-        row[:4] = drop.apply(torch.tensor(row[:4]), i, "a", 0, 0.0).numpy()
-        row[4:] = drop.apply(torch.tensor(row[4:]), i, "b", 0, 0.0).numpy()
+        row[:4] = drop.apply(torch.tensor(row[:4]), i, "a", 0, Threshold()).numpy()
+        row[4:] = drop.apply(torch.tensor(row[4:]), i, "b", 0, Threshold()).numpy()
     assert (seen == 0).sum() > 40
     assert_close(apply(Dare(0.5, inner, seed=7), deltas), apply(inner, seen))
 

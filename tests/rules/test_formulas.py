@@ -129,9 +129,10 @@ def nearest(f: int, selected: int | None) -> Reference:
 
 
 def keep(row: np.ndarray, density: float) -> np.ndarray:
-    """The k = int(density * size), at least 1, largest; those equal to the last are kept."""
-    k = max(1, int(density * len(row)))
-    return np.where(np.abs(row) >= np.sort(np.abs(row))[-k], row, 0) if density else 0 * row
+    """The k = int(density * size), at least 1, largest, of equal ones the first."""
+    k = max(1, int(density * len(row))) if density else 0
+    kept = np.argsort(-np.abs(row), kind="stable")[:k]
+    return np.where(np.isin(np.arange(len(row)), kept), row, 0)
 
 
 def elected(densities, merge: str = "mean", per_tensor: bool = False, zero: int = 0) -> Reference:
@@ -255,10 +256,17 @@ def test_deltas_that_cancel_elect_nothing(n):
         assert not apply(Ties(1.0), np.tile(scale * column[:, None], 6)).any()
 
 
-def test_values_equal_to_the_threshold_of_ties_are_kept_and_reported():
+@pytest.mark.parametrize(("per_tensor", "kept", "share"), [(False, 3, 0.3), (True, 1, 0.2)])
+def test_of_values_equal_to_the_threshold_of_ties_the_first_are_kept(per_tensor, kept, share):
+    """Of the two tensors, of 4 and 6 elements, exactly 3 in all, or 1 each."""
     deltas = np.ones((2, 10))
     deltas[1] = np.arange(1, 11)
-    assert aggregate_of(Ties(0.3), deltas).report["kept_fraction"] == {"m0": 1.0, "m1": 0.3}
+    found = aggregate_of(Ties(0.3, per_tensor=per_tensor), deltas, [1.0, 0.0])
+    assert found.report["kept_fraction"] == {"m0": share, "m1": share}
+    assert [found["a"].tolist(), found["b"].tolist()] == [
+        [1.0] * kept + [0.0] * (4 - kept),
+        [float(per_tensor)] + [0.0] * 5,
+    ]
 
 
 def test_a_tiny_proximal_term_is_sgd():

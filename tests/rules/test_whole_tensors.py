@@ -272,6 +272,13 @@ SAME = [
     Same("nearswap", {"t": 0.05}, ("nearswap", "--t", 0.05), ONE),
     Same("arcee_fusion", {}, ("arcee_fusion",), ONE),
     Same("sce", {"select_topk": 0.4}, ("sce", "--select-topk", 0.4)),
+    Same("breadcrumbs", {"density": 0.6, "gamma": 0.1},
+         ("breadcrumbs", "--density", 0.6, "--gamma", 0.1, "--scaling-coef", 1), weights=(1, 1, 1)),
+    Same("breadcrumbs_ties", {"density": 0.6, "gamma": 0.1},
+         ("breadcrumbs", "--density", 0.6, "--gamma", 0.1, "--inner", "elect", "--merge", "sum", "--zero-sum",
+          "positive", "--scaling-coef", 1), weights=(1, 1, 1)),
+    Same("della", {"density": 1.0}, ("della", "--density", 1, "--zero-sum", "positive", "--inner", "elect"),
+         weights=(1, 1, 1)),
     Same("ram", {"epsilon": 0.1}, ("ram", "--epsilon", 0.1)),
 ]  # fmt: skip
 PEER = os.environ.get("DELTAFL_MERGEKIT")

@@ -58,7 +58,6 @@ class Aggregate(Lazy):
         self.weights = as_weights(weights, len(updates))
         self.report: dict[str, object] = {}
         self._core = core = rule.core
-        self.whole = isinstance(core, TensorRule)
         self._last: dict[str, Tensor] = {}
         self._deltas = Deltas(updates, self.weights, dtype)
         self.names = self._deltas.specs
@@ -74,6 +73,7 @@ class Aggregate(Lazy):
                 names = (s.name for s in sources)
                 self.report["kept_fraction"] = dict(zip(names, kept, strict=True))
             self._deltas.transforms.append((transform, thresholds))
+        self.whole = isinstance(core, TensorRule) or self._deltas.whole
         if isinstance(core, LinearRule):
             gram = torch.empty(0, 0)
             if core.needs_gram:
@@ -123,7 +123,7 @@ class Aggregate(Lazy):
             self._sum(self._coefficients[weights], name, start, total)
             self._deltas.check_finite(total, name, start, stop)
             out.copy_(total)
-        elif self.whole:
+        elif isinstance(self._core, TensorRule):
             out.copy_(self._held(name, stop)[start:stop])
         else:
             out.copy_(self._combined(name, start, stop, (stop - start,)))

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from deltafl.algebra.tensors import Lazy, Spec, Tensors, blocks, lazy, memory_like
 from deltafl.errors import DeltaflError, shorten
-from deltafl.rules.rule import Source, Transform
+from deltafl.pool import one_thread
+from deltafl.rules.rule import Source, Threshold, Transform
 from deltafl.rules.weights import Weights, numbers_of
 
 
@@ -93,7 +94,7 @@ class Deltas:
         first = self._deltas[0]
         self.specs = {name: first.spec(name)._replace(dtype=dtype) for name in first}
         self.weights_of = {name: numbers_of(weights, name) for name in first}
-        self.transforms: list[tuple[Transform, Mapping[str, Sequence[float]] | None]] = []
+        self.transforms: list[tuple[Transform, Mapping[str, Sequence[Threshold]] | None]] = []
         names, problems = [update.source.name for update in updates], []
         for other, delta in zip(names, self._deltas, strict=True):
             if odd := sorted(delta.keys() ^ self.specs.keys()):
@@ -106,22 +107,43 @@ class Deltas:
             ]
         if problems:
             raise DeltaflError(*problems)
+        self._last: dict[int, tuple[str, Tensor]] = {}
+
+    @property
+    def whole(self) -> bool:
+        """Whether a transform needs whole tensors; those that were last read are then held."""
+        return any(transform.whole for transform, _ in self.transforms)
 
     def read(self, i: int, name: str, start: int, out: Tensor) -> None:
         """Write delta i, signed and transformed, from `start` on into `out`, of our dtype; zeros
         where its weight is 0, whatever it is.
         """
-        if not (weight := self.weights_of[name][i]):
+        if not self.weights_of[name][i]:
             out.zero_()
             return
+        if not self.whole:
+            self._transform(i, name, start, out)
+            return
+        spec, stop = self.specs[name], start + len(out)
+        if self._last.get(i, ("",))[0] != name:
+            held = torch.empty(spec.numel, dtype=spec.dtype, device=spec.device)
+            with one_thread():
+                self._transform(i, name, 0, held)
+            self._last[i] = name, held
+        out.copy_(self._last[i][1][start:stop])
+        if stop == spec.numel:
+            del self._last[i]
+
+    def _transform(self, i: int, name: str, start: int, out: Tensor) -> None:
         self._deltas[i].read(name, start, start + len(out), out)
-        if weight < 0:
+        if self.weights_of[name][i] < 0:
             out.neg_()
         row = out
         for transform, thresholds in self.transforms:
-            threshold = thresholds[name][i] if thresholds else 0.0
+            threshold = thresholds[name][i] if thresholds else Threshold()
+            row = row.view(self.specs[name].shape if transform.whole else -1)
             row = transform.apply(row, i, name, start, threshold)
-        out.copy_(row)
+        out.copy_(row.view(-1))
 
     def stack(
         self, name: str, start: int, stop: int, models: Sequence[int] | None = None

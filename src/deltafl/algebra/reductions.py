@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import TypeAlias, TypeVar
 
 import numpy as np
@@ -12,6 +13,8 @@ from torch import Tensor
 from deltafl.algebra.deltas import Deltas
 from deltafl.algebra.streaming import Unit, chunks, visit
 from deltafl.progress import OnProgress, ignore
+from deltafl.rules.ordering import largest
+from deltafl.rules.rule import Threshold
 from deltafl.rules.weights import PerModel, numbers_of
 
 T = TypeVar("T")
@@ -25,8 +28,10 @@ SAMPLE = 1 << 18
 
 INFINITY_BITS = 0x7F800000
 
-Found: TypeAlias = tuple[int, int]
-"""A magnitude as a bit pattern, and how many are not below it."""
+GROUPS, MOST = 8, 512
+"""A model's units are counted in at most so many groups, or in more if they had more than `MOST`
+each, for which int32 suffices.
+"""
 
 Window: TypeAlias = tuple[int, int]
 """The bit pattern where `BINS` bins begin, and how many low bits they leave out."""
@@ -54,7 +59,13 @@ def gram_matrix(deltas: Deltas, threads: int = 1, on_progress: OnProgress = igno
 
     n = len(deltas.updates)
     passed = visit(
-        deltas.specs, products, threads, name="norms", width=4 * n, on_progress=on_progress
+        deltas.specs,
+        products,
+        threads,
+        whole=deltas.whole,
+        name="norms",
+        width=4 * n,
+        on_progress=on_progress,
     )
     parts = np.concatenate([np.zeros((1, n, n)), *passed])
     sums = [math.fsum(pair) for pair in parts.reshape(-1, n * n).T.tolist()]
@@ -68,13 +79,13 @@ def magnitude_thresholds(
     per_tensor: bool,
     threads: int = 1,
     on_progress: OnProgress = ignore,
-) -> tuple[dict[str, list[float]], list[float]]:
-    """The magnitude of the k-th largest element, k = int(density * size), at least 1, exactly.
+) -> tuple[dict[str, list[Threshold]], list[float]]:
+    """What keeps the k = int(density * size), at least 1, largest magnitudes, of equal ones the first.
 
-    Returns tensor -> n thresholds, and the fraction of each delta that is >= its threshold: values
-    equal to it are all kept, so that can be more than `density`. Magnitudes are compared as
-    float32, NaN counts as infinite. Density 0: threshold infinite. `per_tensor` holds a tensor of
-    one delta at a time, otherwise memory does not grow with the model.
+    Returns tensor -> n thresholds, and the fraction of each delta that is kept. The order is that
+    of tensors, then of their elements. Magnitudes are compared as float32, NaN counts as infinite.
+    Density 0: k = 0. `per_tensor` holds a tensor of one delta at a time, otherwise memory does not
+    grow with the model.
     """
     specs, n = deltas.specs, len(deltas.updates)
     size = sum(spec.numel for spec in specs.values())
@@ -83,51 +94,46 @@ def magnitude_thresholds(
         shares = numbers_of(density, name, n)
         return [max(1, int(d * numel)) if d > 0 and numel else 0 for d in shares]
 
-    def of_each(unit: Unit) -> dict[str, list[Found]]:
+    def of_each(unit: Unit) -> dict[str, list[Threshold]]:
         numels = {name: specs[name].numel for name, _, _ in unit}
-        return {name: _held(deltas, name, ranks(name, k)) for name, k in numels.items()}
+        return {
+            name: [
+                largest(deltas.stack(name, 0, numel, [i])[0], k)
+                for i, k in enumerate(ranks(name, numel))
+            ]
+            for name, numel in numels.items()
+        }
 
     def passed(work: Callable[[Unit], T]) -> Iterable[T]:
         return visit(
             specs,
             work,
             threads,
-            whole=per_tensor,
+            whole=per_tensor or deltas.whole,
             name="thresholds",
             width=4 * n,
             on_progress=on_progress,
         )
 
+    thresholds, begin = dict.fromkeys(specs, [Threshold()] * n), 0
     if per_tensor:
-        parts = [dict.fromkeys(specs, [(INFINITY_BITS, 0)] * n), *passed(of_each)]
-        found = {name: row for part in parts for name, row in part.items()}
-        counts = [sum(count for _, count in rows) for rows in zip(*found.values(), strict=True)]
-    else:
-        one = _streamed(deltas, ranks(next(iter(specs), ""), size), passed)
-        found, counts = dict.fromkeys(specs, one), [count for _, count in one]
-    thresholds = {
-        name: np.array([bits for bits, _ in row], np.int32).view(np.float32).tolist()
-        for name, row in found.items()
-    }
-    return thresholds, [count / max(1, size) for count in counts]
-
-
-def _held(deltas: Deltas, name: str, ks: Sequence[int]) -> list[Found]:
-    """The ks[i]-th largest magnitude of one tensor of delta i."""
-    found, numel = [], deltas.specs[name].numel
-    for i, k in enumerate(ks):
-        bits = _magnitude_bits(deltas.stack(name, 0, numel, [i])[0])
-        value = int(bits.kthvalue(numel - k + 1).values) if k else INFINITY_BITS
-        found.append((value, int((bits >= value).sum())))
-    return found
+        rows = [ranks(name, spec.numel) for name, spec in specs.items()]
+        thresholds |= {name: row for part in passed(of_each) for name, row in part.items()}
+        return thresholds, [sum(ks) / max(1, size) for ks in zip(*rows, strict=True)]
+    ks = ranks(next(iter(specs), ""), size)
+    found = _streamed(deltas, ks, passed)
+    for name, spec in specs.items():
+        thresholds[name] = [Threshold(value, stop - begin) for value, stop in found]
+        begin += spec.numel
+    return thresholds, [k / max(1, size) for k in ks]
 
 
 def _streamed(
     deltas: Deltas,
     ks: Sequence[int],
     passed: Callable[[Callable[[Unit], dict[int, Histogram]]], Iterable[dict[int, Histogram]]],
-) -> list[Found]:
-    """The ks[i]-th largest magnitude of delta i over all tensors.
+) -> list[Threshold]:
+    """The threshold of the ks[i] largest magnitudes of delta i, all tensors one after the other.
 
     A pass counts the magnitudes above a window of bit patterns, and those in each bin of it. A
     sample guesses the first window, which is most often right, and its bins single patterns; then
@@ -135,14 +141,17 @@ def _streamed(
     its bins. (Two passes by radix, without a guess, make a merge by ties take 1.27 times the CPU
     time.)
     """
-    windows, found = _guess(deltas, ks) if any(ks) else {}, dict[int, Found]()
+    windows, found = _guess(deltas, ks) if any(ks) else {}, dict[int, Threshold]()
+    units = list(chunks(deltas.specs, whole=deltas.whole))
+    size = min(MOST, 1 + len(units) // GROUPS)
+    groups = [units[at : at + size] for at in range(0, len(units), size)]
     while windows:
-        totals = {i: np.zeros(BINS + 1, np.int64) for i in windows}
-        for part in passed(functools.partial(_count, deltas, windows)):
+        totals = {i: np.zeros((len(groups), BINS + 1), np.int32) for i in windows}
+        for number, part in enumerate(passed(functools.partial(_count, deltas, windows))):
             for i, (bins, counts) in part.items():
-                totals[i][bins] += counts
+                totals[i][number // size, bins] += counts
         for i, total in totals.items():
-            reached, (low, shift) = total[::-1].cumsum(), windows.pop(i)
+            reached, (low, shift) = total.sum(0)[::-1].cumsum(), windows.pop(i)
             place = int(np.searchsorted(reached, ks[i]))
             low += BINS - place << shift
             if not reached[0] < ks[i] <= reached[-1]:
@@ -150,8 +159,34 @@ def _streamed(
             elif shift:
                 windows[i] = low, 0
             else:
-                found[i] = low, int(reached[place])
-    return [found.get(i, (INFINITY_BITS, 0)) for i in range(len(ks))]
+                equal = total[:, BINS - place]
+                spare = ks[i] - int(reached[place] - equal.sum())
+                found[i] = Threshold(_magnitude(low), _stop(deltas, groups, i, low, equal, spare))
+    numel = sum(spec.numel for spec in deltas.specs.values())
+    return [found.get(i, Threshold(math.inf, numel)) for i in range(len(ks))]
+
+
+def _stop(
+    deltas: Deltas,
+    groups: Sequence[Sequence[Unit]],
+    i: int,
+    bits: int,
+    equal: np.ndarray,
+    spare: int,
+) -> int:
+    """One past the `spare`-th of delta i's magnitudes of these bits, of which each group of units
+    holds `equal`: only its group is read.
+    """
+    group = int(np.searchsorted(equal.cumsum(), spare))
+    spare -= int(equal[:group].sum())
+    place = sum(stop - start for units in groups[:group] for u in units for _, start, stop in u)
+    for name, start, stop in chain.from_iterable(groups[group]):
+        same = (_magnitude_bits(deltas.stack(name, start, stop, [i])[0]) == bits).nonzero()
+        if spare <= len(same):
+            return place + int(same[spare - 1]) + 1
+        spare -= len(same)
+        place += stop - start
+    raise AssertionError("the deltas have changed between two passes")
 
 
 def _count(deltas: Deltas, windows: Mapping[int, Window], unit: Unit) -> dict[int, Histogram]:
@@ -189,6 +224,10 @@ def _guess(deltas: Deltas, ks: Sequence[int]) -> dict[int, Window]:
         low, high = ends.tolist()
         windows[i] = low, max(0, (high - low).bit_length() - BITS)
     return {i: window for i, window in windows.items() if ks[i]}
+
+
+def _magnitude(bits: int) -> float:
+    return float(np.int32(bits).view(np.float32))
 
 
 def _magnitude_bits(rows: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ NORMALIZED = ("linear", "ties", "della")
 """Methods that divide by the sum of weights where nothing is said."""
 
 SAME = {"normalize": "normalize", "rescale": "rescale", "filter_wise": "filter_wise"}
-SAME |= {"nuslerp_flatten": "per", "max_iter": "max_iter", "tol": "tol", "epsilon": "ram"}
+SAME |= {"nuslerp_flatten": "per", "max_iter": "max_iter", "tol": "tol"}
 SAME |= {"select_topk": "select_topk"}
 """Parameters that no tensor may have a value of its own for -> what they are in a row."""
 
@@ -171,6 +171,9 @@ def _row(
 
     weighed = method in WEIGHED
     weights = {m: value("weight", math.nan, s) if weighed else 1.0 for m, s in sources.items()}
+    rescale = bool(value("rescale", float(method.startswith(("dare", "della")))))
+    if rescale and method.startswith(("ties", "breadcrumbs")):
+        problems.append(f"parameters.rescale: must be false with {method}, as it is by default")
     if "t" in config.kind.uses and math.isnan(value("t", math.nan)):
         problems.append(f"t: is missing; {method} has no default")
     problems += [
@@ -197,7 +200,7 @@ def _row(
         "drop_rate": [1 - density for density in of_models("density", 1.0)],
         "gamma": of_models("gamma", 0.01),
         "epsilon": of_models("epsilon", 0.15),
-        "rescale": bool(value("rescale", float(method.startswith(("dare", "della"))))),
+        "rescale": rescale,
         "t": [value("t", math.nan)],
         "select_topk": value("select_topk", 1.0),
         "filter_wise": bool(value("filter_wise", 0)),
@@ -231,12 +234,14 @@ def _recipe(config: Mergekit, stacks: Stacks, rows: Mapping[str, Row]) -> Facts:
     name, mean = config.merge_method, bool(default["normalize"])
     sums = ("lambda_" in config.kind.uses and not mean) or name == "linear"
     election = {"merge": "mean" if mean else "sum", "zero_sum": "positive"}
-    inner = {"inner": "ties", "density": 1.0, **election} if name in ELECTS else {}
+    inner = {"inner": "elect", **election} if name in ELECTS else {"inner": "task_arithmetic"}
+    rescale = {"rescale": "l1" if default["rescale"] else "none"}
+    density, epsilon = ({key: by_model(key)} for key in ("density", "epsilon"))
     t = {**others("t"), "*": default["t"]}
     space: dict[str, object] = {"space": "weights" if config.whole else "deltas"}
     known: dict[str, dict[str, object]] = {
         "linear": {"method": "task_arithmetic"},
-        "ties": {"density": by_model("density"), "per_tensor": True, **election},
+        "ties": {**density, "per_tensor": True, **election},
         "slerp": {"t": t},
         "nearswap": {"t": t},
         "nuslerp": space | {"per": default["per"]},
@@ -245,10 +250,12 @@ def _recipe(config: Mergekit, stacks: Stacks, rows: Mapping[str, Row]) -> Facts:
         "sce": {"select_topk": default["select_topk"]},
         "model_stock": {"filter_wise": default["filter_wise"]},
         "ram": {"epsilon": default["ram"]},
+        "dare": {"drop_rate": by_model("drop_rate"), **rescale, **inner},
+        "della": {**density, **epsilon, **rescale, **inner},
+        "breadcrumbs": {**density, "gamma": by_model("gamma"), **inner},
     }
-    rule = {"method": name} | known.get(name, {})
-    if name.startswith("dare"):
-        rule = {"method": "dare", "drop_rate": by_model("drop_rate"), **inner}
+    method = name.removesuffix("_ties").removesuffix("_linear")
+    rule = {"method": method} | known.get(method, {})
     patterns = {"weight_patterns": others("weights"), "scale_patterns": others("scale")}
     return (
         base
@@ -272,11 +279,8 @@ def _notes(config: Mergekit, stacks: Stacks) -> Iterator[str]:
         yield "parameters: make no difference for the base"
     for key in sorted(config.given() - config.kind.uses):
         yield f"{key.rstrip('_')}: makes no difference with {name}"
-    if name.startswith("dare"):
-        yield (
-            f"{name}: other random numbers than mergekit's, and what is kept is divided by the "
-            "density"
-        )
+    if name.startswith(("dare", "della")):
+        yield f"{name}: other random numbers than mergekit's, whose differ from run to run"
     if not stacks.models and name != PASSTHROUGH:
         yield "models: there is none beside the base, which is written as it is"
     dtypes = {config.dtype, *(source.dtype for source in inputs)}

@@ -113,9 +113,10 @@ class Plan:
 
     @property
     def working_memory(self) -> int:
-        """Bytes of the blocks, or of a `TensorRule` the tensors, that are in work at a time."""
+        """Bytes of the blocks, or of what needs them whole the tensors, that are in work at a time."""
         elements, width = 1 << 18, 8 if self.recipe.exact else 4
-        if self.recipe.as_adapter or isinstance(self.rule.core, TensorRule):  # in float64
+        whole = isinstance(self.rule.core, TensorRule) or any(t.whole for t in self.rule.transforms)
+        if self.recipe.as_adapter or whole:  # in float64
             elements, width = max(self.base.entries[n].numel for n in self.alignment.merged), 16
         return self.threads * elements * width * (2 * len(self.layouts) + 6)
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from deltafl.rules.matrices import MatrixRule, triples
+from deltafl.rules.ordering import largest
 from deltafl.rules.rule import RULES, CoordinateRule, Source, Tensor, Traits
 from deltafl.rules.ties import Ties
 
@@ -44,6 +45,5 @@ class Knots(MatrixRule):
             for i, row in enumerate(rows):
                 assert isinstance(transform.density, float | int)
                 kept = max(1, int(transform.density * size))
-                threshold = row.abs().float().kthvalue(size - kept + 1).values
-                rows[i] = transform.apply(row, i, "", 0, float(threshold))
+                rows[i] = transform.apply(row, i, "", 0, largest(row, kept))
         return u @ self.inner.combine(rows, weights).reshape(-1, len(s)).mT

@@ -1,9 +1,10 @@
 """Order statistics of a few models by min/max networks: vectors, not a sort per coordinate."""
 
 import functools
+import math
 from collections.abc import Iterable, Sequence
 
-from deltafl.rules.rule import Tensor
+from deltafl.rules.rule import Tensor, Threshold
 
 
 @functools.cache
@@ -38,6 +39,16 @@ def ranks(block: Tensor, wanted: Iterable[int]) -> list[Tensor]:
         if high:
             rows[j] = a.maximum(b)
     return [rows[k] for k in wanted]
+
+
+def largest(row: Tensor, k: int) -> Threshold:
+    """The threshold that keeps the k largest magnitudes of (m,); NaN counts as infinite."""
+    if not k:
+        return Threshold(math.inf, len(row))
+    magnitudes = row.abs().float().nan_to_num_(math.inf, math.inf)
+    value = magnitudes.kthvalue(len(row) - k + 1).values
+    equal = (magnitudes == value).nonzero()
+    return Threshold(float(value), int(equal[k - 1 - int((magnitudes > value).sum())]) + 1)
 
 
 def weighted_median(block: Tensor, weights: Sequence[float]) -> tuple[Tensor, Tensor]:

@@ -86,20 +86,35 @@ def _refuse(what: str, hint: object, value: PerModel) -> None:
             raise DeltaflError(f"{what} is {one:g}; it must be {limits}")
 
 
+class Threshold(NamedTuple):
+    """Of magnitudes, as float32: smaller ones are dropped, and equal ones from flat element `stop`
+    of their tensor on.
+    """
+
+    value: float = 0.0
+    stop: int = 0
+
+
 class Transform(ABC):
     """A change of each delta, block by block, before anything is reduced or combined.
 
-    density: the fraction kept, whose magnitude threshold the engine finds exactly; None: no
-    threshold is needed. per_tensor: one threshold for each tensor, not for the whole delta; only
-    then may the density differ by tensor.
+    density: the fraction kept, exactly, whose threshold the engine finds; None: no threshold is
+    needed. per_tensor: one threshold for each tensor, not for the whole delta; only
+    then may the density differ by tensor. whole: blocks are whole tensors, in their shape.
     """
 
     density: PerModel | None = None
     per_tensor: bool = False
+    whole: bool = False
 
     @abstractmethod
-    def apply(self, block: Tensor, model: int, name: str, start: int, threshold: float) -> Tensor:
-        """The changed block, (m,), of the same dtype; the argument may be overwritten."""
+    def apply(
+        self, block: Tensor, model: int, name: str, start: int, threshold: Threshold
+    ) -> Tensor:
+        """The changed block, (m,), of the same dtype; the argument may be overwritten.
+
+        Of a whole tensor (*shape) -> (*shape).
+        """
 
 
 @dataclass(frozen=True)
