@@ -82,22 +82,26 @@ def test_mergekit_itself_agrees(name: str, folder: Path) -> None:
 
 @pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
 def test_dare_drops_by_density_and_rescales(method: str, folder: Path) -> None:
-    """What is kept is divided by the density; mergekit rescales to the L1 norm, which has the same expectation."""
+    """A quarter of a tensor is kept, with the L1 norm that the tensor had; or, with rescale: false, as it is."""
     densities = [{"filter": "mlp", "value": 0.25}, {"value": 1}]
     models = [{"model": "m2", "parameters": {"weight": 0.5, "density": densities}}]
-    found = merge(folder, {"merge_method": method, "base_model": "base", "models": models})
-    base, deltas = tensors("base"), {n: t - tensors("base")[n] for n, t in tensors("m2").items()}
-    inside = []
-    for name, delta in deltas.items():
-        if "mlp" in name:
-            moved = delta != 0
-            inside.append((found[name] - base[name])[moved] / delta[moved])
-        else:
-            np.testing.assert_allclose(found[name], base[name] + 0.5 * delta, atol=5e-7)
-    kept = np.concatenate(inside)
-    assert set(kept.round(2)) == {0.0, 2.0}
-    share = (kept > 1).mean()
-    assert abs(share - 0.25) < 5 * np.sqrt(0.25 * 0.75 / len(kept))  # five standard deviations
+    config = {"merge_method": method, "base_model": "base", "models": models}
+    for rescale in (True, False):
+        found = merge(folder, config | {"parameters": {"rescale": rescale}})
+        base, deltas = (
+            tensors("base"),
+            {n: t - tensors("base")[n] for n, t in tensors("m2").items()},
+        )
+        kept = []
+        for name, delta in deltas.items():
+            moved = (found[name] != base[name]) | (delta == 0)
+            norm = np.abs(delta).sum(dtype=np.float64) / np.abs(delta[moved]).sum(dtype=np.float64)
+            wanted = base[name] + 0.5 * (norm if rescale else 1) * delta * moved
+            np.testing.assert_allclose(found[name], wanted, atol=1e-6)
+            if "mlp" in name:
+                kept += [*moved.flatten()]
+        share = np.mean(kept)
+        assert abs(share - 0.25) < 5 * np.sqrt(0.25 * 0.75 / len(kept))  # five standard deviations
 
 
 def test_options_go_before_the_file_and_notes_say_what_makes_no_difference(folder: Path) -> None:
