@@ -10,6 +10,7 @@ from deltafl.algebra.aggregate import Aggregate, Stepped
 from deltafl.algebra.deltas import CachedBlocks, Difference, Update
 from deltafl.algebra.tensors import Joined, Lazy, Tensors, device_named, lazy
 from deltafl.checkpoints.checkpoint import low_rank, open_tensors, refuse_untied
+from deltafl.checkpoints.rows import Rows
 from deltafl.merge.plan import Plan
 from deltafl.progress import OnProgress, ignore
 from deltafl.rules.rule import Rule
@@ -53,6 +54,13 @@ def open_updates(plan: Plan, memory: int = 0) -> Opened:
     files, *models = [dict(tensors) for tensors in held] if in_memory else held
     tuned = dict(zip(plan.layouts, models, strict=True))
     refuse_untied(plan.alignment, files, tuned)
+    if matching := plan.matching:
+        raw = {label: {"": files, **tuned}[label] for label in matching.runs}
+        rows = {
+            label: Rows(label, raw, matching.places(label, plan.alignment), runs)
+            for label, runs in matching.runs.items()
+        }
+        files, tuned = rows.pop(""), tuned | rows
     wide = recipe.exact or any(entry.dtype == "F64" for entry in plan.base.entries.values())
     dtype = torch.float64 if wide else torch.float32
     base, updates = CachedBlocks(files, dtype, device_named(recipe.device)), []

@@ -14,7 +14,8 @@ from deltafl.algebra.aggregate import Stepped
 from deltafl.algebra.tensors import Lazy
 from deltafl.checkpoints.checkpoint import torch_dtype
 from deltafl.checkpoints.layout import identity
-from deltafl.checkpoints.tokenizer import copy_text, text_differences
+from deltafl.checkpoints.tokenizer import copy_text, text_differences, write_template
+from deltafl.checkpoints.vocabulary import write_vocabulary
 from deltafl.checkpoints.writing import copy_companions, plan_shards, write_tensors
 from deltafl.files import atomic_folder
 from deltafl.merge.as_adapter import write_lora
@@ -69,13 +70,17 @@ def run_merge(
         else:
             whole = torch_dtype(dtype) if dtype else None
             stepped = Stepped(opened.base, update, scale, dtype=whole)
-            shards = plan_shards(plan.base.entries, dtype, recipe.max_shard_size)
+            shards = plan_shards(plan.entries, dtype, recipe.max_shard_size)
             write_tensors(stepped, shards, folder, threads=threads, on_progress=on_progress)
         marks = ("config.json", "deltafl_model.json")
         if any((plan.base.folder / mark).exists() for mark in marks):
             if not recipe.as_adapter:
                 copy_companions(plan.base.folder, folder, dtype)
             copy_text(plan.text, folder)
+        if matching := plan.matching:
+            write_vocabulary(matching.vocabulary, plan.text, folder)
+        if plan.chat_template:
+            write_template(plan.chat_template, folder)
         # only now that all is in the page cache: its reads here and there would wait
         warnings = [*large_deltas(opened), *other_texts(plan)]
         record = {**describe(plan), "warnings": warnings, **report}
@@ -85,12 +90,16 @@ def run_merge(
 
 def other_texts(plan: Plan) -> list[str]:
     """A warning for each model whose text differs from that of the base, unless one was chosen."""
-    folders = () if plan.recipe.tokenizer_from else plan.layouts.items()
+    recipe = plan.recipe
+    chosen = recipe.tokenizer_from or recipe.vocabulary not in (None, "union")
+    option = "--vocabulary" if recipe.vocabulary else "--tokenizer-from"
+    settled = {"chat template"} if plan.chat_template else set[str]()
+    differ = functools.partial(text_differences, plan.base.folder)
     return [
         f'model "{name}": not the {" and ".join(odd)} of the base, which is written; '
-        f"choose with --tokenizer-from {name}"
-        for name, layout in folders
-        if (odd := text_differences(plan.base.folder, layout.folder))
+        f"choose with {option} {name}"
+        for name, layout in (() if chosen else plan.layouts.items())
+        if (odd := [what for what in differ(layout.folder) if what not in settled])
     ]
 
 
