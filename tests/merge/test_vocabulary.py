@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,6 @@ from safetensors.torch import save_file
 
 from checkpoint_files import load, refusal, refused, reloaded, succeed
 from deltafl.checkpoints.rows import Rows
-from deltafl.checkpoints.vocabulary import Run, runs_of
 
 PEER = os.environ.get("DELTAFL_MERGEKIT")
 MARKS = ("<unk>", "<s>", "</s>")
@@ -166,6 +166,20 @@ def test_the_union_has_the_ids_of_the_base_first_and_plain_tokens_before_added_o
     )
 
 
+def test_what_one_model_added_is_matched_as_a_whole_and_words_of_rules_are_not(home: Path) -> None:
+    import transformers
+
+    make(home / "marks", "a b", special=["c"])
+    out = merge(
+        models=["marks"], weights=[1.0], vocabulary="union", tokens={"a": {"model": "base"}}
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    assert tokenizer.get_vocab() == vocabulary(Path("base"))
+    assert tokenizer.get_added_vocab().keys() == {*MARKS, "c"}
+    found = tokenizer("abc ac", add_special_tokens=False)["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(found) == ["<unk>", "c", "a", "c"]
+
+
 def test_the_vocabulary_of_a_model_comes_with_its_tokenizer_and_what_is_lost_is_said(
     home: Path,
 ) -> None:
@@ -240,29 +254,18 @@ def test_any_span_of_rows_is_that_of_the_gathered_matrix(
     case: tuple[list[Any], int, int, int],
 ) -> None:
     rows, width, start, stop = case
-    held = {label: {"x": torch.randn(5, width), "y": torch.ones(3)} for label in ("", "m")}
+    held = {label: {f"{label}x": torch.randn(5, width)} for label in ("", "m")}
     known = [sources for sources in rows if sources is not None]
 
     def gathered(sources: Sequence[tuple[str, int]]) -> torch.Tensor:
-        parts = [held[label]["x"][row] for label, row in sources]
+        parts = [held[label][f"{label}x"][row] for label, row in sources]
         return torch.stack(parts).mean(0) if parts else torch.zeros(width)
 
     mean = torch.stack([gathered(sources) for sources in known]).mean(0)
     wanted = torch.stack([mean if sources is None else gathered(sources) for sources in rows])
-    view = Rows("m", held, {"x": {"": "x", "m": "x"}}, runs_of(rows))
-    assert view.spec("x").shape == wanted.shape
-    torch.testing.assert_close(view.block("x", start, stop), wanted.view(-1)[start:stop])
-    assert torch.equal(view["y"], held["m"]["y"])
-
-
-def test_rows_that_follow_each_other_are_read_as_one() -> None:
-    rows = [(("", 3),), (("", 4),), (("m", 5),), None, None, (), ()]
-    assert runs_of(rows) == [
-        Run(0, 2, (("", 3),)),
-        Run(2, 3, (("m", 5),)),
-        Run(3, 5, None),
-        Run(5, 7, ()),
-    ]
+    view = Rows("m", held, {"z": {"": "x", "m": "mx"}}, rows)
+    assert view.spec("z").shape == wanted.shape
+    torch.testing.assert_close(view.block("z", start, stop), wanted.view(-1)[start:stop])
 
 
 # Chat templates
@@ -375,7 +378,18 @@ def test_a_model_without_a_tokenizer_or_a_token_without_a_row_is_refused(home: P
     tokenizer.save_pretrained("m0")
     told = refusal(home, *args("m0", "m1"), "--vocabulary", "union")
     assert told.startswith('"m0": token "<2>" has the id 9, and "lm_head.weight" has 9 rows; ')
+    tokenizer = json.loads(Path("base/tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["d"] = 8
+    with_template("base", "")
+    Path("base/tokenizer.json").unlink()
+    Path("base/tokenizer.json").write_text(json.dumps(tokenizer))
+    told = refusal(home, *args("m1"), "--vocabulary", "union")
+    assert told.startswith("vocabulary: the ids of the tokens that are kept have gaps, so that no ")
+    succeed(*args("m1"), "--vocabulary", "base")
+    rows = load(Path("out"))[EMBEDDING]
+    torch.testing.assert_close(rows[[6, 7]], rows[[0, 1, 2, 3, 4, 5, 8]].mean(0).expand(2, -1))
     Path("m0/config.json").unlink()
+    shutil.rmtree("out")
     told = refusal(home, *args("m0", "m1"), "--vocabulary", "union")
     assert told.startswith(
         '"m0": no embedding has as many rows as the vocab_size of its config.json '

@@ -8,11 +8,11 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 from pydantic import BaseModel
 
-from deltafl.checkpoints.layout import Entry, Layout
+from deltafl.checkpoints.layout import Layout
 from deltafl.checkpoints.tokenizer import read_object
 from deltafl.errors import DeltaflError
 
@@ -24,17 +24,6 @@ ROWS = re.compile(
 
 Sources: TypeAlias = tuple[tuple[str, int], ...]
 """(model, its row) of all whose mean a row is; of none it is zero."""
-
-
-class Run(NamedTuple):
-    """Rows [start, stop): the first has these sources, and each next one the rows that follow.
-
-    None: the mean of all rows that have sources.
-    """
-
-    start: int
-    stop: int
-    sources: Sources | None
 
 
 @dataclass(frozen=True)
@@ -54,20 +43,22 @@ class Vocabulary:
         return 1 + max(self.ids.values(), default=-1)
 
     def extended(self, entries: Iterable[Mapping[str, Any]]) -> "Vocabulary":
-        """With these added, those that it lacks under the ids that follow."""
+        """With these added, those that it lacks under the ids that follow.
+
+        Raises DeltaflError if there are gaps before, which a tokenizer would give to them.
+        """
         ids, added, size = dict(self.ids), dict(self.added), self.size
         for entry in entries:
             token = entry["content"]
             if token not in ids:
                 ids[token], size = size, size + 1
             added.setdefault(token, {**entry, "id": ids[token]})
+        if len(self.ids) < self.size < size:
+            raise DeltaflError(
+                "vocabulary: the ids of the tokens that are kept have gaps, so that no others can be "
+                "added; choose base or a model, and no new tokens"
+            )
         return replace(self, ids=ids, added=added)
-
-    def resized(self, entries: Mapping[str, Entry], rows: int) -> Mapping[str, Entry]:
-        """The entries of a model, its tensors with so many rows."""
-        held = {name: entries[name] for name in self.tensors}
-        new = {n: replace(entry, shape=(rows, *entry.shape[1:])) for n, entry in held.items()}
-        return {**entries, **new}
 
 
 class _Model(BaseModel):
@@ -136,19 +127,6 @@ def union(base: Vocabulary, *others: Vocabulary) -> Vocabulary:
     known = {entry["content"] for entry in added} | base.ids.keys()
     tokens = [token for one in others for token in sorted(one.ids, key=one.ids.__getitem__)]
     return base.extended([*(added_token(t) for t in tokens if t not in known), *added])
-
-
-def runs_of(rows: Iterable[Sources | None]) -> list[Run]:
-    """The rows of a tensor, those that follow each other in every source as one."""
-    runs = list[Run]()
-    for at, sources in enumerate(rows):
-        last = runs[-1] if runs else Run(0, 0, ())
-        past, first = at - last.start, last.sources
-        if at and sources == (first and tuple((label, row + past) for label, row in first)):
-            runs[-1] = last._replace(stop=at + 1)
-        else:
-            runs.append(Run(at, at + 1, sources))
-    return runs
 
 
 def write_vocabulary(vocabulary: Vocabulary, source: Path, folder: Path) -> None:

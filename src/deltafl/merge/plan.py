@@ -74,8 +74,7 @@ class Plan:
     @property
     def entries(self) -> Mapping[str, Entry]:
         """Of the output, but for its dtype."""
-        held = self.base.entries
-        return self.matching.entries("", held) if self.matching else held
+        return self.matching.entries[""] if self.matching else self.base.entries
 
     @property
     def inputs(self) -> tuple[Layout, ...]:
@@ -206,8 +205,7 @@ def _aligned(
 ) -> Alignment:
     """What is merged of which model, "" being the base; with what is wrong about it."""
     held = {label: adapters.get(label, one).entries for label, one in layouts.items()}
-    if matching:
-        held = {label: matching.entries(label, entries) for label, entries in held.items()}
+    held |= matching.entries if matching else {}
     found = align(
         held.pop(""),
         held,

@@ -6,12 +6,10 @@ from dataclasses import dataclass, replace
 from deltafl.checkpoints.align import Alignment
 from deltafl.checkpoints.layout import Entry, Layout
 from deltafl.checkpoints.vocabulary import (
-    Run,
     Sources,
     Vocabulary,
     added_token,
     read_vocabulary,
-    runs_of,
     union,
 )
 from deltafl.errors import DeltaflError, attempt, did_you_mean, shorten
@@ -20,31 +18,29 @@ from deltafl.merge.recipe import MergeRecipe, TokenRecipe
 
 @dataclass(frozen=True)
 class Matching:
-    """The output's vocabulary; and of each whole model, the base "" first, its own, and what its
-    rows are for that of the output.
+    """The output's vocabulary; and of each whole model, the base "" first, its entries with the
+    rows of that, and what these are.
     """
 
     vocabulary: Vocabulary
-    models: Mapping[str, Vocabulary]
-    runs: Mapping[str, Sequence[Run]]
+    entries: Mapping[str, Mapping[str, Entry]]
+    rows: Mapping[str, Sequence[Sources | None]]
+    tensors: Sequence[str]
     notes: tuple[str, ...]
 
-    def entries(self, label: str, entries: Mapping[str, Entry]) -> Mapping[str, Entry]:
-        """A model's entries as they are merged; of adapters as they are."""
-        found = self.models.get(label)
-        return found.resized(entries, self.vocabulary.rows) if found else entries
-
-    def places(self, label: str, alignment: Alignment) -> dict[str, dict[str, str]]:
-        """Tensor of a model with these rows -> model -> the tensor's name there."""
-        ours = self.models[""].tensors
-        names = {"": dict(zip(ours, ours, strict=True)), **alignment.names}
-        return {names[label][n]: {other: names[other][n] for other in self.runs} for n in ours}
+    def places(self, alignment: Alignment) -> dict[str, dict[str, str]]:
+        """Tensor of the base with these rows -> model -> the tensor's name there."""
+        names = alignment.names
+        return {
+            name: {label: names[label][name] if label else name for label in self.rows}
+            for name in self.tensors
+        }
 
     def problems(self, alignment: Alignment) -> Iterator[str]:
         """The tensors with these rows that a model lacks, or an adapter changes."""
         for label, names in alignment.names.items():
-            whole = label in self.models
-            if odd := [name for name in self.models[""].tensors if (name in names) != whole]:
+            whole = label in self.rows
+            if odd := [name for name in self.tensors if (name in names) != whole]:
                 why = "lacks" if whole else "is an adapter, and no whole model, that changes"
                 yield f'model "{label}": {why} {shorten(odd)}, whose rows are matched by token'
 
@@ -69,7 +65,7 @@ def match_vocabularies(
         out = union(*models.values())
     else:
         out = models[_whole(recipe.vocabulary or "base", models, labels)]
-    out = out.extended(map(added_token, recipe.tokens))
+    out = out.extended(added_token(token) for token in recipe.tokens if token not in out.ids)
     out = replace(out, rows=out.size + -out.size % (recipe.pad_to_multiple_of or 1))
     default = {
         token: attempt(problems, _sources, token, recipe.tokens.get(token), models, labels)
@@ -78,14 +74,18 @@ def match_vocabularies(
     if problems:
         raise DeltaflError(*problems)
     forced = {token for token, rule in recipe.tokens.items() if rule.force}
-    runs, notes = dict[str, Sequence[Run]](), list[str]()
+    rows, entries, notes = dict[str, Sequence[Sources | None]](), {}, list[str]()
     for label, one in models.items():
         own = {token: ((label, i),) for token, i in one.ids.items() if token not in forced}
-        rows = {i: own.get(token, default[token]) for token, i in out.ids.items()}
-        runs[label] = runs_of(map(rows.get, range(out.rows)))
+        held = {i: own.get(token, default[token]) for token, i in out.ids.items()}
+        rows[label] = [held.get(i) for i in range(out.rows)]
+        entries[label] = {
+            name: replace(e, shape=(out.rows, *e.shape[1:])) if name in one.tensors else e
+            for name, e in layouts[label].entries.items()
+        }
         if lost := [token for token in one.ids if token not in out.ids]:
             notes.append(f'"{layouts[label].ref}": the result has no {shorten(lost)}')
-    return Matching(out, models, runs, tuple(notes))
+    return Matching(out, entries, rows, models[""].tensors, tuple(notes))
 
 
 def _whole(ref: str, models: Mapping[str, Vocabulary], labels: Mapping[str, str]) -> str:
