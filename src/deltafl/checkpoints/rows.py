@@ -13,7 +13,7 @@ from deltafl.checkpoints.vocabulary import Sources
 class Rows(Lazy):
     """Those tensors of model `label`, with these rows, its own or others'.
 
-    models: label -> tensors. places: name here -> label -> name there. rows: of None, a padding,
+    models: label -> tensors. names: name here -> label -> name there. rows: of None, a padding,
     the row is the mean of all that are not.
     """
 
@@ -21,15 +21,15 @@ class Rows(Lazy):
         self,
         label: str,
         models: Mapping[str, Tensors],
-        places: Mapping[str, Mapping[str, str]],
+        names: Mapping[str, Mapping[str, str]],
         rows: Sequence[Sources | None],
     ) -> None:
-        self._label, self._models = label, {name: lazy(held) for name, held in models.items()}
-        self.names, self._places, self._rows = places, places, rows
+        self.names = self._places = names
+        self._label, self._models, self._rows = label, models, rows
         self._means = dict[str, Tensor]()
 
     def spec(self, name: str) -> Spec:
-        spec = self._models[self._label].spec(self._places[name][self._label])
+        spec = lazy(self._models[self._label]).spec(self._places[name][self._label])
         return spec._replace(shape=(len(self._rows), *spec.shape[1:]))
 
     def read(self, name: str, start: int, stop: int, out: Tensor) -> None:
@@ -47,7 +47,7 @@ class Rows(Lazy):
         """Add the mean of rows to one, (width,)."""
         for label, at in sources:
             there, start = self._places[name][label], at * len(row)
-            part = self._models[label].block(there, start, start + len(row))
+            part = lazy(self._models[label]).block(there, start, start + len(row))
             row.add_(part, alpha=1 / len(sources))
 
     def _mean(self, name: str, width: int) -> Tensor:

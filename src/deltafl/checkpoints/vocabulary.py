@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from pydantic import BaseModel
-
 from deltafl.checkpoints.layout import Layout
 from deltafl.checkpoints.tokenizer import read_object
 from deltafl.errors import DeltaflError
@@ -61,20 +59,6 @@ class Vocabulary:
         return replace(self, ids=ids, added=added)
 
 
-class _Model(BaseModel):
-    vocab: dict[str, int] | list[tuple[str, float]]
-
-
-class _Token(BaseModel, extra="allow"):
-    id: int
-    content: str
-
-
-class _Tokenizer(BaseModel):
-    model: _Model
-    added_tokens: list[_Token]
-
-
 def read_vocabulary(layout: Layout) -> Vocabulary:
     """Of tokenizer.json, and of the tensors that have a name for it and as many rows as config.json
     says.
@@ -82,17 +66,17 @@ def read_vocabulary(layout: Layout) -> Vocabulary:
     Raises:
         DeltaflError: one of these is missing, or a token's id is beyond the rows.
     """
-    file = layout.folder / "tokenizer.json"
+    data = read_object(layout.folder / "tokenizer.json")
     try:
-        found = _Tokenizer.model_validate_json(file.read_bytes())
-    except (OSError, ValueError):
+        plain, added = data["model"]["vocab"], {t["content"]: t for t in data["added_tokens"]}
+        if isinstance(plain, list):  # with scores
+            plain = {token: i for i, (token, _) in enumerate(plain)}
+        ids = plain | {token: int(entry["id"]) for token, entry in added.items()}
+    except (KeyError, TypeError, ValueError):
         raise DeltaflError(
             f'"{layout.ref}": has no tokenizer.json that can be read, by which to know its tokens; '
             "save its tokenizer there (transformers: save_pretrained)"
         ) from None
-    held = found.model.vocab
-    plain = held if isinstance(held, dict) else {token: i for i, (token, _) in enumerate(held)}
-    ids = plain | {token.content: token.id for token in found.added_tokens}
     rows = with_size(read_object(layout.folder / "config.json")).get("vocab_size", 0)
     named = [name for name in layout.entries if ROWS.fullmatch(name)]
     tensors = tuple(name for name in named if layout.entries[name].shape[:1] == (rows,))
@@ -106,7 +90,6 @@ def read_vocabulary(layout: Layout) -> Vocabulary:
             f'"{layout.ref}": token "{beyond[0]}" has the id {ids[beyond[0]]}, and "{tensors[0]}" '
             f"has {rows} rows; mend its tokenizer"
         )
-    added = {token.content: token.model_dump() for token in found.added_tokens}
     return Vocabulary(ids, added, tensors, rows)
 
 

@@ -90,9 +90,9 @@ def match_vocabularies(
 
 def _whole(ref: str, models: Mapping[str, Vocabulary], labels: Mapping[str, str]) -> str:
     """The model that is meant. Raises DeltaflError if none is, or an adapter."""
-    label = labels.get(ref)
-    if label is None or label not in models:
-        known = did_you_mean(ref, [ref for ref, label in labels.items() if label in models])
+    label = labels.get(ref, ref)
+    if label not in models:
+        known = did_you_mean(ref, [other for other in labels if labels[other] in models])
         raise DeltaflError(f'vocabulary: "{ref}" is no whole model of this merge; {known}')
     return label
 
@@ -112,8 +112,8 @@ def _sources(
     if rule.model is None:
         return ()
     label, name = _whole(rule.model, models, labels), rule.token or token
-    row = models[label].ids.get(name) if rule.token_id is None else rule.token_id
-    if row is None or row >= models[label].rows:
-        what = f'token "{name}"' if rule.token_id is None else f"row {row}"
+    row = models[label].ids.get(name, -1) if rule.token_id is None else rule.token_id
+    if not 0 <= row < models[label].rows:
+        what = f'token "{name}"' if row < 0 else f"row {row}"
         raise DeltaflError(f'tokens: "{token}": model "{rule.model}" has no {what}')
     return ((label, row),)
