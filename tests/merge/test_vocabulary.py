@@ -55,7 +55,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     root = tmp_path_factory.mktemp("vocabulary")
     for name, tied in (("", False), ("tied-", True)):
-        tie = {"tie_word_embeddings": tied}
+        tie: dict[str, Any] = {"tie_word_embeddings": tied}
         make(root / f"{name}base", "a b c d", rows=12, **tie)
         make(root / f"{name}m0", "c a b e", "<x>", special=["<p>"], **tie)
         make(root / f"{name}m1", "d e a b c f", special=["<p>"], rows=16, **tie)
@@ -384,7 +384,7 @@ def test_a_model_without_a_tokenizer_or_a_token_without_a_row_is_refused(home: P
     Path("base/tokenizer.json").unlink()
     Path("base/tokenizer.json").write_text(json.dumps(tokenizer))
     told = refusal(home, *args("m1"), "--vocabulary", "union")
-    assert told.startswith("vocabulary: the ids of the tokens that are kept have gaps, so that no ")
+    assert told.startswith("vocabulary: the ids of the tokens that are kept have gaps, so none ")
     succeed(*args("m1"), "--vocabulary", "base")
     rows = load(Path("out"))[EMBEDDING]
     torch.testing.assert_close(rows[[6, 7]], rows[[0, 1, 2, 3, 4, 5, 8]].mean(0).expand(2, -1))

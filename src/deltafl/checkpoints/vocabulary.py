@@ -53,7 +53,7 @@ class Vocabulary:
             added.setdefault(token, {**entry, "id": ids[token]})
         if len(self.ids) < self.size < size:
             raise DeltaflError(
-                "vocabulary: the ids of the tokens that are kept have gaps, so that no others can be "
+                "vocabulary: the ids of the tokens that are kept have gaps, so none can be "
                 "added; choose base or a model, and no new tokens"
             )
         return replace(self, ids=ids, added=added)

@@ -54,8 +54,8 @@ class Plan:
     """A merge that has passed the preflight.
 
     layouts: of the models, by name. adapters: those that are one. training: what the training.json
-    of each says. text: the folder whose tokenizer is written, but for `chat_template`. matching: how
-    rows are found by token, if not by their number.
+    of each says. text: the folder whose tokenizer is written, with `chat_template` in place of its
+    own. matching: how rows are found by token, if not by their number.
     """
 
     recipe: MergeRecipe
