@@ -192,7 +192,9 @@ def test_a_language_model_of_another_vocabulary_is_refused(tmp_path: Path, tied:
     make(tmp_path, CAUSAL, "base", tie_word_embeddings=tied)
     make(tmp_path, CAUSAL, "tuned", tie_word_embeddings=tied, vocab_size=22)
     both = f'"{EMBEDDING}"' if tied else f'"{HEAD}", "{EMBEDDING}"'
-    told = f'model "tuned": {both}: 22 rows, the base has 20; another vocabulary? Give the base the'
+    told = (
+        f'model "tuned": {both}: 22 rows, the base has 20; another vocabulary? Find rows by token'
+    )
     assert refusal(tmp_path, *arguments(tmp_path)).startswith(told)
 
 

@@ -280,8 +280,8 @@ def _differences(
                 "was it fine-tuned from another base?"
             )
     problems += [
-        f"{shorten(names)}: {rows} rows, the base has {want}; another vocabulary? Give the base "
-        "the same (transformers: resize_token_embeddings), or copy them from the base with "
+        f"{shorten(names)}: {rows} rows, the base has {want}; another vocabulary? Find "
+        "rows by token with --vocabulary union (or base), or copy them from the base with "
         "--exclude"
         for (rows, want), names in vocabularies.items()
     ]

@@ -11,6 +11,7 @@ from deltafl.algebra.deltas import CachedBlocks, Difference, Update
 from deltafl.algebra.tensors import Joined, Lazy, Tensors, device_named, lazy
 from deltafl.checkpoints.align import RUNNING
 from deltafl.checkpoints.checkpoint import low_rank, open_tensors, refuse_untied
+from deltafl.checkpoints.rows import Rows
 from deltafl.merge.plan import Plan
 from deltafl.progress import OnProgress, ignore
 from deltafl.rules.rule import Rule
@@ -79,6 +80,12 @@ def open_updates(plan: Plan, memory: int = 0) -> Opened:
     files, *models = [dict(tensors) for tensors in held] if in_memory else held
     tuned = dict(zip(plan.layouts, models, strict=True))
     refuse_untied(plan.alignment, files, tuned)
+    rows = dict[str, Tensors]()
+    if matching := plan.matching:
+        raw = {label: tuned.get(label, files) for label in matching.rows}
+        places = matching.places(plan.alignment)
+        rows = {label: Rows(label, raw, places, found) for label, found in matching.rows.items()}
+        files = Joined({name: (rows[""] if name in places else files, name) for name in files})
     wide = recipe.exact or any(entry.dtype == "F64" for entry in plan.base.entries.values())
     dtype = torch.float64 if wide else torch.float32
     base, updates = CachedBlocks(files, dtype, device_named(recipe.device)), []
@@ -90,11 +97,12 @@ def open_updates(plan: Plan, memory: int = 0) -> Opened:
             updates.append(Update(delta, source))
             tuned[source.name] = Stepped(files, delta, 1.0, dtype=dtype)
             continue
-        merged = Joined({name: (model, names[name]) for name in plan.alignment.merged})
+        own = rows.get(source.name, {})
+        here = {n: (own, n) if n in own else (model, names.get(n, n)) for n in files}
+        merged = Joined({name: here[name] for name in plan.alignment.merged})
         updates.append(Update(Difference(base, merged, dtype), source))
-        there = {name: names.get(name, name) for name in files}
         tuned[source.name] = Joined(
-            {n: (model, own) if own in model else (files, n) for n, own in there.items()}
+            {n: (held, there) if there in held else (files, n) for n, (held, there) in here.items()}
         )
     return Opened(base, updates, recipe.model_weights, tuned, plan.threads)
 

@@ -13,7 +13,13 @@ from typing import TypeAlias
 
 from deltafl.checkpoints.stack import FIRST, LAYER, depth_of, split_stack
 from deltafl.errors import DeltaflError
-from deltafl.merge.mergekit_file import Mergekit, SliceSource
+from deltafl.merge.mergekit_file import (
+    Mergekit,
+    SliceSource,
+    Tokenizer,
+    TokenRow,
+    model_named,
+)
 from deltafl.merge.plan import Facts, read_model
 from deltafl.merge.recipe import PASSTHROUGH
 from deltafl.recipes import read_recipe
@@ -228,6 +234,7 @@ def _recipe(config: Mergekit, stacks: Stacks, rows: Mapping[str, Row]) -> Facts:
         "base": stacks.base,
         "base_patterns": {**others("base"), "*": default["base"]},
         "dtype": config.out_dtype or config.dtype,
+        **_vocabulary(config, stacks),
     }
     if not stacks.models:
         return {"method": PASSTHROUGH, **base}
@@ -267,6 +274,34 @@ def _recipe(config: Mergekit, stacks: Stacks, rows: Mapping[str, Row]) -> Facts:
             **patterns,
         }
     )
+
+
+def _vocabulary(config: Mergekit, stacks: Stacks) -> Facts:
+    """Whose tokens the result has, and where their rows come from."""
+    told = {"chat_template": config.chat_template}
+    source, given = config.tokenizer_source, config.tokenizer or Tokenizer()
+    if not source and not config.tokenizer:
+        return told
+    known = {own: ref for (own, _), ref in reversed(stacks.models.items())}
+    known |= {
+        own: stacks.base
+        for own in (config.base_model, config.parts[0].sources[0].model)
+        if own and own not in known
+    }
+
+    def row(found: TokenRow) -> dict[str, object]:
+        named = found.source if isinstance(found.source, dict) else {"model": found.source}
+        told = {key: value for key, value in named.items() if key != "kind" and value is not None}
+        if own := model_named(told.get("model")):
+            told["model"] = known.get(own, own)
+        return told | ({"force": True} if found.force else {})
+
+    source = source or given.source
+    return told | {
+        "vocabulary": known.get(source, source),
+        "tokens": {token: row(found) for token, found in given.tokens.items()},
+        "pad_to_multiple_of": given.pad_to_multiple_of,
+    }
 
 
 def _notes(config: Mergekit, stacks: Stacks) -> Iterator[str]:

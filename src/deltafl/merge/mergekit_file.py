@@ -150,6 +150,21 @@ class Slice(Recipe):
     merge_method: str | None = None
 
 
+class TokenRow(Recipe):
+    """Where the row of a token comes from, as `TokenRule`; kind: none, a model, or a mapping."""
+
+    source: Reference | dict[str, object] | None = None
+    force: bool = False
+
+
+class Tokenizer(Recipe):
+    """Whose tokens the result has."""
+
+    source: Reference = "union"
+    tokens: dict[str, TokenRow] = Field(default={})
+    pad_to_multiple_of: int | None = None
+
+
 class Module(Recipe):
     """One of `modules:`, or what stands for a single one."""
 
@@ -166,8 +181,8 @@ class Mergekit(Module):
     modules: dict[str, Module] = Field(default={})
     dtype: Dtype | None = None
     out_dtype: Dtype | None = None
-    tokenizer_source: str | None = None
-    tokenizer: dict[str, object] | None = None
+    tokenizer_source: Reference | None = None
+    tokenizer: Tokenizer | None = None
     chat_template: str | None = None
     name: str | None = None
 

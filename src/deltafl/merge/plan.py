@@ -15,12 +15,14 @@ from pydantic import ConfigDict
 
 from deltafl.checkpoints.adapter import Adapter, read_adapter
 from deltafl.checkpoints.align import RUNNING, Alignment, align
-from deltafl.checkpoints.layout import SIZES, Layout, fingerprint, read_layout
+from deltafl.checkpoints.layout import SIZES, Entry, Layout, fingerprint, read_layout
 from deltafl.checkpoints.stack import split_stack, stacked
+from deltafl.checkpoints.tokenizer import chat_template
 from deltafl.errors import DeltaflError, attempt, did_you_mean, shorten
 from deltafl.merge.recipe import PASSTHROUGH, MergeRecipe, ModelEntry
+from deltafl.merge.vocabulary import Matching, match_vocabularies
 from deltafl.recipes import R, Recipe, read_recipe
-from deltafl.rules.rule import Rule, Source, TensorRule, build_rule, check_rule
+from deltafl.rules.rule import ExampleRule, Rule, Source, TensorRule, build_rule, check_rule
 from deltafl.rules.task_arithmetic import TaskArithmetic
 
 Facts: TypeAlias = dict[str, Any]
@@ -54,7 +56,8 @@ class Plan:
     """A merge that has passed the preflight.
 
     layouts: of the models, by name. adapters: those that are one. training: what the training.json
-    of each says. text: the folder whose tokenizer is written.
+    of each says. text: the folder whose tokenizer is written, with `chat_template` in place of its
+    own. matching: how rows are found by token, if not by their number.
     """
 
     recipe: MergeRecipe
@@ -67,6 +70,13 @@ class Plan:
     text: Path
     sources: tuple[Source, ...]
     notes: tuple[str, ...]
+    matching: Matching | None = None
+    chat_template: str | None = None
+
+    @property
+    def entries(self) -> Mapping[str, Entry]:
+        """Of the output, but for its dtype."""
+        return self.matching.entries[""] if self.matching else self.base.entries
 
     @property
     def inputs(self) -> tuple[Layout, ...]:
@@ -76,7 +86,7 @@ class Plan:
     @property
     def num_elements(self) -> int:
         """Of one delta."""
-        return sum(self.base.entries[name].numel for name in self.alignment.merged)
+        return sum(self.entries[name].numel for name in self.alignment.merged)
 
     @property
     def files(self) -> list[Path]:
@@ -103,7 +113,7 @@ class Plan:
             return rank * SIZES[stored or "F32"] * sum(sum(s) for s in shapes if len(s) == 2)
         return sum(
             entry.numel * SIZES[stored if stored and entry.floating else entry.dtype]
-            for entry in self.base.entries.values()
+            for entry in self.entries.values()
         )
 
     @property
@@ -117,7 +127,7 @@ class Plan:
         elements, width = 1 << 18, 8 if self.recipe.exact else 4
         whole = isinstance(self.rule.core, TensorRule) or any(t.whole for t in self.rule.transforms)
         if self.recipe.as_adapter or whole:  # in float64
-            elements, width = max(self.base.entries[n].numel for n in self.alignment.merged), 16
+            elements, width = max(self.entries[n].numel for n in self.alignment.merged), 16
         return self.threads * elements * width * (2 * len(self.layouts) + 6)
 
     def refuse_as_output(self, out: str | Path) -> None:
@@ -144,7 +154,7 @@ def plan_merge(recipe: MergeRecipe) -> Plan:
     rule = NOTHING if passed else attempt(problems, build_rule, recipe.method, recipe.params)
     base = attempt(problems, read_base, recipe.base)
     sources, layouts, training = [], dict[str, Layout](), dict[str, Training]()
-    adapters, folders = dict[str, Adapter](), dict[str, Path]()
+    adapters, labels = dict[str, Adapter](), {"base": "", recipe.base: ""}
     for name, model in recipe.entries.items():
         if found := attempt(problems, read_model_or_adapter, model.path):
             layouts[name], adapter = found
@@ -153,33 +163,29 @@ def plan_merge(recipe: MergeRecipe) -> Plan:
             training[name] = attempt(problems, read_training, layouts[name]) or Training()
             if base and (warning := other_base(name, training[name], base, adapter)):
                 (notes if recipe.allow_other_base else problems).append(warning)
-            folders |= dict.fromkeys((name, model.path), layouts[name].folder)
+            labels |= {name: name, model.path: name}
         sources.append(source_of(name, model, training.get(name, Training())))
     if rule and not passed:
         attempt(problems, check_rule, rule, sources)
     if base is None:
         raise DeltaflError(*problems)
-    wanted, folders = recipe.tokenizer_from or recipe.base, {recipe.base: base.folder} | folders
-    if wanted not in folders:
+    every, wanted = {"": base, **layouts}, recipe.tokenizer_from or recipe.vocabulary or "base"
+    if recipe.tokenizer_from and wanted not in labels:
         known = did_you_mean(wanted, layouts)
         problems.append(f'--tokenizer-from "{wanted}" is no model of this merge; {known}')
-    alignment = align(
-        base.entries,
-        {name: adapters.get(name, layout).entries for name, layout in layouts.items()},
-        scope=recipe.scope,
-        include=recipe.include,
-        exclude=recipe.exclude,
-        adapters=adapters,
-        dtype=recipe.stored_dtype or ("F32" if recipe.as_adapter else None),
-    )
+    folders, matching = [layout.folder for layout in every.values()], None
+    template = attempt(problems, chat_template, recipe.chat_template, folders)
+    if recipe.vocabulary:
+        if rule and isinstance(rule.core, ExampleRule):
+            problems.append(f"vocabulary: {recipe.method} runs models, which have the base's")
+        whole = {label: one for label, one in every.items() if label not in adapters}
+        matching = attempt(problems, match_vocabularies, recipe, whole, labels)
+        if matching is None:
+            raise DeltaflError(*problems)
+    alignment = _aligned(recipe, every, adapters, matching)
     problems += alignment.problems
-    for key in ("weight_patterns", "scale_patterns", "base_patterns"):
-        for pattern in dict(recipe)[key] if alignment.merged else ():
-            if not any(fnmatchcase(name, pattern) for name in alignment.merged):
-                problems.append(f'{key}: "{pattern}" matches no merged tensor')
     if problems or not rule:
         raise DeltaflError(*problems)
-    told = (*alignment.notes, *notes, *_notes(alignment, (base, *layouts.values())))
     return Plan(
         recipe,
         rule,
@@ -188,9 +194,11 @@ def plan_merge(recipe: MergeRecipe) -> Plan:
         adapters,
         training,
         alignment,
-        folders[wanted],
+        every["" if recipe.vocabulary == "union" else labels.get(wanted, "")].folder,
         tuple(sources),
-        told,
+        (*alignment.notes, *notes),
+        matching,
+        template,
     )
 
 
@@ -201,6 +209,35 @@ def _notes(alignment: Alignment, inputs: Iterable[Layout]) -> Iterator[str]:
         yield f'"{layout.ref}": {layout.files[0].name} is read, not {found}'
     if running := sum(name.endswith(RUNNING) for name in alignment.merged):
         yield f"{running} running statistics are averaged, never extrapolated"
+
+
+def _aligned(
+    recipe: MergeRecipe,
+    layouts: Mapping[str, Layout],
+    adapters: Mapping[str, Adapter],
+    matching: Matching | None,
+) -> Alignment:
+    """What is merged of which model, "" being the base; with what is wrong about it."""
+    held = {label: adapters.get(label, one).entries for label, one in layouts.items()}
+    held |= matching.entries if matching else {}
+    found = align(
+        held.pop(""),
+        held,
+        scope=recipe.scope,
+        include=recipe.include,
+        exclude=recipe.exclude,
+        adapters=adapters,
+        dtype=recipe.stored_dtype or ("F32" if recipe.as_adapter else None),
+    )
+    found.notes += _notes(found, layouts.values())
+    if matching:
+        found.problems += matching.problems(found)
+        found.notes += matching.notes
+    for key in ("weight_patterns", "scale_patterns", "base_patterns"):
+        for pattern in dict(recipe)[key] if found.merged else ():
+            if not any(fnmatchcase(name, pattern) for name in found.merged):
+                found.problems.append(f'{key}: "{pattern}" matches no merged tensor')
+    return found
 
 
 def read_model(ref: str) -> Layout:

@@ -37,6 +37,20 @@ class ModelEntry(Recipe):
     data: str | None = Field(None, description="Its task, for methods that need examples.")
 
 
+class TokenRecipe(Recipe):
+    """The row of a token in models that lack it."""
+
+    model: str | None = Field(None, description="Whose row, by name or path. Default: zeros.")
+    token: str | None = Field(None, description="Which of its tokens. Default: the same.")
+    token_id: int | None = Field(None, ge=0, description="Or the number of its row.")
+    force: bool = Field(False, description="Also in models that have the token.")
+
+    def problems(self) -> Iterator[str]:
+        """A row that is named twice, or of no model."""
+        if [self.model, self.token, self.token_id].count(None) < (1 if self.model else 3):
+            yield "give a model, with at most one of token and token_id"
+
+
 class DeltaRecipe(Recipe):
     """Which deltas there are, of which tensors, and where they are computed."""
 
@@ -170,6 +184,22 @@ class MergeRecipe(RuleParameters, DeltaRecipe, PushedRecipe):
         description="The model, by name or path, whose tokenizer, chat template and generation "
         "config are written. Default: the base's.",
     )
+    vocabulary: str | None = Field(
+        None,
+        description="Whose tokens the output has: union, base, or a model by name or path; rows of "
+        "all models are found by token. Default: by their number, which must be the base's.",
+    )
+    tokens: dict[str, TokenRecipe] = Field(
+        {}, description="Token -> its row; with a vocabulary, to which it is added."
+    )
+    pad_to_multiple_of: int | None = Field(
+        None, ge=1, description="Make the rows of a vocabulary a multiple of this."
+    )
+    chat_template: str | None = Field(
+        None,
+        description="Written in place of the tokenizer's: auto (the models' most frequent one), "
+        "alpaca, chatml, exaone, llama3, mistral, or Jinja text.",
+    )
     max_shard_size: ByteSize = Field(
         "5GB",
         validate_default=True,
@@ -207,6 +237,12 @@ class MergeRecipe(RuleParameters, DeltaRecipe, PushedRecipe):
             yield "models: name at least one with --models; with passthrough, which writes the base, none"
         if self.as_adapter and not self.models:
             yield "as_adapter: there is no update to write with passthrough"
+        if self.vocabulary and self.tokenizer_from:
+            yield "vocabulary says whose tokenizer is written; leave out tokenizer_from"
+        if not self.vocabulary and (self.tokens or self.pad_to_multiple_of):
+            yield "tokens and pad_to_multiple_of need a vocabulary: union, base or a model"
+        if self.vocabulary and self.as_adapter:
+            yield "as_adapter: an adapter has the vocabulary of its base; leave out vocabulary"
         found = list(super().problems())
         if not found:
             attempt(found, lambda: self.model_weights)

@@ -15,7 +15,8 @@ from deltafl.checkpoints.adapter import CONFIG
 from deltafl.checkpoints.checkpoint import torch_dtype
 from deltafl.checkpoints.layout import ADAPTER, identity
 from deltafl.checkpoints.stack import write_depth
-from deltafl.checkpoints.tokenizer import text_differences, text_files
+from deltafl.checkpoints.tokenizer import text_differences, text_files, write_template
+from deltafl.checkpoints.vocabulary import write_vocabulary
 from deltafl.checkpoints.writing import (
     INDEX,
     companions,
@@ -81,14 +82,18 @@ def run_merge(
             report = report | write_lora(plan, update, scale, folder, on_progress)
         else:
             whole = torch_dtype(dtype) if dtype else None
-            factors = {n: first_match(n, recipe.base_patterns, 1.0) for n in plan.base.entries}
+            factors = {n: first_match(n, recipe.base_patterns, 1.0) for n in plan.entries}
             of_base = {n: factor for n, factor in factors.items() if factor != 1}
             stepped = opened.stepped(update, scale, whole, of_base)
-            shards = plan_shards(plan.base.entries, dtype, recipe.max_shard_size)
+            shards = plan_shards(plan.entries, dtype, recipe.max_shard_size)
             write_tensors(stepped, shards, folder, threads=threads, on_progress=on_progress)
         copy_files(copied_files(plan), folder, dtype)
         if plan.base.ranges and (folder / "config.json").exists():
             write_depth(folder / "config.json", plan.base.ranges)
+        if matching := plan.matching:
+            write_vocabulary(matching.vocabulary, plan.text, folder)
+        if plan.chat_template:
+            write_template(plan.chat_template, folder)
         # only now that all is in the page cache: its reads here and there would wait
         warnings = [*large_deltas(opened), *other_texts(plan)]
         record = {**describe(plan), "warnings": warnings, **report}
@@ -110,19 +115,23 @@ def written_files(plan: Plan) -> list[str]:
     """Names of the files of the output."""
     recipe, names = plan.recipe, [ADAPTER, CONFIG]
     if not recipe.as_adapter:
-        shards = plan_shards(plan.base.entries, recipe.stored_dtype, recipe.max_shard_size)
+        shards = plan_shards(plan.entries, recipe.stored_dtype, recipe.max_shard_size)
         names = [shard.file.name for shard in shards] + [INDEX] * (len(shards) > 1)
     return sorted([*names, *OWN, *(file.name for file in copied_files(plan))])
 
 
 def other_texts(plan: Plan) -> list[str]:
     """A warning for each model whose text differs from that of the base, unless one was chosen."""
-    folders = () if plan.recipe.tokenizer_from else plan.layouts.items()
+    recipe = plan.recipe
+    chosen = recipe.tokenizer_from or recipe.vocabulary not in (None, "union")
+    option = "--vocabulary" if recipe.vocabulary else "--tokenizer-from"
+    settled = {"chat template"} if plan.chat_template else set[str]()
+    differ = functools.partial(text_differences, plan.base.folder)
     return [
         f'model "{name}": not the {" and ".join(odd)} of the base, which is written; '
-        f"choose with --tokenizer-from {name}"
-        for name, layout in folders
-        if (odd := text_differences(plan.base.folder, layout.folder))
+        f"choose with {option} {name}"
+        for name, layout in (() if chosen else plan.layouts.items())
+        if (odd := [what for what in differ(layout.folder) if what not in settled])
     ]
 
 
