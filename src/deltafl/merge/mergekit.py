@@ -282,12 +282,9 @@ def _vocabulary(config: Mergekit, stacks: Stacks) -> Facts:
     source, given = config.tokenizer_source, config.tokenizer or Tokenizer()
     if not source and not config.tokenizer:
         return told
-    known = {own: ref for (own, _), ref in reversed(stacks.models.items())}
-    known |= {
-        own: stacks.base
-        for own in (config.base_model, config.parts[0].sources[0].model)
-        if own and own not in known
-    }
+    known = {own: ref for (own, count), ref in stacks.models.items() if not count}
+    for own in (config.base_model, config.parts[0].sources[0].model):
+        known.setdefault(own or "", stacks.base)
 
     def row(found: TokenRow) -> dict[str, object]:
         named = found.source if isinstance(found.source, dict) else {"model": found.source}
