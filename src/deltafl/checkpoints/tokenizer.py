@@ -57,15 +57,14 @@ def _template(folder: Path) -> object:
 def chat_template(wanted: str | None, folders: Iterable[Path]) -> str | None:
     """The chat template of a name, or as it is given: text in which there is a brace.
 
-    auto: the most frequent one of the models, the first of several. Raises DeltaflError.
+    auto: the most frequent one of the models, the first of several; none where no model has one.
+    Raises DeltaflError.
     """
     if wanted is None or "{" in wanted:
         return wanted
     if wanted == "auto":
         held = [found for folder in folders if isinstance(found := _template(folder), str)]
-        if not held:
-            raise DeltaflError("chat_template: auto, and no model has one; name one")
-        return Counter(found.strip() for found in held).most_common(1)[0][0]
+        return next((one for one, _ in Counter(map(str.strip, held)).most_common(1)), None)
     known = {Path(file.name).stem: file for file in TEMPLATES.iterdir()}
     if wanted not in known:
         raise DeltaflError(f'chat_template: unknown "{wanted}"; {did_you_mean(wanted, known)}')
