@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal, TypeAlias
 
 from deltafl.rules.rule import RULES, Rule, Source, Tensor, Threshold, Traits, Transform, Within
 from deltafl.rules.task_arithmetic import TaskArithmetic
-from deltafl.rules.weights import PerModel, numbers_missing, numbers_of
+from deltafl.rules.weights import PerModel, numbers_of
 
 LEVELS = 1 << 16
 
@@ -89,12 +89,7 @@ class SparseRule(Rule, ABC):
         return (self.sparsify, *self.inner.transforms)
 
     def problems(self, sources: Sequence[Source]) -> list[str]:
-        wrong = [
-            line
-            for key, value in vars(self).items()
-            for line in numbers_missing(f"{self.name}: {key}", value, len(sources))
-        ]
-        return wrong + self.inner.problems(sources)
+        return super().problems(sources) + self.inner.problems(sources)
 
 
 @RULES.register("dare")

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
-from deltafl.rules.rule import RULES, CoordinateRule, Source, Tensor, Traits, Within
-from deltafl.rules.weights import PerModel, numbers_missing, numbers_of
+from deltafl.rules.rule import RULES, CoordinateRule, Tensor, Traits, Within
+from deltafl.rules.weights import PerModel, numbers_of
 
 
 @RULES.register("nearswap")
@@ -18,9 +18,6 @@ class NearSwap(CoordinateRule):
     num_models = 1
     traits = Traits(fixed_point=False)
     values: ClassVar = {"t": 0.001}
-
-    def problems(self, sources: Sequence[Source]) -> list[str]:
-        return super().problems(sources) + numbers_missing("nearswap: t", self.t, 1)
 
     def at(self, name: str) -> "NearSwap":
         return replace(self, t=numbers_of(self.t, name)[0])

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 
 from deltafl.errors import DeltaflError, did_you_mean
 from deltafl.registry import Registry
-from deltafl.rules.weights import PerModel
+from deltafl.rules.weights import PerModel, numbers_missing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -160,9 +160,9 @@ class Rule:
     def problems(self, sources: Sequence[Source]) -> list[str]:
         """Why it cannot work with these sources, as far as they alone tell, one line each."""
         n, wanted = len(sources), self.num_models
-        if wanted in (None, n):
-            return []
-        return [f"{self.name}: {n} models; it merges {wanted} into the base, no more and no less"]
+        wrong = f"{self.name}: {n} models; it merges {wanted} into the base, no more and no less"
+        missing = (numbers_missing(f"{self.name}: {k}", v, n) for k, v in vars(self).items())
+        return [wrong] * (wanted not in (None, n)) + [*itertools.chain(*missing)]
 
     def at(self, name: str) -> "Rule":
         """The rule for one tensor: its parameters by tensor are those of this one."""

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
 from deltafl.rules.directions import DirectionRule, arc
-from deltafl.rules.rule import RULES, Source, Tensor, Traits, Within
-from deltafl.rules.weights import PerModel, numbers_missing, numbers_of
+from deltafl.rules.rule import RULES, Tensor, Traits, Within
+from deltafl.rules.weights import PerModel, numbers_of
 
 STRAIGHT = 0.9995
 
@@ -26,9 +26,6 @@ class Slerp(DirectionRule):
     num_models = 1
     traits = Traits(fixed_point=False, odd=False)
     values: ClassVar = {"t": 0.5}
-
-    def problems(self, sources: Sequence[Source]) -> list[str]:
-        return super().problems(sources) + numbers_missing("slerp: t", self.t, 1)
 
     def at(self, name: str) -> "Slerp":
         return replace(self, t=numbers_of(self.t, name)[0])

@@ -15,7 +15,7 @@ from deltafl.rules.rule import (
     Within,
 )
 from deltafl.rules.weighted import weighted_sum
-from deltafl.rules.weights import PerModel, numbers_missing
+from deltafl.rules.weights import PerModel
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,7 @@ class Ties(CoordinateRule):
     def problems(self, sources: Sequence[Source]) -> list[str]:
         by_tensor = isinstance(self.density, Mapping) and len(self.density) > 1
         wrong = ["ties: density by tensor needs per_tensor"]
-        missing = numbers_missing("ties: density", self.density, len(sources))
-        return missing + wrong * (by_tensor and not self.per_tensor)
+        return super().problems(sources) + wrong * (by_tensor and not self.per_tensor)
 
     def combine(self, block: Tensor, weights: Sequence[float]) -> Tensor:
         return Elect(self.merge, self.zero_sum).combine(block, weights)
