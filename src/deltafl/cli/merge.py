@@ -41,6 +41,11 @@ def merge_command(recipe: MergeRecipe) -> None:
     deltafl merge --base B --models M1 M2 --method fedgma --rho 0.6 --scaling-coef 0.3 --out DIR
     deltafl merge RECIPE.yaml              ours, or mergekit's
     """
+    merge_and_show(recipe)
+
+
+def merge_and_show(recipe: MergeRecipe) -> None:
+    """Plan a merge, and do it unless this is a dry run."""
     plan = plan_merge(recipe)
     if flag("dry_run"):
         click.echo(render("plan.txt", plan=plan))

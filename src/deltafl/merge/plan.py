@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -96,9 +96,10 @@ class Plan:
     def bytes_written(self) -> int:
         """Of the output's weights."""
         stored = self.recipe.stored_dtype
-        if rank := self.recipe.as_adapter:
+        if self.recipe.adapter:
             shapes = (self.base.entries[name].shape for name in self.alignment.merged)
-            return rank * SIZES[stored or "F32"] * sum(sum(s) for s in shapes if len(s) == 2)
+            ranked = ((min(self.recipe.as_adapter or 1 << 30, *s), s) for s in shapes if s[1:])
+            return SIZES[stored or "F32"] * sum(r * sum(s) for r, s in ranked if len(s) == 2)
         return sum(
             entry.numel * SIZES[stored if stored and entry.floating else entry.dtype]
             for entry in self.base.entries.values()
@@ -113,7 +114,7 @@ class Plan:
     def working_memory(self) -> int:
         """Bytes of the blocks, or of a `TensorRule` the tensors, that are in work at a time."""
         elements, width = 1 << 18, 8 if self.recipe.exact else 4
-        if self.recipe.as_adapter or isinstance(self.rule.core, TensorRule):  # in float64
+        if self.recipe.adapter or isinstance(self.rule.core, TensorRule):  # in float64
             elements, width = max(self.base.entries[n].numel for n in self.alignment.merged), 16
         return self.threads * elements * width * (2 * len(self.layouts) + 6)
 
@@ -165,7 +166,7 @@ def plan_merge(recipe: MergeRecipe) -> Plan:
         include=recipe.include,
         exclude=recipe.exclude,
         adapters=adapters,
-        dtype=recipe.stored_dtype or ("F32" if recipe.as_adapter else None),
+        dtype=recipe.stored_dtype or ("F32" if recipe.adapter else None),
     )
     problems += alignment.problems
     for key in ("weight_patterns", "scale_patterns"):
@@ -174,7 +175,7 @@ def plan_merge(recipe: MergeRecipe) -> Plan:
                 problems.append(f'{key}: "{pattern}" matches no merged tensor')
     if problems or not rule:
         raise DeltaflError(*problems)
-    told = (*alignment.notes, *notes, *_notes(alignment, (base, *layouts.values())))
+    told = (*alignment.notes, *notes, *_notes(recipe, alignment, (base, *layouts.values())))
     return Plan(
         recipe,
         rule,
@@ -189,8 +190,12 @@ def plan_merge(recipe: MergeRecipe) -> Plan:
     )
 
 
-def _notes(alignment: Alignment, inputs: Iterable[Layout]) -> Iterator[str]:
-    """What a user should know beside what the alignment says itself."""
+def _notes(recipe: MergeRecipe, alignment: Alignment, inputs: Sequence[Layout]) -> Iterator[str]:
+    """What a user should know beside what the alignment says itself; inputs: the base first."""
+    for name in alignment.merged if recipe.as_adapter else ():
+        shape = inputs[0].entries[name].shape
+        if len(shape) == 2 and min(shape) < (recipe.as_adapter or 0):
+            yield f'"{name}" is {shape}: its rank is at most {min(shape)}'
     for layout in (layout for layout in inputs if layout.passed_over):
         found = shorten(layout.passed_over)
         yield f'"{layout.ref}": {layout.files[0].name} is read, not {found}'

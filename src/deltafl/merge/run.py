@@ -75,7 +75,7 @@ def run_merge(
             report: Facts = update.report
         else:
             update, report = make(opened)
-        if recipe.as_adapter:
+        if recipe.adapter:
             report = report | write_lora(plan, update, scale, folder, on_progress)
         else:
             whole = torch_dtype(dtype) if dtype else None
@@ -97,13 +97,13 @@ def copied_files(plan: Plan) -> list[Path]:
     folder, marks = plan.base.folder, ("config.json", "deltafl_model.json")
     if not any((folder / mark).exists() for mark in marks):
         return []
-    return [*([] if plan.recipe.as_adapter else companions(folder)), *text_files(plan.text)]
+    return [*([] if plan.recipe.adapter else companions(folder)), *text_files(plan.text)]
 
 
 def written_files(plan: Plan) -> list[str]:
     """Names of the files of the output."""
     recipe, names = plan.recipe, [ADAPTER, CONFIG]
-    if not recipe.as_adapter:
+    if not recipe.adapter:
         shards = plan_shards(plan.base.entries, recipe.stored_dtype, recipe.max_shard_size)
         names = [shard.file.name for shard in shards] + [INDEX] * (len(shards) > 1)
     return sorted([*names, *OWN, *(file.name for file in copied_files(plan))])
