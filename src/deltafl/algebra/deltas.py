@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deltafl.algebra.tensors import Lazy, Spec, Tensors, blocks, lazy, memory_like
 from deltafl.errors import DeltaflError, shorten
-from deltafl.rules.rule import Source, Transform
+from deltafl.rules.rule import RUNNING, Source, Transform
 from deltafl.rules.weights import Weights, numbers_of
 
 
@@ -108,13 +108,15 @@ class Deltas:
             raise DeltaflError(*problems)
 
     def read(self, i: int, name: str, start: int, out: Tensor) -> None:
-        """Write delta i, signed and transformed, from `start` on into `out`, of our dtype; zeros
-        where its weight is 0, whatever it is.
+        """Write delta i, signed and transformed unless it is of running statistics, from `start` on
+        into `out`, of our dtype; zeros where its weight is 0, whatever it is.
         """
         if not (weight := self.weights_of[name][i]):
             out.zero_()
             return
         self._deltas[i].read(name, start, start + len(out), out)
+        if name.endswith(RUNNING):
+            return
         if weight < 0:
             out.neg_()
         row = out

@@ -15,12 +15,12 @@ from typing import Any, TypeAlias
 from pydantic import ConfigDict
 
 from deltafl.checkpoints.adapter import Adapter, read_adapter
-from deltafl.checkpoints.align import RUNNING, Alignment, align
+from deltafl.checkpoints.align import Alignment, align
 from deltafl.checkpoints.layout import SIZES, Layout, fingerprint, read_layout
 from deltafl.errors import DeltaflError, attempt, did_you_mean, shorten
 from deltafl.merge.recipe import MergeRecipe, ModelEntry
 from deltafl.recipes import R, Recipe, read_recipe
-from deltafl.rules.rule import Rule, Source, TensorRule, build_rule, check_rule
+from deltafl.rules.rule import RUNNING, Rule, Source, TensorRule, build_rule, check_rule
 
 Facts: TypeAlias = dict[str, Any]
 """What is told or recorded, as JSON holds it."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from deltafl.algebra.aggregate import Stepped
 from deltafl.algebra.tensors import Lazy
 from deltafl.checkpoints.adapter import CONFIG
 from deltafl.checkpoints.checkpoint import torch_dtype
@@ -79,7 +80,7 @@ def run_merge(
             report = report | write_lora(plan, update, scale, folder, on_progress)
         else:
             whole = torch_dtype(dtype) if dtype else None
-            stepped = opened.stepped(update, scale, whole)
+            stepped = Stepped(opened.base, update, scale, dtype=whole)
             shards = plan_shards(plan.base.entries, dtype, recipe.max_shard_size)
             write_tensors(stepped, shards, folder, threads=threads, on_progress=on_progress)
         copy_files(copied_files(plan), folder, dtype)
