@@ -26,7 +26,9 @@ every_recipe = pytest.mark.parametrize("name", RECIPES)
 
 def fill(kind: type[Recipe], command: str) -> dict[str, Any]:
     """A value for each required setting."""
-    found: dict[str, Any] = {"steps": 1} if command == "finetune" else {}
+    found: dict[str, Any] = dict(
+        {"finetune": {"steps": 1}, "extract": {"rank": 2}}.get(command, {})
+    )
     for leaf in leaves(kind).values():
         if leaf.field.is_required():
             found[leaf.name] = FILLED.get(command) or FILLED.get(leaf.name, "x")

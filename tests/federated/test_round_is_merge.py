@@ -121,6 +121,17 @@ def test_running_statistics_are_averaged_and_counters_are_not(tmp_path: Path) ->
     )
 
 
+def test_running_statistics_are_never_extrapolated(tmp_path: Path) -> None:
+    recipe = RECIPE.replace(server_lr=5.0)
+    state, folder = after_one_round(normed(), recipe, tmp_path / "run")
+    assert_is_merge(state, merged(folder, recipe, tmp_path / "merged"))
+    held = [load_file(c / "model.safetensors") for c in clients(folder)]
+    share = [n / sum(sizes(folder)) for n in sizes(folder)]
+    for name in ("norm.running_mean", "norm.running_var"):
+        mean = sum(p * h[name].double() for p, h in zip(share, held, strict=True))
+        torch.testing.assert_close(state.params[name].double(), mean, rtol=1e-5, atol=1e-6)
+
+
 def test_of_a_language_model(tmp_path: Path) -> None:
     net, task = worlds.language()
     recipe = RECIPE.replace(num_clients=4, nc=1, head="ridge", aggregator="fednova", lr=0.3)

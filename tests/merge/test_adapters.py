@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -33,10 +34,10 @@ TARGETS = ["q_proj", "down_proj"]
 FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
-def base_model(folder: Path, tied: bool = False):
+def base_model(folder: Path, tied: bool = False, **sizes: Any):
     """A tiny Llama with random weights, and its folder."""
     torch.manual_seed(0)
-    made = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES, tie_word_embeddings=tied))
+    made = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES | sizes, tie_word_embeddings=tied))
     made.save_pretrained(folder)
     return made
 
@@ -215,6 +216,123 @@ def test_the_product_is_never_made_where_adapters_are_summed(home, monkeypatch) 
     monkeypatch.setattr(run, "large_deltas", lambda _: [])
     as_adapter("a", "b", "--as-adapter", 2)
     assert load(home / "low").keys() == before.keys()
+
+
+def ranks() -> dict[str, int]:
+    return json.loads(Path("low/deltafl.json").read_text())["adapter"]["ranks"]
+
+
+def test_a_sum_of_adapters_is_exactly_their_factors_side_by_side(home: Path) -> None:
+    model = adapter(home / "c", home / "base", 1)
+    adapter(home / "d", home / "base", 2, r=2, lora_alpha=6)
+    model.load_adapter("d", "d")
+    model.add_weighted_adapter(["default", "d"], [0.7, -0.2], "both", combination_type="cat")
+    theirs = model.merge_and_unload(adapter_names=["both"]).state_dict()
+    how = ("c", "d", "--weights", 0.7, -0.2, "--scaling-coef", 1)
+    assert_near(as_adapter(*how, "--energy", 1), theirs)
+    assert {*ranks().values()} == {3 + 2}
+    assert {*errors().values()} == {0.0}
+    dense = merged(*how)
+    assert_near(merged("low"), dense)
+    held = load_file("low/adapter_model.safetensors")
+    parts = [load_file(home / name / FILE) for name in "cd"]
+    for name, tensor in held.items():
+        pieces = [part[name] for part in parts]
+        wanted = torch.cat(pieces) if "lora_A" in name else torch.cat(pieces, 1)
+        split = tensor.split([3, 2], 0 if "lora_A" in name else 1)
+        for found, piece in zip(split, pieces, strict=True):
+            factor = found.norm() / piece.norm()
+            assert torch.allclose(found, piece * factor * (found * piece).sum().sign(), atol=1e-6)
+        assert tensor.shape == wanted.shape
+
+
+def test_of_adapters_with_other_targets_each_module_has_its_own_rank(home: Path) -> None:
+    dense = merged("a", "b", "--server-lr", 1)
+    assert_near(as_adapter("a", "b", "--energy", 1, "--server-lr", 1), dense)
+    found = {module.split(".")[-1]: rank for module, rank in ranks().items()}
+    assert found == {"q_proj": 5, "down_proj": 3, "v_proj": 2}
+    kept = merged("a", "b", "--weights", 0, 1)
+    assert_near(as_adapter("a", "b", "--energy", 1, "--weights", 0, 1), kept)
+    assert {*ranks().values()} == {2}
+
+
+def test_averaging_factors_apart_has_cross_terms_that_a_sum_of_products_has_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The number that docs/merging.md gives."""
+    monkeypatch.chdir(tmp_path)
+    base_model(tmp_path / "base", hidden_size=128, intermediate_size=128)
+    model = adapter(tmp_path / "c", tmp_path / "base", 1, r=8, lora_alpha=8)
+    adapter(tmp_path / "d", tmp_path / "base", 2, r=8, lora_alpha=8)
+    model.load_adapter("d", "d")
+    model.add_weighted_adapter(["default", "d"], [0.5, 0.5], "apart", combination_type="linear")
+    theirs, before = (
+        model.merge_and_unload(adapter_names=["apart"]).state_dict(),
+        load(Path("base")),
+    )
+    wanted, ours = merged("c", "d", "--server-lr", 1), as_adapter("c", "d", "--energy", 1)
+    moved = [name for name in before if "q_proj" in name or "down_proj" in name]
+
+    def error(found: dict[str, Tensor]) -> float:
+        off = torch.cat([(found[name] - wanted[name]).flatten() for name in moved])
+        return float(
+            off.norm() / torch.cat([(wanted[n] - before[n]).flatten() for n in moved]).norm()
+        )
+
+    assert error(theirs) == pytest.approx(1.0, abs=0.05)
+    assert error(ours) < 1e-5
+
+
+@pytest.mark.parametrize("energy", [0.3, 0.8, 0.95, 1.0])
+def test_a_fine_tune_is_extracted_at_the_least_rank_that_keeps_the_energy(home, energy) -> None:
+    before, config = load(home / "base"), json.loads(Path("base/config.json").read_text())
+    names = [name for name in before if "proj" in name]
+    tuned = before | {name: before[name] + 0.1 * torch.randn(before[name].shape) for name in names}
+    save(home / "full", tuned, config=config)
+    succeed("extract", "--base", "base", "--model", "full", "--energy", energy, "--out", "low")
+    theirs = AutoModelForCausalLM.from_pretrained("base")
+    theirs = peft.PeftModel.from_pretrained(theirs, "low").merge_and_unload().state_dict()
+    found = ranks()
+    for name in names:
+        delta = (tuned[name] - before[name]).double()
+        u, s, v = torch.linalg.svd(delta, full_matrices=False)
+        share = s.square().cumsum(0) / s.square().sum()
+        rank = found[name.removesuffix(".weight")]
+        assert share[rank - 1] >= energy - 1e-9
+        assert rank == 1 or share[rank - 2] < energy
+        near = (u[:, :rank] * s[:rank]) @ v[:rank]
+        assert torch.allclose((theirs[name] - before[name]).double(), near, rtol=0, atol=2e-6)
+        assert errors()[name] == pytest.approx(
+            float((1 - share[rank - 1]).clamp_min(0)) ** 0.5, abs=2e-6
+        )
+    assert len({*found.values()}) > 1 or energy == 1
+    assert_near(merged("low"), {n: t for n, t in theirs.items() if n in before})
+
+
+def test_extract_is_the_merge_of_one_and_says_what_it_cannot(home: Path) -> None:
+    whole = merged("a")
+    for name in ("x", "y"):
+        shutil.copytree("out", name)
+    both = ("--base", "base", "--out")
+    succeed("extract", *both, "one", "--model", "x", "--rank", 2)
+    succeed("merge", *both, "two", "--models", "y", "--as-adapter", 2)
+    assert Path("one", FILE).read_bytes() == Path("two", FILE).read_bytes()
+    said = succeed(
+        "extract", *both, "three", "--model", "x", "--rank", 9, "--exclude", "*down*"
+    ).out
+    q = "model.layers.0.self_attn.q_proj.weight"
+    assert f'note: "{q}" is (8, 8): its rank is at most 8' in said
+    assert "adapter of rank 8: 2 matrices" in said
+    part = {n: whole[n] if "q_proj" in n else t for n, t in load(home / "base").items()}
+    assert_near(merged("three"), part)
+    wanted = "name a rank with --rank, or how much is to be kept with --energy"
+    assert refusal(home, "extract", *both, "four", "--model", "x") == wanted
+    assert "energy: " in refusal(home, "extract", *both, "four", "--model", "x", "--energy", 1.5)
+    assert "rank: " in refusal(home, "extract", *both, "four", "--model", "x", "--rank", 0)
+    assert (
+        "write:"
+        in succeed("extract", *both, "four", "--model", "x", "--energy", 0.5, "--dry-run").out
+    )
 
 
 def test_an_adapter_of_conv1d_is_transposed(home: Path) -> None:

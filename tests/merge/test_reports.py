@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from checkpoint_files import load, refusal, save, succeed
+from deltafl.algebra.aggregate import Stepped
 from deltafl.algebra.deltas import Difference, Update
 from deltafl.merge.inputs import open_updates
 from deltafl.merge.plan import plan_merge
@@ -155,7 +156,7 @@ def test_a_search_steps_as_a_merge_does(norms: Path, method: str) -> None:
     given = {"base": "b.pt", "models": ["x.pt", "y.pt"], "method": method, "scaling_coef": 1.0}
     plan = plan_merge(MergeRecipe.of(**given))
     opened = open_updates(plan)
-    stepped = opened.stepped(opened.aggregate(plan.rule), 2.0)
+    stepped = Stepped(opened.base, opened.aggregate(plan.rule), 2.0)
     succeed("merge", "--base", "b.pt", "--models", "x.pt", "y.pt", "--out", "out", "--method", method,
             "--server-lr", 2)  # fmt: skip
     assert_near(dict(stepped), load(norms / "out"))

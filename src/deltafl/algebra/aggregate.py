@@ -20,6 +20,7 @@ from deltafl.errors import DeltaflError, shorten
 from deltafl.pool import one_thread
 from deltafl.progress import OnProgress, ignore
 from deltafl.rules.rule import (
+    RUNNING,
     CoordinateRule,
     LinearRule,
     Rule,
@@ -34,7 +35,8 @@ EMPTY: Mapping[str, float] = MappingProxyType({})
 
 
 class Aggregate(Lazy):
-    """R(delta_1 .. delta_n), in float32, or float64 to be exact.
+    """R(delta_1 .. delta_n), in float32, or float64 to be exact; of running statistics sum_i p_i
+    delta_i, with examples in p if the rule weighs them.
 
     Reductions that the rule declares are computed when it is made. `report` holds what the rule
     found on the way (coefficients, kept fractions), for the record. base: theta_0, for a rule of
@@ -58,6 +60,8 @@ class Aggregate(Lazy):
         self.weights = as_weights(weights, len(updates))
         self.report: dict[str, object] = {}
         self._core = core = rule.core
+        weighs = core.weighs_examples
+        self._sizes = [s.num_examples or 1 if weighs else 1 for s in sources]
         self._last: dict[str, Tensor] = {}
         self._deltas = Deltas(updates, self.weights, dtype)
         self.names = self._deltas.specs
@@ -116,11 +120,14 @@ class Aggregate(Lazy):
 
     def read(self, name: str, start: int, stop: int, out: Tensor) -> None:
         weights, spec = self._deltas.weights_of[name], self.spec(name)
+        running = name.endswith(RUNNING)
         if not any(weights):
             out.zero_()
-        elif isinstance(self._core, LinearRule):
+        elif running or isinstance(self._core, LinearRule):
             total = memory_like(out, spec.dtype, spec.device)
-            self._sum(self._coefficients[weights], name, start, total)
+            known = zip(weights, self._sizes, strict=True)
+            c = shares([w * size for w, size in known]) if running else self._coefficients[weights]
+            self._sum(c, name, start, total)
             self._deltas.check_finite(total, name, start, stop)
             out.copy_(total)
         elif isinstance(self._core, TensorRule):
@@ -183,9 +190,9 @@ class Aggregate(Lazy):
 class Stepped(Lazy):
     """theta = theta0 + scale * R, rounded once to the base's dtype, or to `dtype`.
 
-    scale: server_lr, or a function of the tensor's name. What the update does not
-    hold, and what is not floating-point, is the base's own. of_base: what multiplies theta0, by the
-    tensor's name; 1 where it is not there.
+    scale: server_lr, or a function of the tensor's name; of running statistics within 0 and 1. What
+    the update does not hold, and what is not floating-point, is the base's own. of_base: what
+    multiplies theta0, by the tensor's name; 1 where it is not there.
     """
 
     def __init__(
@@ -202,7 +209,8 @@ class Stepped(Lazy):
         self.names, self.whole = self._base.names, self._update.whole
         if missing := [n for n in self._update if n not in self.names]:
             raise DeltaflError(f"the base lacks tensors of the update: {shorten(missing)}")
-        self._scale = scale if callable(scale) else lambda name: scale
+        of = scale if callable(scale) else lambda name: scale
+        self._scale = lambda n: min(1.0, max(0.0, of(n))) if n.endswith(RUNNING) else of(n)
 
     def spec(self, name: str) -> Spec:
         spec = self._base.spec(name)

@@ -10,7 +10,7 @@ from torch import Tensor
 from deltafl.algebra.tensors import Lazy, Spec, Tensors, blocks, lazy, memory_like
 from deltafl.errors import DeltaflError, shorten
 from deltafl.pool import one_thread
-from deltafl.rules.rule import Source, Threshold, Transform
+from deltafl.rules.rule import RUNNING, Source, Threshold, Transform
 from deltafl.rules.weights import Weights, numbers_of
 
 
@@ -115,8 +115,8 @@ class Deltas:
         return any(transform.whole for transform, _ in self.transforms)
 
     def read(self, i: int, name: str, start: int, out: Tensor) -> None:
-        """Write delta i, signed and transformed, from `start` on into `out`, of our dtype; zeros
-        where its weight is 0, whatever it is.
+        """Write delta i, signed and transformed unless it is of running statistics, from `start` on
+        into `out`, of our dtype; zeros where its weight is 0, whatever it is.
         """
         if not self.weights_of[name][i]:
             out.zero_()
@@ -136,6 +136,8 @@ class Deltas:
 
     def _transform(self, i: int, name: str, start: int, out: Tensor) -> None:
         self._deltas[i].read(name, start, start + len(out), out)
+        if name.endswith(RUNNING):
+            return
         if self.weights_of[name][i] < 0:
             out.neg_()
         row = out

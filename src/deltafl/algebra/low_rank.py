@@ -46,10 +46,13 @@ class LowRank(Lazy):
         out.copy_(rows.view(-1)[start - first * width : stop - first * width])
 
 
-def nearest(left: Tensor, right: Tensor | None, rank: int) -> tuple[Tensor, Tensor, float, float]:
+def nearest(
+    left: Tensor, right: Tensor | None, rank: int, energy: float | None = None
+) -> tuple[Tensor, Tensor, float, float]:
     """B (out, rank) and A (rank, in), float64, whose product is the nearest of this rank to left @
     right, or to `left` alone, in the Frobenius norm; that norm, and the error relative to it.
 
+    energy: of the least rank, up to this one, that keeps this share of the squared norm.
     left @ right is never made: with left = P R and right^T = Q T (QR) it has the singular values of
     R T^T. Of a smaller rank, B and A end in zeros.
     """
@@ -58,10 +61,13 @@ def nearest(left: Tensor, right: Tensor | None, rank: int) -> tuple[Tensor, Tens
         sides = [torch.linalg.qr(side.double()) for side in (left, right.mT)]
         core = sides[0].R @ sides[1].R.mT
     u, s, v = triples(core, rank)
+    square = float(core.square().sum())
+    if energy is not None:
+        rank = min(len(s), 1 + int((s.square().cumsum(0) < energy * square).sum()))
+        u, s, v = u[:, :rank], s[:rank], v[:, :rank]
     ends = [side.Q @ end for side, end in zip(sides, (u, v), strict=True)] if sides else [u, v]
     b, a = (torch.zeros(len(end), rank).to(end) for end in ends)
     for made, end in zip((b, a), ends, strict=True):
         made[:, : len(s)] = end * s.sqrt()
-    square = float(core.square().sum())
     rest = max(0.0, square - float(s.square().sum()))
     return b, a.mT, square**0.5, (rest / square) ** 0.5 if square else 0.0

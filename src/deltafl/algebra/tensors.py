@@ -118,7 +118,6 @@ class Joined(Lazy):
     def __init__(self, places: Mapping[str, tuple[Tensors, str]]) -> None:
         self._places = {name: (lazy(part), there) for name, (part, there) in places.items()}
         self.names = self._places
-        self.whole = any(part.whole for part, _ in self._places.values())
 
     def spec(self, name: str) -> Spec:
         part, there = self._places[name]

@@ -51,9 +51,6 @@ COMPUTED = re.compile(r".*\b(inv_freq|(cos|sin)_cached|(attn|attention)\.(masked
 tables of rotary embeddings, and masks of attention, which unlike a bias have not one dimension.
 """
 
-RUNNING = ("running_mean", "running_var")
-"""Last parts of the names of what a batch norm averages while it is trained."""
-
 BUFFER, LEFT_OUT = "computed, not trained", "left out by --include/--exclude"
 
 ZERO = (

@@ -21,6 +21,7 @@ COMMANDS = {
     "centralized": "Train on all samples in one place, what federated runs compare with.",
     "evaluate": "Accuracy of models on a task.",
     "merge": "Merge fine-tuned models of one base by one server step.",
+    "extract": "Make a LoRA of a fine-tuned model.",
     "statistics": "What a merge by regmean or fisher needs of a task, to share in place of data.",
     "search": "Choose method and coefficients on validation data, then merge.",
     "inspect": "How much the fine-tunes differ: norms, cosines, signs, advice.",

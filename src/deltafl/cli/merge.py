@@ -73,12 +73,12 @@ def merge_command(merges: Merges) -> None:
                 click.echo(f"then {merges.documents[number].get('name', out)}, of what that makes")
                 continue
             to = Path(at) / str(number)
-            merge(merges.recipe(number, made, to))
+            merge_and_show(merges.recipe(number, made, to))
             made[merges.documents[number].get("name", "")] = to
 
 
-def merge(recipe: MergeRecipe) -> None:
-    """Run one merge, or say what it would do."""
+def merge_and_show(recipe: MergeRecipe) -> None:
+    """Plan a merge, and do it unless this is a dry run."""
     plan = plan_merge(recipe)
     if flag("dry_run"):
         click.echo(render("plan.txt", plan=plan))

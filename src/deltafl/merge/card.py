@@ -18,12 +18,12 @@ def model_card(plan: Plan, record: Facts, title: str, rows: Sequence[Facts] = ()
     """Front matter and text. rows: of a search, with its test scores by task."""
     recipe, folder = plan.recipe, plan.base.folder
     whole = "transformers" if (folder / "config.json").is_file() else None
-    inputs = plan.inputs[:1] if recipe.as_adapter else plan.inputs
+    inputs = plan.inputs[:1] if recipe.adapter else plan.inputs
     about = {
         "base_model": [name for layout in inputs if (name := _hub_id(layout))],
-        "library_name": "peft" if recipe.as_adapter else whole,
+        "library_name": "peft" if recipe.adapter else whole,
         **{key: value for key, value in _front_matter(folder).items() if key in KEPT},
-        "tags": ["merge", "deltafl"] + ["lora"] * bool(recipe.as_adapter),
+        "tags": ["merge", "deltafl"] + ["lora"] * recipe.adapter,
     }
     given = recipe.model_dump(mode="json", exclude_defaults=True, exclude_unset=True)
     return render(

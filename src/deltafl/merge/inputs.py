@@ -1,21 +1,19 @@
 """The checkpoints of a planned merge, opened as lazy deltas, and what only values tell."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from deltafl.algebra.aggregate import EMPTY, Aggregate, Stepped
+from deltafl.algebra.aggregate import Aggregate, Stepped
 from deltafl.algebra.deltas import CachedBlocks, Difference, Update
 from deltafl.algebra.tensors import Joined, Lazy, Tensors, device_named, lazy
-from deltafl.checkpoints.align import RUNNING
 from deltafl.checkpoints.checkpoint import low_rank, open_tensors, refuse_untied
 from deltafl.checkpoints.rows import Rows
 from deltafl.merge.plan import Plan
 from deltafl.progress import OnProgress, ignore
 from deltafl.rules.rule import Rule
-from deltafl.rules.task_arithmetic import TaskArithmetic
 from deltafl.rules.weights import Weights
 
 
@@ -44,29 +42,6 @@ class Opened:
             threads=self.threads,
             on_progress=on_progress,
         )
-
-    def stepped(
-        self,
-        update: Tensors,
-        scale: float | Callable[[str], float],
-        dtype: torch.dtype | None = None,
-        of_base: Mapping[str, float] = EMPTY,
-    ) -> Stepped:
-        """As `Stepped` from the base, but that running statistics are no directions to go on in:
-        theta0 + min(1, max(0, scale)) sum_i p_i delta_i, whatever the rule.
-        """
-        running = {name for name in update if name.endswith(RUNNING)}
-        if not running:
-            return Stepped(self.base, update, scale, dtype=dtype, of_base=of_base)
-        shares = {pattern: [*map(abs, row)] for pattern, row in self.weights.items()}
-        mean = Aggregate(TaskArithmetic(), self.updates, shares, dtype=self.base.dtype)
-        mixed = Joined({name: (mean if name in running else update, name) for name in update})
-
-        def step(name: str) -> float:
-            own = scale(name) if callable(scale) else scale
-            return min(1.0, max(0.0, own)) if name in running else own
-
-        return Stepped(self.base, mixed, step, dtype=dtype, of_base=of_base)
 
 
 def open_updates(plan: Plan, memory: int = 0) -> Opened:

@@ -5,7 +5,7 @@ is read.
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 from pydantic import ConfigDict
 
 from deltafl.checkpoints.adapter import Adapter, read_adapter
-from deltafl.checkpoints.align import RUNNING, Alignment, align
+from deltafl.checkpoints.align import Alignment, align
 from deltafl.checkpoints.layout import SIZES, Entry, Layout, fingerprint, read_layout
 from deltafl.checkpoints.stack import split_stack, stacked
 from deltafl.checkpoints.tokenizer import chat_template
@@ -22,7 +22,15 @@ from deltafl.errors import DeltaflError, attempt, did_you_mean, shorten
 from deltafl.merge.recipe import PASSTHROUGH, MergeRecipe, ModelEntry
 from deltafl.merge.vocabulary import Matching, match_vocabularies
 from deltafl.recipes import R, Recipe, read_recipe
-from deltafl.rules.rule import ExampleRule, Rule, Source, TensorRule, build_rule, check_rule
+from deltafl.rules.rule import (
+    RUNNING,
+    ExampleRule,
+    Rule,
+    Source,
+    TensorRule,
+    build_rule,
+    check_rule,
+)
 from deltafl.rules.task_arithmetic import TaskArithmetic
 
 Facts: TypeAlias = dict[str, Any]
@@ -108,9 +116,10 @@ class Plan:
     def bytes_written(self) -> int:
         """Of the output's weights."""
         stored = self.recipe.stored_dtype
-        if rank := self.recipe.as_adapter:
+        if self.recipe.adapter:
             shapes = (self.base.entries[name].shape for name in self.alignment.merged)
-            return rank * SIZES[stored or "F32"] * sum(sum(s) for s in shapes if len(s) == 2)
+            ranked = ((min(self.recipe.as_adapter or 1 << 30, *s), s) for s in shapes if s[1:])
+            return SIZES[stored or "F32"] * sum(r * sum(s) for r, s in ranked if len(s) == 2)
         return sum(
             entry.numel * SIZES[stored if stored and entry.floating else entry.dtype]
             for entry in self.entries.values()
@@ -126,7 +135,7 @@ class Plan:
         """Bytes of the blocks, or of what needs them whole the tensors, that are in work at a time."""
         elements, width = 1 << 18, 8 if self.recipe.exact else 4
         whole = isinstance(self.rule.core, TensorRule) or any(t.whole for t in self.rule.transforms)
-        if self.recipe.as_adapter or whole:  # in float64
+        if self.recipe.adapter or whole:  # in float64
             elements, width = max(self.entries[n].numel for n in self.alignment.merged), 16
         return self.threads * elements * width * (2 * len(self.layouts) + 6)
 
@@ -202,8 +211,12 @@ def plan_merge(recipe: MergeRecipe) -> Plan:
     )
 
 
-def _notes(alignment: Alignment, inputs: Iterable[Layout]) -> Iterator[str]:
-    """What a user should know beside what the alignment says itself."""
+def _notes(recipe: MergeRecipe, alignment: Alignment, inputs: Sequence[Layout]) -> Iterator[str]:
+    """What a user should know beside what the alignment says itself; inputs: the base first."""
+    for name in alignment.merged if recipe.as_adapter else ():
+        shape = inputs[0].entries[name].shape
+        if len(shape) == 2 and min(shape) < (recipe.as_adapter or 0):
+            yield f'"{name}" is {shape}: its rank is at most {min(shape)}'
     for layout in (layout for layout in inputs if layout.passed_over):
         found = shorten(layout.passed_over)
         yield f'"{layout.ref}": {layout.files[0].name} is read, not {found}'
@@ -227,9 +240,9 @@ def _aligned(
         include=recipe.include,
         exclude=recipe.exclude,
         adapters=adapters,
-        dtype=recipe.stored_dtype or ("F32" if recipe.as_adapter else None),
+        dtype=recipe.stored_dtype or ("F32" if recipe.adapter else None),
     )
-    found.notes += _notes(found, layouts.values())
+    found.notes += _notes(recipe, found, [*layouts.values()])
     if matching:
         found.problems += matching.problems(found)
         found.notes += matching.notes

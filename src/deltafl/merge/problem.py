@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
+from deltafl.algebra.aggregate import Stepped
 from deltafl.algebra.tensors import Lazy, Tensors
 from deltafl.errors import DeltaflError
 from deltafl.merge.candidates import BASE, Row
@@ -73,9 +74,8 @@ class Problem:
 
     def load(self, update: Tensors | None, server_lr: float) -> None:
         """Put a candidate into the nets, tensor by tensor; update None: the base."""
-        opened = self.opened
-        made = opened.base if update is None else opened.stepped(update, server_lr)
-        self.goals[0].net.load(made)
+        base = self.opened.base
+        self.goals[0].net.load(base if update is None else Stepped(base, update, server_lr))
 
     def own_scores(self, split: Split) -> dict[str, float]:
         """Task -> mean score of its own model."""

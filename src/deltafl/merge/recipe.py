@@ -177,7 +177,14 @@ class MergeRecipe(RuleParameters, DeltaRecipe, PushedRecipe):
     as_adapter: int | None = Field(
         None,
         ge=1,
-        description="Write the update as a LoRA of this rank for the base, not as a model.",
+        description="Write the update as a LoRA of at most this rank for the base, not as a model.",
+    )
+    energy: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Write it as a LoRA, each matrix of the least rank that keeps this share of its "
+        "squared norm; 1, of a weighted sum of adapters: their factors side by side, exactly.",
     )
     tokenizer_from: str | None = Field(
         None,
@@ -211,6 +218,11 @@ class MergeRecipe(RuleParameters, DeltaRecipe, PushedRecipe):
     )
 
     @property
+    def adapter(self) -> bool:
+        """Whether the output is an adapter and no model."""
+        return self.as_adapter is not None or self.energy is not None
+
+    @property
     def stored_dtype(self) -> str | None:
         """The output's dtype in safetensors' spelling; None: the base's."""
         return CODES[self.dtype] if self.dtype else None
@@ -235,18 +247,44 @@ class MergeRecipe(RuleParameters, DeltaRecipe, PushedRecipe):
             yield "server_lr and scaling_coef are two ways to say one thing; give one of them"
         if bool(self.models) == (self.method == PASSTHROUGH):
             yield "models: name at least one with --models; with passthrough, which writes the base, none"
-        if self.as_adapter and not self.models:
+        if self.adapter and not self.models:
             yield "as_adapter: there is no update to write with passthrough"
         if self.vocabulary and self.tokenizer_from:
             yield "vocabulary says whose tokenizer is written; leave out tokenizer_from"
         if not self.vocabulary and (self.tokens or self.pad_to_multiple_of):
             yield "tokens and pad_to_multiple_of need a vocabulary: union, base or a model"
-        if self.vocabulary and self.as_adapter:
+        if self.vocabulary and self.adapter:
             yield "as_adapter: an adapter has the vocabulary of its base; leave out vocabulary"
         found = list(super().problems())
         if not found:
             attempt(found, lambda: self.model_weights)
         yield from found
+
+
+class ExtractRecipe(PushedRecipe):
+    """A fine-tune's delta as a LoRA: the merge of one model, written as an adapter."""
+
+    base: str = Field(description="The model that it was fine-tuned from: folder, file or hub id.")
+    model: str = Field(description="The fine-tuned model: folder, file or hub id.")
+    rank: int | None = Field(None, ge=1, description="Of every matrix, at most.")
+    energy: float | None = Field(
+        None, gt=0, le=1, description="The share of a matrix's squared norm that its rank keeps."
+    )
+    exclude: tuple[str, ...] = Field((), description="Leave out tensors that match a pattern.")
+    dtype: Dtype | None = Field(None, description="Of the factors. Default: float32.")
+    out: Annotated[str | None, Incidental] = Field(None, description="The folder to write.")
+    overwrite: Annotated[bool, Incidental] = Field(False, description="Replace an existing output.")
+
+    def problems(self) -> Iterator[str]:
+        """No rank."""
+        if self.rank is None and self.energy is None:
+            yield "name a rank with --rank, or how much is to be kept with --energy"
+
+    def merge(self) -> MergeRecipe:
+        """The same as a merge."""
+        told = dict(self)
+        model, rank = told.pop("model"), told.pop("rank")
+        return MergeRecipe.of(models=(model,), as_adapter=rank, **told)
 
 
 class StatisticsRecipe(Recipe):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from deltafl.algebra.aggregate import Stepped
 from deltafl.algebra.tensors import Lazy, lazy
 from deltafl.checkpoints.adapter import CONFIG
 from deltafl.checkpoints.checkpoint import torch_dtype
@@ -78,13 +79,13 @@ def run_merge(
         elif plan.layouts:
             update = made = opened.aggregate(plan.rule, on_progress)
             report = made.report
-        if recipe.as_adapter:
+        if recipe.adapter:
             report = report | write_lora(plan, update, scale, folder, on_progress)
         else:
             whole = torch_dtype(dtype) if dtype else None
             factors = {n: first_match(n, recipe.base_patterns, 1.0) for n in plan.entries}
             of_base = {n: factor for n, factor in factors.items() if factor != 1}
-            stepped = opened.stepped(update, scale, whole, of_base)
+            stepped = Stepped(opened.base, update, scale, dtype=whole, of_base=of_base)
             shards = plan_shards(plan.entries, dtype, recipe.max_shard_size)
             write_tensors(stepped, shards, folder, threads=threads, on_progress=on_progress)
         copy_files(copied_files(plan), folder, dtype)
@@ -108,13 +109,13 @@ def copied_files(plan: Plan) -> list[Path]:
     folder, marks = plan.base.folder, ("config.json", "deltafl_model.json")
     if not any((folder / mark).exists() for mark in marks):
         return []
-    return [*([] if plan.recipe.as_adapter else companions(folder)), *text_files(plan.text)]
+    return [*([] if plan.recipe.adapter else companions(folder)), *text_files(plan.text)]
 
 
 def written_files(plan: Plan) -> list[str]:
     """Names of the files of the output."""
     recipe, names = plan.recipe, [ADAPTER, CONFIG]
-    if not recipe.as_adapter:
+    if not recipe.adapter:
         shards = plan_shards(plan.entries, recipe.stored_dtype, recipe.max_shard_size)
         names = [shard.file.name for shard in shards] + [INDEX] * (len(shards) > 1)
     return sorted([*names, *OWN, *(file.name for file in copied_files(plan))])

@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 else:
     Tensor = object
 
+RUNNING = ("running_mean", "running_var")
+"""Last parts of the names of what a batch norm averages while it is trained. These are no
+directions to go on in: every rule takes their mean, and no step goes beyond it.
+"""
+
 
 @dataclass(frozen=True)
 class Source:
