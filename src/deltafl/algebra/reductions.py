@@ -80,7 +80,7 @@ def magnitude_thresholds(
     threads: int = 1,
     on_progress: OnProgress = ignore,
 ) -> tuple[dict[str, list[Threshold]], list[float]]:
-    """What keeps the k = int(density * size), at least 1, largest magnitudes, of equal ones the first.
+    """What keeps the k = int(density * size), at least 1, largest magnitudes, the first of equals.
 
     Returns tensor -> n thresholds, and the fraction of each delta that is kept. The order is that
     of tensors, then of their elements. Magnitudes are compared as float32, NaN counts as infinite.

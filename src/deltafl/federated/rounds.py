@@ -179,8 +179,8 @@ def count_workers(recipe: FederatedRecipe, device: torch.device) -> int:
 
 
 def combined(updates: Sequence[Update], recipe: FederatedRecipe, state: ServerState) -> Aggregate:
-    """R of the next round's updates, weighed by examples where the recipe says so and the rule does not do it
-    itself.
+    """R of the next round's updates, weighed by examples where the recipe says so and the rule does
+    not do it itself.
     """
     sizes = [u.source.num_examples for u in updates]
     rule = recipe.server.rule(recipe.seed + state.round + 1)

@@ -132,7 +132,7 @@ class Plan:
 
     @property
     def working_memory(self) -> int:
-        """Bytes of the blocks, or of what needs them whole the tensors, that are in work at a time."""
+        """Bytes of the blocks, or of a rule of whole tensors these, that are in work at a time."""
         elements, width = 1 << 18, 8 if self.recipe.exact else 4
         whole = isinstance(self.rule.core, TensorRule) or any(t.whole for t in self.rule.transforms)
         if self.recipe.adapter or whole:  # in float64

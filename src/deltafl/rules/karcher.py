@@ -11,10 +11,10 @@ from deltafl.rules.rule import RULES, Tensor, Traits, Within
 @RULES.register("karcher")
 @dataclass(frozen=True)
 class Karcher(DirectionRule):
-    """theta = (sum_i p_i |theta_i|) m by tensor, m the Riemannian mean of u_i = theta_i / |theta_i|.
+    """theta = (sum_i p_i |theta_i|) m by tensor, m the mean on the sphere of theta_i / |theta_i|.
 
-    From the normalised sum_i p_i u_i, at most `iterations` times, until |T| < tol:
-    T = sum_i p_i (a_i / sin a_i) (u_i - cos(a_i) m), a_i the angle of u_i and m (where
+    From the normalised sum_i p_i u_i, u_i = theta_i / |theta_i|, at most `iterations` times, until
+    |T| < tol: T = sum_i p_i (a_i / sin a_i) (u_i - cos(a_i) m), a_i the angle of u_i and m (where
     sin a_i < tol it does not count), and m <- cos|T| m + sin|T| T / |T|. Zero tensors have no
     direction. Deviations from mergekit: weights count, and directions that cancel are averaged.
     """

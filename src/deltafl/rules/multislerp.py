@@ -10,7 +10,7 @@ from deltafl.rules.rule import RULES, Tensor, Traits
 @RULES.register("multislerp")
 @dataclass(frozen=True)
 class MultiSlerp(DirectionRule):
-    """R = (sum_i p_i |v_i|) m / |m| by tensor, m = sum_i p_i v_i / |v_i|: mean direction and length.
+    """R = (sum_i p_i |v_i|) m / |m| by tensor, m = sum_i p_i v_i / |v_i|: means of both.
 
     v: the deltas, or whole weights. That is what mergekit's exponential map gives, whose tangent
     vectors sum to 0. Where |m| < 1e-8 the v are averaged; mergekit refuses that for more than two.

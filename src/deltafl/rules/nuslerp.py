@@ -16,8 +16,8 @@ STRAIGHT = 1 - 1e-12
 class NuSlerp(DirectionRule):
     """R = (sin(p_1 a) delta_1 + sin(p_2 a) delta_2) / sin(a), a the angle between the two.
 
-    space: deltas or whole weights. per: one angle for each tensor, for each row (W[i, :], by the last
-    dimension) or for each column (W[:, j], by the first). Parallel deltas are averaged.
+    space: deltas or whole weights. per: one angle for each tensor, for each row (W[i, :], by the
+    last dimension) or for each column (W[:, j], by the first). Parallel deltas are averaged.
     """
 
     space: Literal["deltas", "weights"] = "deltas"

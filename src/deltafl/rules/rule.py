@@ -214,8 +214,8 @@ class TensorRule(Rule, ABC):
     Rules of matrices (by SVD) and of whole directions (slerp) are of this kind; they tell matrices
     from vectors by the number of dimensions.
 
-    space: what is combined: "deltas", or "weights": theta_0, theta_1 .. theta_n to theta, from which
-    theta_0 is subtracted again. These are in float64, and weights must not be negative.
+    space: what is combined: "deltas", or "weights": theta_0, theta_1 .. theta_n to theta, from
+    which theta_0 is subtracted again. These are in float64, and weights must not be negative.
     """
 
     space: Literal["deltas", "weights"] = "deltas"
