@@ -103,12 +103,13 @@ def test_nothing_is_read_or_decoded_again_for_every_candidate(trained, monkeypat
     assert {ref for ref, _ in reads} == {str(trained / n) for n in ("base", *VARIANTS)}
     assert set(reads.values()) == {1}
     assert run(search_recipe(trained, memory=0)) == held
-    counts = []
-    for lambdas in ((0.1,), (0.1, 0.2, 0.3, 0.4)):
+    counts, update = [], 2 * (trained / "base" / "model.safetensors").stat().st_size
+    for memory, lambdas in ((update, (0.1,)), (update, (0.1, 0.2, 0.3, 0.4)), (0, (0.1, 0.2))):
         reads.clear()
-        run(search_recipe(trained, memory=0, methods=["median"], scaling_coefs=lambdas))
+        run(search_recipe(trained, memory=memory, methods=["median"], scaling_coefs=lambdas))
         counts.append([n for (ref, _), n in reads.items() if ref != str(trained / "base")])
-    assert counts[0] == counts[1]
+    assert counts[0] == counts[1]  # one update fits, not all checkpoints
+    assert sum(counts[2]) > sum(counts[0])
 
 
 # What is refused, before any work

@@ -54,19 +54,19 @@ class Problem:
     opened: Opened
     goals: Sequence[Goal]
     scratch: Path
-    made: dict[Rule, Lazy] = field(default_factory=dict)
+    made: dict[str, Lazy] = field(default_factory=dict)
     found: dict[Rule, tuple[Lazy, Facts]] = field(default_factory=dict)
 
     def update(self, rule: Rule) -> Lazy:
         """What a rule makes of the deltas; one of whole tensors or of examples runs once."""
         core = rule.core
         if not isinstance(core, ExampleRule):
-            if rule not in self.made:
+            if (key := repr(rule)) not in self.made:
                 update = self.opened.aggregate(rule)
                 if not update.whole:
                     return update
-                self.made[rule] = filed(update, self.scratch, self.opened.threads)
-            return self.made[rule]
+                self.made[key] = filed(update, self.scratch, self.opened.threads)
+            return self.made[key]
         if core not in self.found:
             known = [partial(Examples, goal.net, goal.task) for goal in self.goals]
             self.found[core] = example_update(core, self.opened, known)
