@@ -66,7 +66,7 @@ def test_a_merged_directory_loads_with_the_right_weights_and_the_files_of_the_ba
     for name, values in wanted.items():
         np.testing.assert_allclose(held[name].double().numpy(), values, rtol=1e-6, atol=1e-7)
     names = {p.name for p in out.iterdir() if "safetensors" not in p.name}
-    assert names == COPIED | {"deltafl.json"}
+    assert names == COPIED | {"README.md", "deltafl.json"}
     for name in COPIED:
         assert (out / name).read_bytes() == (llamas / "base" / name).read_bytes()
 
@@ -112,7 +112,7 @@ def test_dtype_is_set_in_every_part_of_a_configuration(tmp_path: Path) -> None:
     )
     assert told == {**part, "vision_config": part, "list": [1]}
     names = sorted(p.name for p in world.out.iterdir())
-    assert names == ["config.json", "deltafl.json", "model.safetensors"]
+    assert names == ["README.md", "config.json", "deltafl.json", "model.safetensors"]
 
 
 # Interrupted and full
@@ -208,7 +208,7 @@ def whole(out: Path, megabytes: int) -> bool:
     if not out.exists():
         return False
     names = sorted(p.name for p in out.iterdir())
-    assert names == ["config.json", "deltafl.json", "model.safetensors"]
+    assert names == ["README.md", "config.json", "deltafl.json", "model.safetensors"]
     assert (out / "model.safetensors").stat().st_size >= megabytes * 2**20
     json.loads((out / "deltafl.json").read_text())
     return True
