@@ -207,7 +207,7 @@ FILES: list[tuple[Change, str]] = [
     ),
     (
         changed("m1", EMBED, lambda t: torch.ones(11, 8)),
-        rf'model "m1": "{EMBED}": 11 rows, the base has 9; another vocabulary\? Give .*--exclude$',
+        rf'model "m1": "{EMBED}": 11 rows, the base has 9; another vocabulary\? Find .*--vocabulary.*--exclude$',
     ),
     (changed("m1", EMBED, float8), f'model "m1": F8_E4M3 where the base has F32: "{EMBED}"'),
     (everywhere(EMBED, float8), rf'the base is quantised \(F8_E4M3\): "{EMBED}"; '),

@@ -27,7 +27,9 @@ every_recipe = pytest.mark.parametrize("name", RECIPES)
 def fill(kind: type[Recipe], command: str) -> dict[str, Any]:
     """A value for each required setting."""
     found: dict[str, Any] = dict(
-        {"finetune": {"steps": 1}, "extract": {"rank": 2}}.get(command, {})
+        {"finetune": {"steps": 1}, "extract": {"rank": 2}, "merge": {"models": ("x",)}}.get(
+            command, {}
+        )
     )
     for leaf in leaves(kind).values():
         if leaf.field.is_required():

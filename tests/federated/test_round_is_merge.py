@@ -52,7 +52,7 @@ def sizes(folder: Path) -> list[int]:
 def merged(folder: Path, recipe: FederatedRecipe, out: Path) -> dict[str, Tensor]:
     server, rule = recipe.server, recipe.server.aggregator
     given = {} if rule == "fedavg" else {"weights": sizes(folder)}
-    given |= {"seed": recipe.seed + 1} if rule == "dare" else {}
+    given |= {"seed": recipe.seed + 1} if rule in ("dare", "della") else {}
     models = [str(c) for c in clients(folder)]
     given |= {"base": str(folder / "base"), "models": models, "method": rule, **server.params}
     run_merge(plan_merge(MergeRecipe.of(server_lr=server.server_lr, **given)), out)

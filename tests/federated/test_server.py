@@ -61,7 +61,7 @@ def test_three_steps_are_the_formula(optimizer: str, momentum: float | None) -> 
             Update({"w": d, "running": d}, Source(str(i), num_examples=1 + 2 * i))
             for i, d in enumerate(pair)
         ]
-        state = server_step(state, combined(updates, recipe, 1), recipe.server, {"w"})
+        state = server_step(state, combined(updates, recipe, state), recipe.server, {"w"})
     means = [(a.double() + 3 * b.double()).numpy() / 4 for a, b in deltas]
     wanted = reference(recipe.server, start["w"].double().numpy(), means)
     np.testing.assert_allclose(state.params["w"].double(), wanted, rtol=2e-5, atol=2e-6)
@@ -200,7 +200,7 @@ def test_weights_are_examples_or_none() -> None:
     updates = [Update(d, Source(str(i), num_examples=1 + i)) for i, d in enumerate(deltas)]
 
     def mean(**settings: Any) -> float:
-        return combined(updates, recipe_of(**settings), 1)["w"][0].item()
+        return combined(updates, recipe_of(**settings), ServerState(0, {}))["w"][0].item()
 
     assert mean(aggregator="task_arithmetic") == pytest.approx((0 * 1 + 1 * 2 + 2 * 3) / 6)
     assert mean(aggregator="task_arithmetic", client_weights="uniform") == 1.0

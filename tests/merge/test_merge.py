@@ -44,7 +44,7 @@ STEPS = (10, 20, 40)
 EXAMPLES = (5, 5, 7)
 PARAMS = {
     "cclip": {"rho": 0.5, "unit": "quantile"}, "dare": {"drop_rate": 0.5, "inner": "ties", "seed": 3},
-    "fedgma": {"rho": 0.6}, "ties": {"density": 0.3},
+    "fedgma": {"rho": 0.6}, "ties": {"density": 0.3}, "della": {"density": 0.5}, "breadcrumbs": {"density": 0.5},
 }  # fmt: skip
 
 
@@ -87,10 +87,11 @@ def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("method", list(delta_rules()))
 def test_processes_write_what_the_library_computes_in_memory(world, tmp_path, method, forks):
-    scale = ("--server-lr", 0.7, "--weights", 1, 2, -0.5)
+    weights = (1, 2, 0.5 if method == "karcher" else -0.5)
+    scale = ("--server-lr", 0.7, "--weights", *weights)
     succeed(*world.args, *options(method), *scale, "--out", tmp_path / "out", "--threads", 3)
     assert len(forks) >= (2 if method in ("ties", "dare", "cclip", "krum") else 1)
-    assert_same_bits(load(tmp_path / "out"), in_memory(world, method, 0.7, (1, 2, -0.5)))
+    assert_same_bits(load(tmp_path / "out"), in_memory(world, method, 0.7, weights))
 
 
 @pytest.mark.parametrize("method", ["task_arithmetic", "median", "cclip", "ties", "dare"])

@@ -184,7 +184,8 @@ def test_what_is_not_finite_in_the_base_is_the_bases(home: Path, method: str, va
 
 
 PARAMS = {
-    "cclip": {"rho": 0.5}, "dare": {"drop_rate": 0.5}, "fedgma": {"rho": 0.6}, "iso_cts": {}, "krum": {},
+    "cclip": {"rho": 0.5}, "dare": {"drop_rate": 0.5}, "fedgma": {"rho": 0.6},
+    "della": {"density": 1}, "breadcrumbs": {"density": 0.5},
 }  # fmt: skip
 
 

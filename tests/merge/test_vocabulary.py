@@ -337,9 +337,6 @@ def test_what_cannot_be_matched_is_one_line(home: Path) -> None:
     assert told("--vocabulary", "union", "--chat-template", "chatlm") == (
         'chat_template: unknown "chatlm"; did you mean "chatml"?'
     )
-    assert told("--vocabulary", "union", "--chat-template", "auto").startswith(
-        "chat_template: auto"
-    )
     assert told("--vocabulary", "union", "--method", "fisher", "--tasks", "a", "b").startswith(
         "vocabulary: fisher runs models"
     )

@@ -74,11 +74,11 @@ def test_a_packed_delta_is_the_dense_one_bit_for_bit(density):
 @pytest.mark.parametrize("rule", rules(), ids=repr)
 def test_every_rule_gives_the_bits_of_dense_deltas(rule):
     mask = masks(0.3)
-    dense = [dense_delta(mask, 10 + i) for i in range(5)]
+    base, *dense = (dense_delta(mask, 10 + i) for i in range(1 + (rule.core.num_models or 5)))
     index = kept_index(mask, slices_of())
     held = [packed(mask, d, index) for d in dense]
     one, two = (
-        dict(aggregate(rule, [Update(d, source(i)) for i, d in enumerate(deltas)]))
+        dict(aggregate(rule, [Update(d, source(i)) for i, d in enumerate(deltas)], base=base))
         for deltas in (held, dense)
     )
     assert list(one) == list(two)

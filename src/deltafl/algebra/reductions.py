@@ -83,11 +83,11 @@ def magnitude_thresholds(
     """What keeps the k = int(density * size), at least 1, largest magnitudes, the first of equals.
 
     Returns tensor -> n thresholds, and the fraction of each delta that is kept. The order is that
-    of tensors, then of their elements. Magnitudes are compared as float32, NaN counts as infinite.
+    of names, then of elements. Magnitudes are compared as float32, NaN counts as infinite.
     Density 0: k = 0. `per_tensor` holds a tensor of one delta at a time, otherwise memory does not
     grow with the model.
     """
-    specs, n = deltas.specs, len(deltas.updates)
+    specs, n = dict(sorted(deltas.specs.items())), len(deltas.updates)
     size = sum(spec.numel for spec in specs.values())
 
     def ranks(name: str, numel: int) -> list[int]:
@@ -142,7 +142,7 @@ def _streamed(
     time.)
     """
     windows, found = _guess(deltas, ks) if any(ks) else {}, dict[int, Threshold]()
-    units = list(chunks(deltas.specs, whole=deltas.whole))
+    units = list(chunks(dict(sorted(deltas.specs.items())), whole=deltas.whole))
     size = min(MOST, 1 + len(units) // GROUPS)
     groups = [units[at : at + size] for at in range(0, len(units), size)]
     while windows:

@@ -183,8 +183,8 @@ class MergeRecipe(RuleParameters, DeltaRecipe, PushedRecipe):
         None,
         gt=0,
         le=1,
-        description="Write it as a LoRA, each matrix of the least rank that keeps this share of its "
-        "squared norm; 1, of a weighted sum of adapters: their factors side by side, exactly.",
+        description="Write it as a LoRA, each matrix of the least rank that keeps this share of "
+        "its squared norm; 1, of a weighted sum of adapters: their factors side by side, exactly.",
     )
     tokenizer_from: str | None = Field(
         None,
@@ -246,7 +246,7 @@ class MergeRecipe(RuleParameters, DeltaRecipe, PushedRecipe):
         if self.server_lr is not None and self.scaling_coef is not None:
             yield "server_lr and scaling_coef are two ways to say one thing; give one of them"
         if bool(self.models) == (self.method == PASSTHROUGH):
-            yield "models: name at least one with --models; with passthrough, which writes the base, none"
+            yield "models: name one with --models; with passthrough, which writes the base, none"
         if self.adapter and not self.models:
             yield "as_adapter: there is no update to write with passthrough"
         if self.vocabulary and self.tokenizer_from:

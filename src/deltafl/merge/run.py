@@ -56,7 +56,8 @@ def run_merge(
     """Merge and write the directory `out`, whole or not at all; returns what deltafl.json records.
 
     on_progress: told of each pass over the models, by name. make: the update at mean scale and what
-    there is to report of it, of a rule that needs more than deltas (see `ExampleRule`). rows: test scores for the card.
+    there is to report of it, of a rule that needs more than deltas (see `ExampleRule`). rows: test
+    scores for the card.
 
     Raises:
         DeltaflError: bad input that only reading shows (NaN, a file that changed); `out` exists.
