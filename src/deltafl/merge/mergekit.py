@@ -180,6 +180,8 @@ def _row(
     rescale = bool(value("rescale", float(method.startswith(("dare", "della")))))
     if rescale and method.startswith(("ties", "breadcrumbs")):
         problems.append(f"parameters.rescale: must be false with {method}, as it is by default")
+    if not value("normalize_weights", 1):
+        problems.append("parameters.normalize_weights: must be true, as it is by default")
     if "t" in config.kind.uses and math.isnan(value("t", math.nan)):
         problems.append(f"t: is missing; {method} has no default")
     problems += [
