@@ -130,6 +130,21 @@ def test_dare_rescales_by_l1_or_not_at_all(size):
     assert nothing.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("rule", "outer"),
+    [
+        (Dare(0.5, rescale="l1"), Dare(0.5, Ties(0.2), rescale="l1")),
+        (Breadcrumbs(0.5, 0.1), Breadcrumbs(0.5, 0.1, Ties(0.2))),
+        (Della(0.5, 0.2, MEAN), Della(0.5, 0.2, Ties(0.2))),
+    ],
+    ids=repr,
+)
+def test_one_tensor_of_many_blocks_is_sparsified_and_then_trimmed(rule: Rule, outer: Rule):
+    """Where a threshold is sought, its first blocks are read before the trim is known."""
+    values = normal(2 * BLOCK + 5)
+    assert torch.equal(alone(outer, values), alone(Ties(0.2), alone(rule, values)))
+
+
 @pytest.mark.parametrize("merge_by", ["mean", "sum"])
 @pytest.mark.parametrize("zero", ["none", "positive"])
 def test_elect_is_ties_that_trims_nothing(merge_by, zero):

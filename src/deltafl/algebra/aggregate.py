@@ -8,7 +8,6 @@ streaming, in-memory and federated results are the same bits by construction.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -30,8 +29,6 @@ from deltafl.rules.rule import (
     refuse_examples,
 )
 from deltafl.rules.weights import WeightsLike, as_weights, shares
-
-EMPTY: Mapping[str, float] = MappingProxyType({})
 
 
 class Aggregate(Lazy):
@@ -76,7 +73,7 @@ class Aggregate(Lazy):
                 )
                 names = (s.name for s in sources)
                 self.report["kept_fraction"] = dict(zip(names, kept, strict=True))
-            self._deltas.transforms.append((transform, thresholds))
+            self._deltas.add(transform, thresholds)
         self.whole = isinstance(core, TensorRule) or self._deltas.whole
         if isinstance(core, LinearRule):
             gram = torch.empty(0, 0)
@@ -202,10 +199,10 @@ class Stepped(Lazy):
         scale: float | Callable[[str], float],
         *,
         dtype: torch.dtype | None = None,
-        of_base: Mapping[str, float] = EMPTY,
+        of_base: Mapping[str, float] | None = None,
     ) -> None:
         self._base, self._update, self._dtype = lazy(base), lazy(update), dtype
-        self._of_base = of_base
+        self._of_base = of_base or {}
         self.names, self.whole = self._base.names, self._update.whole
         if missing := [n for n in self._update if n not in self.names]:
             raise DeltaflError(f"the base lacks tensors of the update: {shorten(missing)}")

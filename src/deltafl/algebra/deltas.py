@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from deltafl.errors import DeltaflError, shorten
 from deltafl.pool import one_thread
 from deltafl.rules.rule import RUNNING, Source, Threshold, Transform
 from deltafl.rules.weights import Weights, numbers_of
+
+Thresholds: TypeAlias = Mapping[str, Sequence[Threshold]]
+"""Tensor -> the threshold of each delta."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +83,7 @@ class Deltas:
     """The transformed, signed deltas of n updates: what reductions and combinations see.
 
     specs: of the tensors that all share, in the order of the first, in the dtype of the arithmetic:
-    float32, or float64 to be exact. weights_of: name -> weights, (n,). transforms: of what is read
-    from now on, each with its thresholds, name -> (n,).
+    float32, or float64 to be exact. weights_of: name -> weights, (n,).
 
     Raises:
         DeltaflError: the updates differ in tensors or shapes.
@@ -94,7 +97,7 @@ class Deltas:
         first = self._deltas[0]
         self.specs = {name: first.spec(name)._replace(dtype=dtype) for name in first}
         self.weights_of = {name: numbers_of(weights, name) for name in first}
-        self.transforms: list[tuple[Transform, Mapping[str, Sequence[Threshold]] | None]] = []
+        self.transforms: list[tuple[Transform, Thresholds | None]] = []
         names, problems = [update.source.name for update in updates], []
         for other, delta in zip(names, self._deltas, strict=True):
             if odd := sorted(delta.keys() ^ self.specs.keys()):
@@ -108,6 +111,11 @@ class Deltas:
         if problems:
             raise DeltaflError(*problems)
         self._last: dict[int, tuple[str, Tensor]] = {}
+
+    def add(self, transform: Transform, thresholds: Thresholds | None) -> None:
+        """Transform what is read from now on, after what was added before."""
+        self.transforms.append((transform, thresholds))
+        self._last.clear()
 
     @property
     def whole(self) -> bool:
