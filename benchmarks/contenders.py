@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from deltafl.rules.rule import load_rules
+from deltafl.rules.building import load_rules
 
 HERE = Path(__file__).parent
 SCALING_COEF = 0.3

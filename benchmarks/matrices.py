@@ -10,8 +10,9 @@ from measure import in_turns, machine, ratios, spread
 
 from deltafl.algebra.aggregate import Aggregate
 from deltafl.algebra.deltas import Update
+from deltafl.rules.building import load_rules
 from deltafl.rules.matrices import MatrixRule
-from deltafl.rules.rule import Source, load_rules
+from deltafl.rules.rule import Source
 
 TARGET = 1.3
 RULES = ("tsv_m", "iso_c", "iso_cts", "knots", "wudi")

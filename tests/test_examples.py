@@ -17,11 +17,12 @@ from deltafl.experiments import STUDIES, read_suite
 from deltafl.experiments.quickstart import VARIANTS
 from deltafl.federated import FederatedRecipe
 from deltafl.merge.candidates import check_methods
-from deltafl.merge.plan import Training, source_of
+from deltafl.merge.reading import Training, source_of
 from deltafl.merge.recipe import MergeRecipe
 from deltafl.merge.search_recipe import SearchRecipe
 from deltafl.recipes import read_recipe
-from deltafl.rules.rule import RULES, ExampleRule, delta_rules, load_rules, parameters
+from deltafl.rules.building import delta_rules, load_rules
+from deltafl.rules.rule import RULES, ExampleRule, parameters
 from deltafl.tasks.catalogue import catalogue
 from laws import laws
 from laws.worlds import make

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from checkpoint_files import load, make_world, succeed
-from deltafl.rules.rule import delta_rules, load_rules
+from deltafl.rules.building import delta_rules, load_rules
 from tiny_models import tiny_llama
 
 pytestmark = pytest.mark.gpu

@@ -30,7 +30,8 @@ from checkpoint_files import (
     tuned,
 )
 from deltafl.checkpoints.layout import fingerprint, read_layout
-from deltafl.rules.rule import load_rules, parameters
+from deltafl.rules.building import load_rules
+from deltafl.rules.rule import parameters
 
 
 def record_of(folder: Path) -> dict:

@@ -8,7 +8,7 @@ import pytest
 
 from checkpoint_files import cli, problems_of, refused, succeed
 from deltafl.experiments import SUITES, SuiteRecipe
-from deltafl.rules.rule import delta_rules
+from deltafl.rules.building import delta_rules
 from deltafl.sparse.strategies import MASK_STRATEGIES
 from report_samples import comparison_result
 from tiny_models import vit_file

@@ -9,8 +9,9 @@ from pydantic import ByteSize, Field
 
 from deltafl.cli.command import flag, recipe_command
 from deltafl.recipes import Flags, Recipe, one_of
+from deltafl.rules.building import load_rules
 from deltafl.rules.parameters import RuleParameters
-from deltafl.rules.rule import load_rules, parameters
+from deltafl.rules.rule import parameters
 
 
 class Server(RuleParameters):

@@ -16,7 +16,7 @@ from checkpoint_files import refusal, succeed
 from deltafl.models.head import save_head
 from deltafl.models.zero_shot import zero_shot_head
 from deltafl.recipe_file import load_yaml
-from deltafl.rules.rule import delta_rules
+from deltafl.rules.building import delta_rules
 from deltafl.tasks import Images, ImageTask
 from deltafl.tasks.catalogue import catalogue
 from deltafl.tasks.task import SPLITS

@@ -15,7 +15,7 @@ from deltafl.merge.plan import plan_merge
 from deltafl.merge.recipe import MergeRecipe
 from deltafl.merge.run import run_merge
 from deltafl.models import Net, load_net
-from deltafl.rules.rule import delta_rules, load_rules
+from deltafl.rules.building import delta_rules, load_rules
 from federated import worlds
 from federated.worlds import assert_same, begin, federate, halves, normed, one_round, plain
 from laws.worlds import EXAMPLES

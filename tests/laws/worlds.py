@@ -13,7 +13,8 @@ from deltafl.algebra.aggregate import Aggregate, WeightsLike, check_rule
 from deltafl.algebra.deltas import Update
 from deltafl.algebra.tensors import BLOCK, Lazy, Spec
 from deltafl.errors import DeltaflError
-from deltafl.rules.rule import RULES, ExampleRule, Rule, Source, TensorRule, build_rule, load_rules
+from deltafl.rules.building import build_rule, load_rules
+from deltafl.rules.rule import RULES, ExampleRule, Rule, Source, TensorRule
 
 SHAPES = {"layer.weight": (5, 7), "layer.bias": (33,), "scale": (), "nothing": (0, 3)}
 LARGE = {"head": (3,), "embedding": (BLOCK // 4 + 1, 4), "scale": ()}

@@ -38,7 +38,8 @@ from deltafl.merge.recipe import MergeRecipe
 from deltafl.merge.run import run_merge
 from deltafl.pool import Pool
 from deltafl.progress import Progress
-from deltafl.rules.rule import Source, build_rule, delta_rules
+from deltafl.rules.building import build_rule, delta_rules
+from deltafl.rules.rule import Source
 
 STEPS = (10, 20, 40)
 EXAMPLES = (5, 5, 7)

@@ -15,7 +15,8 @@ from deltafl.algebra.deltas import Difference, Update
 from deltafl.merge.inputs import open_updates
 from deltafl.merge.plan import plan_merge
 from deltafl.merge.recipe import MergeRecipe
-from deltafl.rules.rule import Source, delta_rules
+from deltafl.rules.building import delta_rules
+from deltafl.rules.rule import Source
 
 BLOCK = "model.layers.0"
 NORM = f"{BLOCK}.input_layernorm.weight"

@@ -26,8 +26,8 @@ from deltafl.merge.search_recipe import LAMBDAS, SearchRecipe
 from deltafl.merge.updates import UpdateCache
 from deltafl.models import Net
 from deltafl.progress import Progress
+from deltafl.rules.building import build_rule
 from deltafl.rules.iso import IsoC
-from deltafl.rules.rule import build_rule
 from deltafl.rules.weights import as_weights
 from deltafl.tasks import ImageInput, Task
 

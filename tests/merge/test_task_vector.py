@@ -31,7 +31,7 @@ from deltafl.checkpoints.checkpoint import Checkpoint
 from deltafl.errors import DeltaflError
 from deltafl.models.fit import random_head
 from deltafl.models.head import HEAD_FILE, save_head
-from deltafl.rules.rule import build_rule
+from deltafl.rules.building import build_rule
 
 FLOATS = [n for n, t in toy().items() if t.is_floating_point()]
 FLOAT32 = {"rtol": 2e-6, "atol": 2e-6}  # some float32 roundings of a sum of five terms up to 20

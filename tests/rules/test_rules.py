@@ -6,17 +6,11 @@ import pytest
 
 from deltafl.errors import DeltaflError
 from deltafl.registry import Registry
+from deltafl.rules.building import build_rule
 from deltafl.rules.cclip import CClip
 from deltafl.rules.dare import Dare
 from deltafl.rules.krum import Krum
-from deltafl.rules.rule import (
-    CoordinateRule,
-    LinearRule,
-    Source,
-    TensorRule,
-    build_rule,
-    check_rule,
-)
+from deltafl.rules.rule import CoordinateRule, LinearRule, Source, TensorRule, check_rule
 from deltafl.rules.task_arithmetic import TaskArithmetic
 from deltafl.rules.ties import Ties
 from deltafl.rules.trimmed_mean import TrimmedMean

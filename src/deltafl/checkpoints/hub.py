@@ -16,7 +16,7 @@ def push(folder: Path, name: str) -> str:
     try:
         address = hub.create_repo(name, exist_ok=True)
         hub.upload_folder(repo_id=name, folder_path=folder, commit_message="A merge by deltafl")
-    except Exception as error:  # also what the client of its client raises
+    except Exception as error:  # of its http client, which is another by version
         why = " ".join(str(error).split()[:40])
         raise DeltaflError(
             f'--push "{name}": not uploaded ({why}); "{folder}" is whole: '

@@ -31,17 +31,18 @@ class Merges:
         self.documents = documents_of(load_documents(config) if config else [{}])
         self.settings = settings
 
-    def recipe(self, number: int, made: Mapping[str, Path], to: Path = Path()) -> MergeRecipe:
-        """That of a document, whose names are the folders in `made`; all but the last write `to`.
-        Of mergekit's, what makes no difference is noted on stderr.
+    def recipe(self, number: int, made: Mapping[str, Path]) -> MergeRecipe:
+        """That of a document, whose names of models, and its own, are the folders in `made`. Of
+        mergekit's, what makes no difference is noted on stderr.
         """
-        data, last = self.documents[number], number == len(self.documents) - 1
-        data = resolved({key: value for key, value in data.items() if key != "name"}, made)
+        data, last = dict(self.documents[number]), number == len(self.documents) - 1
+        name = data.pop("name", "")
+        data = resolved(data, {key: made[key] for key in made if key != name})
         if "merge_method" in data:
             data, notes = translate(data)
             for note in notes:
                 click.echo(f"note: {note}", err=True)
-        return read_recipe(MergeRecipe, data, self.settings if last else {"out": str(to)})
+        return read_recipe(MergeRecipe, data, self.settings if last else {"out": str(made[name])})
 
 
 def read_merge(config: str | None, settings: Mapping[str, Any]) -> MergeRecipe:
@@ -62,19 +63,20 @@ def merge_command(merges: Merges) -> None:
     """
     *before, _ = merges.documents
     out = Path(merges.settings.get("out") or "")
+    scratch = nullcontext("")
     if before and not flag("dry_run"):
         free(merges.settings.get("out"), bool(merges.settings.get("overwrite")))
-    with (
-        TemporaryDirectory(prefix=".deltafl-", dir=out.parent) if before else nullcontext("") as at
-    ):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        scratch = TemporaryDirectory(prefix=".deltafl-", dir=out.parent)
+    with scratch as at:
         made = dict[str, Path]()
         for number in range(len(merges.documents)):
             if number and flag("dry_run"):
                 click.echo(f"then {merges.documents[number].get('name', out)}, of what that makes")
                 continue
-            to = Path(at) / str(number)
-            merge_and_show(merges.recipe(number, made, to))
-            made[merges.documents[number].get("name", "")] = to
+            name = merges.documents[number].get("name", "")
+            made[name] = Path(at) / str(number) / Path(name).name
+            merge_and_show(merges.recipe(number, made))
 
 
 def merge_and_show(recipe: MergeRecipe) -> None:

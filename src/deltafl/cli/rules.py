@@ -5,7 +5,8 @@ import inspect
 
 import click
 
-from deltafl.rules.rule import load_rules, parameters
+from deltafl.rules.building import load_rules
+from deltafl.rules.rule import parameters
 
 
 @click.command()

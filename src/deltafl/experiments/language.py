@@ -6,7 +6,7 @@ from deltafl.experiments.merges import REFERENCE, Search, told
 from deltafl.experiments.rivals import AVERAGE, Rival
 from deltafl.experiments.study import Data, Study
 from deltafl.experiments.sweep import Cell, Found, Result, Sweep, points_of, tabulate
-from deltafl.rules.rule import load_rules
+from deltafl.rules.building import load_rules
 
 
 def language(study: Study, sweep: Sweep) -> list[Cell]:

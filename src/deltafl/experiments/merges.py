@@ -31,7 +31,8 @@ from deltafl.experiments.sweep import (
 from deltafl.merge.candidates import Method, check_methods
 from deltafl.merge.search_recipe import SearchRecipe
 from deltafl.merge.search_run import SINGLE, UNMERGED, run_search
-from deltafl.rules.rule import ExampleRule, Source, load_rules
+from deltafl.rules.building import load_rules
+from deltafl.rules.rule import ExampleRule, Source
 from deltafl.seeding import keyed_generator
 from deltafl.tasks import Task
 

@@ -10,7 +10,7 @@ from deltafl.errors import DeltaflError, did_you_mean
 from deltafl.federated import FederatedRecipe
 from deltafl.recipe_file import load_yaml
 from deltafl.recipes import Flags, Incidental, Recipe, leaves, one_of, read_recipe
-from deltafl.rules.rule import delta_rules, load_rules
+from deltafl.rules.building import delta_rules, load_rules
 from deltafl.sparse.recipe import SparseRecipe
 from deltafl.tasks.recipe import Score
 from deltafl.training import TrainingRecipe

@@ -16,7 +16,8 @@ from deltafl.experiments.sweep import Cell, Found, Result, Store, Sweep, points_
 from deltafl.merge.examples import nets_for
 from deltafl.merge.layerwise import Examples
 from deltafl.models import Net
-from deltafl.rules.rule import ExampleRule, delta_rules, load_rules
+from deltafl.rules.building import delta_rules, load_rules
+from deltafl.rules.rule import ExampleRule
 from deltafl.tasks.task import Batch, Split, Task
 from deltafl.training.step import batches, scores
 

@@ -23,7 +23,7 @@ from deltafl.experiments.sweep import (
 )
 from deltafl.federated import FederatedRecipe, federate
 from deltafl.federated.setup import make_shards
-from deltafl.rules.rule import delta_rules
+from deltafl.rules.building import delta_rules
 from deltafl.sparse.strategies import MASK_STRATEGIES
 from deltafl.tasks import Task, load_task
 from deltafl.usercode import find_callable

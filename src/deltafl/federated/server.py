@@ -11,8 +11,9 @@ from torch import Tensor
 from deltafl.algebra.aggregate import Aggregate, Stepped
 from deltafl.errors import DeltaflError
 from deltafl.recipes import one_of
+from deltafl.rules.building import build_rule, load_rules
 from deltafl.rules.parameters import RuleParameters
-from deltafl.rules.rule import Rule, build_rule, load_rules, refuse_examples
+from deltafl.rules.rule import Rule, refuse_examples
 
 
 class ServerRecipe(RuleParameters):

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from deltafl.errors import DeltaflError, attempt
-from deltafl.rules.rule import Source, build_rule, check_rule, load_rules
+from deltafl.rules.building import build_rule, load_rules
+from deltafl.rules.rule import Source, check_rule
 
 Method: TypeAlias = tuple[str, Mapping[str, object]]
 """A rule by name and its parameters, of which a list is a grid."""

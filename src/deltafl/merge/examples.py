@@ -26,7 +26,8 @@ from deltafl.merge.layerwise import (
     maps_of,
     merge_layerwise,
 )
-from deltafl.merge.plan import Facts, Plan, plan_merge, read_model
+from deltafl.merge.plan import Facts, Plan, plan_merge
+from deltafl.merge.reading import read_model
 from deltafl.merge.recipe import KINDS, MergeRecipe, ModelEntry, StatisticsRecipe
 from deltafl.merge.run import VERSIONS, run_merge
 from deltafl.merge.statistics import FOLDER, NOTE, PART, read_statistics

@@ -7,11 +7,10 @@ from 0 to 1 over the layers of a slice (1 if it has one layer) and is 0 outside 
 
 import glob
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import TypeAlias
 
-from deltafl.checkpoints.stack import FIRST, LAYER, depth_of, split_stack
+from deltafl.checkpoints.stack import LAYER
 from deltafl.errors import DeltaflError
 from deltafl.merge.mergekit_file import (
     Mergekit,
@@ -20,12 +19,11 @@ from deltafl.merge.mergekit_file import (
     TokenRow,
     model_named,
 )
-from deltafl.merge.plan import Facts, read_model
+from deltafl.merge.mergekit_layers import Stacks, places_of, stacks_of
+from deltafl.merge.plan import Facts
+from deltafl.merge.reading import read_model
 from deltafl.merge.recipe import PASSTHROUGH
 from deltafl.recipes import read_recipe
-
-Member: TypeAlias = tuple[str, int]
-"""A model, and how many of the same name come before it in a slice."""
 
 Row: TypeAlias = Mapping[str, object]
 """What holds for one tensor: weights, the scale, and the numbers of its rule."""
@@ -33,29 +31,11 @@ Row: TypeAlias = Mapping[str, object]
 ELECTS = ("ties", "dare_ties", "della", "breadcrumbs_ties")
 """Methods that elect a sign."""
 
-WEIGHED = ("nuslerp", "multislerp", "linear", "task_arithmetic", *ELECTS)
-WEIGHED = (*WEIGHED, "dare_linear", "della_linear", "breadcrumbs")
-"""Methods that want a weight for each model."""
-
 NORMALIZED = ("linear", "ties", "della")
 """Methods that divide by the sum of weights where nothing is said."""
 
-SAME = {"normalize": "normalize", "rescale": "rescale", "filter_wise": "filter_wise"}
-SAME |= {"nuslerp_flatten": "per", "max_iter": "max_iter", "tol": "tol"}
-SAME |= {"select_topk": "select_topk"}
-"""Parameters that no tensor may have a value of its own for -> what they are in a row."""
-
-
-@dataclass(frozen=True)
-class Stacks:
-    """The base and the models of a configuration, and of each slice what its parameters are in.
-
-    sources: of each slice the member -> its entry; what a slice does not have is the base there.
-    """
-
-    base: str
-    models: Mapping[Member, str]
-    sources: Sequence[Mapping[Member, SliceSource]]
+SAME = ("normalize", "rescale", "filter_wise", "per", "max_iter", "tol", "select_topk")
+"""What no tensor may have a value of its own for."""
 
 
 def translate(data: Mapping[str, object]) -> tuple[Facts, list[str]]:
@@ -64,19 +44,19 @@ def translate(data: Mapping[str, object]) -> tuple[Facts, list[str]]:
     Raises DeltaflError with one line for each key that is wrong or not supported.
     """
     config = read_recipe(Mergekit, data)
-    stacks, problems = _stacks(config), list[str]()
+    stacks, problems = stacks_of(config), list[str]()
     problems += _conflicts(config, stacks)
     if problems:
         raise DeltaflError(*problems)
     names = [name for name, entry in read_model(stacks.base).entries.items() if entry.floating]
     rows = {
         name: _row(config, stacks, name, number, t, problems)
-        for name, (number, t) in _places(names, config).items()
+        for name, (number, t) in places_of(names, config).items()
     }
     problems += [
-        f"parameters.{key}: must be the same for all tensors"
-        for key, own in SAME.items()
-        if key in config.kind.uses and len({repr(row[own]) for row in rows.values()}) > 1
+        f"parameters.{'nuslerp_flatten' if key == 'per' else key}: must be the same for all tensors"
+        for key in SAME
+        if len({repr(row[key]) for row in rows.values()}) > 1
     ]
     nothing = [0.0] * len(stacks.models)
     if nothing and all(row["weights"] == nothing for row in rows.values()):
@@ -84,46 +64,6 @@ def translate(data: Mapping[str, object]) -> tuple[Facts, list[str]]:
     if problems:
         raise DeltaflError(*dict.fromkeys(problems))
     return _recipe(config, stacks, rows), list(_notes(config, stacks))
-
-
-def _stacks(config: Mergekit) -> Stacks:
-    base, models, sources = [], dict[Member, list[str]](), []
-    for number, part in enumerate(config.parts):
-        own = part.base_model or config.base_model or part.sources[0].model
-        listed = [source for source in part.sources if source.model == own]
-        first = listed[0] if listed else part.sources[0].model_copy(update={"model": own})
-        merged = list(part.sources)
-        if config.whole and config.base_model and not listed:
-            merged.append(SliceSource(model=own, layer_range=first.layer_range))
-        if not config.whole or config.merge_method == "passthrough":
-            merged = [source for source in merged if source.model != own]
-        found = dict[Member, SliceSource]()
-        for source in merged:
-            count = sum(name == source.model for name, _ in found)
-            found[source.model, count] = source
-        for key in found:
-            models.setdefault(key, [*base])
-        base.append(first.part())
-        for key, stack in models.items():
-            stack.append(found[key].part() if key in found else base[number])
-        sources.append(found)
-    whole, joined = _joined(base), {key: _joined(stack) for key, stack in models.items()}
-    if config.merge_method == "linear":  # where a delta of 0 adds nothing
-        joined = {key: ref for key, ref in joined.items() if ref != whole}
-    return Stacks(whole, joined, sources)
-
-
-def _joined(parts: Sequence[str]) -> str:
-    """A stack, or the model that it is."""
-    ref, end = ",".join(parts), 0
-    ranges = split_stack(ref)
-    for _, start, stop in ranges:
-        if start != end:
-            return ref
-        end = stop
-    own = {model for model, _, _ in ranges}
-    whole = len(own) == 1 and end == depth_of(read_model(*own).entries)
-    return own.pop() if whole else ref
 
 
 def _conflicts(config: Mergekit, stacks: Stacks) -> Iterator[str]:
@@ -138,26 +78,6 @@ def _conflicts(config: Mergekit, stacks: Stacks) -> Iterator[str]:
             yield f"{where}the sources must have equally many layers"
         if kind.count not in (None, count):
             yield f"{where}{name} takes {kind.count} beside the base, not {count}"
-
-
-def _places(names: Sequence[str], config: Mergekit) -> dict[str, tuple[int, float]]:
-    """Tensor -> the number of its slice, and t."""
-    parts, depths = config.parts, dict[str, int]()
-    found = {name: match.groups() for name in names if (match := LAYER.match(name))}
-    for stack, layer in found.values():
-        depths[stack] = max(depths.get(stack, 0), int(layer) + 1)
-    places = {name: (0 if FIRST.search(name) else len(parts) - 1, 0.0) for name in names}
-    for name, (stack, layer) in found.items():
-        begin = 0
-        for number, part in enumerate(parts):
-            start, stop = part.sources[0].layer_range
-            length = stop - start or depths[stack]
-            if int(layer) < begin + length:
-                t = (int(layer) - begin) / (length - 1) if length > 1 else 1.0
-                places[name] = number, t
-                break
-            begin += length
-    return places
 
 
 def _row(
@@ -175,7 +95,7 @@ def _row(
     def of_models(key: str, default: float) -> list[float]:
         return [value(key, default, sources.get(member)) for member in stacks.models]
 
-    weighed = method in WEIGHED
+    weighed = "weight" in config.kind.uses
     weights = {m: value("weight", math.nan, s) if weighed else 1.0 for m, s in sources.items()}
     rescale = bool(value("rescale", float(method.startswith(("dare", "della")))))
     if rescale and method.startswith(("ties", "breadcrumbs")):
@@ -229,12 +149,13 @@ def _recipe(config: Mergekit, stacks: Stacks, rows: Mapping[str, Row]) -> Facts:
         found = {glob.escape(name): row[key] for name, row in rows.items()}
         return {name: value for name, value in found.items() if value != default[key]}
 
-    def by_model(key: str) -> object:
+    def by_model(key: str) -> dict[str, object]:
         return {**others(key), "*": default[key]}
 
+    by_base = by_model("base")
     base = {
         "base": stacks.base,
-        "base_patterns": {**others("base"), "*": default["base"]},
+        "base_patterns": {} if by_base == {"*": 1.0} else by_base,
         "dtype": config.out_dtype or config.dtype,
         **_vocabulary(config, stacks),
     }
@@ -246,7 +167,7 @@ def _recipe(config: Mergekit, stacks: Stacks, rows: Mapping[str, Row]) -> Facts:
     inner = {"inner": "elect", **election} if name in ELECTS else {"inner": "task_arithmetic"}
     rescale = {"rescale": "l1" if default["rescale"] else "none"}
     density, epsilon = ({key: by_model(key)} for key in ("density", "epsilon"))
-    t = {**others("t"), "*": default["t"]}
+    t = by_model("t")
     space: dict[str, object] = {"space": "weights" if config.whole else "deltas"}
     known: dict[str, dict[str, object]] = {
         "linear": {"method": "task_arithmetic"},

@@ -18,7 +18,8 @@ from deltafl.merge.layerwise import Examples
 from deltafl.merge.plan import Facts
 from deltafl.merge.updates import filed
 from deltafl.models.net import Net
-from deltafl.rules.rule import ExampleRule, Rule, build_rule
+from deltafl.rules.building import build_rule
+from deltafl.rules.rule import ExampleRule, Rule
 from deltafl.tasks.task import Split, Task
 from deltafl.training.step import scores
 

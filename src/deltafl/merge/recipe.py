@@ -125,7 +125,7 @@ class DeltaRecipe(Recipe):
 
 
 class PushedRecipe(Recipe):
-    """Where to the merged folder goes."""
+    """Where the merged folder is uploaded to."""
 
     push: Annotated[str | None, Incidental] = Field(
         None,

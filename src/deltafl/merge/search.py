@@ -22,7 +22,8 @@ from deltafl.merge.race import looks, orders, race
 from deltafl.merge.search_recipe import SearchRecipe
 from deltafl.merge.updates import UpdateCache
 from deltafl.progress import OnProgress, Progress, ignore
-from deltafl.rules.rule import ExampleRule, build_rule
+from deltafl.rules.building import build_rule
+from deltafl.rules.rule import ExampleRule
 from deltafl.rules.weights import total_weight
 
 

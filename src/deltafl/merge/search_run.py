@@ -25,7 +25,8 @@ from deltafl.merge.search import SearchResult, search
 from deltafl.merge.search_recipe import SearchRecipe
 from deltafl.models import HEAD_FILE, HeadRecipe, Net, load_net
 from deltafl.progress import OnProgress, ignore
-from deltafl.rules.rule import ExampleRule, build_rule
+from deltafl.rules.building import build_rule
+from deltafl.rules.rule import ExampleRule
 from deltafl.rules.weights import total_weight
 from deltafl.tasks import DataRecipe, Task, load_task
 from deltafl.tasks.task import require_examples

@@ -7,7 +7,8 @@ from pathlib import Path
 from deltafl.checkpoints.layout import fingerprint, read_header
 from deltafl.errors import DeltaflError
 from deltafl.merge.maps import Map
-from deltafl.merge.plan import Plan, read_json
+from deltafl.merge.plan import Plan
+from deltafl.merge.reading import read_json
 from deltafl.merge.recipe import KINDS, StatisticsRecipe
 
 FOLDER, NOTE, PART = "statistics", "statistics.json", "{:05d}.safetensors"

@@ -25,7 +25,8 @@ from deltafl.checkpoints.checkpoint import (
     refuse_untied,
 )
 from deltafl.errors import DeltaflError
-from deltafl.rules.rule import Source, build_rule
+from deltafl.rules.building import build_rule
+from deltafl.rules.rule import Source
 from deltafl.rules.weights import as_weights
 
 logger = logging.getLogger(__name__)

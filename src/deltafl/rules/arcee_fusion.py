@@ -26,5 +26,5 @@ class ArceeFusion(TensorRule):
         p, q = tuned.softmax(-1).add_(1e-8), base.softmax(-1).add_(1e-8)
         scores = delta.abs() * (p * (p / q).log()).sum(-1, keepdim=True)
         ordered = scores.flatten().sort().values
-        low, middle, high = (ordered[int(q * (len(ordered) - 1))] for q in (0.25, 0.5, 0.75))
+        low, middle, high = (ordered[(len(ordered) - 1) * part // 4] for part in (1, 2, 3))
         return base + delta * (scores >= middle + 1.5 * (high - low))

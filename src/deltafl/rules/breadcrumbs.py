@@ -8,7 +8,7 @@ from deltafl.rules.dare import MEAN, SparseRule
 from deltafl.rules.ordering import largest
 from deltafl.rules.rule import RULES, Rule, Tensor, Threshold, Traits, Transform, Within
 from deltafl.rules.ties import Trim
-from deltafl.rules.weights import PerModel, numbers_of
+from deltafl.rules.weights import PerModel, number_of
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,7 @@ class Crumbs(Transform):
     def apply(
         self, block: Tensor, model: int, name: str, start: int, threshold: Threshold
     ) -> Tensor:
-        density, gamma = (
-            numbers_of(value, name, model + 1)[model] for value in (self.kept, self.gamma)
-        )
+        density, gamma = (number_of(v, name, model) for v in (self.kept, self.gamma))
         if density == 1:
             return block
         flat, trim = block.reshape(-1), Trim(None, True)

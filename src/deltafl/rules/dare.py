@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal, TypeAlias
 
 from deltafl.rules.rule import RULES, Rule, Source, Tensor, Threshold, Traits, Transform, Within
 from deltafl.rules.task_arithmetic import TaskArithmetic
-from deltafl.rules.weights import PerModel, numbers_of
+from deltafl.rules.weights import PerModel, number_of
 
 LEVELS = 1 << 16
 
@@ -62,7 +62,7 @@ class Drop(Transform):
     def apply(
         self, block: Tensor, model: int, name: str, start: int, threshold: Threshold
     ) -> Tensor:
-        cut = round(numbers_of(self.drop_rate, name, model + 1)[model] * LEVELS)
+        cut = round(number_of(self.drop_rate, name, model) * LEVELS)
         return thinned(block, cut, f"{self.seed}/{model}/{start}/{name}", self.rescale)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 from deltafl.rules.dare import LEVELS, Rescale, SparseRule, thinned
 from deltafl.rules.rule import RULES, Rule, Source, Tensor, Threshold, Transform, Within
 from deltafl.rules.ties import Elect
-from deltafl.rules.weights import PerModel, numbers_of
+from deltafl.rules.weights import PerModel, number_of, numbers_of
 
 ELECT = Elect()
 
@@ -26,9 +26,7 @@ class Prune(Transform):
     def apply(
         self, block: Tensor, model: int, name: str, start: int, threshold: Threshold
     ) -> Tensor:
-        density, epsilon = (
-            numbers_of(value, name, model + 1)[model] for value in (self.kept, self.epsilon)
-        )
+        density, epsilon = (number_of(v, name, model) for v in (self.kept, self.epsilon))
         if density in (0, 1):
             return block.mul_(density)
         rows = block if block.dim() > 1 else block.reshape(1, -1)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
 from deltafl.rules.rule import RULES, CoordinateRule, Tensor, Traits, Within
-from deltafl.rules.weights import PerModel, numbers_of
+from deltafl.rules.weights import PerModel, number_of
 
 
 @RULES.register("nearswap")
@@ -20,7 +20,7 @@ class NearSwap(CoordinateRule):
     values: ClassVar = {"t": 0.001}
 
     def at(self, name: str) -> "NearSwap":
-        return replace(self, t=numbers_of(self.t, name)[0])
+        return replace(self, t=number_of(self.t, name))
 
     def combine(self, block: Tensor, weights: Sequence[float]) -> Tensor:
         assert isinstance(self.t, float | int)

@@ -7,7 +7,8 @@ from typing import Any
 from pydantic import Field, create_model
 
 from deltafl.recipes import Recipe
-from deltafl.rules.rule import load_rules, parameters
+from deltafl.rules.building import load_rules
+from deltafl.rules.rule import parameters
 
 
 class _Parametrised(Recipe):

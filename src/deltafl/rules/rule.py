@@ -5,17 +5,15 @@ heavy imports begin; rules speak to tensors through the tensors' own methods.
 """
 
 import dataclasses
-import importlib
 import itertools
 import math
-import pkgutil
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 
-from deltafl.errors import DeltaflError, did_you_mean
+from deltafl.errors import DeltaflError
 from deltafl.registry import Registry
 from deltafl.rules.weights import PerModel, numbers_missing
 
@@ -285,24 +283,6 @@ def check_rule(rule: Rule, sources: Sequence[Source]) -> None:
 RULES: Registry[type[Rule]] = Registry("method")
 
 
-def load_rules() -> Registry[type[Rule]]:
-    """RULES with every file of `deltafl.rules` imported."""
-    package = importlib.import_module("deltafl.rules")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"deltafl.rules.{module.name}")
-    return RULES
-
-
-def delta_rules() -> dict[str, type[Rule]]:
-    """Those of any number of models that need no examples: for merges and for a server alike."""
-    rules = load_rules()
-    return {
-        name: rules[name]
-        for name in rules
-        if not issubclass(rules[name], ExampleRule) and rules[name].num_models is None
-    }
-
-
 def parameters(rule: type[Rule]) -> dict[str, tuple[object, object]]:
     """Parameter name -> (type, default or dataclasses.MISSING); a rule in it goes by its name."""
     hints = typing.get_type_hints(rule)
@@ -310,31 +290,3 @@ def parameters(rule: type[Rule]) -> dict[str, tuple[object, object]]:
         f.name: (str, f.default.name) if isinstance(f.default, Rule) else (hints[f.name], f.default)
         for f in dataclasses.fields(rule)
     }
-
-
-def build_rule(name: str, params: Mapping[str, object]) -> Rule:
-    """The rule called `name`; a rule that wraps another hands on the parameters it does not have.
-
-    Raises DeltaflError for unknown and for missing parameters, all at once.
-    """
-    rule, own, problems = load_rules()[name], dict(params), list[str]()
-    known, inner = parameters(rule), params.get("inner")
-    if "inner" in known and isinstance(inner, str):
-        rest = {key: own.pop(key) for key in params if key not in known}
-        try:
-            own["inner"] = build_rule(inner, rest)
-        except DeltaflError as error:
-            problems += error.problems
-    problems += [
-        f'method {name} has no parameter "{key}"; {did_you_mean(key, known)}'
-        for key in own
-        if key not in known
-    ]
-    problems += [
-        f"method {name} needs --{key.replace('_', '-')}"
-        for key, (_, default) in known.items()
-        if default is dataclasses.MISSING and key not in own
-    ]
-    if problems:
-        raise DeltaflError(*problems)
-    return rule(**own)

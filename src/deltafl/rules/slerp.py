@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar
 
 from deltafl.rules.directions import DirectionRule, arc
 from deltafl.rules.rule import RULES, Tensor, Traits, Within
-from deltafl.rules.weights import PerModel, numbers_of
+from deltafl.rules.weights import PerModel, number_of
 
 STRAIGHT = 0.9995
 
@@ -28,7 +28,7 @@ class Slerp(DirectionRule):
     values: ClassVar = {"t": 0.5}
 
     def at(self, name: str) -> "Slerp":
-        return replace(self, t=numbers_of(self.t, name)[0])
+        return replace(self, t=number_of(self.t, name))
 
     def coefficients(self, lengths: Tensor, cosines: Tensor, weights: Tensor) -> Tensor:
         return arc(cosines[:, 0, 1], weights, STRAIGHT)

@@ -26,6 +26,11 @@ def numbers_of(value: PerModel, name: str, n: int = 1) -> tuple[float, ...]:
     return tuple(first_match(name, value, ())) if isinstance(value, Mapping) else (value,) * n
 
 
+def number_of(value: PerModel, name: str, model: int = 0) -> float:
+    """That of one model for one tensor."""
+    return numbers_of(value, name, model + 1)[model]
+
+
 def numbers_missing(what: str, value: PerModel, n: int) -> list[str]:
     """A line for each pattern without a number for each of n models, and for a missing "*"."""
     if not isinstance(value, Mapping):
