@@ -57,6 +57,7 @@ class Aggregate(Lazy):
         self.weights = as_weights(weights, len(updates))
         self.report: dict[str, object] = {}
         self._core = core = rule.core
+        self._own: tuple[str, Rule] = "", core
         weighs = core.weighs_examples
         self._sizes = [s.num_examples or 1 if weighs else 1 for s in sources]
         self._last: dict[str, Tensor] = {}
@@ -149,7 +150,9 @@ class Aggregate(Lazy):
 
     def _combined(self, name: str, start: int, stop: int, shape: tuple[int, ...]) -> Tensor:
         """What the rule makes of elements [start, stop) of the deltas, in this shape."""
-        core = self._core.at(name)
+        if self._own[0] != name:
+            self._own = name, self._core.at(name)
+        core = self._own[1]
         assert isinstance(core, CoordinateRule | TensorRule)
         weights = self._deltas.weights_of[name]
         counted = [i for i, weight in enumerate(weights) if weight]

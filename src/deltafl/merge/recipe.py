@@ -19,6 +19,8 @@ LISTS |= {"tasks": "data"}
 """What is said of all models in one list -> what says it of one."""
 
 
+MODELS = "The fine-tuned models: folders, files or hub ids; in a file also mappings."
+
 PASSTHROUGH = "passthrough"
 """The method of a merge without models: of a base made of layers of several."""
 
@@ -57,10 +59,7 @@ class DeltaRecipe(Recipe):
     base: str = Field(
         description="The model that all were fine-tuned from: folder, file or hub id."
     )
-    models: tuple[str | ModelEntry, ...] = Field(
-        min_length=1,
-        description="The fine-tuned models: folders, files or hub ids; in a file also mappings.",
-    )
+    models: tuple[str | ModelEntry, ...] = Field(min_length=1, description=MODELS)
     weights: tuple[float, ...] | None = Field(
         None,
         description="One weight for each model. Default: equal. Negative: the delta is negated.",
@@ -139,10 +138,7 @@ class MergeRecipe(RuleParameters, DeltaRecipe, PushedRecipe):
 
     alternatives: ClassVar = (("server_lr", "scaling_coef", "scale_patterns"),)
 
-    models: tuple[str | ModelEntry, ...] = Field(
-        (),
-        description="The fine-tuned models: folders, files or hub ids; in a file also mappings.",
-    )
+    models: tuple[str | ModelEntry, ...] = Field((), description=MODELS)
     method: str = Field(
         "task_arithmetic",
         description="The rule (see `deltafl rules`); passthrough: the base alone, as it is.",
