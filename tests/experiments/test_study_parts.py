@@ -1,6 +1,9 @@
 """The parts that studies are made of: draws, subsets, intervals, what a rule is worth."""
 
 import itertools
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -12,11 +15,13 @@ from deltafl.experiments import STUDIES, read_suite, suite_names
 from deltafl.experiments.arithmetic import random_like
 from deltafl.experiments.merges import KINDS, draws, subsets, told, training_rows
 from deltafl.experiments.recipe import StudyRecipe
-from deltafl.experiments.study import Study
-from deltafl.experiments.sweep import Cell, mean_curves, tabulate
+from deltafl.experiments.study import Data, Study, task_of
+from deltafl.experiments.sweep import Cell, Store, mean_curves, tabulate
 from deltafl.merge.task_vector import TaskVector
-from deltafl.tasks import ImageInput
+from deltafl.models import Net
+from deltafl.tasks import ImageInput, Task
 from deltafl.training import TrainingRecipe
+from tiny_models import vit_file
 
 TWO = {"tasks": ("a", "b")}
 
@@ -26,6 +31,21 @@ def study(seed: int = 0, **changes: object) -> Study:
     training = TrainingRecipe.of(model="base", data="", steps=0, seed=seed)
     recipe = StudyRecipe.of(tasks=("a", "b", "c", "d"), **settings)
     return Study("base", ImageInput(8), recipe, training)
+
+
+def test_fine_tunes_train_on_all_and_are_validated_on_what_judges_merges(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = list[tuple[int, int]]()
+
+    def finetune(net: Net, task: Task, *_: object, **__: object) -> SimpleNamespace:
+        seen.append((task.size("train"), task.size("val")))
+        return SimpleNamespace(training={})
+
+    monkeypatch.setattr("deltafl.experiments.study.finetune", finetune)
+    whole, base = replace(study(val_limit=7), base=vit_file()), Data("digits:mirrored")
+    whole.tuned(base, 0.1, 2).run(tmp_path, Store(tmp_path))
+    assert seen == [(task_of(whole, base).size("train"), 7)]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig
@@ -86,6 +87,25 @@ VARIANTS = {
     },
     "embedding": {"target_modules": ["embed_tokens", "v_proj"]},
 }
+
+
+@pytest.mark.parametrize("base", ["base", "base+b", "other"])
+def test_a_mergekit_recipe_may_name_an_adapter_as_base_or_on_any_model(home: Path, base: str):
+    """The model base+a, half way from another base, as mergekit makes it of the models themselves."""
+    base_model(home / "other", initializer_range=0.05)
+    for name in "ab":
+        (home / f"whole-{name}").mkdir()
+        torch.save(merged(name), home / f"whole-{name}" / "model.pt")
+    recipe = {
+        "merge_method": "task_arithmetic", "base_model": base,
+        "models": [{"model": "base+a", "parameters": {"weight": 0.5}}],
+    }  # fmt: skip
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
+    succeed("merge", "recipe.yaml", "--out", "out", "--overwrite")
+    found, tuned = load(Path("out")), torch.load(home / "whole-a" / "model.pt")
+    begin = torch.load(home / "whole-b" / "model.pt") if "+" in base else load(home / base)
+    assert_near(found, {name: 0.5 * (begin[name] + tuned[name]) for name in begin})
+    assert not list(home.glob(".deltafl-*"))
 
 
 @pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)

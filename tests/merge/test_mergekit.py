@@ -236,6 +236,9 @@ def test_layers_are_stacked(folder: Path) -> None:
         assert (found[name] == tensors("m0" if first else "m1")[name]).all()
     written = json.loads((folder / "out" / "config.json").read_text())
     assert (written["num_hidden_layers"], written["layer_types"]) == (3, ["a", "b", "b"])
+    said = succeed("merge", "mergekit.yaml", "--out", "out", "--overwrite").out
+    assert said.startswith("wrote m0[0:2],m1[1:2] by passthrough: out")
+    assert "written by deltafl" in (folder / "out" / "README.md").read_text()
 
 
 def test_layers_are_merged_and_stacked(folder: Path) -> None:
@@ -256,6 +259,17 @@ def test_layers_are_merged_and_stacked(folder: Path) -> None:
             base = layer("base", name, there).astype(np.float64)
             wanted = base + weight * (layer(model, name, there) - base)
             np.testing.assert_allclose(found[name.format(number)], wanted, atol=5e-7)
+
+
+def test_slices_that_are_all_layers_of_a_model_are_that_model(folder: Path) -> None:
+    merge(folder, CONFIGS["slices"])
+    record = json.loads((folder / "out" / "deltafl.json").read_text())
+    assert {record["base"]["ref"], *(m["ref"] for m in record["models"])} <= {
+        "base",
+        "m0",
+        "m1",
+        "m2",
+    }
 
 
 def test_linear_need_not_be_normalised(folder: Path) -> None:
@@ -289,6 +303,8 @@ def test_a_later_document_names_what_an_earlier_one_made(folder: Path) -> None:
         "out",
         "several.yaml",
     }
+    succeed("merge", "several.yaml", "--out", "new/folder/out")
+    assert load(folder / "new/folder/out").keys() == found.keys()
     planned = succeed("merge", "several.yaml", "--out", "other", "--dry-run")
     assert planned.out.endswith("then other, of what that makes\n")
     (folder / "several.yaml").write_text(
